@@ -1,0 +1,33 @@
+# make demo: a whole training run of the toy model on a CPU, from nothing but Python >= 3.10, a C++ compiler and make.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := $(shell grep '^torch==' constraints.txt)
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(RUN) -m spo_fast.train --model toy --output_dir runs/demo
+
+test: $(READY)
+	$(RUN) -m pytest
+
+bench: $(READY)
+	$(RUN) -m pytest benchmarks/
+
+lint: $(READY)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+# torch first and by itself, pinned: asked for as a range, pip may settle on another build of it, gigabytes larger.
+$(READY): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install -c constraints.txt $(TORCH)
+	$(RUN) -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf build dist spo_fast/lib *.egg-info

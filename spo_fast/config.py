@@ -1,0 +1,289 @@
+"""Every setting of a run, one frozen dataclass a concern. Field names are the command line's flags and the YAML file's keys.
+
+A preset (presets.py) returns a whole Config; the resolved one is saved beside the weights as config.yaml.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model: Literal["toy", "sd15", "sdxl"] = "toy"
+    """Architecture: sd15 (512 px), sdxl (1024 px) or the embedded toy, a tiny SDXL pipeline that runs on a CPU."""
+    pretrained_model_name_or_path: str | None = None
+    """Hub id, local diffusers directory, or one .safetensors file. Default: the architecture's public base model."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE (same three forms). Default for sdxl: madebyollin/sdxl-vae-fp16-fix; otherwise the model's own."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the model."""
+    variant: str | None = None
+    """Hub file variant of the model, such as fp16."""
+    height: int | None = None
+    """Image height in pixels, a multiple of the VAE's factor (8). Default: the architecture's own size."""
+    width: int | None = None
+    """Image width in pixels, likewise."""
+    mixed_precision: Literal["no", "fp16", "bf16", "fp64"] = "no"
+    """Compute type of the UNet and the VAE: no = float32, fp16, bf16, fp64 (for checks). Trained weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more training time."""
+    decode_chunk: int = 8
+    """Images decoded and scored at a time, >= 1: memory against launches."""
+
+    def __post_init__(self) -> None:
+        _need(self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    rank: int = 4
+    """LoRA rank, >= 1."""
+    lora_alpha: float | None = None
+    """LoRA alpha; the update is scaled by alpha / rank. Default: the rank (scale 1), as published."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names (endings) of the linear layers that get a LoRA."""
+    full_finetune: bool = False
+    """Train every UNet weight instead of a LoRA; keeps a frozen copy as the reference."""
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 1, f"rank={self.rank} must be at least 1.")
+        _need(len(self.lora_targets) > 0, "lora_targets is empty: nothing would be trained.")
+
+    @property
+    def alpha(self) -> float:
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    sample_batch_size: int = 10
+    """Prompts of one rollout on each rank."""
+    num_steps: int = 20
+    """DDIM steps."""
+    eta: float = 1.0
+    """DDIM's noise level in (0, 1]; 0 has no log-probabilities."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance, in sampling and in training. At 1 or below the unconditional half is not evaluated."""
+    num_candidates: int = 4
+    """k: candidates x_{t-1} drawn at each branching step, >= 2."""
+    num_inner_steps: int = 0
+    """MSPO: steps that candidates go on by themselves after they part, before they are compared. 0 is SPO."""
+    branch_start: int = 4
+    """Index of the first branching step. 4 of 20 is t = 751: above it there is no detail to compare."""
+    threshold: float = 0.3
+    """A pair is kept if softmax([s_w, s_l]) differs by more than this: s_w - s_l > 2 artanh(threshold)."""
+    next_start: Literal["random", "winner", "loser"] = "random"
+    """Which candidate the next step starts from. The paper's ablation: random is far better."""
+    last_step: Literal["compare", "extend"] = "compare"
+    """If the last step is a comparison point: compare there and branch once more, or (the published SDXL code) skip that
+    comparison and let the group run to the end."""
+
+    def __post_init__(self) -> None:
+        _need(self.sample_batch_size >= 1, f"sample_batch_size={self.sample_batch_size} must be at least 1.")
+        _need(self.num_candidates >= 2, f"num_candidates={self.num_candidates}: two or more are needed to compare.")
+        _need(self.num_inner_steps >= 0, f"num_inner_steps={self.num_inner_steps} must be 0 (SPO) or more (MSPO).")
+        _need(
+            0 <= self.branch_start < self.num_steps,
+            f"branch_start={self.branch_start} leaves no steps to branch (num_steps={self.num_steps}). "
+            f"Use a value from 0 to {self.num_steps - 1}; the published runs use 4 of 20.",
+        )
+        _need(
+            0 < self.eta <= 1,
+            f"eta={self.eta} must lie in (0, 1]: at eta = 0 a step is deterministic and its log-probability is not "
+            "defined. The published runs use 1.",
+        )
+        _need(
+            self.threshold < 1, f"threshold={self.threshold}: probabilities differ by less than 1, no pair would be kept."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    learning_rate: float = 6e-5
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """torch AdamW, or bitsandbytes' 8-bit AdamW with resident or paged state."""
+    min_8bit_size: int = 4096
+    """8-bit optimizers keep the state of smaller tensors in float32."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay."""
+    adam_weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = None
+    """Clip norm. None reproduces the published SPO runs, whose clipping never took effect."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    """Learning-rate schedule over the iterations of the run."""
+    lr_warmup_steps: int = 0
+    """Iterations of linear warm-up (schedules other than constant)."""
+    train_batch_size: int = 10
+    """Pairs of one accumulation slot: an optimizer step sees train_batch_size x gradient_accumulation_steps pairs."""
+    gradient_accumulation_steps: int = 1
+    """Accumulation slots of an optimizer step."""
+    accumulation: Literal["balanced", "published"] = "balanced"
+    """balanced: an iteration's pairs are cut into nearly equal optimizer steps, every pair weighs the same and is used
+    once. published: slots straddle rollouts, a short one has full weight, as in the published code."""
+    states_per_forward: int | None = None
+    """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most."""
+
+    def __post_init__(self) -> None:
+        _need(self.train_batch_size >= 1, f"train_batch_size={self.train_batch_size} must be at least 1.")
+        _need(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps must be at least 1.")
+        _need(
+            self.states_per_forward is None or self.states_per_forward >= 2,
+            "states_per_forward must be at least 2: the two sides of a pair can have different x_t.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    method: Literal["spo", "mspo"] = "spo"
+    """Which objective trains the model."""
+    beta: float = 10.0
+    """Strength of the preference in the loss."""
+    clip: float | None = 0.1
+    """Probability ratios are clamped to [1 - clip, 1 + clip]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig:
+    scorer: tuple[str, ...] = ("spm",)
+    """Scorers: spm, pickscore; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum."""
+    spm_path: str | None = None
+    """Local step-aware preference model (.bin or .safetensors file, or a directory). Default: the architecture's, from
+    the hub."""
+    pickscore_path: str | None = None
+    """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
+    scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
+    """Compute type of the scorers' towers; the published code uses float32 (no)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    prompts: str | None = None
+    """Prompt file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in list."""
+    caption_column: str | None = None
+    """Column or key that holds the prompt. Default: the first of caption, prompt, text."""
+    shuffle: bool = True
+    """A new prompt order each epoch."""
+    max_prompts: int | None = None
+    """Use only the first so many prompts."""
+    prompt_cache_dir: str | None = None
+    """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    output_dir: str = "runs/spo"
+    """Everything the run writes."""
+    seed: int = 42
+    """Of all randomness, 0 to 2^32 - 1."""
+    num_train_epochs: int = 10
+    """Passes over the prompts."""
+    max_train_steps: int | None = None
+    """Stop after so many iterations (one rollout and its updates each), whatever the epochs."""
+    checkpointing_steps: int | None = None
+    """Iterations between checkpoints. Default: one at the end of each epoch."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept; the oldest are deleted."""
+    resume_from_checkpoint: str | None = None
+    """The word latest, or the path of a checkpoint."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Besides metrics.jsonl, which is always written."""
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts of the sample grids made before and after training. Default: the first four prompts."""
+    num_validation_images: int = 4
+    """Images of each validation prompt, from fixed noise."""
+    recipe: Literal["default", "published"] = "default"
+    """published reproduces the published run to the letter (accumulation, last step, no clipping)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def with_fields(self, **values: Any) -> Config:
+        """A copy with flat field names set, e.g. cfg.with_fields(rank=8, eta=0.5). Unknown names raise KeyError."""
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            sections.setdefault(section_of(name), {})[name] = value
+        new = {s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()}
+        return dataclasses.replace(self, **new)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its flag name; tuples as lists, so that it can be written as YAML or JSON."""
+        values = {}
+        for section in dataclasses.fields(self):
+            for name, value in dataclasses.asdict(getattr(self, section.name)).items():
+                values[name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "sample": SampleConfig,
+    "objective": ObjectiveConfig,
+    "optim": OptimConfig,
+    "scorer": ScorerConfig,
+    "data": DataConfig,
+    "run": RunConfig,
+}
+
+
+@functools.cache
+def _field_sections() -> dict[str, str]:
+    owner: dict[str, str] = {}
+    for section, cls in SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            assert f.name not in owner, f"{f.name} is in {owner[f.name]} and in {section}"
+            owner[f.name] = section
+    return owner
+
+
+def section_of(name: str) -> str:
+    """The section that owns a flat field name."""
+    return _field_sections()[name]
+
+
+@functools.cache
+def field_docs() -> dict[str, str]:
+    """Flat field name -> the docstring written under it in this file."""
+    docs: dict[str, str] = {}
+    for node in ast.parse(Path(__file__).read_text()).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = after.value if isinstance(after, ast.Expr) else None
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    docs[statement.target.id] = " ".join(text.value.split())
+    return docs

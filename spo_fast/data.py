@@ -1,0 +1,233 @@
+"""Training prompts: reading them from any common file, and the order in which they are drawn.
+
+A prompt is known by its index in the list, the order of an epoch by (seed, epoch), a batch by its iteration number.
+So the whole position in the data is one integer, and a resumed run draws exactly what the interrupted one would have.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # torch is imported where it is used: listing prompts needs only the standard library
+    from torch import Tensor
+
+BUILTIN_PROMPTS = Path(__file__).parent / "prompts" / "builtin.txt"
+PROMPT_COLUMNS = ("caption", "prompt", "text")  # the first one present is read; the published prompt file has "caption"
+
+Located = tuple[str, Any]  # (where in the file, for an error message; the value found there)
+
+
+def load_prompts(path: str | Path | None, column: str | None = None) -> list[str]:
+    """Read prompts from .txt, .json, .jsonl, .csv, .tsv or .parquet; None reads the built-in ones.
+
+    path: text files hold one prompt a line (blank lines and lines starting with # are skipped); JSON is a list of
+    strings or of objects (the published format: [{"caption": ..., "trainset_idx": ...}]); tables have a header.
+    column: the field to read; None takes the first of caption, prompt, text.
+    Returns the prompts in file order, stripped; repeats are kept (see count_repeats).
+    Raises FileNotFoundError, ImportError (parquet without pyarrow) or ValueError naming the file and line to mend.
+    """
+    path = BUILTIN_PROMPTS if path is None else Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path}: cannot read prompts from a {path.suffix or 'nameless'} file. Use {', '.join(READERS)}."
+        )
+    if not path.is_file():
+        what = "is a folder, not a file of prompts" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}. Give a file of prompts, or leave it unset for the built-in ones.")
+    try:
+        prompts = [checked_prompt(path, where, value) for where, value in reader(path, column)]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Save the file as UTF-8."
+        ) from error
+    if not prompts:
+        raise ValueError(
+            f"{path}: no prompts in it. Put in at least one, or leave the file unset for the built-in ones."
+        )
+    return prompts
+
+
+def checked_prompt(path: Path, where: str, value: Any) -> str:
+    """The stripped prompt, or a ValueError naming the place."""
+    if not isinstance(value, str):
+        raise ValueError(f"{path}, {where}: a prompt must be a string, found {value!r:.80}. Mend or delete this entry.")
+    if not value.strip():
+        raise ValueError(f"{path}, {where}: the prompt is empty. Mend or delete this entry.")
+    return value.strip()
+
+
+def count_repeats(prompts: list[str]) -> int:
+    """How many prompts repeat an earlier one exactly (they are drawn more often than the others)."""
+    return len(prompts) - len(set(prompts))
+
+
+# ---- one reader per format: yields (where, value) --------------------------------------------------------------------
+
+
+def read_text(path: Path, column: str | None) -> Iterator[Located]:
+    if column is not None:
+        raise ValueError(f"{path}: a text file has no columns, but column {column!r} was asked for. Leave it unset.")
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip() and not line.startswith("#"):
+            yield f"line {number}", line
+
+
+def read_json(path: Path, column: str | None) -> Iterator[Located]:
+    entries = parse_json(path, path.read_text(encoding="utf-8-sig"), first_line=1)
+    if not isinstance(entries, list):
+        raise ValueError(
+            f"{path}: the file holds {type(entries).__name__}, not a list. "
+            'Write a list of strings or of objects such as [{"caption": "..."}].'
+        )
+    yield from pick_field(path, ((f"entry {number}", entry) for number, entry in enumerate(entries, 1)), column)
+
+
+def read_jsonl(path: Path, column: str | None) -> Iterator[Located]:
+    lines = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
+    entries = ((f"line {number}", parse_json(path, line, first_line=number)) for number, line in lines)
+    yield from pick_field(path, entries, column)
+
+
+def read_table(path: Path, column: str | None) -> Iterator[Located]:
+    """CSV, or TSV by the file's suffix; the first line is the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        # strict: a stray quote is an error here, not a prompt that swallows the rest of the file
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            column = chosen_column(path, "line 1", rows.fieldnames or [], column)
+            for row in rows:
+                if None in row:  # more cells than the header has: an unquoted comma cut the prompt
+                    raise ValueError(
+                        f"{path}, line {rows.line_num}: more cells than the header's {len(rows.fieldnames or [])}. "
+                        f"Put prompts that contain {delimiter!r} into double quotes."
+                    )
+                yield f"line {rows.line_num}", row[column]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {rows.line_num}: {error}. Mend the quoting of this line.") from error
+
+
+def read_parquet(path: Path, column: str | None) -> Iterator[Located]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: reading parquet needs pyarrow. Install it with `pip install spo_fast[data]`."
+        ) from error
+    try:
+        with pq.ParquetFile(path) as file:
+            column = chosen_column(path, "schema", file.schema_arrow.names, column)
+            # this column only: Pick-a-Pic's files hold the images too, gigabytes of them
+            values = file.read(columns=[column]).column(0).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error}). Copy or download it again.") from error
+    yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
+
+
+READERS = {
+    ".txt": read_text,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_table,
+    ".tsv": read_table,
+    ".parquet": read_parquet,
+}
+
+
+def read_lines(path: Path) -> list[str]:
+    # utf-8-sig: Windows editors put a byte-order mark first. split, not splitlines: U+2028 may stand inside a prompt.
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
+def parse_json(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(
+            f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}. Mend this line."
+        ) from error
+
+
+def pick_field(path: Path, entries: Iterable[Located], column: str | None) -> Iterator[Located]:
+    """Strings as they are, objects by their prompt field."""
+    for where, entry in entries:
+        yield where, entry[chosen_column(path, where, list(entry), column)] if isinstance(entry, dict) else entry
+
+
+def chosen_column(path: Path, where: str, present: Iterable[str], column: str | None) -> str:
+    """The column to read, or a ValueError that lists the ones there are."""
+    present = list(present)
+    wanted = PROMPT_COLUMNS if column is None else (column,)
+    for name in wanted:
+        if name in present:
+            return name
+    raise ValueError(
+        f"{path}, {where}: no column {' or '.join(wanted)}; found {', '.join(map(str, present)) or 'none'}. "
+        "Name the prompts' column, or rename it."
+    )
+
+
+# ---- the order of prompts --------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    indices: list[int]  # into the list of prompts
+    epoch: int
+    position: int  # number of this batch within its epoch, from 0
+    last_in_epoch: bool
+
+
+class PromptSampler:
+    """Which prompts an iteration uses: a pure function of the iteration number, so there is no state to save.
+
+    batch_size is the global one: every rank computes the same batch and takes its part. The last batch of an epoch is
+    short when batch_size does not divide num_prompts; drop_last leaves it out. shuffle=False keeps the file's order.
+    """
+
+    def __init__(
+        self, num_prompts: int, batch_size: int, seed: int, drop_last: bool = False, shuffle: bool = True
+    ) -> None:
+        if num_prompts < 1 or batch_size < 1:
+            raise ValueError(f"num_prompts={num_prompts} and batch_size={batch_size} must both be at least 1.")
+        if drop_last and batch_size > num_prompts:
+            raise ValueError(
+                f"batch_size={batch_size} exceeds the {num_prompts} prompts, so drop_last leaves no batch at all. "
+                "Lower the batch size, add prompts, or keep the last short batch."
+            )
+        self.num_prompts, self.batch_size, self.seed, self.shuffle = num_prompts, batch_size, seed, shuffle
+        self.iterations_per_epoch = num_prompts // batch_size if drop_last else -(-num_prompts // batch_size)
+
+    def epoch_order(self, epoch: int) -> Tensor:  # (num_prompts,) int64
+        """The epoch's permutation of the prompts, keyed by (seed, epoch) alone."""
+        return permutation(self.num_prompts, self.seed if self.shuffle else None, epoch).clone()
+
+    def batch(self, iteration: int) -> Batch:
+        """The prompts of an iteration, counted from 0 over all epochs."""
+        if iteration < 0:
+            raise ValueError(f"iteration={iteration} must not be negative: iterations count from 0.")
+        epoch, position = divmod(iteration, self.iterations_per_epoch)
+        start = position * self.batch_size
+        order = permutation(self.num_prompts, self.seed if self.shuffle else None, epoch)
+        indices = order[start : start + self.batch_size].tolist()
+        return Batch(indices, epoch, position, position == self.iterations_per_epoch - 1)
+
+
+@lru_cache(maxsize=4)  # one epoch's order serves all its batches; a cache of a pure function holds no state
+def permutation(num: int, seed: int | None, epoch: int) -> Tensor:  # (num,) int64
+    """A random order of 0..num-1 keyed by (seed, epoch); seed None is the identity."""
+    import torch
+
+    if seed is None:
+        return torch.arange(num)
+    # hashed, not seed + epoch: that would make the second epoch of seed 0 the first epoch of seed 1
+    key = int.from_bytes(hashlib.sha256(f"prompt order {seed} {epoch}".encode()).digest()[:4], "little")
+    return torch.randperm(num, generator=torch.Generator().manual_seed(key))

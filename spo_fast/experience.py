@@ -1,0 +1,113 @@
+"""What a rollout hands to training. Every objective eats one shape, (N, K, S), and a UNet state is stored once.
+
+Letters: N loss terms, K sides of a term (best first), S transitions of a side, U unique states, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """The network's raw outputs on a batch of states."""
+
+    cond: Tensor  # (B, C, H, W)
+    uncond: Tensor | None  # (B, C, H, W); None when guidance_scale <= 1, then m = cond
+
+    def select(self, index: Any) -> Prediction:
+        return Prediction(self.cond[index], None if self.uncond is None else self.uncond[index])
+
+    def detach(self) -> Prediction:
+        return Prediction(self.cond.detach(), None if self.uncond is None else self.uncond.detach())
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of P prompts. Opaque: only its model knows what the tensors mean."""
+
+    cond: dict[str, Tensor]  # each (P, ...)
+    uncond: dict[str, Tensor]  # each (1, ...), the empty prompt's
+
+    def select(self, index: Tensor) -> Cond:
+        return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)
+
+
+@dataclass(frozen=True)
+class States:
+    """Where the network is evaluated."""
+
+    x_t: Tensor  # (U, C, H, W) float32 or float64
+    rows: Tensor  # (U,) int64 rows of the StepTable
+    prompts: Tensor  # (U,) int64 into the experience's Cond
+
+    def __len__(self) -> int:
+        return self.x_t.shape[0]
+
+    def select(self, index: Any) -> States:
+        return States(self.x_t[index], self.rows[index], self.prompts[index])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a scorer judges: K candidates of each of B prompts, k-major (row k B + b)."""
+
+    x_t: Tensor | None  # (K B, C, H, W) noisy latents; None at the very end
+    x0: Tensor  # (K B, C, H, W) clean estimates, or the final latents
+    t: Tensor  # () int64 timestep they are judged at; 0 for the final latents
+    text: Any  # scorer.encode(prompts), rows repeated k-major
+    num_candidates: int
+    decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
+    decode_chunk: int = 8
+
+    def pixel_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Decodes a few images at a time, and only if asked: a latent scorer never pays for the VAE."""
+        for start in range(0, self.x0.shape[0], self.decode_chunk):
+            chunk = slice(start, min(start + self.decode_chunk, self.x0.shape[0]))
+            yield chunk, self.decode(self.x0[chunk])
+
+
+@dataclass(frozen=True)
+class Experience:
+    """N loss terms over U states. `states` holds each (x_t, row, prompt) once; `index` says which a transition used."""
+
+    states: States
+    x_prev: Tensor  # (N, K, S, C, H, W) recorded children
+    index: Tensor  # (N, K, S) int64 into states
+    cond: Cond
+    scores: Tensor  # every score of the rollout, for the log
+    frozen: Prediction | None = None  # of the reference (or old policy) on the states
+
+    def __len__(self) -> int:
+        return self.x_prev.shape[0]
+
+    def select(self, terms: Tensor | slice) -> Experience:
+        """Some of the terms, with only the states they use. The order of terms is kept; indices are renumbered."""
+        x_prev, index = self.x_prev[terms], self.index[terms]
+        used, renumbered = torch.unique(index, return_inverse=True)
+        frozen = None if self.frozen is None else self.frozen.select(used)
+        return replace(self, states=self.states.select(used), x_prev=x_prev, index=renumbered, frozen=frozen)
+
+    def states_per_term(self) -> list[int]:
+        """How many states each term would add to a batch by itself."""
+        flat = self.index.flatten(1).sort(1).values.cpu()
+        return (1 + (flat.diff(dim=1) != 0).sum(1)).tolist()
+
+    def micro_batches(self, max_states: int | None) -> Iterator[Experience]:
+        """Consecutive terms packed into batches of at most `max_states` unique states; a term is never split."""
+        if max_states is None or len(self) == 0:
+            yield from [self] if len(self) else []
+            return
+        index = self.index.flatten(1).cpu()
+        start, seen = 0, set(index[0].tolist())
+        for n in range(1, len(self)):
+            grown = seen | set(index[n].tolist())
+            if len(grown) > max_states:
+                yield self.select(slice(start, n))
+                start, grown = n, set(index[n].tolist())
+            seen = grown
+        yield self.select(slice(start, len(self)))

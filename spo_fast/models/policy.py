@@ -1,0 +1,145 @@
+"""The trained network: a frozen base plus a LoRA, the reference being the same network with the LoRA off.
+
+Compute runs in one type throughout (no autocast); trained weights have float32 masters when that type has 16 bits, and
+gradients are added up in the masters, so that neither small updates nor accumulation are lost to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from spo_fast.config import AdapterConfig
+from spo_fast.experience import Cond, Prediction
+
+
+class Policy:
+    """UNet + trained weights. `predict` is the only way to evaluate the network."""
+
+    def __init__(self, unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int):
+        self.unet = unet.requires_grad_(False).eval()
+        self._frozen_copy: UNet2DConditionModel | None = None
+        if adapter.full_finetune:
+            self._frozen_copy = copy.deepcopy(unet)
+            unet.requires_grad_(True)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # PEFT draws its initial weights from the global generator
+                unet.add_adapter(
+                    LoraConfig(
+                        r=adapter.rank,
+                        lora_alpha=adapter.alpha,
+                        init_lora_weights="gaussian",
+                        target_modules=list(adapter.lora_targets),
+                    )
+                )
+        named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(f"no layer of the UNet is called {', '.join(adapter.lora_targets)}: nothing to train")
+        self.names = [name for name, _ in named]
+        self._weights = [p for _, p in named]  # what the network computes with
+        # float32 originals first, so that a 16-bit network starts from rounded, not truncated-twice, weights
+        wide = (torch.float32, torch.float64)
+        self.masters: list[Tensor] = [
+            p if unet.dtype in wide else nn.Parameter(p.detach().float().clone()) for p in self._weights
+        ]
+        for p, master in zip(self._weights, self.masters, strict=True):
+            p.data = p.data.to(unet.dtype)
+            if p is not master:
+                p.register_post_accumulate_grad_hook(_add_to(master))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def predict(
+        self,
+        x_t: Tensor,  # (B, C, H, W) latents
+        t: Tensor,  # () or (B,) int64 timesteps
+        cond: Cond,  # of the B rows
+        guided: bool,  # evaluate the unconditional half as well, in the same forward
+    ) -> Prediction:
+        """The network's raw outputs, one UNet call for all rows and both halves (unconditional first, as diffusers)."""
+        B = x_t.shape[0]
+        x = x_t.to(self.dtype)
+        inputs = cond.cond
+        if guided:
+            x = torch.cat([x, x])
+            t = t if t.ndim == 0 else torch.cat([t, t])
+            inputs = {
+                name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value])
+                for name, value in cond.cond.items()
+            }
+        added = {name: inputs[name].to(self.dtype) for name in ("text_embeds", "time_ids") if name in inputs}
+        out = self.unet(
+            x,
+            t,
+            encoder_hidden_states=inputs["prompt_embeds"].to(self.dtype),
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )[0]
+        return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, `predict` is the frozen network."""
+        if self._frozen_copy is not None:
+            trained, self.unet = self.unet, self._frozen_copy
+            try:
+                yield
+            finally:
+                self.unet = trained
+            return
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the network after an optimizer step."""
+        for p, master in zip(self._weights, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights (masters) by their UNet names."""
+        return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Exactly the weights of `state_dict`; missing, extra or misshapen ones raise ValueError."""
+        if set(state) != set(self.names):
+            odd = sorted(set(state) ^ set(self.names))
+            raise ValueError(
+                f"these trained weights belong to another network or adapter: {len(odd)} names differ, such as {odd[0]}"
+            )
+        for name, master in zip(self.names, self.masters, strict=True):
+            if state[name].shape != master.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(master.shape)}: "
+                    "use the same rank as the run that saved it"
+                )
+            master.copy_(state[name])
+        self.publish()
+
+
+def _add_to(master: Tensor):
+    def hook(p: Tensor) -> None:
+        assert p.grad is not None
+        grad = p.grad.float()
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        p.grad = None
+
+    return hook

@@ -1,0 +1,70 @@
+"""Randomness is a key, not a stream: the same (seed, iteration, prompt, step, candidate) gives the same number.
+
+So the same global batch gives the same numbers on 1 or 8 ranks and in any micro-batch, a resumed run draws what the
+uninterrupted one would have, and a replayed CUDA graph draws fresh noise once its key tensor is refilled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spo_fast.ops import philox
+
+# The high byte of a key's step word says what is drawn, so that no two uses share a counter.
+LATENTS, CHILDREN, PICK = 0 << 24, 1 << 24, 2 << 24
+
+
+class Draws(Protocol):
+    """Everything random in a rollout of B prompts. Tests replay recorded draws through the same protocol."""
+
+    def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """(B, C, H, W) initial standard normals."""
+        ...
+
+    def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
+        """`keys=` or `noise=` of ops.transition for the children of step `step`.
+
+        num_parents is 1 when all children come from one latent a prompt, K when each candidate goes on by itself.
+        """
+        ...
+
+    def pick(self, step: int, num_candidates: int) -> Tensor:
+        """(B,) int64 candidate that step `step` starts from, uniform."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyedDraws:
+    """Draws from Philox keys (ops/philox.py)."""
+
+    seed: int
+    iteration: int
+    prompts: Tensor  # (B,) int64 global index of each prompt of the batch
+
+    def _keys(self, step: int, candidates: int = 1) -> Tensor:
+        """(candidates * B, 5) key rows, k-major."""
+        B = self.prompts.shape[0]
+        keys = self.prompts.new_empty(candidates, B, 5)
+        keys[..., 0], keys[..., 1], keys[..., 2], keys[..., 3] = self.seed, self.iteration, self.prompts, step
+        keys[..., 4] = torch.arange(candidates, device=keys.device)[:, None]
+        return keys.flatten(0, 1)
+
+    def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        n = int(torch.Size(shape).numel())
+        return philox.normal(self._keys(LATENTS), n).to(dtype).view(-1, *shape)
+
+    def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
+        return {"keys": self._keys(CHILDREN + step, num_parents)}
+
+    def pick(self, step: int, num_candidates: int) -> Tensor:
+        return philox.integer(self._keys(PICK + step), num_candidates)
+
+
+def permutation(n: int, seed: int, iteration: int) -> Tensor:
+    """(n,) int64 random order keyed by (seed, iteration): the order in which an iteration's pairs are used."""
+    keys = torch.tensor([[seed, iteration, 0, 3 << 24, 0]])
+    return philox.words(keys, n)[0][0].argsort(stable=True)

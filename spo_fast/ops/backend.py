@@ -1,0 +1,142 @@
+"""Which implementation of an op runs, and why.
+
+Every op exists as `eager` (plain PyTorch, the definition); some also as `triton` (GPU, or CPU through TRITON_INTERPRET=1)
+and as `c` (csrc/ through ctypes, CPU and CUDA). Each op declares an order per device, taken from measurements; the first
+backend of that order that can run here is used. SPO_FAST_BACKEND=name or `with use_backend(name)` forces one, and a forced
+backend that cannot run raises: nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BACKENDS = ("eager", "triton", "c")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's name, its backends in order of preference per device type, and why some do not exist."""
+
+    name: str
+    order: Mapping[str, tuple[str, ...]]
+    """device type -> backends, the preferred first."""
+    why: str
+    """Where the order comes from."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """backend -> why this op has no such implementation."""
+
+
+OPS: dict[str, Op] = {}
+_forced: str | None = os.environ.get("SPO_FAST_BACKEND") or None
+
+
+def register(op: Op) -> Op:
+    """Add an op to the table that `python -m spo_fast.ops` prints."""
+    OPS[op.name] = op
+    return op
+
+
+@functools.cache
+def why_not(name: str, backend: str, device_type: str) -> str | None:
+    """None if `backend` can run op `name` on this device type here, else the reason in words."""
+    op = OPS[name]
+    if backend in op.absent:
+        return op.absent[backend]
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device_type == "cpu" and not INTERPRET:
+            return "Triton needs a GPU (on a CPU: TRITON_INTERPRET=1 before start, to check correctness)"
+    if backend == "c":
+        from spo_fast.ops import clib
+
+        return None if clib.load(device_type) is not None else clib.why_missing(device_type)
+    return None
+
+
+def available_backends(name: str, device_type: str = "cpu") -> list[str]:
+    """The backends of op `name` that can run here, in BACKENDS' order."""
+    return [b for b in BACKENDS if why_not(name, b, device_type) is None]
+
+
+@functools.cache
+def _cached_choice(name: str, device_type: str, forced: str | None) -> str:
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
+        reason = why_not(name, forced, device_type)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {forced!r} was asked for, but op {name!r} cannot use it on {device_type}: {reason}. "
+                f"Available: {', '.join(available_backends(name, device_type))}."
+            )
+        return forced
+    order = OPS[name].order.get(device_type, ("eager",))
+    return next(b for b in order if why_not(name, b, device_type) is None)
+
+
+@torch.compiler.assume_constant_result
+def _choose(name: str, device_type: str, forced: str | None) -> str:
+    return _cached_choice(name, device_type, forced)  # torch.compile must not look inside the cache
+
+
+def choose(name: str, device: torch.device) -> str:
+    """The backend that op `name` uses for tensors on `device`."""
+    # _forced is read here, outside the constant function, so that torch.compile guards on it.
+    return _choose(name, device.type, _forced)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend for every op inside the block (None: the automatic choice)."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def library_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `spo_fast::name`; `fake` gives the outputs' shapes.
+
+    Triton ops are `triton_op`s on a GPU, so that Inductor sees their kernels; C calls and the interpreter's kernels are
+    opaque to it: `custom_op`.
+    """
+    if name.endswith("_triton") and not INTERPRET:
+        # triton_op reads the schema from the function's annotations
+        op = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=())
+    else:
+        op = torch.library.custom_op(f"spo_fast::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+def launch(kernel: Any) -> Any:
+    """A Triton kernel ready for `[grid](...)` inside a `library_op`."""
+    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+
+
+def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, str, str]]:
+    """Rows (op, device, backend, reason): what runs on this machine, why, and why the others do not."""
+    if device_types is None:
+        device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    rows = []
+    for op in OPS.values():
+        for device_type in device_types:
+            chosen = _choose(op.name, device_type, _forced)
+            for backend in BACKENDS:
+                reason = why_not(op.name, backend, device_type)
+                if backend == chosen:
+                    reason = "chosen: forced" if _forced else f"chosen: {op.why}"
+                rows.append((op.name, device_type, backend, reason or "available"))
+    return rows

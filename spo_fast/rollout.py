@@ -1,0 +1,172 @@
+"""Rollouts: denoise, branch, judge, keep the best and the worst.
+
+`branching_rollout` is SPO's and MSPO's (arXiv 2406.04314, section 3; multi_sample_pipeline*.py of the published code):
+K candidates part at the first step of a segment, go on independently through the segment, and one comparison of their x0
+estimates labels all of the segment's transitions. All candidates and both guidance halves share one UNet call a step, and
+nothing is read back to the host before the rollout's end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_fast.config import SampleConfig
+from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
+from spo_fast.noise import Draws
+from spo_fast.ops.transition import transition
+from spo_fast.schedule import StepTable
+from spo_fast.scorers import repeat_text
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """What a rollout needs to know about its B prompts."""
+
+    cond: Cond
+    text: Any  # scorer.encode(prompts)
+    draws: Draws
+    latent_shape: tuple[int, int, int]  # C, H, W
+    dtype: torch.dtype  # of the latents: float32, or float64 for checks
+
+    def __len__(self) -> int:
+        return next(iter(self.cond.cond.values())).shape[0]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A rollout before anything is read from the device: G (segment, step) slots of B prompts, valid or not."""
+
+    x_t: Tensor  # (G, 2, B, C, H, W) of the winner and the loser
+    x_prev: Tensor  # (G, 2, B, C, H, W)
+    valid: Tensor  # (G, B) bool
+    rows: list[int]  # (G,) row of each slot
+    shared: list[bool]  # (G,) whether both sides have one x_t
+    scores: Tensor  # every score, in order
+
+    def compact(self, cond: Cond) -> Experience:
+        """The kept pairs as loss terms, in the order segment, step, prompt. The rollout's one read of the device."""
+        slot, prompt = self.valid.cpu().nonzero(as_tuple=True)  # the read; what follows is index arithmetic on the host
+        shared = torch.tensor(self.shared)[slot]  # (N,)
+        # states: one for a pair that shares x_t, else the winner's and the loser's, pair after pair
+        size = 2 - shared.long()
+        first = size.cumsum(0) - size
+        index = torch.stack([first, first + (~shared).long()], dim=1)  # (N, 2)
+        owner = torch.arange(len(slot)).repeat_interleave(size)
+        side = torch.arange(owner.shape[0]) - first[owner]
+        rows = torch.tensor(self.rows)[slot][owner]
+        device = self.x_t.device
+        slot, prompt, owner, side, rows, index = (v.to(device) for v in (slot, prompt, owner, side, rows, index))
+        states = States(self.x_t[slot[owner], side, prompt[owner]], rows, prompt[owner])
+        x_prev = self.x_prev[slot, :, prompt]  # (N, 2, C, H, W)
+        return Experience(states, x_prev.unsqueeze(2), index.unsqueeze(2), cond, self.scores)
+
+
+def segments(cfg: SampleConfig) -> list[tuple[int, int]]:
+    """(first step, step of the judgement) of each segment; judgement at num_steps means the final latents.
+
+    Groups of 1 + num_inner_steps steps from branch_start on, the last one as long as what is left. With last_step =
+    "extend" a comparison that would fall on the last step is left out and its group runs to the end
+    (multi_sample_pipeline_sdxl.py: `i == len(timesteps) - 1` takes the last branch).
+    """
+    starts = list(range(cfg.branch_start, cfg.num_steps, 1 + cfg.num_inner_steps))
+    if cfg.last_step == "extend" and starts[-1] == cfg.num_steps - 1 and len(starts) > 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], cfg.num_steps], strict=True))
+
+
+def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:  # scores (K, B)
+    """Indices (2, B) of the highest and the lowest score, and whether their softmax differs by more than the threshold.
+
+    compare_funcs.py of the published code, with a stable sort: among equal scores the first counts as higher.
+    """
+    ordered, indices = scores.sort(dim=0, descending=True, stable=True)
+    p = ordered[[0, -1]].softmax(0)
+    return indices[[0, -1]], p[0] - p[1] > threshold
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:  # x (K, B, ...), index (J, B) -> (J, B, ...)
+    return x[index, torch.arange(x.shape[1], device=x.device)]
+
+
+@torch.no_grad()
+def rollout_segments(
+    policy: Any, table: StepTable, scorer: Any, decode: Any, batch: RolloutBatch, cfg: SampleConfig, decode_chunk: int = 8
+) -> Segments:
+    """Everything of a branching rollout that can run without reading from the device: exactly num_steps UNet calls."""
+    K, B, draws, g = cfg.num_candidates, len(batch), batch.draws, cfg.guidance_scale
+    device, coefficients = table.coefficients.device, table.coefficients
+    every_row = torch.arange(table.num_steps, device=device)
+    branched_cond = batch.cond.select(torch.arange(B, device=device).repeat(K))  # k-major
+    branched_text = repeat_text(batch.text, K)
+
+    def predict(x: Tensor, i: int, cond: Cond) -> Prediction:
+        return policy.predict(x, table.timesteps[i], cond, guided=g > 1)
+
+    def step(m: Prediction, x: Tensor, i: int, num_children: int, num_parents: int) -> Tensor:
+        drawn = draws.children(i, num_children, num_parents)
+        rows = every_row[i].expand(x.shape[0])
+        return transition(*m, x, rows, coefficients, g, num_children=num_children, want_x0=False, **drawn)[1]
+
+    def judge(x: Tensor, m: Prediction | None, i: int) -> Tensor:  # (K, B) scores
+        if m is None:
+            x_t, x0, t = None, x, torch.zeros_like(table.timesteps[0])
+        else:
+            rows = every_row[i].expand(x.shape[0])
+            x_t, x0, t = x, transition(*m, x, rows, coefficients, g, num_children=0)[0], table.timesteps[i]
+        return scorer(Candidates(x_t, x0, t, branched_text, K, decode, decode_chunk)).view(K, B)
+
+    x = draws.latents(batch.latent_shape, batch.dtype)
+    for i in range(cfg.branch_start):
+        x = step(predict(x, i, batch.cond), x, i, 1, 1)[0]
+    m = predict(x, cfg.branch_start, batch.cond)
+
+    x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
+    for first, end in segments(cfg):
+        branches = step(m, x, first, K, 1)  # (K, B, C, H, W)
+        path = [x.expand_as(branches), branches]
+        for i in range(first + 1, end):
+            flat = branches.flatten(0, 1)
+            branches = step(predict(flat, i, branched_cond), flat, i, 1, K)[0].view_as(branches)
+            path.append(branches)
+        flat = branches.flatten(0, 1)
+        m_all = predict(flat, end, branched_cond) if end < cfg.num_steps else None
+        score = judge(flat, m_all, end)
+        sides, kept = best_and_worst(score, cfg.threshold)
+        for s, i in enumerate(range(first, end)):
+            x_t.append(_take(path[s], sides))
+            x_prev.append(_take(path[s + 1], sides))
+            valid.append(kept)
+            rows.append(i)
+            shared.append(s == 0)
+        scores.append(score.flatten())
+        if m_all is not None:
+            chosen = {"random": lambda: draws.pick(end, K), "winner": lambda: sides[0], "loser": lambda: sides[1]}
+            pick = chosen[cfg.next_start]()[None]
+            x = _take(branches, pick)[0]
+            # the prediction that judged the chosen candidate starts its next step: no second UNet call
+            m = Prediction(*(None if v is None else _take(v.view(K, B, *v.shape[1:]), pick)[0] for v in m_all))
+    return Segments(torch.stack(x_t), torch.stack(x_prev), torch.stack(valid), rows, shared, torch.cat(scores))
+
+
+def branching_rollout(
+    policy: Any, table: StepTable, scorer: Any, decode: Any, batch: RolloutBatch, cfg: SampleConfig, decode_chunk: int = 8
+) -> Experience:
+    """`rollout_segments`, then the one read of the device that keeps the valid pairs."""
+    return rollout_segments(policy, table, scorer, decode, batch, cfg, decode_chunk).compact(batch.cond)
+
+
+
+
+@torch.no_grad()
+def sample_latents(policy: Any, table: StepTable, cond: Cond, guidance_scale: float, x: Tensor) -> Tensor:
+    """Plain sampling from the noise x (B, C, H, W) with a deterministic table (eta = 0): final latents."""
+    for i in range(table.num_steps):
+        m = policy.predict(x, table.timesteps[i], cond, guided=guidance_scale > 1)
+        rows = torch.full((x.shape[0],), i, device=x.device)
+        noise = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
+        x = transition(*m, x, rows, table.coefficients, guidance_scale, noise=noise, want_x0=False)[1][0]
+    return x

@@ -1,0 +1,90 @@
+"""A schedule is a table. Every sampler step is a row: mean = a x_t + b m, x0 = c x_t + d m, std.
+
+m is the network's raw (guided) output. DDIM with epsilon, v or sample prediction and the flow-matching SDE differ only in
+their rows, so one set of kernels serves all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """One row a denoising step, noisiest first."""
+
+    timesteps: Tensor  # (R,) int64, what the network is told
+    coefficients: Tensor  # (R, 5) float64: a, b, c, d, std
+
+    @property
+    def num_steps(self) -> int:
+        return self.timesteps.shape[0]
+
+    def to(self, device: torch.device | str) -> StepTable:
+        return StepTable(self.timesteps.to(device), self.coefficients.to(device))
+
+
+def leading_timesteps(num_steps: int, num_train_timesteps: int, steps_offset: int) -> Tensor:
+    """(num_steps,) int64: multiples of T // num_steps plus the offset, descending (951, 901, ..., 1 for 20 of 1000)."""
+    return torch.arange(num_steps - 1, -1, -1) * (num_train_timesteps // num_steps) + steps_offset
+
+
+def ddim_table(
+    alphas_cumprod: Tensor,  # (T,) the scheduler's own float32 table
+    timesteps: Tensor,  # (R,) int64, descending
+    eta: float,
+    prediction_type: str,
+) -> StepTable:
+    """DDIM (arXiv 2010.02502, eq. 12 and 16). Matches ddim_with_logprob.py of the published code, quirks included:
+
+    the previous timestep is t - T // R clamped to 0, so the last step goes to alphas_cumprod[0], keeps std > 0, and
+    set_alpha_to_one is ignored. The table is cast to float64 before any arithmetic: from float64 betas the published std
+    would be missed by 3e-7. eta = 0 gives std = 0: fine for sampling, useless for log-probabilities. Raises ValueError for
+    an unknown prediction type or eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} must lie in [0, 1]")
+    num_train_timesteps, num_steps = alphas_cumprod.shape[0], timesteps.shape[0]
+    previous = (timesteps - num_train_timesteps // num_steps).clamp_min(0)
+    alpha = alphas_cumprod.double()[timesteps]
+    alpha_prev = alphas_cumprod.double()[previous]
+    std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
+
+    # x0 = c x_t + d m and epsilon = e x_t + f m for the three meanings of m
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    conversions = {
+        "epsilon": (1 / signal, -sigma / signal, zero, one),
+        "v_prediction": (signal, -sigma, sigma, signal),
+        "sample": (zero, one, 1 / sigma, -signal / sigma),
+    }
+    if prediction_type not in conversions:
+        raise ValueError(f"prediction_type={prediction_type!r} is unknown. Known: {', '.join(conversions)}.")
+    c, d, e, f = conversions[prediction_type]
+    towards_x0, towards_noise = alpha_prev.sqrt(), (1 - alpha_prev - std**2).clamp_min(0).sqrt()
+    a = towards_x0 * c + towards_noise * e
+    b = towards_x0 * d + towards_noise * f
+    return StepTable(timesteps, torch.stack([a, b, c, d, std], dim=1))
+
+
+def flow_table(
+    sigmas: Tensor,  # (R + 1,) descending noise levels of a flow-matching scheduler, ending at 0
+    timesteps: Tensor,  # (R,) what the network is told
+    noise_level: float,
+) -> StepTable:
+    """The reverse SDE of flow matching (Flow-GRPO, arXiv 2505.05470, eq. 12), x_t = (1 - sigma) x0 + sigma noise.
+
+    With s = noise_level sqrt(sigma / (1 - sigma)) and dt = sigma_next - sigma < 0:
+        mean = x_t (1 + s^2 dt / (2 sigma)) + v dt (1 + s^2 (1 - sigma) / (2 sigma)),   std = s sqrt(-dt)
+    At sigma = 1, where s is infinite, the second noise level takes its place, as in the published code.
+    """
+    sigmas = sigmas.double()
+    sigma, dt = sigmas[:-1], sigmas.diff()
+    finite = torch.where(sigma == 1, sigmas[1], sigma)
+    s = noise_level * (sigma / (1 - finite)).sqrt()
+    a = 1 + s**2 * dt / (2 * sigma)
+    b = dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
+    return StepTable(timesteps, torch.stack([a, b, torch.ones_like(sigma), -sigma, s * (-dt).sqrt()], dim=1))

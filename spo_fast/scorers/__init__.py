@@ -1,0 +1,84 @@
+"""Scorers: what judges the candidates. Add one to SCORERS and every objective can use it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spo_fast.scorers.clip_scorers import ClipScorer, Tokenize, load_pickscore, load_spm, make_tiny_spm
+from spo_fast.scorers.weighted import WeightedSum
+
+if TYPE_CHECKING:
+    from spo_fast.experience import Candidates
+
+__all__ = [
+    "SCORERS",
+    "ClipScorer",
+    "PixelScorer",
+    "Scorer",
+    "WeightedSum",
+    "load_scorer",
+    "make_tiny_spm",
+    "repeat_text",
+]
+
+
+class Scorer(Protocol):
+    """Judges K candidates of each of B prompts; higher is better, and a softmax over two scores is a preference."""
+
+    def encode(self, prompts: list[str]) -> Any:
+        """P prompts -> (P, D) float32 text features (a weighted sum: a tuple of such). repeat_text makes K*B rows."""
+        ...
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """(K*B,) float32 scores, k-major. Takes no gradient and never waits for the device."""
+        ...
+
+
+class PixelScorer(Scorer, Protocol):
+    """A scorer of decoded images, which lets a weighted sum decode once for all of them."""
+
+    def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """(N, 3, H, W) in about [-1, 1], (), (N, D) -> (N,) float32."""
+        ...
+
+
+SCORERS: dict[str, Callable[[Path, Tokenize, str | torch.device, torch.dtype], Scorer]] = {
+    "spm": load_spm,
+    "pickscore": load_pickscore,
+}
+
+
+def load_scorer(
+    specs: Sequence[tuple[str, float]],  # (name in SCORERS, weight)
+    paths: Mapping[str, str | Path],  # name -> local file or directory
+    tokenize: Tokenize,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Scorer:
+    """One scorer, or the weighted sum of several. Raises ValueError for an unknown name or one without a path."""
+    if not specs:
+        raise ValueError(f"No scorer given. Known: {', '.join(SCORERS)}.")
+    for name, _ in specs:
+        if name not in SCORERS:
+            nearest = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown scorer {name!r}. Known: {', '.join(SCORERS)}. Did you mean {nearest!r}?")
+        if name not in paths:
+            raise ValueError(
+                f"Scorer {name!r} has no weights: give a local file or directory for it (paths has {sorted(paths)})."
+            )
+    scorers = [SCORERS[name](Path(paths[name]), tokenize, device, dtype) for name, _ in specs]
+    weights = [weight for _, weight in specs]
+    return scorers[0] if weights == [1] else WeightedSum(scorers, weights)
+
+
+def repeat_text(text: Any, num_candidates: int) -> Any:
+    """What encode returned for B prompts (a tensor, or a tuple of them) -> the same with K*B rows, k-major."""
+    if isinstance(text, tuple):
+        return tuple(repeat_text(part, num_candidates) for part in text)
+    return text.repeat(num_candidates, *[1] * (text.ndim - 1))

@@ -1,0 +1,583 @@
+"""CLIP, plain or step-aware, under the parameter names of the published checkpoints.
+
+The towers are written out here because preference models are CLIPs whose vision tower was changed (the step-aware one
+sees the timestep), and because the classes of transformers have been renamed and flattened between releases while the
+names inside the checkpoints never moved. So a module's attribute names below are the checkpoint's keys, misspelling
+(`pre_layrnorm`) included.
+
+Step-aware preference model (SPO, arXiv 2406.04314): each vision layer gets, from the timestep's embedding, a shift and
+a scale after either LayerNorm and a gate on either branch, as DiT does (arXiv 2212.09748):
+x + gate * branch(norm(x) * (1 + scale) + shift).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding, fixed in the published model
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """One transformer, text or vision."""
+
+    width: int
+    """Channels of the residual stream."""
+    mlp_width: int
+    """Channels inside the MLP."""
+    num_layers: int
+    num_heads: int
+    """Attention heads. No tensor's shape shows it: from config.json or KNOWN_CLIPS."""
+    activation: str
+    """"gelu" (open_clip's laion models) or "quick_gelu" (OpenAI's). No tensor's shape shows it either."""
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(
+                f"CLIP activation {self.activation!r} is not known (known: {known}). Mend hidden_act in config.json."
+            )
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"CLIP width {self.width} is not a multiple of {self.num_heads} heads: num_attention_heads is wrong."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Sizes of a CLIP; `config_from_state_dict` reads them off a checkpoint."""
+
+    text: TowerConfig
+    vision: TowerConfig
+    vocab_size: int
+    max_length: int
+    """Tokens the text tower has positions for (77 in every published CLIP)."""
+    image_size: int
+    """Pixels a side; images are square."""
+    patch_size: int
+    projection_dim: int
+    """Channels D shared by image and text features."""
+    time_conditioned: bool
+    """True: the step-aware model, whose image features depend on the timestep."""
+
+    def to_hf(self) -> dict[str, Any]:
+        """What config.json holds beside the weights: transformers' form, which `config_from_state_dict` reads."""
+        return {
+            "model_type": "clip",
+            "projection_dim": self.projection_dim,
+            "text_config": {
+                **_tower_to_hf(self.text),
+                "vocab_size": self.vocab_size,
+                "max_position_embeddings": self.max_length,
+            },
+            "vision_config": {
+                **_tower_to_hf(self.vision),
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+            },
+        }
+
+
+HF_NAMES = {
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+}
+
+
+def _tower_to_hf(tower: TowerConfig) -> dict[str, Any]:
+    return {HF_NAMES[field]: value for field, value in asdict(tower).items()}
+
+
+@dataclass(frozen=True)
+class KnownClip:
+    name: str
+    vision_heads: int
+    text_heads: int
+    activation: str
+
+
+# (vision width, vision layers, patch size) -> what the shapes of a checkpoint do not show. laion's L/14 and B models
+# have the shapes of OpenAI's with another activation: they need their config.json, which goes before this table.
+KNOWN_CLIPS = {
+    (1280, 32, 14): KnownClip("ViT-H/14 laion", 16, 16, "gelu"),
+    (1664, 48, 14): KnownClip("ViT-bigG/14 laion", 16, 20, "gelu"),
+    (1024, 24, 14): KnownClip("ViT-L/14 openai", 16, 12, "quick_gelu"),
+    (768, 12, 16): KnownClip("ViT-B/16 openai", 12, 8, "quick_gelu"),
+    (768, 12, 32): KnownClip("ViT-B/32 openai", 12, 8, "quick_gelu"),
+}
+
+# config.json holds only what differs from these when a recent transformers wrote it
+HF_TOWER_DEFAULTS = {
+    "text": {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "vision": {"num_attention_heads": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's cheap GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+def timestep_embedding(
+    t: Tensor,  # (B,) timesteps 0..999, any dtype
+    channels: int = TIME_CHANNELS,
+) -> Tensor:  # (B, channels) float32
+    """cos then sin of t at frequencies 10000^(-i / half), i = 0..half-1."""
+    half = channels // 2
+    # float32 whatever the towers compute in: 951 rad is not even an integer in bf16
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, width)
+        return self.mlp(timestep_embedding(t).to(next(self.parameters()).dtype))
+
+
+def modulation(width: int, num_parts: int) -> nn.Sequential:
+    """Timestep embedding (B, width) -> num_parts shifts, scales and gates, (B, num_parts * width)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_parts * width))
+
+
+class Attention(nn.Module):
+    def __init__(self, tower: TowerConfig, causal: bool):
+        super().__init__()
+        self.num_heads, self.causal = tower.num_heads, causal
+        self.q_proj = nn.Linear(tower.width, tower.width)
+        self.k_proj = nn.Linear(tower.width, tower.width)
+        self.v_proj = nn.Linear(tower.width, tower.width)
+        self.out_proj = nn.Linear(tower.width, tower.width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, width) -> same
+        q, k, v = (
+            p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, heads, L, width / heads)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, tower: TowerConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[tower.activation]
+        self.fc1 = nn.Linear(tower.width, tower.mlp_width)
+        self.fc2 = nn.Linear(tower.mlp_width, tower.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, tower: TowerConfig, causal: bool, time_conditioned: bool):
+        super().__init__()
+        self.self_attn = Attention(tower, causal)
+        self.layer_norm1 = nn.LayerNorm(tower.width, eps=tower.layer_norm_eps)
+        self.mlp = MLP(tower)
+        self.layer_norm2 = nn.LayerNorm(tower.width, eps=tower.layer_norm_eps)
+        if time_conditioned:
+            self.adaLN_modulation = modulation(tower.width, 6)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, L, width)
+        time: Tensor | None,  # (B, width) or, one timestep for all, (1, width)
+    ) -> Tensor:  # (B, L, width)
+        if time is None:
+            x = x + self.self_attn(self.layer_norm1(x))
+            return x + self.mlp(self.layer_norm2(x))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(time)[:, None].chunk(6, dim=-1)
+        x = x + gate_a * self.self_attn(self.layer_norm1(x) * (1 + scale_a) + shift_a)
+        return x + gate_m * self.mlp(self.layer_norm2(x) * (1 + scale_m) + shift_m)
+
+
+class Encoder(nn.Module):
+    def __init__(self, tower: TowerConfig, causal: bool, time_conditioned: bool = False):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(tower, causal, time_conditioned) for _ in range(tower.num_layers))
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, time)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.text.width)
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, width)
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextTower(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config.text, causal=True)
+        self.final_layer_norm = nn.LayerNorm(config.text.width, eps=config.text.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, L) int64 -> (B, width)
+        """The feature at the first position of the largest id, which is the end token in CLIP's vocabulary.
+
+        Attention is causal, so nothing after that position can reach it: how a prompt is padded, and with what, is of
+        no consequence (as long as no larger id follows), and no padding mask is needed.
+        """
+        x = self.encoder(self.embeddings(ids))
+        pooled = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]  # argmax gives the first of equals
+        return self.final_layer_norm(pooled)
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        width, patch = config.vision.width, config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, 1 + patches, width)
+        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        cls = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        vision = config.vision
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(vision.width, eps=vision.layer_norm_eps)
+        self.encoder = Encoder(vision, causal=False, time_conditioned=config.time_conditioned)
+        self.post_layernorm = nn.LayerNorm(vision.width, eps=vision.layer_norm_eps)
+        if config.time_conditioned:
+            self.adaLN_modulation = modulation(vision.width, 2)
+
+    def forward(
+        self,
+        pixels: Tensor,  # (B, 3, S, S) normalised
+        time: Tensor | None,  # (B, width) or (1, width)
+    ) -> Tensor:  # (B, width)
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), time)
+        x = self.post_layernorm(x[:, 0])
+        if time is None:
+            return x
+        shift, scale = self.adaLN_modulation(time).chunk(2, dim=-1)
+        return x * (1 + scale) + shift
+
+
+class Clip(nn.Module):
+    """CLIP; with config.time_conditioned the step-aware preference model. Nothing in it waits for the device."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTower(config)
+        self.vision_model = VisionTower(config)
+        self.text_projection = nn.Linear(config.text.width, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(config.vision.width, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(100)))
+        if config.time_conditioned:
+            self.t_embedder = TimestepEmbedder(config.vision.width)
+
+    def get_text_features(self, ids: Tensor) -> Tensor:  # (P, L) int64 -> (P, D), not normalised
+        return self.text_projection(self.text_model(ids))
+
+    def get_image_features(
+        self,
+        pixels: Tensor,  # (B, 3, S, S) normalised
+        timesteps: Tensor | None = None,  # (B,), or (1,) for all images: then the modulation is computed once
+    ) -> Tensor:  # (B, D), not normalised
+        if self.config.time_conditioned and timesteps is None:
+            raise ValueError("A step-aware CLIP needs timesteps: (B,) or (1,), 0 for clean images.")
+        time = self.t_embedder(timesteps) if self.config.time_conditioned else None
+        return self.visual_projection(self.vision_model(pixels, time))
+
+    def forward(
+        self,
+        pixels: Tensor,  # (B, 3, S, S) normalised
+        ids: Tensor,  # (P, L)
+        timesteps: Tensor | None = None,  # (B,) or (1,)
+    ) -> tuple[Tensor, Tensor]:  # (B, D), (P, D) float32 unit vectors of images and texts
+        return unit(self.get_image_features(pixels, timesteps)), unit(self.get_text_features(ids))
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> Clip:
+        """Cast the towers. logit_scale stays float32: ln 100 rounded to bf16 would scale every score by 0.989.
+
+        Parameters are replaced, not cast in place (FakeTensorMode allows no swap): cast before making an optimizer.
+        """
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter is not self.logit_scale and parameter.dtype != dtype:
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
+        return self
+
+
+def unit(features: Tensor) -> Tensor:  # (..., D) any dtype -> float32 of length 1
+    features = features.float()
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+SPM_FILES = (
+    "sd-v1-5_step-aware_preference_model.bin or sdxl_step-aware_preference_model.bin of "
+    "SPO-Diffusion-Models/Step-Aware_Preference_Models, or a directory written by save_clip"
+)
+PLAIN_FILES = (
+    "model.safetensors or pytorch_model.bin of a CLIPModel such as yuvalkirstain/PickScore_v1, "
+    "or the directory with its config.json"
+)
+
+
+def load_clip(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    time_conditioned: bool,
+    hf_config: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Clip:
+    """Read a CLIP strictly: every tensor of the network must be there, and nothing else but `position_ids` buffers.
+
+    source: a `.safetensors` or `.bin` file, a directory with model.safetensors or pytorch_model.bin, or a state dict.
+    hf_config: transformers' CLIPConfig as a dict; by default config.json beside the weights, else KNOWN_CLIPS.
+    The published loader leaves missing tensors uninitialised; here they are an error that names them.
+    Raises FileNotFoundError, or ValueError for a pickle that holds more than tensors, wrong keys or shapes, or an
+    architecture that is not known.
+    """
+    if isinstance(source, Mapping):
+        name, tensors = "state dict", source
+    else:
+        file = find_weights(Path(source))
+        name, tensors = str(file), read_tensors(file)
+        hf_config = hf_config or read_hf_config(file.parent)
+    # the published step-aware model keeps the network in an attribute `model`; old transformers saved index buffers
+    tensors = {key.removeprefix("model."): value for key, value in tensors.items() if not key.endswith("position_ids")}
+    config = config_from_state_dict(tensors, time_conditioned=time_conditioned, hf_config=hf_config, name=name)
+    with torch.device("meta"):  # shapes only: nothing is initialised that is about to be replaced
+        model = Clip(config)
+    check_tensors(model, tensors, name)
+    placed = {key: value.to(device, torch.float32 if key == "logit_scale" else dtype) for key, value in tensors.items()}
+    model.load_state_dict(placed, assign=True)
+    return model.eval()
+
+
+def save_clip(model: Clip, directory: str | Path) -> Path:
+    """Write model.safetensors (keys as published: under `model.` if step-aware) and config.json, for load_clip."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    prefix = "model." if model.config.time_conditioned else ""
+    save_file(
+        {prefix + key: value.contiguous() for key, value in model.state_dict().items()}, directory / "model.safetensors"
+    )
+    (directory / "config.json").write_text(json.dumps(model.config.to_hf(), indent=1) + "\n")
+    return directory
+
+
+def find_weights(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist. Expected {SPM_FILES}; or {PLAIN_FILES}.")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".safetensors"))
+    hint = f"It holds {', '.join(others)}: give the file itself." if others else "It holds no weights."
+    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin. {hint}")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a file of tensors alone. Pickles that hold anything else are refused, since "
+            "loading one can run code: if you trust it, load it yourself and save its state dict as .safetensors."
+        ) from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{file} holds no state dict (names to tensors): save the state dict alone.")
+    return dict(tensors)
+
+
+def read_hf_config(directory: Path) -> dict[str, Any] | None:
+    """config.json if it is a CLIP's; any other model's is none of ours."""
+    file = directory / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text())
+    return config if {"text_config", "vision_config"} <= config.keys() else None
+
+
+def config_from_state_dict(
+    tensors: Mapping[str, Tensor],  # keys without `model.`
+    *,
+    time_conditioned: bool,
+    hf_config: Mapping[str, Any] | None = None,
+    name: str = "state dict",
+) -> ClipConfig:
+    """Sizes from the shapes; heads, activation and epsilon, which no shape shows, from hf_config or KNOWN_CLIPS."""
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors:
+            expected = SPM_FILES if time_conditioned else PLAIN_FILES
+            raise ValueError(f"{name} is no CLIP: it has no {key}. Expected {expected}.")
+        return tensors[key].shape
+
+    def tower(kind: str, fixed: Mapping[str, Any]) -> TowerConfig:
+        prefix = f"{kind}_model.encoder.layers."
+        layers = {int(m[1]) for key in tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", key))}
+        mlp_width, width = shape(f"{prefix}0.mlp.fc1.weight")
+        sizes = {"width": width, "mlp_width": mlp_width, "num_layers": max(layers) + 1}
+        for field, size in sizes.items():
+            if fixed.get(field, size) != size:
+                raise ValueError(
+                    f"config.json and {name} disagree: {kind}_config.{HF_NAMES[field]} is {fixed[field]}, the weights "
+                    f"have {size}. Put the weights beside the config.json they came with, or (for a known CLIP) alone."
+                )
+        return TowerConfig(**{**fixed, **sizes})
+
+    width, _, patch_size, _ = shape("vision_model.embeddings.patch_embedding.weight")
+    if hf_config is None:
+        num_layers = len({key.split(".")[3] for key in tensors if key.startswith("vision_model.encoder.layers.")})
+        text, vision = _known_towers((width, num_layers, patch_size), name)
+    else:
+        text, vision = _hf_tower(hf_config, "text"), _hf_tower(hf_config, "vision")
+    return ClipConfig(
+        text=tower("text", text),
+        vision=tower("vision", vision),
+        vocab_size=shape("text_model.embeddings.token_embedding.weight")[0],
+        max_length=shape("text_model.embeddings.position_embedding.weight")[0],
+        image_size=math.isqrt(shape("vision_model.embeddings.position_embedding.weight")[0] - 1) * patch_size,
+        patch_size=patch_size,
+        projection_dim=shape("visual_projection.weight")[0],
+        time_conditioned=time_conditioned,
+    )
+
+
+def _known_towers(key: tuple[int, int, int], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    if key not in KNOWN_CLIPS:
+        known = "; ".join(f"{clip.name} {sizes}" for sizes, clip in KNOWN_CLIPS.items())
+        raise ValueError(
+            f"{name}: no known CLIP has (vision width, layers, patch) = {key}, so head counts and activation cannot be "
+            f"told. Put its config.json (transformers' CLIPConfig) in the same directory. Known: {known}."
+        )
+    clip = KNOWN_CLIPS[key]
+    return (
+        {"num_heads": clip.text_heads, "activation": clip.activation},
+        {"num_heads": clip.vision_heads, "activation": clip.activation},
+    )
+
+
+def _hf_tower(hf_config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    # old files carry a second copy, `text_config_dict`, which transformers lets win
+    merged = {
+        **HF_TOWER_DEFAULTS[kind],
+        **hf_config[f"{kind}_config"],
+        **(hf_config.get(f"{kind}_config_dict") or {}),
+    }
+    return {field: merged[hf] for field, hf in HF_NAMES.items() if hf in merged}
+
+
+def check_tensors(model: Clip, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise a ValueError that names every kind of mismatch between the network and a checkpoint."""
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    reshaped = [
+        f"{key} {tuple(tensors[key].shape)}, not {tuple(wanted[key])}"
+        for key in sorted(wanted.keys() & tensors.keys())
+        if tensors[key].shape != wanted[key]
+    ]
+    if not (missing or unexpected or reshaped):
+        return
+    found = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", reshaped)]
+    report = ". ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in found if keys)
+    time_keys = ("t_embedder", "adaLN_modulation")
+    if any(part in key for key in missing for part in time_keys):
+        report += ". A CLIP without a timestep cannot score as a step-aware one"
+        report += " (to start training one: init_identity_time_conditioning)"
+    if any(part in key for key in unexpected for part in time_keys):
+        report += ". This is a step-aware model: load it as scorer spm"
+    expected = SPM_FILES if model.config.time_conditioned else PLAIN_FILES
+    raise ValueError(f"{name} does not fit the network of {len(wanted)} tensors. {report}. Expected {expected}.")
+
+
+def _some(keys: list[str], limit: int = 5) -> str:
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def init_identity_time_conditioning(model: Clip, seed: int = 0) -> Clip:
+    """A step-aware model that starts as the plain CLIP `model` for every timestep, sharing its tensors.
+
+    Gates 1, shifts and scales 0, all weights of the modulations 0; timestep MLP N(0, 0.02^2) with biases 0: as the
+    published SPM training starts. (The published from_pretrained alone leaves these tensors uninitialised.)
+    """
+    if model.config.time_conditioned:
+        raise ValueError(
+            "This CLIP is step-aware already; init_identity_time_conditioning takes a plain one: "
+            "load_clip(..., time_conditioned=False)."
+        )
+    width, num_layers = model.config.vision.width, model.config.vision.num_layers
+    like = model.visual_projection.weight
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+
+    def put(key: str, value: Tensor) -> None:
+        state[key] = value.to(like.device, like.dtype)
+
+    put("t_embedder.mlp.0.weight", 0.02 * torch.randn(width, TIME_CHANNELS, generator=generator))
+    put("t_embedder.mlp.0.bias", torch.zeros(width))
+    put("t_embedder.mlp.2.weight", 0.02 * torch.randn(width, width, generator=generator))
+    put("t_embedder.mlp.2.bias", torch.zeros(width))
+    shift_scale_gate = torch.tensor([0.0, 0.0, 1.0]).repeat_interleave(
+        width
+    )  # (3 width,), once for attention, once for the MLP
+    for i in range(num_layers):
+        put(f"vision_model.encoder.layers.{i}.adaLN_modulation.1.weight", torch.zeros(6 * width, width))
+        put(f"vision_model.encoder.layers.{i}.adaLN_modulation.1.bias", shift_scale_gate.repeat(2))
+    put("vision_model.adaLN_modulation.1.weight", torch.zeros(2 * width, width))
+    put("vision_model.adaLN_modulation.1.bias", torch.zeros(2 * width))
+
+    with torch.device("meta"):
+        step_aware = Clip(replace(model.config, time_conditioned=True))
+    step_aware.load_state_dict(state, assign=True)
+    return step_aware

@@ -1,0 +1,193 @@
+"""Scorers of decoded images that are CLIPs: the step-aware preference model (SPM) and PickScore.
+
+score = exp(logit_scale) * cos(image, text): logits whose softmax over two images is the probability that people prefer
+one (PickScore, arXiv 2305.01569). The SPM's image features also depend on the timestep the image was predicted at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_clip, save_clip, unit
+
+if TYPE_CHECKING:
+    from spo_fast.experience import Candidates
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of pixels in [0, 1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Tokenize = Callable[[list[str]], Tensor]
+"""P prompts -> (P, L) int64 ids, L at most the text tower's max_length, the end token being the largest id."""
+
+TEXT_BATCH = 64  # prompts through the text tower at a time
+MAX_CACHED_PROMPTS = 65_536  # 256 MiB at D = 1024
+
+
+# -------------------------------------------------------------------------------------------------------- preprocessing
+
+
+def preprocess_for_scoring(
+    images: Tensor,  # (B, 3, H, W) floating, about [-1, 1]
+    size: int,
+) -> Tensor:  # (B, 3, size, size) float32, normalised
+    """What the SPM sees while it judges candidates of a diffusion model, as the published trainer has it.
+
+    Bicubic (a = -0.75, no antialias) to short side `size`, centre crop, to [0, 1], clamp: the overshoot of the VAE goes
+    through the resize, which runs in the images' own dtype. The SPM itself was trained on
+    `preprocess_for_spm_training`, which clamps first and never crops; the two differ in the published code, and
+    published scores need this one.
+    """
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    resized = (int(height * scale + 0.5), int(width * scale + 0.5))
+    x = F.interpolate(images, size=resized, mode="bicubic", align_corners=False)
+    top, left = (
+        int(round((side - size) / 2.0)) for side in resized
+    )  # rounds half to even, as torchvision's CenterCrop
+    x = x[..., top : top + size, left : left + size]
+    return normalise((x / 2 + 0.5).clamp(0, 1).float())
+
+
+def preprocess_for_spm_training(
+    images: Tensor,  # (B, 3, H, W) floating, about [-1, 1]
+    size: int,
+) -> Tensor:  # (B, 3, size, size) float32, normalised
+    """What the SPM sees in its training: clamp to [0, 1], float32, bicubic to a square whatever the aspect, clamp.
+
+    Kept apart from `preprocess_for_scoring`: a model trained otherwise would not be comparable with the published one.
+    """
+    x = (images / 2 + 0.5).clamp(0, 1).float()
+    x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
+    return normalise(x.clamp(0, 1))
+
+
+def normalise(pixels: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1]
+    """CLIP's statistics. Channel by channel with Python numbers: a constant tensor would be a copy from the host."""
+    channels = zip(pixels.unbind(dim=1), CLIP_MEAN, CLIP_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
+# --------------------------------------------------------------------------------------------------------------- scorer
+
+
+class ClipScorer:
+    """Score of decoded x0: the SPM when `model` is step-aware, PickScore (or any CLIP score) when it is plain.
+
+    model: frozen here, and its towers cast to `dtype` in place (float32 as published; bfloat16 and float16 allowed).
+    Whatever the dtype, the timestep's sinusoid, logit_scale and the cosine are float32.
+    tokenize: prompts -> ids. Each distinct prompt goes through the text tower once; its features stay on the CPU,
+    MAX_CACHED_PROMPTS of them.
+    """
+
+    def __init__(self, model: Clip, tokenize: Tokenize, *, dtype: torch.dtype = torch.float32):
+        self.model = model.set_compute_dtype(dtype).requires_grad_(False).eval()
+        self.tokenize = tokenize
+        self._text_features: dict[str, Tensor] = {}  # prompt -> (D,) float32 on the CPU
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:  # (P, D) float32 unit text features
+        cache = self._text_features
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
+        for start in range(0, len(new), TEXT_BATCH):
+            batch = new[start : start + TEXT_BATCH]
+            cache.update(zip(batch, self.encode_ids(self.tokenize(batch)).cpu(), strict=True))
+        features = torch.stack([cache[prompt] for prompt in prompts]).to(self.device)
+        for prompt in list(cache)[: max(0, len(cache) - MAX_CACHED_PROMPTS)]:
+            del cache[prompt]
+        return features
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor) -> Tensor:  # (P, L) int64 -> (P, D) float32 unit text features
+        limit = self.model.config.max_length
+        if ids.shape[1] > limit:
+            raise ValueError(
+                f"Prompts of {ids.shape[1]} tokens, but the scorer's text tower has {limit} positions: let `tokenize` "
+                f"truncate to {limit}."
+            )
+        return unit(self.model.get_text_features(ids.to(self.device)))
+
+    def score_pixels(
+        self,
+        pixels: Tensor,  # (N, 3, H, W) about [-1, 1]
+        t: Tensor,  # () timestep of all N; a plain CLIP does not look at it
+        text: Tensor,  # (N, D) unit text features
+    ) -> Tensor:  # (N,) float32
+        """exp(logit_scale) * cos(image, text). Differentiable in pixels."""
+        x = preprocess_for_scoring(pixels, self.model.config.image_size)
+        image = unit(self.model.get_image_features(x, t.reshape(1)))
+        return self.model.logit_scale.exp() * (image * text).sum(dim=-1)
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
+        x0 = candidates.x0
+        scores = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
+        for rows, pixels in candidates.pixel_chunks():
+            scores[rows] = self.score_pixels(pixels, candidates.t, candidates.text[rows])
+        return scores
+
+
+def load_spm(
+    path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipScorer:
+    """The step-aware preference model, e.g. sdxl_step-aware_preference_model.bin (strict: see load_clip)."""
+    return ClipScorer(load_clip(path, time_conditioned=True, device=device, dtype=dtype), tokenize, dtype=dtype)
+
+
+def load_pickscore(
+    path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipScorer:
+    """yuvalkirstain/PickScore_v1: a plain ViT-H/14, blind to the timestep (an ablation of the SPO paper)."""
+    return ClipScorer(load_clip(path, time_conditioned=False, device=device, dtype=dtype), tokenize, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- stand-in
+
+
+def make_tiny_spm(path: str | Path, seed: int = 0, vocab_size: int = 256, max_length: int = 16) -> Path:
+    """Write a random step-aware model (32 px, 0.1 M parameters) in the published layout; one seed, one file.
+
+    Its preferences mean nothing, but depend on the image, the prompt and, since no modulation is zero, the timestep.
+    """
+    text = TowerConfig(width=32, mlp_width=64, num_layers=2, num_heads=4, activation="gelu")
+    vision = TowerConfig(width=48, mlp_width=96, num_layers=2, num_heads=4, activation="gelu")
+    config = ClipConfig(
+        text=text,
+        vision=vision,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        image_size=32,
+        patch_size=8,
+        projection_dim=24,
+        time_conditioned=True,
+    )
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in Clip(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {key: _random_tensor(key, shapes[key], generator) for key in sorted(shapes)}
+    return save_clip(load_clip(tensors, time_conditioned=True, hf_config=config.to_hf()), path)
+
+
+def _random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if key == "logit_scale":
+        return torch.tensor(math.log(100))
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in key and key.endswith("weight"):
+        return 1 + 0.1 * noise
+    if key.endswith("bias") or "position" in key or "class" in key:
+        return 0.1 * noise
+    if "token" in key:
+        return noise
+    if "adaLN" in key:
+        return noise * 0.5 / math.sqrt(shape[1])
+    return noise / math.sqrt(shape[1:].numel())  # fan-in

@@ -1,0 +1,46 @@
+"""A weighted sum of scorers, e.g. the SPM plus a little PickScore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from spo_fast.experience import Candidates
+    from spo_fast.scorers import Scorer
+
+
+class WeightedSum:
+    """sum_i weight_i * scorer_i(candidates), on the scorers' own scales.
+
+    Parts that judge pixels (they have `score_pixels`) share the decoded images: each latent goes through the VAE once,
+    chunk by chunk, for all of them.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], weights: Sequence[float]):
+        if not scorers or len(scorers) != len(weights):
+            raise ValueError(
+                f"A weighted sum needs scorers and as many weights; got {len(scorers)} and {len(weights)}."
+            )
+        self.scorers, self.weights = tuple(scorers), tuple(weights)
+
+    def encode(self, prompts: list[str]) -> tuple[Any, ...]:  # one entry a scorer: what its own encode returned
+        return tuple(scorer.encode(prompts) for scorer in self.scorers)
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
+        x0 = candidates.x0
+        total = torch.zeros(len(x0), dtype=torch.float32, device=x0.device)
+        parts: list[tuple[float, Any, Any]] = list(zip(self.weights, self.scorers, candidates.text, strict=True))
+        of_pixels = [part for part in parts if hasattr(part[1], "score_pixels")]
+        of_latents = [part for part in parts if not hasattr(part[1], "score_pixels")]
+        for rows, pixels in candidates.pixel_chunks() if of_pixels else ():
+            for weight, scorer, text in of_pixels:
+                total[rows] += weight * scorer.score_pixels(pixels, candidates.t, text[rows])
+        for weight, scorer, text in of_latents:
+            total += weight * scorer(replace(candidates, text=text))
+        return total

@@ -1,0 +1,53 @@
+"""Fixtures shared by all tests. Heavy packages are imported where they are needed, not here."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Two threads: tests are small, and CI machines share their cores."""
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@functools.cache
+def _read_golden(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    tensors = GOLDEN / f"{name}.safetensors"
+    facts = GOLDEN / f"{name}.json"
+    if not tensors.exists() and not facts.exists():
+        known = ", ".join(sorted({path.stem for path in GOLDEN.glob("*.json")}))
+        raise FileNotFoundError(f"no golden fixture {name!r} in {GOLDEN}; there are: {known}")
+    return (
+        load_file(tensors) if tensors.exists() else {},
+        json.loads(facts.read_text()) if facts.exists() else {},
+    )
+
+
+@pytest.fixture
+def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
+    """golden(name) -> (tensors, facts): what the published code computed. Shared: do not write into it."""
+    return _read_golden

@@ -1,0 +1,237 @@
+"""The build, the packaging, and what only the C library has: Philox words, threads, error codes, its binding."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from spo_fast.ops import clib
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+HEAVY = {"torch", "diffusers", "transformers"}
+
+needs_library = pytest.mark.skipif(clib.load("cpu") is None, reason=clib.why_missing("cpu"))
+
+
+def in_subprocess(code: str, python: str = sys.executable, **environment: str) -> str:
+    """What `code` prints in a fresh interpreter that stands outside the repository."""
+    result = subprocess.run(
+        [python, "-c", code], cwd="/", env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light():
+    code = f"import sys, spo_fast; print(sorted({HEAVY!r} & set(sys.modules)), spo_fast.__version__)"
+    assert in_subprocess(code, PYTHONPATH=str(ROOT)).split() == ["[]", "0.1.0"]
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc on PATH")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_cuda_compiles_without_warnings_or_spills(architecture, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xcompiler=-Wall,-Wextra,-Werror"]
+    command += ["--Werror=all-warnings", "-Xptxas=-v", "-c", str(ROOT / "csrc/transition.cu"), "-o", "transition.o"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = result.stdout + result.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 3 * 4 * 2  # three kernels, four output dtypes, two latent dtypes
+    assert set(spills) == {("0", "0")}
+
+
+def c_array(values):
+    return (ctypes.c_uint32 * len(values))(*values)
+
+
+# Known answers published with Random123 (kat_vectors, philox4x32 with 10 rounds).
+@needs_library
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    out = c_array([0] * 4)
+    assert clib.load("cpu").spo_philox(c_array(counter), c_array(key), out) == 0
+    assert " ".join(f"{word:08x}" for word in out) == expected
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def log_ratio_inputs(num_states=3, num_transitions=5, sample=(4, 65, 64)):
+    m = [randn(num_states, *sample, seed=i) for i in range(4)]
+    x_t, x_prev = randn(num_states, *sample, seed=4), randn(num_transitions, *sample, seed=5)
+    states, rows = torch.arange(num_transitions) % num_states, torch.arange(num_states) % 2
+    table = torch.tensor([[0.9, 0.1, 1.1, -0.5, 0.3], [0.8, 0.2, 1.2, -0.6, 0.02]], dtype=torch.float64)
+    return [*m, x_t, x_prev, states, rows, table, 5.0]
+
+
+@needs_library
+def test_libraries_export_the_interface_and_nothing_else():
+    declared = set(re.findall(r"^SPO_API .*?(spo_\w+)\(", (ROOT / "csrc/spo_fast.h").read_text(), re.MULTILINE))
+    assert set(clib.ARGUMENTS) | {"spo_error_string"} == declared
+    for library in filter(None, map(clib.load, clib.LIBRARIES)):
+        listing = subprocess.run(
+            ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
+        )
+        assert {line.split()[2] for line in listing.stdout.splitlines()} == declared
+
+
+@needs_library
+def test_threads_never_show_in_the_result():
+    inputs = log_ratio_inputs(sample=(4, 128, 65))
+    keys = torch.arange(15).view(3, 5)
+    weights = randn(5), randn(5, seed=1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 7):
+            torch.set_num_threads(num_threads)
+            cond, uncond, x_t, rows, table = (inputs[i] for i in (0, 1, 4, 7, 8))
+            results.append(
+                [
+                    *clib.transition(cond, uncond, x_t, rows, table, 5.0, keys, None, 3),
+                    *clib.log_ratio_forward(*inputs),
+                    *clib.log_ratio_backward(*inputs, *weights),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_conversions_agree_with_torch(dtype):
+    """Every 16-bit pattern widens exactly; floats narrow to nearest even, also subnormals, ties, overflow and NaN."""
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).unsqueeze(0)
+    zeros = torch.zeros_like(patterns, dtype=torch.float32)
+    table = torch.tensor([[0, 1, 0, 1, 1]], dtype=torch.float64)  # x0 = m
+    row = torch.zeros(1, dtype=torch.int64)
+    widened, _ = clib.transition(patterns, None, zeros, row, table, 1.0, None, None, 0)
+    assert torch.equal(widened.nan_to_num(12345.0), patterns.float().nan_to_num(12345.0))
+
+    # The gradient is -2 x_prev / 2 here (a = 1, b = -1, x_t = 0, m = 0, n folded into the weight): x_prev, narrowed.
+    exact = patterns.float().flatten()
+    finite = exact[exact.isfinite()].sort().values
+    between = (finite[1:].double() + finite[:-1].double()) / 2  # ties
+    values = torch.cat([finite.double(), between, between.nextafter(torch.tensor(0.0).double()) * (1 + 1e-6)]).float()
+    values = torch.cat([values, torch.tensor([65519.0, 65520.0, 3.4e38, -3.4e38, 1e-45, float("nan")])]).unsqueeze(0)
+    n = values.numel()
+    m = torch.zeros_like(values, dtype=dtype)
+    table = torch.tensor([[0, 1, 0, 0, n**-0.5]], dtype=torch.float64)  # std^2 n = 1
+    gradient, _ = clib.log_ratio_backward(
+        *(m, None, m, None, torch.zeros_like(values), values, row, row, table, 1.0), torch.ones(1), torch.zeros(1)
+    )
+    assert torch.equal(gradient.float().nan_to_num(12345.0), values.to(dtype).float().nan_to_num(12345.0))
+
+
+@needs_library
+def test_index_out_of_range_is_an_error():
+    inputs = log_ratio_inputs(sample=(2, 3, 3))
+    for position, bad, message in [(6, 3, "state index"), (6, -1, "state index"), (7, 2, "row index")]:
+        broken = list(inputs)
+        broken[position] = broken[position].clone()
+        broken[position][-1] = bad
+        with pytest.raises(RuntimeError, match=message):
+            clib.log_ratio_forward(*broken)
+        with pytest.raises(RuntimeError, match=message):
+            clib.log_ratio_backward(*broken, torch.ones(5), torch.ones(5))
+
+
+@needs_library
+def test_states_without_transitions_get_zero_gradient():
+    inputs = log_ratio_inputs(num_states=3, num_transitions=2, sample=(2, 3, 3))  # state 2 has none
+    inputs[8][0, 4] = 0.0  # std 0 in the row of states 0 and 2: inf for the first, still 0 for the last
+    grad_cond, grad_uncond = clib.log_ratio_backward(*inputs, torch.ones(2), torch.ones(2))
+    assert not grad_cond[0].isfinite().any() and grad_cond[1].isfinite().all()
+    assert torch.count_nonzero(grad_cond[2]) == torch.count_nonzero(grad_uncond[2]) == 0
+
+
+@needs_library
+def test_binding_refuses_what_the_library_cannot_read():
+    cond, uncond, _, _, x_t, _, _, rows, table, g = log_ratio_inputs(sample=(2, 4, 4))
+    noise = randn(2, *x_t.shape)
+    transposed = cond.transpose(2, 3)
+    for arguments, message in [
+        ((transposed, uncond, x_t, rows, table, g, None, noise, 2), "cond is not contiguous"),
+        ((cond, uncond[:1], x_t, rows, table, g, None, noise, 2), r"uncond has shape \(1, 2, 4, 4\)"),
+        ((cond, uncond.half(), x_t, rows, table, g, None, noise, 2), "uncond has dtype torch.float16"),
+        ((cond, uncond, x_t.bfloat16(), rows, table, g, None, noise, 2), "latents have dtype torch.bfloat16"),
+        ((cond, uncond, x_t, rows.int(), table, g, None, noise, 2), "rows has dtype torch.int32"),
+        ((cond, uncond, x_t, rows, table.float(), g, None, noise, 2), "table has dtype torch.float32"),
+        ((cond, uncond, x_t, rows, table, g, None, None, 2), "need keys"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            clib.transition(*arguments)
+
+
+def test_missing_library_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPO_FAST_LIB_DIR", str(tmp_path))
+    clib._open.cache_clear()
+    try:
+        assert clib.load("cpu") is None
+        assert "libspo_fast_cpu.so does not exist" in clib.why_missing("cpu")
+        assert clib.load("mps") is None and "mps" in clib.why_missing("mps")
+    finally:
+        clib._open.cache_clear()
+
+
+def path_without_nvcc(folder: Path) -> str:
+    """A PATH with everything on the present one but nvcc, by links in `folder`."""
+    folder.mkdir()
+    for directory in os.environ["PATH"].split(os.pathsep):
+        for tool in Path(directory).iterdir() if Path(directory).is_dir() else ():
+            if not tool.name.startswith("nvcc") and not (folder / tool.name).exists():
+                (folder / tool.name).symlink_to(tool)
+    return str(folder)
+
+
+def source_copy(target: Path) -> Path:
+    """The source tree without what git ignores: an install must not lean on earlier builds."""
+    ignore = shutil.ignore_patterns(".git", ".venv*", "build", "lib", "runs", "golden", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, target, ignore=ignore))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_pip_install_needs_neither_torch_nor_nvcc(editable, tmp_path):
+    source = source_copy(tmp_path / "source")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv/bin/python")
+    path = path_without_nvcc(tmp_path / "bin")
+    environment = {k: v for k, v in os.environ.items() if k not in {"CUDACXX", "SPO_FAST_CUDA", "CUDA_PATH"}}
+    command = [python, "-m", "pip", "install", "--no-deps", *(["-e"] if editable else []), str(source)]
+    result = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    code = (
+        "import sys, pathlib, ctypes, spo_fast; "
+        f"assert not {HEAVY!r} & set(sys.modules); "
+        "lib = pathlib.Path(spo_fast.__file__).parent / 'lib'; "
+        "ctypes.CDLL(str(lib / 'libspo_fast_cpu.so')); "
+        "print(sorted(p.name for p in lib.iterdir()), lib)"
+    )
+    printed = in_subprocess(code, python, PYTHONPATH="")
+    assert printed.startswith("['libspo_fast_cpu.so']")
+    assert (str(source) in printed) == editable

@@ -1,0 +1,186 @@
+"""The published code's own numbers (golden/README.md): schedule, loss, comparison, rollouts, a whole training run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden_replay import RecordedDraws, conditioning, load, networks, policy, spm, table
+
+from spo_fast.config import SampleConfig
+from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.ops.preference_loss import STATS, preference_loss
+from spo_fast.ops.transition import log_ratio, transition
+from spo_fast.rollout import RolloutBatch, best_and_worst, branching_rollout, rollout_segments
+from spo_fast.schedule import ddim_table, leading_timesteps
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+
+
+def close(got, want, tolerance):
+    assert got.shape == want.shape
+    assert torch.equal(got.isfinite(), want.isfinite())
+    error = (got.double() - want.double()).abs().max() if want.numel() else torch.tensor(0.0)
+    assert error <= tolerance, f"max error {error:.3e} > {tolerance:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------- ddim
+
+
+@pytest.mark.parametrize("num_steps", [20, 30, 50])
+def test_schedule(num_steps):
+    golden, _ = load("ddim")
+    steps = leading_timesteps(num_steps, 1000, 1)
+    assert torch.equal(steps, golden[f"schedule{num_steps}.timesteps"])
+    close(ddim_table(golden["alphas_cumprod"], steps, 1.0, "epsilon").coefficients[:, 4], golden[f"schedule{num_steps}.std_eta1"], 3e-7)
+
+
+CASES = ["epsilon.f32", "epsilon.f64", "v_prediction.f32", "v_prediction.f64", "sample.f32", "sample.f64"]
+CASES += ["epsilon.f32.eta0.5", "epsilon.f64_f32table"]
+
+
+@pytest.mark.parametrize("backend", [b for b in available_backends("transition") if b != "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_ddim_steps(case, backend):
+    golden, _ = load("ddim")
+    prediction_type = case.split(".")[0]
+    steps = table(eta=0.5 if "eta0.5" in case else 1.0, prediction_type=prediction_type)
+    dtype = torch.float64 if "f64" in case else torch.float32
+    tolerance = {"epsilon.f64_f32table": 1e-6}.get(case, 1e-12 if dtype == torch.float64 else 2e-5)
+    rows = torch.arange(20).repeat_interleave(2)
+    x_t, m, m2, noise = (golden[f"in.{n}"].to(dtype).flatten(0, 1) for n in ("x_t", "model_out", "model_out2", "noise_k1"))
+    with use_backend(backend):
+        x0, children = transition(m, None, x_t, rows, steps.coefficients, 1.0, noise=noise[None])
+        close(x0.view(20, 2, 4, 4, 3), golden[f"{case}.pred_x0"].to(dtype), tolerance * 100)  # x0 reaches 40 at t = 951
+        close(children[0].view(20, 2, 4, 4, 3), golden[f"{case}.x_prev_k1"].to(dtype), tolerance)
+        noise_k4 = golden["in.noise_k4"].to(dtype).transpose(0, 1).flatten(1, 2)
+        four = transition(m, None, x_t, rows, steps.coefficients, 1.0, num_children=4, noise=noise_k4)[1]
+        close(four.view(4, 20, 2, 4, 4, 3).transpose(0, 1), golden[f"{case}.x_prev_k4"].to(dtype), tolerance)
+        ratio, _ = log_ratio(m2, None, m, None, x_t, children[0], torch.arange(40), rows, steps.coefficients, 1.0)
+    want = golden[f"{case}.logprob_eps2"].double() - golden[f"{case}.logprob_same_eps"].double()
+    # the published difference of two float32 log-probs of size |x| cancels; ours does not, so compare relatively
+    error = ((ratio.view(20, 2).double() - want).abs() / want.abs().clamp_min(1)).max()
+    assert error < (2e-5 if "f32" in case else 1e-11), error
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("backend", [b for b in available_backends("log_ratio") if b != "triton"])
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("case", sorted(load("loss")[1]["cases"]))
+def test_loss_and_gradients(case, precision, backend):
+    golden, facts = load("loss")
+    facts, dtype = facts["cases"][case], DTYPES[precision]
+    raw, raw_ref = (golden[f"{case}.raw_{n}"].to(dtype) for n in ("policy", "ref"))  # (win/lose, uncond/text, B, ...)
+    x_t, x_prev = (golden[f"{case}.{n}"].to(dtype) for n in ("latents", "next_latents"))
+    B, steps = x_t.shape[1], table()
+    rows = torch.tensor(facts["steps"]).repeat(2)
+    uncond, cond = (raw[:, i].flatten(0, 1).clone().requires_grad_() for i in (0, 1))
+    with use_backend(backend):
+        ratio, _ = log_ratio(
+            *(cond, uncond, raw_ref[:, 1].flatten(0, 1), raw_ref[:, 0].flatten(0, 1)),
+            *(x_t.flatten(0, 1), x_prev.flatten(0, 1), torch.arange(2 * B), rows, steps.coefficients, 5.0),
+        )
+    terms = ratio.view(2, B).T.unsqueeze(-1)  # (N, K, S)
+    with use_backend("eager"):
+        loss, stats = preference_loss(terms, torch.full((B,), 1 / B, dtype=dtype), facts["beta"], facts["eps"])
+    loss.backward()
+
+    exact = precision == "f64"
+    want_ratio = golden[f"{case}.f64.logprob"] - golden[f"{case}.f64.ref_logprob"]
+    close(ratio.view(2, B).double() / want_ratio.abs().clamp_min(1), want_ratio / want_ratio.abs().clamp_min(1), 1e-9 if exact else 2e-5)
+    close(loss, golden[f"{case}.{precision}.loss"].to(dtype), 1e-9 if exact else 1e-4)
+    got = torch.stack([uncond.grad.view(2, B, *x_t.shape[2:]), cond.grad.view(2, B, *x_t.shape[2:])], 1)
+    close(got, golden[f"{case}.f64.grad_raw"].to(dtype), 1e-9 if exact else 1e-4 * float(golden[f"{case}.f64.grad_raw"].abs().max()))
+    close(uncond.grad + cond.grad, golden[f"{case}.f64.grad_guided"].to(dtype).flatten(0, 1), 1e-9 if exact else 1e-4)
+    mean = dict(zip(STATS, (stats / B).tolist(), strict=True))
+    ratio_clamped = golden[f"{case}.{precision}.ratio_clamped"].double().mean(1)
+    assert mean["ratio_best"] == pytest.approx(float(ratio_clamped[0]), abs=1e-6 if not exact else 2e-3)
+    assert mean["clamped"] == pytest.approx(
+        (sum(facts["clamp_active_win"]) + sum(facts["clamp_active_lose"])) / (2 * B)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- compare
+
+
+@pytest.mark.parametrize("case", sorted(load("compare")[1]["cases"]))
+def test_comparison(case):
+    golden, facts = load("compare")
+    indices, valid = best_and_worst(golden[f"{case}.scores"], facts["cases"][case]["threshold"])
+    assert torch.equal(valid, golden[f"{case}.valid"])
+    if "ties" not in case:  # the published sort is not stable: with exact ties its order means nothing
+        assert torch.equal(indices, golden[f"{case}.indices"])
+    scores = golden[f"{case}.scores"]
+    assert torch.equal(scores.gather(0, indices), scores.gather(0, golden[f"{case}.indices"]))
+
+
+# ---------------------------------------------------------------------------------------------------- rollouts
+
+
+class RecordingScorer:
+    """The fixtures' preference model, remembering its scores."""
+
+    def __init__(self, scorer):
+        self.scorer, self.scores = scorer, []
+
+    def __call__(self, candidates):
+        out = self.scorer(candidates)
+        self.scores.append(out.view(candidates.num_candidates, -1))
+        return out
+
+
+def replay(name, kind, cfg, precision, prefix="", start=0):
+    golden, facts = load(name)
+    dtype = DTYPES[precision]
+    unet, decode = networks(kind, dtype)
+    scorer = RecordingScorer(spm())
+    ids = golden["in.spm_input_ids"]
+    draws = RecordedDraws(golden, start)
+    batch = RolloutBatch(conditioning(golden, dtype), scorer.scorer.encode_ids(ids), draws, (4, 8, 8), dtype)
+    arguments = (policy(unet), table(), scorer, decode, batch, cfg)
+    return golden, facts["runs"][precision], arguments, scorer, draws
+
+
+ROLLOUTS = {
+    "rollout_sd15_k4": ("sd15", SampleConfig(num_candidates=4, threshold=0.3)),
+    "rollout_sdxl_k2_inner3": ("sdxl", SampleConfig(num_candidates=2, num_inner_steps=3, threshold=0.4, last_step="extend")),
+}
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("name", sorted(ROLLOUTS))
+def test_rollout(name, precision):
+    kind, cfg = ROLLOUTS[name]
+    golden, facts, arguments, scorer, draws = replay(name, kind, cfg, precision)
+    e = branching_rollout(*arguments)
+    steps = arguments[1]
+    assert draws.next == len(draws.tensors)  # every recorded draw was used
+    for i, scores in enumerate(scorer.scores):
+        indices, valid = best_and_worst(scores, cfg.threshold)
+        assert torch.equal(indices, golden[f"{precision}.trace.compare{i:02d}.indices"])
+        assert torch.equal(valid, golden[f"{precision}.trace.compare{i:02d}.valid"])
+    close(e.scores, golden[f"{precision}.out.preference_score_logs"], 1e-3)
+
+    tolerance = 1e-9 if precision == "f64" else 1e-4
+    assert len(e) == facts["num_valid_pairs"]
+    first = e.index[:, 0, 0]
+    assert torch.equal(steps.timesteps[e.states.rows[first]], golden[f"{precision}.out.timesteps"][:, 0])
+    current = golden[f"{precision}.out.current_latents"]  # (N, 1 or 2, C, H, W)
+    close(e.states.x_t[e.index[:, :, 0]][:, : current.shape[1]], current, tolerance)
+    close(e.x_prev[:, :, 0], golden[f"{precision}.out.next_latents"], tolerance)
+    close(e.cond.cond["prompt_embeds"][e.states.prompts[first]], golden[f"{precision}.out.prompt_embeds"][:, 0], tolerance)
+    if kind == "sdxl":
+        close(e.cond.cond["text_embeds"][e.states.prompts[first]], golden[f"{precision}.out.add_text_embeds"][:, 0], tolerance)
+    # unique states: one for a pair that shares x_t, two for the others
+    shared = sum(facts["pairs_with_shared_x_t_per_timestep"].values())
+    assert len(e.states) == 2 * len(e) - shared
+
+
+def test_rollout_segments_match_the_traces():
+    golden, _, arguments, _, _ = replay("rollout_sdxl_k2_inner3", *ROLLOUTS["rollout_sdxl_k2_inner3"], "f32")
+    s = rollout_segments(*arguments)
+    assert s.rows == list(range(4, 20)) and s.shared == [i % 4 == 0 for i in range(16)]
+    assert s.valid.shape == (16, 2) and math.prod(s.x_t.shape[:3]) == 16 * 2 * 2
