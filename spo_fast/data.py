@@ -111,7 +111,7 @@ def read_table(path: Path, column: str | None) -> Iterator[Located]:
                     )
                 yield f"line {rows.line_num}", row[column]
         except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.line_num}: {error}. Mend the quoting of this line.") from error
+            raise ValueError(f"{path}, line {rows.reader.line_num}: {error}. Mend the quoting of this line.") from error
 
 
 def read_parquet(path: Path, column: str | None) -> Iterator[Located]:

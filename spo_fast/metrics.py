@@ -1,7 +1,7 @@
-"""What a run reports: metrics.jsonl always, TensorBoard or Weights & Biases on request, a progress line, phase times, GPU load.
+"""What a run reports: metrics.jsonl, TensorBoard or Weights & Biases, a progress line, phase times, GPU load.
 
-metrics.jsonl is the record: one JSON object a line, flushed at once, so that a killed run loses nothing and a resumed one
-can drop exactly the iterations it will repeat. The other reporters are copies of it.
+metrics.jsonl is the record, always written: one JSON object a line, flushed at once, so that a killed run loses nothing
+and a resumed one can drop exactly the iterations it will repeat. The other reporters are copies of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 import uuid
 from collections import defaultdict, deque
@@ -105,9 +106,14 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics.jsonl; a torn last line (a run still writing, or killed) is left out."""
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """All records of a metrics.jsonl; a torn last line (a run still writing, or killed) is left out."""
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not a record ({error}). Delete this line.") from error
+    return records
 
 
 def parsed_iteration(line: bytes) -> int | None:
@@ -140,15 +146,20 @@ def fetch_scalars(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(
-                    f"metric {name} has shape {tuple(value.shape)}; a record holds one number each. Log its mean, or parts."
+                    f"metric {name} has shape {tuple(value.shape)}, but a record holds one number a name. "
+                    "Log its mean, or its parts under names of their own."
                 )
             by_device[value.device][name] = value.detach().reshape(())
     numbers: dict[str, Any] = {}
     for tensors in by_device.values():
         host = torch.stack([value.double() for value in tensors.values()]).tolist()
         for (name, tensor), number in zip(tensors.items(), host, strict=True):
-            numbers[name] = number if tensor.is_floating_point() else tensor.dtype.is_signed and int(number)
+            numbers[name] = number if tensor.is_floating_point() else plain_type(tensor.dtype)(number)
     return {name: numbers[name] if name in numbers else plain_value(name, value) for name, value in values.items()}
+
+
+def plain_type(dtype: torch.dtype) -> type:
+    return bool if dtype == torch.bool else int
 
 
 def plain_value(name: str, value: Any) -> Any:
@@ -270,6 +281,7 @@ PROGRESS_FIELDS = (
     ("valid_share", "valid", "{:.0%}"),
     ("loss", "loss", "{:.4f}"),
 )
+BAR_WIDTH = 20  # characters
 MEDIAN_WINDOW = 50  # iterations; a median, so a slow one (compilation, a checkpoint) does not move the ETA
 
 
@@ -292,7 +304,7 @@ class ProgressLine:
         self.stream = sys.stdout if stream is None else stream
         self._durations_s: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self._last_update_s, self._last_print_s = clock(), -math.inf
-        self._live = start_live(self.stream) if (is_terminal(self.stream) if live is None else live) else None
+        self._live = LiveLine(self.stream) if (is_terminal(self.stream) if live is None else live) else None
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Show a record that MetricsLog.log returned: iteration (from 0) and whatever of PROGRESS_FIELDS and *_ms."""
@@ -302,7 +314,7 @@ class ProgressLine:
         done = int(record["iteration"]) + 1
         text = progress_text(record, done, self.total, statistics.median(self._durations_s))
         if self._live is not None:
-            self._live.update(live_view(done, self.total, text))
+            self._live.show(done, self.total, text)
         elif now - self._last_print_s >= self.every_s or done == self.total:
             self._last_print_s = now
             print(text, file=self.stream, flush=True)
@@ -311,6 +323,7 @@ class ProgressLine:
         """Leave the last line standing and give the terminal back. Safe to call twice."""
         if self._live is not None:
             self._live.stop()
+            self._live = None
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -353,27 +366,48 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def start_live(stream: TextIO) -> Any:
-    """A started rich.live.Live; what is printed or logged meanwhile appears above it."""
-    from rich.console import Console
-    from rich.live import Live
+class LiveLine:
+    """A bar and the progress text, redrawn in place; what is printed or logged meanwhile appears above it."""
 
-    live = Live(console=Console(file=stream, force_terminal=True), refresh_per_second=4)
-    live.start()
-    return live
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        terminal = {sys.stdout, sys.stderr}
+        self._live = Live(console=Console(file=stream, force_terminal=True), refresh_per_second=4)
+        self._live.start()
+        # rich redirects sys.stdout and sys.stderr, but a handler made earlier holds the old one and would write into
+        # the middle of the line
+        self._handlers = [(handler, handler.setStream(sys.stderr)) for handler in stream_handlers(terminal)]
+
+    def show(self, done: int, total: int, text: str) -> None:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        words = wrap_fields(text, self._live.console.width - BAR_WIDTH - 1)
+        grid.add_row(ProgressBar(total=total, completed=done, width=BAR_WIDTH), Text(words))
+        self._live.update(grid)
+
+    def stop(self) -> None:
+        self._live.stop()
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
 
 
-def live_view(done: int, total: int, text: str) -> Any:
-    """A bar and the progress text beside it, wrapped between fields on a narrow terminal."""
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
+def wrap_fields(text: str, width: int) -> str:
+    """Lines of at most `width`, broken only between fields, which stand two spaces apart (rich breaks inside too)."""
+    # textwrap never breaks at a no-break space
+    words = "  ".join(field.replace(" ", "\u00a0") for field in text.split("  "))
+    return textwrap.fill(words, max(width, 1), break_on_hyphens=False).replace("\u00a0", " ")
 
-    grid = Table.grid(padding=(0, 1))
-    # a field breaks as a whole: its inner spaces do not, the double ones between fields do
-    words = Text("  ".join(field.replace(" ", "\u00a0") for field in text.split("  ")))
-    grid.add_row(ProgressBar(total=total, completed=done, width=20), words)
-    return grid
+
+def stream_handlers(streams: set[TextIO]) -> list[logging.StreamHandler]:
+    """All loggers' handlers that write to one of the streams."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    handlers = {handler for logger in loggers for handler in logger.handlers}
+    return [h for h in handlers if isinstance(h, logging.StreamHandler) and h.stream in streams]
 
 
 # ---- times and load --------------------------------------------------------------------------------------------------

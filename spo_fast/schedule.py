@@ -27,11 +27,6 @@ class StepTable:
         return StepTable(self.timesteps.to(device), self.coefficients.to(device))
 
 
-def leading_timesteps(num_steps: int, num_train_timesteps: int, steps_offset: int) -> Tensor:
-    """(num_steps,) int64: multiples of T // num_steps plus the offset, descending (951, 901, ..., 1 for 20 of 1000)."""
-    return torch.arange(num_steps - 1, -1, -1) * (num_train_timesteps // num_steps) + steps_offset
-
-
 def ddim_table(
     alphas_cumprod: Tensor,  # (T,) the scheduler's own float32 table
     timesteps: Tensor,  # (R,) int64, descending

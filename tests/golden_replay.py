@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond
 from spo_fast.models.policy import Policy
-from spo_fast.schedule import StepTable, ddim_table, leading_timesteps
+from spo_fast.schedule import StepTable, ddim_table
 from spo_fast.scorers import ClipScorer
 from spo_fast.scorers.clip import load_clip
 
@@ -39,6 +39,11 @@ def networks(kind: str, dtype: torch.dtype):
         return vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
 
     return unet, decode
+
+
+def leading_timesteps(num_steps: int, num_train_timesteps: int, steps_offset: int) -> torch.Tensor:
+    """Multiples of T // num_steps plus the offset, descending: 951, 901, ..., 1 for 20 of 1000."""
+    return torch.arange(num_steps - 1, -1, -1) * (num_train_timesteps // num_steps) + steps_offset
 
 
 def table(num_steps: int = 20, eta: float = 1.0, prediction_type: str = "epsilon") -> StepTable:

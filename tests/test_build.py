@@ -132,7 +132,7 @@ def test_16_bit_conversions_agree_with_torch(dtype):
     widened, _ = clib.transition(patterns, None, zeros, row, table, 1.0, None, None, 0)
     assert torch.equal(widened.nan_to_num(12345.0), patterns.float().nan_to_num(12345.0))
 
-    # The gradient is -2 x_prev / 2 here (a = 1, b = -1, x_t = 0, m = 0, n folded into the weight): x_prev, narrowed.
+    # With a = 0, b = 1, m = 0 and std^2 n = 1 the gradient is x_prev itself, narrowed to the dtype of m.
     exact = patterns.float().flatten()
     finite = exact[exact.isfinite()].sort().values
     between = (finite[1:].double() + finite[:-1].double()) / 2  # ties

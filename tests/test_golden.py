@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from golden_replay import RecordedDraws, conditioning, load, networks, policy, spm, table
+from golden_replay import RecordedDraws, conditioning, leading_timesteps, load, networks, policy, spm, table
 
 from spo_fast.config import SampleConfig
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.preference_loss import STATS, preference_loss
 from spo_fast.ops.transition import log_ratio, transition
 from spo_fast.rollout import RolloutBatch, best_and_worst, branching_rollout, rollout_segments
-from spo_fast.schedule import ddim_table, leading_timesteps
+from spo_fast.schedule import ddim_table
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 

@@ -199,14 +199,22 @@ def test_plain_clip_matches_transformers() -> None:
 
 
 def test_reads_what_transformers_writes(tmp_path: Path) -> None:
-    """config.json as a diff from defaults, quick_gelu, head counts that no shape shows."""
-    from transformers import CLIPConfig, CLIPModel
+    """quick_gelu and head counts that no shape shows, from a config.json that leaves out transformers' defaults."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
     torch.manual_seed(0)
     text = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=9)
     vision = dict(hidden_size=48, intermediate_size=40, num_hidden_layers=3, image_size=24, patch_size=8)
     theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)).eval()  # 8 and 12 heads
     theirs.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for part, defaults in (
+        ("text_config", CLIPTextConfig().to_dict()),
+        ("vision_config", CLIPVisionConfig().to_dict()),
+    ):
+        saved[part] = {key: value for key, value in saved[part].items() if value != defaults[key]}
+        assert not {"num_attention_heads", "hidden_act", "layer_norm_eps"} & saved[part].keys()
+    (tmp_path / "config.json").write_text(json.dumps(saved))
     ours = load_clip(tmp_path, time_conditioned=False)
     assert (ours.config.text.num_heads, ours.config.vision.num_heads) == (8, 12)
     assert ours.config.vision.activation == "quick_gelu"

@@ -7,24 +7,35 @@ from the disk only: the text encoders can be loaded, used and dropped before the
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import gzip
 import json
 import re
-import struct
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo_fast.models.clip_tokenizer import clip_tokenizer
+from spo_fast.models.single_file import (
+    TEXT_PREFIXES,
+    check_model_file,
+    check_vae_file,
+    has_accelerate,
+    no_progress_bar,
+    text_class,
+    text_encoder_from_file,
+    unet_from_file,
+    vae_class,
+    vae_from_file,
+)
+
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 CONFIGS = Path(__file__).parent / "configs"
 """Architecture settings of SD1.5 and SDXL (for single files) and the CLIP merges: nothing here is fetched."""
@@ -37,8 +48,10 @@ PARTS = {  # the safety checker is left out: training has no use for it
     "sd15": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"),
 }
-TEXT_PARTS = {"sd15": (("tokenizer", "text_encoder"),), "sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))}
-VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+TEXT_PARTS = {  # pairs that belong together
+    "sd15": (("tokenizer", "text_encoder"),),
+    "sdxl": (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +137,8 @@ def missing_table(missing: list[Missing]) -> str:
     rows += [(m.what, m.source, m.file or "-", m.flag, m.why) for m in missing]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    count = "1 thing this run needs is missing:" if len(missing) == 1 else f"{len(missing)} things this run needs are missing:"
-    return "\n".join([count, *lines, "Connect to the hub, or copy the files here and give their paths by the flags."])
+    head = f"this run needs what is missing here ({len(missing)}):"
+    return "\n".join([head, *lines, "Connect to the hub, or copy the files here and give their paths by the flags."])
 
 
 # ---------------------------------------------------------------------------------------------- what is needed
@@ -150,6 +163,10 @@ class Resolved:
         return _config_dir(self.source) if self.single_file else self.model_path
 
 
+def _config_dir(source: ModelSource) -> Path:
+    return Path(source.config).expanduser() if source.config else CONFIGS / source.kind
+
+
 @dataclass(frozen=True)
 class _Need:
     what: str
@@ -165,7 +182,7 @@ class _Need:
 def resolve_all(
     model: ModelSource, scorers: Mapping[str, str | None] | None = None, *, download: bool = True
 ) -> Resolved:
-    """Find every file on this machine, or download it, before anything heavy is imported.
+    """Find every file on this machine, or download it, importing nothing heavy.
 
     scorers maps a name of SCORER_SOURCES to a local path, a hub id, or None for the published one.
     download=False only looks. Raises MissingFilesError with all that cannot be had, ValueError for a file of the
@@ -189,7 +206,7 @@ def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]
     own_vae = model.pretrained_vae_model_name_or_path is None
     needs = [
         _Need(
-            what={"sd15": "SD1.5", "sdxl": "SDXL"}[model.kind] + " (UNet, text encoders" + (", VAE)" if own_vae else ")"),
+            what=f"{model.kind}: UNet, text encoders" + (", VAE" if own_vae else ""),
             source=model.pretrained_model_name_or_path,
             flag="--pretrained_model_name_or_path",
             parts=tuple(p for p in PARTS[model.kind] if own_vae or p != "vae"),
@@ -214,7 +231,7 @@ def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]
 def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
     local = Path(need.source).expanduser()
     if local.is_file():
-        _check_single_file(local, need)
+        _check_file(local, need)
         return local
     if local.is_dir():
         return _find_in_directory(local, need, why="the directory lacks ")
@@ -226,6 +243,17 @@ def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
     if why := offline_reason():
         return _lacks(need, f"{cached.why}; {why}")
     return _download(need, model.cache_dir)
+
+
+def _check_file(file: Path, need: _Need) -> None:
+    if need.file or need.parts == ("clip-alone",):
+        return  # the scorers read their own formats
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file}: only .safetensors is read as a single file (a .ckpt is a pickle); convert it first.")
+    if need.parts == ("vae-alone",):
+        check_vae_file(file)
+    else:
+        check_model_file(file, need.kind, with_vae="vae" in need.parts)
 
 
 def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing:
@@ -258,6 +286,7 @@ def _unknown(noun: str, name: str, known: Collection[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------- files of a layout
 
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -267,7 +296,7 @@ def select_files(names: Collection[str], parts: Collection[str], variant: str | 
     Of duplicates one is taken: safetensors before .bin, and the plain weights unless `variant` (e.g. fp16) is
     named. A lacking variant is reported, never replaced by another.
     """
-    chosen: list[str] = [n for n in ("model_index.json",) if n in names and "unet" in parts]
+    chosen = ["model_index.json"] if "model_index.json" in names and "unet" in parts else []
     lacking: list[str] = []
     for part in parts:
         c, m = _select_part(names, part, variant)
@@ -276,23 +305,27 @@ def select_files(names: Collection[str], parts: Collection[str], variant: str | 
 
 
 def _select_part(names: Collection[str], part: str, variant: str | None) -> tuple[list[str], list[str]]:
+    if part == "scheduler":
+        return _present_or_lacking(["scheduler/scheduler_config.json"], names)
+    if part.startswith("tokenizer"):
+        if f"{part}/tokenizer.json" not in names:
+            _, lacking = _present_or_lacking([f"{part}/vocab.json", f"{part}/merges.txt"], names)
+            if lacking:
+                return [], lacking
+        return sorted(n for n in names if re.fullmatch(rf"{part}/[^/]+\.(json|txt)", n)), []
     if part == "vae-alone":  # either a VAE's own repository, or a pipeline whose VAE is borrowed
         part = "" if "config.json" in names or "vae/config.json" not in names else "vae"
-    clip = part.startswith(("text_encoder", "clip-alone"))
     folder = "" if part in ("", "clip-alone") else f"{part}/"
-    if part == "scheduler":
-        config = "scheduler/scheduler_config.json"
-        return ([config], []) if config in names else ([], [config])
-    if part.startswith("tokenizer"):
-        files = sorted(n for n in names if re.fullmatch(re.escape(folder) + r"[^/]+\.(json|txt)", n))
-        whole = {folder + "tokenizer.json"} <= set(files) or {folder + "vocab.json", folder + "merges.txt"} <= set(files)
-        return (files, []) if whole else (files, [folder + "vocab.json", folder + "merges.txt"])
-    config = folder + "config.json"
-    weights = _weight_files(names, folder, "model" if clip else "diffusion_pytorch_model", variant)
-    infix = f".{variant}" if variant else ""
-    wanted = folder + ("model" if clip else "diffusion_pytorch_model") + infix + ".safetensors"
-    lacking = [n for n, there in ((config, config in names), (wanted, bool(weights))) if not there]
-    return [n for n in (config,) if n in names] + weights, lacking
+    stem = "model" if part.startswith(("text_encoder", "clip-alone")) else "diffusion_pytorch_model"
+    chosen, lacking = _present_or_lacking([folder + "config.json"], names)
+    weights = _weight_files(names, folder, stem, variant)
+    if not weights:
+        lacking.append(f"{folder}{stem}{f'.{variant}' if variant else ''}.safetensors")
+    return chosen + weights, lacking
+
+
+def _present_or_lacking(wanted: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    return [n for n in wanted if n in names], [n for n in wanted if n not in names]
 
 
 def _weight_files(names: Collection[str], folder: str, stem: str, variant: str | None) -> list[str]:
@@ -343,14 +376,16 @@ def _knock(url: str, answered: threading.Event) -> None:
 
 
 def _find_in_cache(need: _Need, cache_dir: str | None) -> Path | Missing:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        snapshot = snapshot_download(need.source, revision=need.revision, cache_dir=cache_dir, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError):
-        return _lacks(need, "not in the hub cache")
-    return _find_in_directory(Path(snapshot), need, why="the hub cache lacks ")
+    # one file tells the snapshot's folder; snapshot_download(local_files_only=True) would not, for it refuses a
+    # snapshot without the duplicates that were never wanted
+    for name in [need.file] if need.file else ["unet/config.json", "vae/config.json", "config.json"]:
+        file = try_to_load_from_cache(need.source, name, cache_dir=cache_dir, revision=need.revision)
+        if isinstance(file, str):
+            snapshot = Path(file).parents[name.count("/")]
+            return _find_in_directory(snapshot, need, why="the hub cache lacks ")
+    return _lacks(need, "no such path, and not in the hub cache")
 
 
 def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
@@ -372,198 +407,9 @@ def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
         return _lacks(need, f"the repository has no revision {need.revision}")
     except HfHubHTTPError as error:
         return _lacks(need, f"the hub refused: {str(error).splitlines()[0]}")
-    except OSError as error:  # cut connections, and full disks
+    except Exception as error:  # full disks, cut connections: each hub client raises another HTTP library's errors
         return _lacks(need, f"the download failed: {error}")
     return _find_in_directory(Path(snapshot), need, why="the hub cache lacks ")
-
-
-# ---------------------------------------------------------------------------------------------- single files
-
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-TEXT_PREFIXES = {
-    "sd15": ("cond_stage_model.transformer.",),
-    "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
-}
-VAE_LAYERS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest is the VAE's training loss
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of a .safetensors file, read without loading it (or torch)."""
-    with path.open("rb") as f:
-        head = f.read(8)
-        size = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        text = f.read(size) if 0 < size < 100_000_000 else b""
-    try:
-        header = json.loads(text)
-    except ValueError:
-        raise ValueError(f"{path} is no .safetensors file, or was cut short; download or convert it again.") from None
-    header.pop("__metadata__", None)
-    return header
-
-
-def _check_single_file(path: Path, need: _Need) -> None:
-    """Raise ValueError unless the file holds what it is needed for."""
-    if need.file or "clip-alone" in need.parts:
-        return  # the scorers read their own formats
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: only .safetensors is read as a single file (a .ckpt is a pickle); convert it first.")
-    names = read_header(path)
-    if need.parts == ("vae-alone",):
-        if not any(n.removeprefix(VAE_PREFIX).startswith("decoder.") for n in names):
-            raise ValueError(f"{path} holds no VAE: no tensor is named decoder.* or {VAE_PREFIX}decoder.*")
-        return
-    for kind in KINDS:  # a file for the other kind is the likeliest mistake: say so
-        there = all(any(n.startswith(p) for n in names) for p in TEXT_PREFIXES[kind])
-        if there and kind != need.kind:
-            raise ValueError(f"{path} is a {kind} model, but kind {need.kind} was asked for: use {kind}.")
-    prefixes = [UNET_PREFIX, *TEXT_PREFIXES[need.kind]] + ([VAE_PREFIX] if "vae" in need.parts else [])
-    if absent := [p for p in prefixes if not any(n.startswith(p) for n in names)]:
-        mend = " Give a VAE by --pretrained_vae_model_name_or_path." if absent == [VAE_PREFIX] else ""
-        raise ValueError(f"{path} is no whole {need.kind} model: it has no tensors named {', '.join(absent)}*.{mend}")
-
-
-def _config_dir(source: ModelSource) -> Path:
-    return Path(source.config).expanduser() if source.config else CONFIGS / source.kind
-
-
-def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names start with prefix, without it; the rest of the file is not read."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as f:
-        return {n.removeprefix(prefix): f.get_tensor(n) for n in f.keys() if n.startswith(prefix)}  # noqa: SIM118
-
-
-def _check_size(path: Path, part: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], cls: Any) -> None:
-    """diffusers' converters leave what they do not know uninitialised, silently: compare the sizes before."""
-    import torch
-
-    with torch.device("meta"):
-        expected = sum(p.numel() for p in cls.from_config(config).state_dict().values())
-    held = sum(t.numel() for t in tensors.values())
-    if held != expected:
-        raise ValueError(
-            f"the {part} in {path} has {held:,} parameters where its settings give {expected:,}: another architecture "
-            f"(inpainting, refiner, SD2?) or an incomplete file. Give matching settings by `config`."
-        )
-
-
-def _unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    tensors = _read_tensors(path, UNET_PREFIX)
-    config = json.loads((config_dir / "unet" / "config.json").read_text())
-    _check_size(path, "UNet", tensors, config, UNet2DConditionModel)
-    return UNet2DConditionModel.from_single_file(  # its converter asks for the prefix
-        {UNET_PREFIX + n: t for n, t in tensors.items()},
-        config=str(config_dir),
-        subfolder="unet",
-        local_files_only=True,
-        torch_dtype=dtype,
-        low_cpu_mem_usage=_has_accelerate(),
-    )
-
-
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
-
-
-def _vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module:
-    import diffusers
-
-    names = read_header(path)
-    prefix = VAE_PREFIX if any(n.startswith(VAE_PREFIX) for n in names) else ""
-    tensors = {n: t for n, t in _read_tensors(path, prefix).items() if n.startswith(VAE_LAYERS)}
-    ldm = any(n.startswith("decoder.mid.") for n in tensors)  # against diffusers' decoder.mid_block.
-    beside = path.parent / "config.json"  # a file out of a diffusers directory has its settings beside it
-    folder, subfolder = (path.parent, "") if beside.is_file() and not ldm else (config_dir, "vae")
-    config = json.loads((folder / subfolder / "config.json").read_text())
-    cls = getattr(diffusers, _vae_class(config, path))
-    _check_size(path, "VAE", tensors, config, cls)
-    if not ldm:
-        tensors = {_modern_attention(n): t for n, t in tensors.items()}
-        return _from_state_dict(cls, config, tensors, dtype)
-    return cls.from_single_file(
-        tensors,
-        config=str(folder),
-        subfolder=subfolder,
-        local_files_only=True,
-        torch_dtype=dtype,
-        low_cpu_mem_usage=_has_accelerate(),
-    )
-
-
-def _modern_attention(name: str) -> str:
-    head, _, tail = name.rpartition(".")
-    block, _, layer = head.rpartition(".")
-    return f"{block}.{OLD_ATTENTION[layer]}.{tail}" if "attentions." in block and layer in OLD_ATTENTION else name
-
-
-def _from_state_dict(cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    import torch
-
-    with torch.device("meta"):
-        model = cls.from_config(config)
-    shapes = {n: p.shape for n, p in model.state_dict().items()}
-    # attention projections were 1x1 convolutions in old files
-    tensors = {n: t.reshape(shapes.get(n, t.shape)) for n, t in tensors.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.to(dtype).eval()
-
-
-def _text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype) -> nn.Module:
-    """Own mapping: diffusers' picks the encoder by its width, which two encoders of one width defeat."""
-    from transformers import CLIPTextConfig
-
-    tensors = _read_tensors(path, prefix)
-    tensors = openclip_to_transformers(tensors) if prefix.endswith(".model.") else _transformers_text(tensors)
-    config = CLIPTextConfig.from_pretrained(config_dir)
-    with _no_progress_bar():
-        model, info = _text_class(config_dir).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise ValueError(f"the text encoder {prefix}* in {path} does not fit {config_dir}: {', '.join(wrong[:5])}")
-    return model
-
-
-def _transformers_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Some files lack the `text_model.` level, many have position_ids, which is a constant."""
-    named = {"text_model." + n.removeprefix("text_model."): t for n, t in tensors.items()}
-    return {n: t for n, t in named.items() if not n.endswith("position_ids")}
-
-
-OPENCLIP_NAMES = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-}
-OPENCLIP_LAYERS = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-
-
-def openclip_to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A text tower of open_clip in transformers' names: fused q, k, v are split, the projection is transposed."""
-    out = {OPENCLIP_NAMES[n]: t for n, t in tensors.items() if n in OPENCLIP_NAMES}
-    if "text_projection" in tensors:
-        out["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    for name, t in tensors.items():
-        if not (m := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)):
-            continue
-        layer = f"text_model.encoder.layers.{m[1]}"
-        if m[2] == "attn.in_proj":
-            for projection, rows in zip("qkv", t.chunk(3), strict=True):
-                out[f"{layer}.self_attn.{projection}_proj.{m[3]}"] = rows.contiguous()
-        else:
-            out[f"{layer}.{OPENCLIP_LAYERS[m[2]]}.{m[3]}"] = t
-    return out
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -574,7 +420,7 @@ def load_unet(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     if resolved.single_file:
-        return _frozen(_unet_from_file(resolved.model_path, resolved.config_dir, dtype))
+        return _frozen(unet_from_file(resolved.model_path, resolved.config_dir, dtype))
     return _frozen(_from_directory(UNet2DConditionModel, resolved.model_path, "unet", dtype, resolved.source.variant))
 
 
@@ -584,11 +430,11 @@ def load_vae(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
 
     path = resolved.vae_path or resolved.model_path
     if path.is_file():
-        return _frozen(_vae_from_file(path, _config_dir(resolved.source), dtype))
+        return _frozen(vae_from_file(path, _config_dir(resolved.source), dtype))
     borrowed = resolved.vae_path is not None
     folder = "" if borrowed and (path / "config.json").is_file() else "vae"
     config = json.loads((path / folder / "config.json").read_text())
-    cls = getattr(diffusers, _vae_class(config, path))
+    cls = getattr(diffusers, vae_class(config, path))
     return _frozen(_from_directory(cls, path, folder, dtype, None if borrowed else resolved.source.variant))
 
 
@@ -608,11 +454,21 @@ def load_text_encoders(resolved: Resolved, dtype: torch.dtype) -> list[nn.Module
     encoders = []
     for (_, part), prefix in zip(TEXT_PARTS[kind], TEXT_PREFIXES[kind], strict=True):
         if resolved.single_file:
-            encoder = _text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)
+            encoder = text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)
         else:
-            encoder = _from_directory(_text_class(path / part), path, part, dtype, resolved.source.variant)
+            encoder = _from_directory(text_class(path / part), path, part, dtype, resolved.source.variant)
         encoders.append(_frozen(encoder))
     return encoders
+
+
+def text_files(resolved: Resolved) -> list[Path]:
+    """The files that decide what a prompt is encoded to: to fingerprint a cache of embeddings with."""
+    parts = [part for pair in TEXT_PARTS[resolved.source.kind] for part in pair]
+    if resolved.single_file:
+        settings = [f for part in parts for f in (resolved.config_dir / part).glob("*.json")]
+        return [resolved.model_path, *sorted(settings)]
+    chosen, _ = select_files(_names(resolved.model_path), parts, resolved.source.variant)
+    return [resolved.model_path / name for name in chosen]
 
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:
@@ -620,15 +476,24 @@ def scheduler_config(resolved: Resolved) -> dict[str, Any]:
     return json.loads((resolved.config_dir / "scheduler" / "scheduler_config.json").read_text())
 
 
+def _tokenizer(directory: Path) -> Any:
+    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
+
+    if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
+
+
 def _from_directory(cls: Any, path: Path, folder: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
     options: dict[str, Any] = {"local_files_only": True, "variant": variant}
     if cls.__module__.startswith("diffusers"):
         # said outright, since diffusers warns on every load when accelerate is absent
-        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": _has_accelerate()}
+        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": has_accelerate()}
     else:
         options |= {"dtype": dtype}
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             return cls.from_pretrained(str(path), subfolder=folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
         # the libraries speak of hub ids and connections here; the directory was found, so its content is at fault
@@ -638,86 +503,3 @@ def _from_directory(cls: Any, path: Path, folder: str, dtype: torch.dtype, varia
 
 def _frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
-
-
-def _vae_class(config: Mapping[str, Any], path: Path) -> str:
-    name = config.get("_class_name", "AutoencoderKL")
-    if name not in VAE_CLASSES:
-        raise ValueError(f"{path} is a {name}; a VAE must be one of {', '.join(VAE_CLASSES)}.")
-    return name
-
-
-def _text_class(config_dir: Path) -> Any:
-    import transformers
-
-    projects = config_dir.name == "text_encoder_2"
-    return transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
-
-
-def _has_accelerate() -> bool:
-    from diffusers.utils import is_accelerate_available
-
-    return is_accelerate_available()
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for every encoder it loads; ours to restore, since it is a global switch."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------------------------------------- the CLIP tokenizer
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
-    return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
-
-
-def clip_tokenizer(pad_token: str = END, max_length: int = 77) -> Any:
-    """The published CLIP tokenizer (49,408 tokens), from the merges shipped with this package.
-
-    pad_token is the end token for CLIP ViT-L and "!" (id 0) for the second encoder of SDXL.
-    """
-    from transformers import CLIPTokenizer
-
-    merges = clip_merges()
-    # dict and list: CLIPTokenizer(vocab_file=...) of transformers 5 quietly knows two tokens only
-    return CLIPTokenizer(
-        vocab=clip_vocab(merges),
-        merges=merges,
-        bos_token=START,
-        eos_token=END,
-        unk_token=END,
-        pad_token=pad_token,
-        model_max_length=max_length,
-    )
-
-
-def clip_merges() -> list[tuple[str, str]]:
-    """The 48,894 byte-pair merges, first one first; source and licence in configs/clip_bpe/NOTICE.txt."""
-    text = gzip.decompress((CONFIGS / "clip_bpe" / "merges.txt.gz").read_bytes()).decode()
-    return [(a, b) for a, b in (line.split() for line in text.splitlines())]
-
-
-def clip_vocab(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """Token to id: the 256 bytes, the same ending a word, one token a merge, start, end."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # bytes without a glyph of their own stand at 256, 257, ... in the order of their values
-    glyphs = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = glyphs + [g + "</w>" for g in glyphs] + [a + b for a, b in merges] + [START, END]
-    return {token: i for i, token in enumerate(tokens)}

@@ -118,15 +118,15 @@ class PromptCache:
         except (SafetensorError, OSError) as error:
             self._warn_corrupt(prompt, error)
             return None
-        if expected != checksum(row):
+        if expected != checksum(prompt, row):
             self._warn_corrupt(prompt, "its checksum does not match")
             return None
         return row
 
     def _write(self, prompt: str, row: Row) -> None:
         # Renamed into place, so a reader sees the whole file or none; two processes that encode the same prompt replace
-        # each other's equal files. No fsync: what a power cut tears is found by its header or checksum and redone.
-        content = save(row, {"crc32": checksum(row), "prompt": prompt})
+        # each other's equal tensors. No fsync: what a power cut tears is found by its header or checksum and redone.
+        content = save(row, {"crc32": checksum(prompt, row), "prompt": prompt})
         final = self.path(prompt)
         temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex}.tmp")
         try:
@@ -188,9 +188,9 @@ def encode_rows(encoder: Encoder, prompts: list[str]) -> list[Row]:
     return [{name: values[i].contiguous().clone() for name, values in host.items()} for i in range(len(prompts))]
 
 
-def checksum(row: Row) -> str:
-    """CRC-32 over the tensors' bytes in order of their names, as 8 hex digits."""
-    crc = 0
+def checksum(prompt: str, row: Row) -> str:
+    """CRC-32 over the prompt and the tensors' bytes in order of their names, as 8 hex digits."""
+    crc = zlib.crc32(prompt.encode())  # so that another prompt's file under this name is found out
     for name in sorted(row):
         flat = row[name].contiguous().reshape(-1)
         # viewed as bytes: numpy has no bfloat16
@@ -222,5 +222,7 @@ def fingerprint_files(paths: Iterable[str | Path]) -> str:
 def count_truncated(tokenizer: Any, prompts: Sequence[str]) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77 for CLIP): their ends are cut off."""
     # verbose=False: transformers would print its own warning about indexing errors, which truncation prevents
+    if not prompts:
+        return 0  # transformers cannot tokenize an empty list
     lengths = (len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids)
     return sum(length > tokenizer.model_max_length for length in lengths)

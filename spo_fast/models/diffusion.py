@@ -1,0 +1,168 @@
+"""A latent diffusion model around its policy: prompt embeddings, VAE, schedule, and the LoRA files other software loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_fast.config import Config
+from spo_fast.experience import Cond
+from spo_fast.models import sources
+from spo_fast.models.policy import Policy
+from spo_fast.models.text import PromptCache, fingerprint_files
+from spo_fast.schedule import StepTable, ddim_table
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class DiffusionModel:
+    """SD-1.5, SDXL and every pipeline of their layout. The UNet lives in `policy`."""
+
+    def __init__(self, cfg: Config, resolved: sources.Resolved, device: torch.device):
+        self.cfg, self.resolved, self.device = cfg, resolved, device
+        self.kind = resolved.source.kind
+        self.dtype = DTYPES[cfg.model.mixed_precision]
+        self.scheduler_config = sources.scheduler_config(resolved)
+        _check_scheduler(self.scheduler_config)
+        self.tokenizers = sources.load_tokenizers(resolved)
+        directory = cfg.data.prompt_cache_dir or str(Path(cfg.run.output_dir) / "prompt_cache")
+        fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype}"
+        self.prompt_cache = PromptCache(directory, fingerprint, self._load_encoder)
+        self.zero_uncond = self._forces_zeros()
+
+        self.vae: Any = sources.load_vae(resolved, torch.float32)
+        overflows = self.kind == "sdxl" and self.vae.config.get("force_upcast", False)
+        self.vae = self.vae.to(device, torch.float32 if overflows and self.dtype == torch.float16 else self.dtype)
+        unet: Any = sources.load_unet(resolved, self.dtype).to(device)
+        if cfg.model.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.policy = Policy(unet, cfg.adapter, cfg.run.seed)
+
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        default = unet.config.sample_size * factor
+        self.height, self.width = cfg.model.height or default, cfg.model.width or default
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % factor:
+                raise ValueError(f"{name}={size} must be a multiple of {factor}, the VAE's factor.")
+        self.latent_shape = (unet.config.in_channels, self.height // factor, self.width // factor)
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """Latents and log-probabilities are float32 in 16-bit runs too (float64 in checks)."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    # ------------------------------------------------------------------------------------------------ prompts
+
+    def tokenize(self, prompts: list[str]) -> Tensor:  # (P, L) int64
+        """Ids of the first tokenizer, padded: what the CLIP scorers read (all share CLIP's vocabulary)."""
+        tokenizer = self.tokenizers[0]
+        length = tokenizer.model_max_length
+        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
+        return torch.tensor(ids)
+
+    def _load_encoder(self) -> Any:
+        encoders = [e.to(self.device) for e in sources.load_text_encoders(self.resolved, self.dtype)]
+
+        @torch.no_grad()
+        def encode(prompts: list[str]) -> dict[str, Tensor]:
+            hidden = []
+            for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
+                length = tokenizer.model_max_length
+                ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
+                out = encoder(torch.tensor(ids, device=self.device), output_hidden_states=True)
+                hidden.append(out)
+            if self.kind == "sd15":
+                return {"prompt_embeds": hidden[0].last_hidden_state}
+            # SDXL reads the layer before the last of both encoders, and the second's pooled projection
+            embeds = torch.cat([out.hidden_states[-2] for out in hidden], dim=-1)
+            return {"prompt_embeds": embeds, "text_embeds": hidden[-1].text_embeds}
+
+        return encode
+
+    def cond(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of the prompts, read from the cache (encoded first if they are not there)."""
+        self.prompt_cache.ensure([*prompts, ""])
+        cond = self.prompt_cache.get(prompts, self.device, self.dtype)
+        uncond = self.prompt_cache.get([""], self.device, self.dtype)
+        if self.zero_uncond:
+            uncond = {name: torch.zeros_like(value) for name, value in uncond.items()}
+        if self.kind == "sdxl":
+            # original size, crop corner, target size
+            size = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=self.device)
+            uncond["time_ids"] = size.to(self.dtype)
+            cond["time_ids"] = uncond["time_ids"].expand(len(prompts), -1)
+        return Cond(cond, uncond)
+
+    def _forces_zeros(self) -> bool:
+        """SDXL's unconditional embeddings are zeros, not those of the empty prompt, if its model_index.json says so."""
+        index = self.resolved.config_dir / "model_index.json"
+        settings = json.loads(index.read_text()) if index.is_file() else {}
+        return self.kind == "sdxl" and bool(settings.get("force_zeros_for_empty_prompt", True))
+
+    # ------------------------------------------------------------------------------------------------ images
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
+        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+
+    def table(self, num_steps: int, eta: float) -> StepTable:
+        """DDIM steps of the model's own noise schedule, on the device."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(self.scheduler_config)
+        scheduler.set_timesteps(num_steps)
+        prediction_type = scheduler.config.prediction_type
+        return ddim_table(scheduler.alphas_cumprod, scheduler.timesteps, eta, prediction_type).to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ export
+
+    def save(self, directory: Path) -> list[Path]:
+        """The trained weights in the formats other software loads; returns the files (or the UNet's directory).
+
+        LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ in diffusers
+        layout.
+        """
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+        from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.cfg.adapter.full_finetune:
+            self.policy.unet.save_pretrained(directory / "unet")
+            return [directory / "unet"]
+        state = {
+            name.replace(".default.", "."): value.detach().cpu().contiguous()
+            for name, value in self.policy.state_dict().items()
+        }
+        pipeline: Any = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[self.kind]
+        # the metadata carries alpha: without it a loader takes alpha = rank and the images are wrong
+        pipeline.save_lora_weights(
+            save_directory=directory,
+            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            unet_lora_adapter_metadata=self.policy.unet.peft_config["default"].to_dict(),
+        )
+        kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
+        for name in kohya:
+            if name.endswith(".alpha"):  # diffusers writes the rank
+                kohya[name] = torch.tensor(float(self.cfg.adapter.alpha))
+        metadata = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(self.cfg.adapter.rank),
+            "ss_network_alpha": str(self.cfg.adapter.alpha),
+        }
+        save_file(kohya, directory / "lora_kohya.safetensors", metadata=metadata)
+        return [directory / "pytorch_lora_weights.safetensors", directory / "lora_kohya.safetensors"]
+
+
+def _check_scheduler(config: dict[str, Any]) -> None:
+    for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if config.get(name):
+            raise ValueError(
+                f"the model's scheduler has {name}=true: its steps are not Gaussian in x_t and have no log-probability. "
+                f"Set {name} to false in scheduler/scheduler_config.json if the model allows it."
+            )

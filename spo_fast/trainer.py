@@ -1,0 +1,346 @@
+"""The loop: collect experience, evaluate the reference on it, update the policy. Everything else is elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from spo_fast import checkpoint
+from spo_fast.checkpoint import TrainState
+from spo_fast.config import Config, OptimConfig
+from spo_fast.data import PromptSampler, count_repeats, load_prompts
+from spo_fast.experience import Candidates, Experience
+from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
+from spo_fast.models import resolve, scorer_specs
+from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.text import count_truncated
+from spo_fast.noise import KeyedDraws, permutation
+from spo_fast.objectives import SPO, make_objective, predict_states
+from spo_fast.ops.preference_loss import STATS
+from spo_fast.rollout import RolloutBatch, sample_latents
+from spo_fast.schedule import StepTable
+from spo_fast.scorers import load_scorer
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Consecutive terms that share one weight in the loss, and whether an optimizer step follows."""
+
+    terms: slice
+    weight: float
+    step: bool
+
+
+def slots(num_terms: int, cfg: OptimConfig, filled: int) -> Iterator[Slot]:
+    """How an iteration's terms become optimizer steps. `filled`: slots already waiting from the iteration before.
+
+    balanced: cut into equal parts of about train_batch_size x gradient_accumulation_steps terms, a mean each, so every
+    term of the iteration is used once with (up to one term) equal weight. published: train_batch_size terms a slot, a
+    mean each however short, a step every gradient_accumulation_steps slots, counted across iterations
+    (train_spo.py: accelerator.accumulate with end_of_dataloader held off).
+    """
+    if cfg.accumulation == "published":
+        for i, start in enumerate(range(0, num_terms, cfg.train_batch_size), start=filled + 1):
+            stop = min(start + cfg.train_batch_size, num_terms)
+            weight = 1 / ((stop - start) * cfg.gradient_accumulation_steps)
+            yield Slot(slice(start, stop), weight, step=i % cfg.gradient_accumulation_steps == 0)
+        return
+    steps = max(1, round(num_terms / (cfg.train_batch_size * cfg.gradient_accumulation_steps))) if num_terms else 0
+    for i in range(steps):
+        start, stop = i * num_terms // steps, (i + 1) * num_terms // steps
+        yield Slot(slice(start, stop), 1 / (stop - start), step=True)
+
+
+def make_optimizer(parameters: list[Tensor], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW on the float32 masters, by torch or by bitsandbytes (8-bit state)."""
+    settings: dict[str, Any] = {
+        **{"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)},
+        **{"weight_decay": cfg.adam_weight_decay, "eps": cfg.adam_epsilon},
+    }
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            f"--optimizer {cfg.optimizer} needs bitsandbytes: pip install 'spo_fast[8bit]', or use --optimizer adamw."
+        ) from error
+    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[cfg.optimizer](parameters, min_8bit_size=cfg.min_8bit_size, **settings)
+
+
+class Learner:
+    """The policy and everything that changes it."""
+
+    def __init__(self, policy: Any, objective: SPO, table: StepTable, cfg: Config, total_iterations: int):
+        from diffusers.optimization import get_scheduler
+
+        self.policy, self.objective, self.table, self.cfg = policy, objective, table, cfg
+        # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
+        self.parameters: list[Tensor] = list(policy.masters)
+        self.optimizer = make_optimizer(self.parameters, cfg.optim)
+        self.scheduler = get_scheduler(
+            cfg.optim.lr_scheduler, self.optimizer, cfg.optim.lr_warmup_steps, num_training_steps=total_iterations
+        )
+        # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+
+    @property
+    def states_per_forward(self) -> int:
+        """UNet states in one forward of training; two a term at most."""
+        return self.cfg.optim.states_per_forward or 2 * self.cfg.optim.train_batch_size
+
+    def update(self, experience: Experience, state: TrainState, timer: Any = None) -> dict[str, Any]:
+        """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log."""
+        timed = timer or (lambda name: contextlib.nullcontext())
+        totals: Tensor | None = None
+        loss_sum: Tensor | float = 0.0
+        norms = []
+        guided = self.cfg.sample.guidance_scale > 1
+        for slot in slots(len(experience), self.cfg.optim, state.slots):
+            part = experience.select(slot.terms)
+            for e in part.micro_batches(self.states_per_forward):
+                with timed("backward"):
+                    m = predict_states(self.policy, self.table, e, e.states, guided)
+                    loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, slot.weight)
+                    self.scaler.scale(loss).backward()
+                totals = stats if totals is None else totals + stats
+                loss_sum = loss_sum + loss.detach() / slot.weight
+            state.slots += 1
+            if slot.step:
+                with timed("step"):
+                    norms.append(self.step())
+                state.optimizer_steps += 1
+                state.slots = 0
+        state.pairs += len(experience)
+        self.scheduler.step()
+        return self._log(len(experience), loss_sum, totals, norms)
+
+    def step(self) -> Tensor:
+        """One optimizer step on the accumulated gradients; returns their norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.cfg.optim.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.publish()
+        return norm
+
+    def _log(self, terms: int, loss_sum: Any, totals: Tensor | None, norms: list[Tensor]) -> dict[str, Any]:
+        record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
+        if totals is not None:
+            record["loss"] = loss_sum / terms
+            record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
+        if norms:
+            record["grad_norm"] = torch.stack(norms).mean()
+        return record
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+def pick_device(name: str) -> torch.device:
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {name}, but PyTorch sees no CUDA device. Use --device cpu or auto.")
+    return device
+
+
+class Run:
+    """One training run: its parts, built from a Config."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.device = pick_device(cfg.run.device)
+        self.run_dir = Path(cfg.run.output_dir)
+        self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
+        self.prompts = load_prompts(cfg.data.prompts, cfg.data.caption_column)[: cfg.data.max_prompts]
+        resolved = resolve(cfg)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+
+        self.model = DiffusionModel(cfg, resolved, self.device)
+        self.policy = self.model.policy
+        self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        self.scorer = load_scorer(
+            scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
+            DTYPES[cfg.scorer.scorer_dtype],
+        )  # fmt: skip
+        self.objective = make_objective(cfg.objective)
+        self.sampler = PromptSampler(
+            len(self.prompts), cfg.sample.sample_batch_size, cfg.run.seed, shuffle=cfg.data.shuffle
+        )
+        per_epoch = self.sampler.iterations_per_epoch
+        self.total = cfg.run.num_train_epochs * per_epoch
+        if cfg.run.max_train_steps is not None:
+            self.total = min(self.total, cfg.run.max_train_steps)
+        self.save_every = cfg.run.checkpointing_steps or per_epoch
+        self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
+        self.state = TrainState()
+
+    def announce(self) -> None:
+        """What the run is about to do, in a few lines."""
+        cfg, trained = self.cfg, sum(p.numel() for p in self.learner.parameters)
+        repeats = count_repeats(self.prompts)
+        cut = count_truncated(self.model.tokenizers[0], self.prompts)
+        print(f"{cfg.objective.method} on {self.model.resolved.model_path} ({self.model.height}x{self.model.width}), ", end="")
+        print(f"{trained:,} trained weights, {cfg.model.mixed_precision} compute on {self.device}")
+        print(f"{len(self.prompts)} prompts, {repeats} repeated, {cut} cut at the tokenizer's length; ", end="")
+        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
+
+    def encode_prompts(self) -> None:
+        """All prompts through the text encoders once; they leave memory afterwards."""
+        encoded = self.model.prompt_cache.ensure([*self.prompts, "", *self.validation_prompts()])
+        if encoded:
+            print(f"encoded {encoded} prompts into {self.model.prompt_cache.directory}")
+
+    def rollout_batch(self, indices: list[int], iteration: int) -> RolloutBatch:
+        prompts = [self.prompts[i] for i in indices]
+        draws = KeyedDraws(self.cfg.run.seed, iteration, torch.tensor(indices, device=self.device))
+        text = self.scorer.encode(prompts)
+        return RolloutBatch(self.model.cond(prompts), text, draws, self.model.latent_shape, self.model.latent_dtype)
+
+    def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
+        """One iteration of SPO: rollout, reference, updates. Returns what to log."""
+        cfg, sample = self.cfg, self.cfg.sample
+        batch = self.sampler.batch(iteration)
+        with timer("rollout"):
+            experience = self.objective.collect(
+                *(self.policy, self.table, self.scorer, self.model.decode, self.rollout_batch(batch.indices, iteration)),
+                *(sample, cfg.model.decode_chunk),
+            )
+        order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
+        experience = experience.select(order)
+        with timer("reference"):
+            experience = self.objective.prepare(
+                self.policy, self.table, experience, sample, self.learner.states_per_forward
+            )
+        record = self.learner.update(experience, self.state, timer)
+        most = len(batch.indices) * (sample.num_steps - sample.branch_start)
+        scores = experience.scores
+        return {
+            **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
+            **{"valid_share": len(experience) / most, "states": len(experience.states)},
+            **record,
+            "optimizer_steps": self.state.optimizer_steps,
+        }
+
+    def save(self) -> Path:
+        settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
+        return checkpoint.save(self.run_dir, self.state, self.learner, self.model.save, settings, limit)
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def validation_prompts(self) -> list[str]:
+        return list(self.cfg.run.validation_prompt) or self.prompts[:4]
+
+    @torch.no_grad()
+    def validate(self) -> tuple[list[list[Tensor]], float] | None:
+        """Images of the validation prompts from fixed noise, and the scorer's mean opinion of them; None if turned off.
+
+        Plain DDIM (eta = 0) with the training's steps and guidance. The noise depends on the seed only, so values before
+        and after training are of the same noise.
+        """
+        prompts, count = self.validation_prompts(), self.cfg.run.num_validation_images
+        if count == 0:
+            return None
+        table = self.model.table(self.cfg.sample.num_steps, 0.0)
+        images, scores = [], []
+        for p, prompt in enumerate(prompts):
+            # iteration 2^32 - 1: a key no iteration of training uses
+            index = torch.arange(p * count, (p + 1) * count, device=self.device)
+            draws = KeyedDraws(self.cfg.run.seed, 2**32 - 1, index)
+            row = []
+            for i in range(0, count, self.cfg.model.decode_chunk):
+                part = KeyedDraws(draws.seed, draws.iteration, index[i : i + self.cfg.model.decode_chunk])
+                x = part.latents(self.model.latent_shape, self.model.latent_dtype)
+                cond = self.model.cond([prompt] * x.shape[0])
+                latents = sample_latents(self.policy, table, cond, self.cfg.sample.guidance_scale, x)
+                decoded = [self.model.decode(latents)]
+                row += list(decoded[0].float().cpu())
+                text = self.scorer.encode([prompt] * x.shape[0])
+                zero = torch.zeros((), dtype=torch.int64, device=self.device)
+                shown = Candidates(None, latents, zero, text, 1, lambda _, d=decoded: d[0], len(latents))
+                scores.append(self.scorer(shown))
+            images.append(row)
+        return images, float(torch.cat(scores).mean())
+
+    def show(self, name: str) -> float | None:
+        """Validate and write samples/<name>.png, a row a prompt; returns the mean score."""
+        result = self.validate()
+        if result is None:
+            return None
+        images, score = result
+        write_grid(self.run_dir / "samples" / f"{name}.png", images)
+        return score
+
+
+def write_grid(path: Path, rows: list[list[Tensor]], smallest: int = 96) -> None:
+    """PNG of images (3, H, W) in [-1, 1], one list a row; images under `smallest` pixels are enlarged."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.stack([torch.stack(row) for row in rows])  # (R, N, 3, H, W)
+    zoom = max(1, smallest // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=1.0)
+    sheet = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    Image.fromarray(((sheet / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(path)
+
+
+def train(cfg: Config) -> Path:
+    """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids."""
+    run = Run(cfg)
+    run.announce()
+    run.encode_prompts()
+    with MetricsLog(run.run_dir, cfg.run.report_to, cfg.flat()) as log:
+        if run.resume is not None:
+            run.state, saved = checkpoint.load(run.resume, run.learner)
+            for change in checkpoint.differences(saved, cfg.flat(), ("resume_from_checkpoint", "output_dir", "device")):
+                print(f"changed since the checkpoint: {change}")
+            log.truncate_after(run.state.iteration - 1)
+            print(f"resumed from {run.resume} at iteration {run.state.iteration}")
+        checkpoint.write_atomically(run.run_dir / "config.yaml", yaml.safe_dump(cfg.flat(), sort_keys=False))
+        before = before_score(run)
+        timer = Timer(run.device)
+        with ProgressLine(run.total) as progress:
+            while run.state.iteration < run.total:
+                iteration = run.state.iteration
+                record = run.iterate(iteration, timer)
+                run.state.iteration += 1
+                if run.state.iteration % run.save_every == 0 or run.state.iteration == run.total:
+                    with timer("save"):
+                        run.save()
+                record |= timer.read_ms() | (gpu_stats(run.device.index or 0) if run.device.type == "cuda" else {})
+                progress.update(log.log(iteration, record))
+    files = run.model.save(run.run_dir)
+    after = run.show("after")
+    if before is not None and after is not None:
+        count = len(run.validation_prompts()) * cfg.run.num_validation_images
+        print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+        print(f"sample grids: {run.run_dir / 'samples' / 'before.png'}, {run.run_dir / 'samples' / 'after.png'}")
+    print("trained weights: " + ", ".join(str(f) for f in files))
+    return run.run_dir
+
+
+def before_score(run: Run) -> float | None:
+    """The validation score before training, kept in the run directory so that a resumed run still has it."""
+    path = run.run_dir / "samples" / "before.txt"
+    if path.is_file():
+        return float(path.read_text())
+    if run.state.iteration > 0:
+        return None
+    score = run.show("before")
+    if score is not None:
+        checkpoint.write_atomically(path, repr(score))
+    return score
