@@ -6,14 +6,17 @@ import math
 
 import pytest
 import torch
-from golden_replay import RecordedDraws, conditioning, leading_timesteps, load, networks, policy, spm, table
+from golden_replay import RecordedDraws, conditioning, leading_timesteps, load, networks, policy, seeded_draws, spm, table
 
-from spo_fast.config import SampleConfig
+from spo_fast.checkpoint import TrainState
+from spo_fast.config import Config, SampleConfig
+from spo_fast.objectives import make_objective
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.preference_loss import STATS, preference_loss
 from spo_fast.ops.transition import log_ratio, transition
 from spo_fast.rollout import RolloutBatch, best_and_worst, branching_rollout, rollout_segments
 from spo_fast.schedule import ddim_table
+from spo_fast.trainer import Learner
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 
@@ -184,3 +187,77 @@ def test_rollout_segments_match_the_traces():
     s = rollout_segments(*arguments)
     assert s.rows == list(range(4, 20)) and s.shared == [i % 4 == 0 for i in range(16)]
     assert s.valid.shape == (16, 2) and math.prod(s.x_t.shape[:3]) == 16 * 2 * 2
+
+
+# ---------------------------------------------------------------------------------------------------- a training run
+
+
+class Recording:
+    """An objective that remembers the loss and log-ratios of each call."""
+
+    def __init__(self, objective):
+        self.objective, self.losses, self.ratios = objective, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.objective, name)
+
+    def loss(self, m, steps, e, cfg, weight):
+        loss, stats = self.objective.loss(m, steps, e, cfg, weight)
+        self.losses.append(float(loss))
+        self.ratios.append((stats / len(e)).tolist())
+        return loss, stats
+
+
+@pytest.mark.parametrize("precision", ["f64", "f32"])
+def test_training_run(precision):
+    """Two rollouts of two prompts and six optimizer steps of the published script, replayed draw by draw."""
+    golden, facts = load("iter_sd15_f64")
+    drawn = seeded_draws(facts)
+    dtype, tolerance = DTYPES[precision], {"f64": 1e-9, "f32": 1e-4}[precision]
+    unet, decode = networks("sd15", dtype)
+    trained, scorer = policy(unet), spm()
+    trained.load_state_dict({name: golden[f"lora_init.{name}"].to(dtype) for name in trained.names})
+    cfg = Config().with_fields(
+        **{"learning_rate": facts["adamw"]["lr"], "train_batch_size": 5, "accumulation": "published", "threshold": 0.3}
+    )
+    recording = Recording(make_objective(cfg.objective))
+    learner = Learner(trained, recording, table(), cfg, total_iterations=2)
+    steps, take_step = [], learner.step
+
+    def step():
+        norm = take_step()
+        steps.append((norm, {name: p.clone() for name, p in trained.state_dict().items()}))
+        return norm
+
+    learner.step = step
+    state = TrainState()
+    for r, rollout in enumerate(facts["rollouts"]):
+        draws = RecordedDraws(drawn, rollout["first_draw"])
+        ids = golden[f"roll{r}.in.spm_input_ids_repeated"][:2]
+        cond = conditioning(golden, dtype, prefix=f"roll{r}.in.")
+        batch = RolloutBatch(cond, scorer.encode_ids(ids), draws, (4, 8, 8), dtype)
+        e = recording.collect(trained, learner.table, scorer, decode, batch, cfg.sample, 8)
+        close(e.scores, golden[f"roll{r}.out.preference_score_logs"], 1e-3)
+        close(e.x_prev[:, :, 0], golden[f"roll{r}.out.next_latents"].to(dtype), tolerance)
+        close(e.states.x_t[e.index[:, :1, 0]], golden[f"roll{r}.out.current_latents"].to(dtype), tolerance)
+        e = e.select(drawn[f"draw.{rollout['end_draw']:03d}.randperm"])
+        learner.update(recording.prepare(trained, learner.table, e, cfg.sample, None), state)
+
+    assert recording.losses == pytest.approx([m["loss"] for m in facts["micro"]], abs=tolerance)
+    for i, means in enumerate(recording.ratios):
+        for side, name in (("win", "log_ratio_best"), ("lose", "log_ratio_worst")):
+            want = golden[f"micro{i:02d}.logprob.{side}"] - golden[f"micro{i:02d}.logprob.ref_{side}"]
+            assert means[STATS.index(name)] == pytest.approx(float(want.mean()), abs=tolerance)
+    logged = [record for record in facts["accelerator_log"] if "train_loss" in record]
+    for side, name in (("win", "ratio_best"), ("lose", "ratio_worst")):
+        got = [means[STATS.index(name)] for means in recording.ratios]
+        assert got == pytest.approx([record[f"train_ratio_{side}"] for record in logged], abs=1e-4)
+    assert len(steps) == len(facts["sync"]) == state.optimizer_steps
+    recorded = set()
+    for j, (norm, weights) in enumerate(steps):
+        assert float(norm) == pytest.approx(facts["sync"][j]["grad_norm"], abs=tolerance)
+        for name in trained.names:
+            if f"sync{j:02d}.lora_after.{name}" in golden:
+                close(weights[name], golden[f"sync{j:02d}.lora_after.{name}"].to(dtype), tolerance)
+                recorded.add(j)
+    assert recorded == {0, 5}  # the fixture keeps all weights after the first and the last step

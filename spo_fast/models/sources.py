@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import http.client
 import json
 import re
 import threading
@@ -361,8 +362,10 @@ def offline_reason() -> str | None:
         return "HF_HUB_OFFLINE is set"
     answered = threading.Event()
     # a thread, since the timeout of a request does not cover the look-up of its host's name
-    threading.Thread(target=_knock, args=(constants.ENDPOINT, answered), daemon=True).start()
-    return None if answered.wait(PROBE_SECONDS) else "the hub cannot be reached"
+    probe = threading.Thread(target=_knock, args=(constants.ENDPOINT, answered), daemon=True)
+    probe.start()
+    probe.join(PROBE_SECONDS)
+    return None if answered.is_set() else "the hub cannot be reached"
 
 
 def _knock(url: str, answered: threading.Event) -> None:
@@ -370,7 +373,7 @@ def _knock(url: str, answered: threading.Event) -> None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # any answer is an answer
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return
     answered.set()
 
