@@ -8,10 +8,12 @@ READY := $(VENV)/.ready
 .PHONY: demo test bench lint clean
 
 demo: $(READY)
+	rm -rf runs/demo
 	$(RUN) -m spo_fast.train --model toy --output_dir runs/demo
 
 test: $(READY)
 	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest -k triton tests/test_transition.py tests/test_preference_loss.py
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks/

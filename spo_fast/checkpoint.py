@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written so that a crash leaves the last one whole.
+"""Checkpoints: all a run needs to go on as if it had never stopped; a crash leaves the last one whole.
 
-checkpoint-<iteration>/ holds trained.safetensors (float32 masters), optimizer.safetensors, gradients.safetensors (only when
-an accumulation is under way), state.json (counters, scheduler, non-tensor optimizer state, versions) and the LoRA as other
-software loads it. The directory is written under a temporary name and renamed, so a name without "tmp" is complete.
-There is no generator state to keep: all randomness is keyed by counters (noise.py).
+checkpoint-<iteration>/ holds trained.safetensors (float32 masters), optimizer.safetensors, gradients.safetensors
+(only when an accumulation is under way), state.json (counters, scheduler, non-tensor optimizer state, versions) and
+the LoRA as other software loads it. The directory is written under a temporary name and renamed, so a name without
+"tmp" is complete. There is no generator state to keep: all randomness is keyed by counters (noise.py).
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ class TrainState:
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state_dict -> tensors by "param.name" and the rest, which JSON can hold."""
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else rest
-            target[f"{index}.{name}"] = value.detach().cpu().contiguous() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                rest[f"{index}.{name}"] = value
     return tensors, {"entries": rest, "param_groups": state["param_groups"]}
 
 
@@ -78,7 +81,9 @@ def save(
     temporary = run_dir / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
     try:
-        save_file({k: v.cpu().contiguous() for k, v in learner.policy.state_dict().items()}, temporary / "trained.safetensors")
+        save_file(
+            {k: v.cpu().contiguous() for k, v in learner.policy.state_dict().items()}, temporary / "trained.safetensors"
+        )
         tensors, rest = flatten_optimizer(learner.optimizer.state_dict())
         save_file(tensors, temporary / "optimizer.safetensors")
         gradients = {
@@ -116,14 +121,15 @@ def number(path: Path) -> int:
 def find(run_dir: Path, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: None, "latest" of the run directory, or a path.
 
-    Raises FileExistsError if the directory holds a run and none was asked for, FileNotFoundError for a path without one.
+    Raises FileExistsError if the directory holds a run and none was asked for, FileNotFoundError for a path without
+    one.
     """
     existing = sorted(checkpoints(run_dir), key=number)
     if wanted is None:
         if existing:
             raise FileExistsError(
-                f"{run_dir} already holds a run ({existing[-1].name}). Add --resume_from_checkpoint latest to go on with "
-                "it, or choose another --output_dir."
+                f"{run_dir} already holds a run ({existing[-1].name}). Add --resume_from_checkpoint latest to "
+                "go on with it, or choose another --output_dir."
             )
         return None
     if wanted == "latest":
@@ -138,7 +144,7 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
 
 
 def load(path: Path, learner: Any) -> tuple[TrainState, dict[str, Any]]:
-    """Put a checkpoint's weights, optimizer and accumulated gradients into the learner; returns counters and settings."""
+    """Put a checkpoint's weights, optimizer and gradients into the learner; returns counters and settings."""
     record = json.loads((path / "state.json").read_text())
     learner.policy.load_state_dict(load_file(path / "trained.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")

@@ -1,4 +1,4 @@
-"""Every setting of a run, one frozen dataclass a concern. Field names are the command line's flags and the YAML file's keys.
+"""Every setting of a run, one frozen dataclass a concern. Field names are the flags and the YAML file's keys.
 
 A preset (presets.py) returns a whole Config; the resolved one is saved beside the weights as config.yaml.
 """
@@ -35,7 +35,7 @@ class ModelConfig:
     width: int | None = None
     """Image width in pixels, likewise."""
     mixed_precision: Literal["no", "fp16", "bf16", "fp64"] = "no"
-    """Compute type of the UNet and the VAE: no = float32, fp16, bf16, fp64 (for checks). Trained weights stay float32."""
+    """Compute type of UNet and VAE: no = float32, fp16, bf16, fp64 (for checks). Trained weights stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more training time."""
     decode_chunk: int = 8
@@ -86,8 +86,8 @@ class SampleConfig:
     next_start: Literal["random", "winner", "loser"] = "random"
     """Which candidate the next step starts from. The paper's ablation: random is far better."""
     last_step: Literal["compare", "extend"] = "compare"
-    """If the last step is a comparison point: compare there and branch once more, or (the published SDXL code) skip that
-    comparison and let the group run to the end."""
+    """If the last step is a comparison point: compare there and branch once more, or (the published SDXL code) skip
+    that comparison and let the group run to the end."""
 
     def __post_init__(self) -> None:
         _need(self.sample_batch_size >= 1, f"sample_batch_size={self.sample_batch_size} must be at least 1.")
@@ -104,7 +104,8 @@ class SampleConfig:
             "defined. The published runs use 1.",
         )
         _need(
-            self.threshold < 1, f"threshold={self.threshold}: probabilities differ by less than 1, no pair would be kept."
+            self.threshold < 1,
+            f"threshold={self.threshold}: probabilities differ by less than 1, no pair would be kept.",
         )
 
 

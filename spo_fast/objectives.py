@@ -1,7 +1,7 @@
-"""The objectives, side by side. Each collects experience, prepares what it is compared with, and turns predictions into a loss.
+"""The objectives, side by side. Each collects experience, prepares its baseline, and turns predictions into a loss.
 
-An objective is a frozen dataclass whose fields are its settings. `loss` sees unique states (U) and indices (N, K, S) into
-them, so that a state shared by winner and loser costs one forward and one backward.
+An objective is a frozen dataclass whose fields are its settings. `loss` sees unique states (U) and indices (N, K, S)
+into them, so that a state shared by winner and loser costs one forward and one backward.
 """
 
 from __future__ import annotations
@@ -59,7 +59,14 @@ class SPO:
     clip: float | None = 0.1
 
     def collect(
-        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: RolloutBatch, cfg: SampleConfig, chunk: int
+        self,
+        policy: Any,
+        table: StepTable,
+        scorer: Any,
+        decode: Any,
+        batch: RolloutBatch,
+        cfg: SampleConfig,
+        chunk: int,
     ) -> Experience:
         return branching_rollout(policy, table, scorer, decode, batch, cfg, chunk)
 
@@ -87,9 +94,10 @@ class SPO:
 
 
 class MSPO(SPO):
-    """SPO with inner steps (the published SDXL runs): one comparison labels every transition of a segment, each its own term.
+    """SPO with inner steps (the published SDXL runs): one comparison labels every transition of a segment.
 
-    The terms are permuted singly, as published. Only a segment's first transition shares x_t between the sides.
+    Each transition is its own term and is permuted singly, as published. Only a segment's first transition shares x_t
+    between the sides.
     """
 
 

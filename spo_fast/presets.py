@@ -1,4 +1,4 @@
-"""Presets: functions that return a whole Config. The numbers are the published runs' (configs/ of the published code)."""
+"""Presets: functions that return a whole Config, with the published runs' settings (their configs/)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Rollouts: denoise, branch, judge, keep the best and the worst.
 
 `branching_rollout` is SPO's and MSPO's (arXiv 2406.04314, section 3; multi_sample_pipeline*.py of the published code):
-K candidates part at the first step of a segment, go on independently through the segment, and one comparison of their x0
-estimates labels all of the segment's transitions. All candidates and both guidance halves share one UNet call a step, and
-nothing is read back to the host before the rollout's end.
+K candidates part at the first step of a segment, go on independently through the segment, and one comparison of their
+x0 estimates labels all of the segment's transitions. All candidates and both guidance halves share one UNet call a
+step, and nothing is read back to the host before the rollout's end.
 """
 
 from __future__ import annotations
@@ -94,7 +94,13 @@ def _take(x: Tensor, index: Tensor) -> Tensor:  # x (K, B, ...), index (J, B) ->
 
 @torch.no_grad()
 def rollout_segments(
-    policy: Any, table: StepTable, scorer: Any, decode: Any, batch: RolloutBatch, cfg: SampleConfig, decode_chunk: int = 8
+    policy: Any,
+    table: StepTable,
+    scorer: Any,
+    decode: Any,
+    batch: RolloutBatch,
+    cfg: SampleConfig,
+    decode_chunk: int = 8,
 ) -> Segments:
     """Everything of a branching rollout that can run without reading from the device: exactly num_steps UNet calls."""
     K, B, draws, g = cfg.num_candidates, len(batch), batch.draws, cfg.guidance_scale
@@ -144,29 +150,34 @@ def rollout_segments(
             shared.append(s == 0)
         scores.append(score.flatten())
         if m_all is not None:
-            chosen = {"random": lambda: draws.pick(end, K), "winner": lambda: sides[0], "loser": lambda: sides[1]}
-            pick = chosen[cfg.next_start]()[None]
-            x = _take(branches, pick)[0]
+            by_rank = {"winner": sides[0], "loser": sides[1]}
+            pick = draws.pick(end, K) if cfg.next_start == "random" else by_rank[cfg.next_start]
+            x = _take(branches, pick[None])[0]
             # the prediction that judged the chosen candidate starts its next step: no second UNet call
-            m = Prediction(*(None if v is None else _take(v.view(K, B, *v.shape[1:]), pick)[0] for v in m_all))
+            m = m_all.select(pick * B + torch.arange(B, device=device))
     return Segments(torch.stack(x_t), torch.stack(x_prev), torch.stack(valid), rows, shared, torch.cat(scores))
 
 
 def branching_rollout(
-    policy: Any, table: StepTable, scorer: Any, decode: Any, batch: RolloutBatch, cfg: SampleConfig, decode_chunk: int = 8
+    policy: Any,
+    table: StepTable,
+    scorer: Any,
+    decode: Any,
+    batch: RolloutBatch,
+    cfg: SampleConfig,
+    decode_chunk: int = 8,
 ) -> Experience:
     """`rollout_segments`, then the one read of the device that keeps the valid pairs."""
     return rollout_segments(policy, table, scorer, decode, batch, cfg, decode_chunk).compact(batch.cond)
 
 
-
-
 @torch.no_grad()
 def sample_latents(policy: Any, table: StepTable, cond: Cond, guidance_scale: float, x: Tensor) -> Tensor:
     """Plain sampling from the noise x (B, C, H, W) with a deterministic table (eta = 0): final latents."""
+    quiet = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
     for i in range(table.num_steps):
-        m = policy.predict(x, table.timesteps[i], cond, guided=guidance_scale > 1)
+        cond_out, uncond_out = policy.predict(x, table.timesteps[i], cond, guided=guidance_scale > 1)
         rows = torch.full((x.shape[0],), i, device=x.device)
-        noise = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
-        x = transition(*m, x, rows, table.coefficients, guidance_scale, noise=noise, want_x0=False)[1][0]
+        arguments = (cond_out, uncond_out, x, rows, table.coefficients, guidance_scale)
+        x = transition(*arguments, noise=quiet, want_x0=False)[1][0]
     return x

@@ -1,7 +1,7 @@
 """A schedule is a table. Every sampler step is a row: mean = a x_t + b m, x0 = c x_t + d m, std.
 
-m is the network's raw (guided) output. DDIM with epsilon, v or sample prediction and the flow-matching SDE differ only in
-their rows, so one set of kernels serves all of them.
+m is the network's raw (guided) output. DDIM with epsilon, v or sample prediction and the flow-matching SDE differ
+only in their rows, so one set of kernels serves all of them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def ddim_table(
     """DDIM (arXiv 2010.02502, eq. 12 and 16). Matches ddim_with_logprob.py of the published code, quirks included:
 
     the previous timestep is t - T // R clamped to 0, so the last step goes to alphas_cumprod[0], keeps std > 0, and
-    set_alpha_to_one is ignored. The table is cast to float64 before any arithmetic: from float64 betas the published std
-    would be missed by 3e-7. eta = 0 gives std = 0: fine for sampling, useless for log-probabilities. Raises ValueError for
-    an unknown prediction type or eta outside [0, 1].
+    set_alpha_to_one is ignored. The table is cast to float64 before any arithmetic: from float64 betas the published
+    std would be missed by 3e-7. eta = 0 gives std = 0: fine for sampling, useless for log-probabilities. Raises
+    ValueError for an unknown prediction type or eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} must lie in [0, 1]")

@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(TITLES[section])
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            group.add_argument(f"--{field.name}", help=docs[field.name].replace("%", "%%"), **_argument(hints[field.name]))
+            group.add_argument(
+                f"--{field.name}", help=docs[field.name].replace("%", "%%"), **_argument(hints[field.name])
+            )
             if field.name == "height":
                 group.add_argument("--resolution", type=int, help="Height and width in pixels of a square image.")
             if field.name == "optimizer":
@@ -86,7 +88,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     for name in loaded:
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(f"{path}: unknown setting {name!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else ""))
+            raise ValueError(
+                f"{path}: unknown setting {name!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else "")
+            )
     return loaded
 
 
@@ -96,7 +100,9 @@ def _from_yaml(path: str, name: str, value: Any) -> Any:
         return value
     settings = _argument(typing.get_type_hints(SECTIONS[section_of(name)])[name])
     if "choices" in settings:
-        value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value  # YAML reads no as false
+        value = (
+            {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        )  # YAML reads no as false
         if value not in settings["choices"]:
             raise ValueError(f"{path}: {name}: {value!r} is none of {', '.join(settings['choices'])}")
         return value

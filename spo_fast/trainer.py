@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,10 @@ class Learner:
         self.parameters: list[Tensor] = list(policy.masters)
         self.optimizer = make_optimizer(self.parameters, cfg.optim)
         self.scheduler = get_scheduler(
-            cfg.optim.lr_scheduler, self.optimizer, cfg.optim.lr_warmup_steps, num_training_steps=total_iterations
+            cfg.optim.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=cfg.optim.lr_warmup_steps,
+            num_training_steps=total_iterations,
         )
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
@@ -123,14 +125,16 @@ class Learner:
                 state.optimizer_steps += 1
                 state.slots = 0
         state.pairs += len(experience)
+        record = self._log(len(experience), loss_sum, totals, norms)
         self.scheduler.step()
-        return self._log(len(experience), loss_sum, totals, norms)
+        return record
 
     def step(self) -> Tensor:
         """One optimizer step on the accumulated gradients; returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        limit = self.cfg.optim.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.cfg.optim.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,8 +197,11 @@ class Run:
         cfg, trained = self.cfg, sum(p.numel() for p in self.learner.parameters)
         repeats = count_repeats(self.prompts)
         cut = count_truncated(self.model.tokenizers[0], self.prompts)
-        print(f"{cfg.objective.method} on {self.model.resolved.model_path} ({self.model.height}x{self.model.width}), ", end="")
-        print(f"{trained:,} trained weights, {cfg.model.mixed_precision} compute on {self.device}")
+        print(
+            f"{cfg.objective.method} on {self.model.resolved.model_path} ({self.model.height}x{self.model.width}), ",
+            end="",
+        )
+        print(f"{trained:,} trained weights, {self.policy.dtype} on {self.device}".replace("torch.", ""))
         print(f"{len(self.prompts)} prompts, {repeats} repeated, {cut} cut at the tokenizer's length; ", end="")
         print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
 
@@ -216,7 +223,13 @@ class Run:
         batch = self.sampler.batch(iteration)
         with timer("rollout"):
             experience = self.objective.collect(
-                *(self.policy, self.table, self.scorer, self.model.decode, self.rollout_batch(batch.indices, iteration)),
+                *(
+                    self.policy,
+                    self.table,
+                    self.scorer,
+                    self.model.decode,
+                    self.rollout_batch(batch.indices, iteration),
+                ),
                 *(sample, cfg.model.decode_chunk),
             )
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
@@ -248,8 +261,8 @@ class Run:
     def validate(self) -> tuple[list[list[Tensor]], float] | None:
         """Images of the validation prompts from fixed noise, and the scorer's mean opinion of them; None if turned off.
 
-        Plain DDIM (eta = 0) with the training's steps and guidance. The noise depends on the seed only, so values before
-        and after training are of the same noise.
+        Plain DDIM (eta = 0) with the training's steps and guidance. The noise depends on the seed only, so values
+        before and after training are of the same noise.
         """
         prompts, count = self.validation_prompts(), self.cfg.run.num_validation_images
         if count == 0:
@@ -257,23 +270,28 @@ class Run:
         table = self.model.table(self.cfg.sample.num_steps, 0.0)
         images, scores = [], []
         for p, prompt in enumerate(prompts):
-            # iteration 2^32 - 1: a key no iteration of training uses
-            index = torch.arange(p * count, (p + 1) * count, device=self.device)
-            draws = KeyedDraws(self.cfg.run.seed, 2**32 - 1, index)
-            row = []
-            for i in range(0, count, self.cfg.model.decode_chunk):
-                part = KeyedDraws(draws.seed, draws.iteration, index[i : i + self.cfg.model.decode_chunk])
-                x = part.latents(self.model.latent_shape, self.model.latent_dtype)
-                cond = self.model.cond([prompt] * x.shape[0])
-                latents = sample_latents(self.policy, table, cond, self.cfg.sample.guidance_scale, x)
-                decoded = [self.model.decode(latents)]
-                row += list(decoded[0].float().cpu())
-                text = self.scorer.encode([prompt] * x.shape[0])
-                zero = torch.zeros((), dtype=torch.int64, device=self.device)
-                shown = Candidates(None, latents, zero, text, 1, lambda _, d=decoded: d[0], len(latents))
-                scores.append(self.scorer(shown))
+            row: list[Tensor] = []
+            for start in range(0, count, self.cfg.model.decode_chunk):
+                size = min(self.cfg.model.decode_chunk, count - start)
+                pixels, score = self._validation_images(table, prompt, p * count + start, size)
+                row += list(pixels.float().cpu())
+                scores.append(score)
             images.append(row)
         return images, float(torch.cat(scores).mean())
+
+    def _validation_images(self, table: StepTable, prompt: str, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """`size` images of one prompt from the noise of validation image `first` on, and their scores at timestep 0."""
+        index = torch.arange(first, first + size, device=self.device)
+        # iteration 2^32 - 1: a key that no iteration of training uses
+        draws = KeyedDraws(self.cfg.run.seed, 2**32 - 1, index)
+        x = draws.latents(self.model.latent_shape, self.model.latent_dtype)
+        prompts = [prompt] * size
+        latents = sample_latents(self.policy, table, self.model.cond(prompts), self.cfg.sample.guidance_scale, x)
+        pixels = self.model.decode(latents)
+        now = torch.zeros((), dtype=torch.int64, device=self.device)
+        text = self.scorer.encode(prompts)
+        # already decoded: the scorer gets the same pixels, whatever it asks for
+        return pixels, self.scorer(Candidates(None, latents, now, text, 1, lambda _: pixels, size))
 
     def show(self, name: str) -> float | None:
         """Validate and write samples/<name>.png, a row a prompt; returns the mean score."""
@@ -310,6 +328,8 @@ def train(cfg: Config) -> Path:
                 print(f"changed since the checkpoint: {change}")
             log.truncate_after(run.state.iteration - 1)
             print(f"resumed from {run.resume} at iteration {run.state.iteration}")
+        else:
+            log.truncate_after(-1)  # a run that died before its first checkpoint may have left lines
         checkpoint.write_atomically(run.run_dir / "config.yaml", yaml.safe_dump(cfg.flat(), sort_keys=False))
         before = before_score(run)
         timer = Timer(run.device)
@@ -327,7 +347,8 @@ def train(cfg: Config) -> Path:
     after = run.show("after")
     if before is not None and after is not None:
         count = len(run.validation_prompts()) * cfg.run.num_validation_images
-        print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+        gain = after - before
+        print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({gain:+.3f})")
         print(f"sample grids: {run.run_dir / 'samples' / 'before.png'}, {run.run_dir / 'samples' / 'after.png'}")
     print("trained weights: " + ", ".join(str(f) for f in files))
     return run.run_dir
@@ -336,10 +357,8 @@ def train(cfg: Config) -> Path:
 def before_score(run: Run) -> float | None:
     """The validation score before training, kept in the run directory so that a resumed run still has it."""
     path = run.run_dir / "samples" / "before.txt"
-    if path.is_file():
-        return float(path.read_text())
-    if run.state.iteration > 0:
-        return None
+    if run.resume is not None:
+        return float(path.read_text()) if path.is_file() else None
     score = run.show("before")
     if score is not None:
         checkpoint.write_atomically(path, repr(score))

@@ -1,4 +1,5 @@
-"""Rebuilds the tiny networks of the golden fixtures and replays recorded draws. Used by test_golden.py and test_rollout.py."""
+"""Rebuilds the tiny networks of the golden fixtures and replays recorded draws. Used by test_golden.py and
+test_rollout.py."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def policy(unet, rank: int = 4) -> Policy:
 
 def conditioning(tensors: dict, dtype: torch.dtype, prefix: str = "in.") -> Cond:
     names = {"prompt_embeds": "prompt_embeds", "pooled_prompt_embeds": "text_embeds"}
-    cond = {ours: tensors[f"{prefix}{theirs}"].to(dtype) for theirs, ours in names.items() if prefix + theirs in tensors}
+    cond = {
+        ours: tensors[f"{prefix}{theirs}"].to(dtype) for theirs, ours in names.items() if prefix + theirs in tensors
+    }
     uncond = {
         ours: tensors[f"{prefix}negative_{theirs}"][:1].to(dtype)
         for theirs, ours in names.items()

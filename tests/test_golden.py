@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from golden_replay import RecordedDraws, conditioning, leading_timesteps, load, networks, policy, seeded_draws, spm, table
+from golden_replay import (
+    RecordedDraws,
+    conditioning,
+    leading_timesteps,
+    load,
+    networks,
+    policy,
+    seeded_draws,
+    spm,
+    table,
+)
 
 from spo_fast.checkpoint import TrainState
 from spo_fast.config import Config, SampleConfig
@@ -36,7 +46,11 @@ def test_schedule(num_steps):
     golden, _ = load("ddim")
     steps = leading_timesteps(num_steps, 1000, 1)
     assert torch.equal(steps, golden[f"schedule{num_steps}.timesteps"])
-    close(ddim_table(golden["alphas_cumprod"], steps, 1.0, "epsilon").coefficients[:, 4], golden[f"schedule{num_steps}.std_eta1"], 3e-7)
+    close(
+        ddim_table(golden["alphas_cumprod"], steps, 1.0, "epsilon").coefficients[:, 4],
+        golden[f"schedule{num_steps}.std_eta1"],
+        3e-7,
+    )
 
 
 CASES = ["epsilon.f32", "epsilon.f64", "v_prediction.f32", "v_prediction.f64", "sample.f32", "sample.f64"]
@@ -52,7 +66,9 @@ def test_ddim_steps(case, backend):
     dtype = torch.float64 if "f64" in case else torch.float32
     tolerance = {"epsilon.f64_f32table": 1e-6}.get(case, 1e-12 if dtype == torch.float64 else 2e-5)
     rows = torch.arange(20).repeat_interleave(2)
-    x_t, m, m2, noise = (golden[f"in.{n}"].to(dtype).flatten(0, 1) for n in ("x_t", "model_out", "model_out2", "noise_k1"))
+    x_t, m, m2, noise = (
+        golden[f"in.{n}"].to(dtype).flatten(0, 1) for n in ("x_t", "model_out", "model_out2", "noise_k1")
+    )
     with use_backend(backend):
         x0, children = transition(m, None, x_t, rows, steps.coefficients, 1.0, noise=noise[None])
         close(x0.view(20, 2, 4, 4, 3), golden[f"{case}.pred_x0"].to(dtype), tolerance * 100)  # x0 reaches 40 at t = 951
@@ -93,10 +109,18 @@ def test_loss_and_gradients(case, precision, backend):
 
     exact = precision == "f64"
     want_ratio = golden[f"{case}.f64.logprob"] - golden[f"{case}.f64.ref_logprob"]
-    close(ratio.view(2, B).double() / want_ratio.abs().clamp_min(1), want_ratio / want_ratio.abs().clamp_min(1), 1e-9 if exact else 2e-5)
+    close(
+        ratio.view(2, B).double() / want_ratio.abs().clamp_min(1),
+        want_ratio / want_ratio.abs().clamp_min(1),
+        1e-9 if exact else 2e-5,
+    )
     close(loss, golden[f"{case}.{precision}.loss"].to(dtype), 1e-9 if exact else 1e-4)
     got = torch.stack([uncond.grad.view(2, B, *x_t.shape[2:]), cond.grad.view(2, B, *x_t.shape[2:])], 1)
-    close(got, golden[f"{case}.f64.grad_raw"].to(dtype), 1e-9 if exact else 1e-4 * float(golden[f"{case}.f64.grad_raw"].abs().max()))
+    close(
+        got,
+        golden[f"{case}.f64.grad_raw"].to(dtype),
+        1e-9 if exact else 1e-4 * float(golden[f"{case}.f64.grad_raw"].abs().max()),
+    )
     close(uncond.grad + cond.grad, golden[f"{case}.f64.grad_guided"].to(dtype).flatten(0, 1), 1e-9 if exact else 1e-4)
     mean = dict(zip(STATS, (stats / B).tolist(), strict=True))
     ratio_clamped = golden[f"{case}.{precision}.ratio_clamped"].double().mean(1)
@@ -149,7 +173,10 @@ def replay(name, kind, cfg, precision, prefix="", start=0):
 
 ROLLOUTS = {
     "rollout_sd15_k4": ("sd15", SampleConfig(num_candidates=4, threshold=0.3)),
-    "rollout_sdxl_k2_inner3": ("sdxl", SampleConfig(num_candidates=2, num_inner_steps=3, threshold=0.4, last_step="extend")),
+    "rollout_sdxl_k2_inner3": (
+        "sdxl",
+        SampleConfig(num_candidates=2, num_inner_steps=3, threshold=0.4, last_step="extend"),
+    ),
 }
 
 
@@ -174,9 +201,15 @@ def test_rollout(name, precision):
     current = golden[f"{precision}.out.current_latents"]  # (N, 1 or 2, C, H, W)
     close(e.states.x_t[e.index[:, :, 0]][:, : current.shape[1]], current, tolerance)
     close(e.x_prev[:, :, 0], golden[f"{precision}.out.next_latents"], tolerance)
-    close(e.cond.cond["prompt_embeds"][e.states.prompts[first]], golden[f"{precision}.out.prompt_embeds"][:, 0], tolerance)
+    close(
+        e.cond.cond["prompt_embeds"][e.states.prompts[first]], golden[f"{precision}.out.prompt_embeds"][:, 0], tolerance
+    )
     if kind == "sdxl":
-        close(e.cond.cond["text_embeds"][e.states.prompts[first]], golden[f"{precision}.out.add_text_embeds"][:, 0], tolerance)
+        close(
+            e.cond.cond["text_embeds"][e.states.prompts[first]],
+            golden[f"{precision}.out.add_text_embeds"][:, 0],
+            tolerance,
+        )
     # unique states: one for a pair that shares x_t, two for the others
     shared = sum(facts["pairs_with_shared_x_t_per_timestep"].values())
     assert len(e.states) == 2 * len(e) - shared

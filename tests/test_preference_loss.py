@@ -72,7 +72,9 @@ def test_two_sides_by_hand(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clamp_has_no_gradient_outside_on_either_side_and_no_nan(backend):
     # outside on the right side, outside on the wrong side, both, and far beyond exp's range (the published form: NaN)
-    x = torch.tensor([[0.2, 0.01], [-0.3, 0.01], [0.4, -0.5], [120.0, -400.0], [math.log(1.1), math.log(0.9)]], device=DEVICE)
+    x = torch.tensor(
+        [[0.2, 0.01], [-0.3, 0.01], [0.4, -0.5], [120.0, -400.0], [math.log(1.1), math.log(0.9)]], device=DEVICE
+    )
     x = x.unsqueeze(-1).requires_grad_()
     with use_backend(backend):
         loss, stats = preference_loss(x, torch.ones(5, device=DEVICE), 10.0, 0.1)
@@ -81,7 +83,9 @@ def test_clamp_has_no_gradient_outside_on_either_side_and_no_nan(backend):
     assert grad[0][0] == 0 and grad[0][1] > 0 and grad[1][0] == 0 and grad[1][1] > 0
     assert grad[2] == [0, 0] and grad[3] == [0, 0] and math.isfinite(loss.item())
     mean = dict(zip(STATS, stats.tolist(), strict=True))
-    assert mean["clamped"] == pytest.approx(0.5 + 0.5 + 1 + 1, abs=0.51)  # the last pair lies on the ends, up to rounding
+    assert mean["clamped"] == pytest.approx(
+        0.5 + 0.5 + 1 + 1, abs=0.51
+    )  # the last pair lies on the ends, up to rounding
     assert mean["dead"] in (2, 3)
 
 

@@ -44,9 +44,10 @@ def decode(latents):
 
 def judge(pixels, t, text):
     """(N,) scores with wide gaps, so that no decision hangs on rounding."""
-    return 40 * (pixels * torch.linspace(-1, 1, pixels[0].numel()).view(pixels.shape[1:])).mean((1, 2, 3)) * (
-        1 + t / 1000
-    ) + text
+    return (
+        40 * (pixels * torch.linspace(-1, 1, pixels[0].numel()).view(pixels.shape[1:])).mean((1, 2, 3)) * (1 + t / 1000)
+        + text
+    )
 
 
 class Scorer:
@@ -105,7 +106,8 @@ def setup(cfg, B=3, shape=(4, 6, 5), seed=0, prediction_type="epsilon"):
 def reference_rollout(scheduler, batch, cfg):
     """One prompt and one candidate at a time, following the published control flow (a counter of inner steps left).
 
-    Yields per comparison [(t, shared, x_t of both, x_prev of both, prompt)] of kept prompts, in the order of the rollout.
+    Yields per comparison [(t, shared, x_t of both, x_prev of both, prompt)] of kept prompts, in the order of the
+    rollout.
     """
     net, B, K, n = Net(), len(batch), cfg.num_candidates, cfg.num_steps
     t = scheduler.timesteps
@@ -168,7 +170,9 @@ def reference_rollout(scheduler, batch, cfg):
             steps.append(i)
             left = max(left - 1, 0)
     decisions = [
-        compare([float(judge(decode(candidates[k][b][None]), torch.tensor(0), batch.text[b : b + 1])) for k in range(K)])
+        compare(
+            [float(judge(decode(candidates[k][b][None]), torch.tensor(0), batch.text[b : b + 1])) for k in range(K)]
+        )
         for b in range(B)
     ]
     collect(out, path, steps, decisions)
@@ -294,7 +298,8 @@ def test_batch_of_eight_draws_what_two_of_four_draw():
 
     both = [rollout(torch.arange(4)), rollout(torch.arange(4, 8))]
     all_at_once = rollout(torch.arange(8))
-    # the same draws, bit for bit, and so the same candidates at every branching step of a network that has no batch effects
+    # the same draws, bit for bit, and so the same candidates at every branching step of a network that has no batch
+    # effects
     assert torch.equal(all_at_once.x_t, torch.cat([s.x_t for s in both], 2))
     assert torch.equal(all_at_once.x_prev, torch.cat([s.x_prev for s in both], 2))
     one = KeyedDraws(7, 2, index)
@@ -343,7 +348,11 @@ def test_rollout_reads_nothing_from_the_device(inner):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {name: mode.from_tensor(v) for name, v in cond.cond.items()}
         batch = RolloutBatch(
-            Cond(fake, cond.uncond), mode.from_tensor(text), KeyedDraws(1, 0, mode.from_tensor(index)), (4, 8, 8), torch.float32
+            Cond(fake, cond.uncond),
+            mode.from_tensor(text),
+            KeyedDraws(1, 0, mode.from_tensor(index)),
+            (4, 8, 8),
+            torch.float32,
         )
         s = rollout_segments(trained, steps, scorer, decode_, batch, cfg)
         assert s.x_t.shape == (4, 2, 2, 4, 8, 8) and s.valid.shape == (4, 2)

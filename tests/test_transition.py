@@ -48,13 +48,13 @@ def truth(cond, uncond, r_cond, r_uncond, x_t, x_prev, states, rows, g):
     def log_prob_and_mean(c, u):
         m = c if u is None else u + g * (c - u)
         mean = a * x_t.double()[states] + b * m[states]
-        density = -((x_prev.double() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+        density = (
+            -((x_prev.double() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+        )
         return density.mean((1, 2, 3)), mean
 
     log_p, mean_p = log_prob_and_mean(cond, uncond)
-    log_r, mean_r = log_prob_and_mean(
-        r_cond.double(), None if r_uncond is None else r_uncond.double()
-    )
+    log_r, mean_r = log_prob_and_mean(r_cond.double(), None if r_uncond is None else r_uncond.double())
     return log_p - log_r, ((mean_p - mean_r) ** 2 / (2 * std**2)).mean((1, 2, 3))
 
 

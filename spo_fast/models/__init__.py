@@ -1,4 +1,4 @@
-"""Layer 2: what is trained. MODELS names the architectures; sources.py finds their files, diffusion.py wires them up."""
+"""Layer 2: what is trained. MODELS names the architectures; sources.py finds files, diffusion.py wires them up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A latent diffusion model around its policy: prompt embeddings, VAE, schedule, and the LoRA files other software loads."""
+"""A latent diffusion model around its policy: prompt embeddings, VAE, schedule, and the LoRA files others load."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ class DiffusionModel:
         self.prompt_cache = PromptCache(directory, fingerprint, self._load_encoder)
         self.zero_uncond = self._forces_zeros()
 
-        self.vae: Any = sources.load_vae(resolved, torch.float32)
-        overflows = self.kind == "sdxl" and self.vae.config.get("force_upcast", False)
-        self.vae = self.vae.to(device, torch.float32 if overflows and self.dtype == torch.float16 else self.dtype)
+        self.vae: Any = sources.load_vae(resolved, self.dtype)
+        config: Any = self.vae.config
+        if self.kind == "sdxl" and self.dtype == torch.float16 and config.get("force_upcast", False):
+            self.vae = sources.load_vae(resolved, torch.float32)  # SDXL's own VAE overflows in float16
+        self.vae.to(device)
         unet: Any = sources.load_unet(resolved, self.dtype).to(device)
         if cfg.model.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -127,7 +129,8 @@ class DiffusionModel:
         LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ in diffusers
         layout.
         """
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+        # the pipelines inherit these; importing the pipelines would pull in image processors and their warnings
+        from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
         from safetensors.torch import save_file
 
@@ -139,9 +142,10 @@ class DiffusionModel:
             name.replace(".default.", "."): value.detach().cpu().contiguous()
             for name, value in self.policy.state_dict().items()
         }
-        pipeline: Any = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[self.kind]
+        writers = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}
+        writer: Any = writers[self.kind]
         # the metadata carries alpha: without it a loader takes alpha = rank and the images are wrong
-        pipeline.save_lora_weights(
+        writer.save_lora_weights(
             save_directory=directory,
             unet_lora_layers=convert_state_dict_to_diffusers(state),
             unet_lora_adapter_metadata=self.policy.unet.peft_config["default"].to_dict(),
@@ -163,6 +167,6 @@ def _check_scheduler(config: dict[str, Any]) -> None:
     for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if config.get(name):
             raise ValueError(
-                f"the model's scheduler has {name}=true: its steps are not Gaussian in x_t and have no log-probability. "
+                f"the model's scheduler has {name}=true: its steps are not Gaussian in x_t, have no log-probability. "
                 f"Set {name} to false in scheduler/scheduler_config.json if the model allows it."
             )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -22,9 +22,9 @@ from spo_fast.experience import Cond, Prediction
 class Policy:
     """UNet + trained weights. `predict` is the only way to evaluate the network."""
 
-    def __init__(self, unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int):
+    def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
         self.unet = unet.requires_grad_(False).eval()
-        self._frozen_copy: UNet2DConditionModel | None = None
+        self._frozen_copy: Any = None
         if adapter.full_finetune:
             self._frozen_copy = copy.deepcopy(unet)
             unet.requires_grad_(True)
@@ -34,7 +34,7 @@ class Policy:
                 unet.add_adapter(
                     LoraConfig(
                         r=adapter.rank,
-                        lora_alpha=adapter.alpha,
+                        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
                         init_lora_weights="gaussian",
                         target_modules=list(adapter.lora_targets),
                     )
@@ -135,7 +135,7 @@ class Policy:
         self.publish()
 
 
-def _add_to(master: Tensor):
+def _add_to(master: Tensor) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         assert p.grad is not None
         grad = p.grad.float()

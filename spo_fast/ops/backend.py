@@ -1,9 +1,9 @@
 """Which implementation of an op runs, and why.
 
-Every op exists as `eager` (plain PyTorch, the definition); some also as `triton` (GPU, or CPU through TRITON_INTERPRET=1)
-and as `c` (csrc/ through ctypes, CPU and CUDA). Each op declares an order per device, taken from measurements; the first
-backend of that order that can run here is used. SPO_FAST_BACKEND=name or `with use_backend(name)` forces one, and a forced
-backend that cannot run raises: nothing falls back silently.
+Every op exists as `eager` (plain PyTorch, the definition); some also as `triton` (GPU, or CPU through
+TRITON_INTERPRET=1) and as `c` (csrc/ through ctypes, CPU and CUDA). Each op declares an order per device, taken from
+measurements; the first backend of that order that can run here is used. SPO_FAST_BACKEND=name or `with
+use_backend(name)` forces one, and a forced backend that cannot run raises: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def library_op(name: str, schema: str, function: Callable[..., Any], fake: Calla
     """
     if name.endswith("_triton") and not INTERPRET:
         # triton_op reads the schema from the function's annotations
-        op = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=())
+        op: Any = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=())
     else:
         op = torch.library.custom_op(f"spo_fast::{name}", function, mutates_args=(), schema=schema)
     op.register_fake(fake)

@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): noise from a key, not from a stream.
+"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): noise from a key, not a stream.
 
 A key row is five int64 numbers (seed, iteration, prompt, step, candidate); each counts modulo 2^32. The generator is
 called once per group of four elements: key words (seed, iteration), counter words (group, candidate, step, prompt).
@@ -18,13 +18,13 @@ W0, W1 = 0x9E3779B9, 0xBB67AE85
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a * b for 32-bit unsigned values held in int64."""
-    # The product has 64 bits and int64 is signed: split b into halves for the high word; the low word survives wrapping.
+    # The product has 64 bits and int64 is signed: halve b for the high word; the low word survives wrapping.
     hi = (a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)) >> 16
     return hi & MASK, (a * b) & MASK
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Ten rounds of Philox4x32. All arguments int64 tensors holding 32-bit values, broadcast together; returns 4 of them."""
+    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit values and broadcast together; returns 4 words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

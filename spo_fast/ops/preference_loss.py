@@ -3,11 +3,12 @@
 Each of N terms ranks K sides, best first, each with S transitions:
     logit_k = beta * mean over s of clamp(log_ratio_ks, log(1 - clip), log(1 + clip))
     loss_n = - sum over i < K - 1 of (logit_i - logsumexp over j >= i of logit_j)           (ListMLE; Plackett-Luce)
-which for K = 2 is SPO's -log sigmoid(beta (log r_w - log r_l)) with r clamped to [1 - clip, 1 + clip] (arXiv 2406.04314,
-train_spo.py 583-586). The clamp acts on log-ratios, never on exp of them: above 88 the published form gives inf * 0 = NaN.
-Its gradient is 0 outside the interval and 1 on its ends, as torch.clamp's.
+which for K = 2 is SPO's -log sigmoid(beta (log r_w - log r_l)) with r clamped to [1 - clip, 1 + clip] (arXiv
+2406.04314, train_spo.py 583-586). The clamp acts on log-ratios, never on exp of them: above 88 the published form
+gives inf * 0 = NaN. Its gradient is 0 outside the interval and 1 on its ends, as torch.clamp's.
 
-# A few hundred numbers: latency, not bandwidth. What it saves is about twenty launches a micro-batch and every host sync.
+# A few hundred numbers: latency, not bandwidth. What it saves is about twenty launches a micro-batch and every host
+# sync.
 """
 
 from __future__ import annotations
@@ -180,9 +181,7 @@ if triton is not None:
         tl.store(stats_ptr + 8, tl.sum(dead))
 
 
-def _launch(
-    log_ratio: Tensor, weight: Tensor, beta: float, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(log_ratio: Tensor, weight: Tensor, beta: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     N, K, S = log_ratio.shape
     loss, stats, grad = log_ratio.new_empty(()), log_ratio.new_empty(len(STATS)), torch.empty_like(log_ratio)
     block = min(256, max(16, triton.next_power_of_2(max(N, 1))))

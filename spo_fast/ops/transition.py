@@ -4,12 +4,13 @@ Every sampler is a row (a, b, c, d, std) of a StepTable:
     m = uncond + g (cond - uncond),   x0 = c x_t + d m,   mean = a x_t + b m,   x_prev ~ N(mean, std^2).
 
 `transition` makes x0 and the children; `log_ratio` compares two networks on a recorded child (DDIM eq. 12 and 16):
-    log_ratio = mean over C, H, W of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) / (2 std^2),  kl = mean (mu_p - mu_r)^2 / (2 std^2)
+    log_ratio = mean over C, H, W of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) / (2 std^2)
+    kl = mean over C, H, W of (mu_p - mu_r)^2 / (2 std^2)
 with mu_p - mu_r = b (m_p - m_r): the difference of two log-probs without a difference of large squares.
 
-# transition, K children, fp32 latents, 16-bit m: 4 + 4 n (x_t, cond, uncond) read, 4 (1 + K) n written (bytes a sample).
-# log_ratio: 16 n bytes a transition read forward, the same plus 4 n written backward. Both memory-bound; at SDXL's
-# (4, 128, 128) and eight states about 8 MB: 2 us of an H200's 4.3 TB/s, so launch latency dominates.
+# transition, K children, fp32 latents, 16-bit m: 4 + 4 n (x_t, cond, uncond) read, 4 (1 + K) n written (bytes a
+# sample). log_ratio: 16 n bytes a transition read forward, the same plus 4 n written backward. Both memory-bound; at
+# SDXL's (4, 128, 128) and eight states about 8 MB: 2 us of an H200's 4.3 TB/s, so launch latency dominates.
 """
 
 from __future__ import annotations
@@ -520,7 +521,7 @@ def log_ratio(
     coefficients: Tensor,  # (R, 5) float64
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # log_ratio (T,), kl (T,) in the latents' dtype
-    """log N(x_prev; mu_policy, std^2) - log N(x_prev; mu_frozen, std^2) and KL(policy || frozen), means over C, H, W."""
+    """log N(x_prev; mu_policy, std^2) - log N(x_prev; mu_frozen, std^2) and KL(policy || frozen), both means."""
     implementation = LOG_RATIO[backend.choose("log_ratio", x_t.device)]
     return implementation(
         *(_output(cond), _output(uncond), _output(frozen_cond), _output(frozen_uncond)),
