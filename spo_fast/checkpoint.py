@@ -99,11 +99,12 @@ def save(
             **{"scaler": learner.scaler.state_dict(), "settings": settings, "versions": versions()},
         }
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # moved aside, not deleted: at no moment is there neither the old nor the new one
+            os.replace(final, run_dir / f".tmp-{uuid.uuid4().hex}")
         os.replace(temporary, final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in run_dir.glob(".tmp-*"):  # also of processes that were killed here
+            shutil.rmtree(leftover, ignore_errors=True)
     for old in sorted(checkpoints(run_dir), key=number)[: -limit if limit else 0]:
         shutil.rmtree(old)
     return final

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -137,6 +138,8 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # OpenMP threads that spin while they wait make a shared CPU several times slower; read when PyTorch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cfg = parse(arguments)
         from spo_fast.models import resolve

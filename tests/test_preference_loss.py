@@ -12,6 +12,7 @@ from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.preference_loss import STATS, preference_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device
 BACKENDS = available_backends("preference_loss", DEVICE)
 
 

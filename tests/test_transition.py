@@ -10,6 +10,7 @@ from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.transition import LOG_RATIO, TRANSITION, log_ratio, transition
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device
 SHAPES = [(1, 1, 1, 1), (3, 4, 7, 5), (2, 4, 33, 31)]  # one element, ragged, several blocks
 # a, b, c, d, std of DDIM-like steps: a middle one, the first (t = 951) and the last (t = 1, std 0.02)
 TABLE = torch.tensor(

@@ -1,0 +1,90 @@
+"""What only a CUDA device can show: nothing waits for the host, and a captured step draws fresh noise at each replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_replay import conditioning, load, networks, policy, spm, table
+
+from spo_fast.config import SampleConfig
+from spo_fast.experience import Cond
+from spo_fast.noise import KeyedDraws
+from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.ops.transition import log_ratio, transition
+from spo_fast.rollout import RolloutBatch, rollout_segments
+
+pytestmark = pytest.mark.gpu
+
+
+def to_cuda(cond: Cond) -> Cond:
+    return Cond(
+        {k: v.cuda().contiguous() for k, v in cond.cond.items()},
+        {k: v.cuda().contiguous() for k, v in cond.uncond.items()},
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "c", "triton"])
+def test_rollout_never_waits_for_the_gpu(backend):
+    if backend not in available_backends("transition", "cuda"):
+        pytest.skip(f"{backend} cannot run here")
+    cfg = SampleConfig(num_candidates=2, num_inner_steps=3)
+    unet, _ = networks("sdxl", torch.float32)
+    golden, _ = load("rollout_sdxl_k2_inner3")
+    scorer = spm()
+    scorer.model.cuda()
+    trained, steps = policy(unet.cuda()), table().to("cuda")
+    text = scorer.encode_ids(golden["in.spm_input_ids"])
+    cond, index = to_cuda(conditioning(golden, torch.float32)), torch.arange(2, device="cuda")
+    batch = RolloutBatch(cond, text, KeyedDraws(1, 0, index), (4, 8, 8), torch.float32)
+
+    def decode(latents):
+        return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    with use_backend(backend):
+        rollout_segments(trained, steps, scorer, decode, batch, cfg)  # loads kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            s = rollout_segments(trained, steps, scorer, decode, batch, cfg)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert s.valid.shape == (16, 2) and bool(s.x_prev.isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["c", "triton"])
+def test_a_captured_step_draws_fresh_noise_at_each_replay(backend):
+    if backend not in available_backends("transition", "cuda"):
+        pytest.skip(f"{backend} cannot run here")
+    generator = torch.Generator("cuda").manual_seed(0)
+    cond, uncond, x_t = (torch.randn(3, 4, 16, 16, device="cuda", generator=generator) for _ in range(3))
+    rows = torch.tensor([4, 9, 19], device="cuda")
+    keys = torch.tensor([[1, 0, p, 4, 0] for p in range(3)], device="cuda")
+    coefficients = table().coefficients.cuda()
+
+    def step():
+        x0, children = transition(cond, uncond, x_t, rows, coefficients, 5.0, num_children=4, keys=keys)
+        ratio, _ = log_ratio(
+            cond, uncond, uncond, cond, x_t, children[0], torch.arange(3, device="cuda"), rows, coefficients, 5.0
+        )
+        return x0, children, ratio
+
+    with use_backend(backend):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        seen = []
+        for iteration in (1, 2, 1):
+            keys[:, 1] = iteration
+            x_t.copy_(torch.randn(x_t.shape, device="cuda", generator=generator))
+            graph.replay()
+            for got, want in zip(captured, step(), strict=True):
+                assert torch.equal(got, want)  # the same kernels on the same inputs
+            a, b, *_ = coefficients[rows].float().unbind(1)
+            mean = a.view(-1, 1, 1, 1) * x_t + b.view(-1, 1, 1, 1) * (uncond + 5 * (cond - uncond))
+            seen.append((captured[1] - mean).clone())
+    assert (seen[0] - seen[1]).abs().mean() > 0.01  # another iteration: other noise
+    torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-4)  # the same key: the same noise
