@@ -1,19 +1,20 @@
 """Checkpoints: all a run needs to go on as if it had never stopped; a crash leaves the last one whole.
 
 checkpoint-<iteration>/ holds trained.safetensors (float32 masters), optimizer.safetensors, gradients.safetensors
-(only when an accumulation is under way), state.json (counters, scheduler, non-tensor optimizer state, versions) and
+(only when an accumulation is under way), state.json (counters, settings, non-tensor optimizer state, versions) and
 the LoRA as other software loads it. The directory is written under a temporary name and renamed, so a name without
 "tmp" is complete. There is no generator state to keep: all randomness is keyed by counters (noise.py).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
+import time
 import uuid
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,31 +29,39 @@ class TrainState:
     """The run's counters: everything about its position."""
 
     iteration: int = 0  # rollouts (with their updates) done
-    optimizer_steps: int = 0
+    optimizer_steps: int = 0  # that changed the weights
+    skipped_steps: int = 0  # that fp16 gradients overflowed
     slots: int = 0  # accumulation slots since the last optimizer step (recipe published)
     pairs: int = 0  # loss terms used so far
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict -> tensors by "param.name" and the rest, which JSON can hold."""
+    """An optimizer's state_dict -> tensors by "param.name" and the rest, which JSON can hold.
+
+    bitsandbytes nests its quantised state one level deeper; it also loads the flat form, so the nesting is dropped.
+    """
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
+        nested = {k: v for value in entries.values() if isinstance(value, dict) for k, v in value.items()}
+        for name, value in {**entries, **nested}.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
+                # a copy: bitsandbytes shares one table among all parameters, which safetensors refuses to write
+                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            elif not isinstance(value, dict):
                 rest[f"{index}.{name}"] = value
-    return tensors, {"entries": rest, "param_groups": state["param_groups"]}
+    return tensors, {"entries": rest}
 
 
-def unflatten_optimizer(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`."""
+def unflatten_optimizer(
+    tensors: dict[str, Tensor], rest: dict[str, Any], param_groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`, with the given parameter groups (this run's settings, not the saved ones)."""
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *rest["entries"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+    return {"state": state, "param_groups": param_groups}
 
 
 def versions() -> dict[str, str]:
@@ -71,6 +80,32 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def lock(run_dir: Path) -> Any:
+    """Hold the run directory for this process; the returned file keeps the lock while it is open.
+
+    Raises RuntimeError if another process holds it: two runs would write over each other.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RuntimeError(f"another process is training in {run_dir}. Choose another --output_dir.") from error
+    for leftover in run_dir.glob(".tmp-*"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
+    return file
+
+
+def _to_disk(directory: Path) -> None:
+    """fsync every file and the directory: a rename must not reach the disk before what it names."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save(
@@ -95,19 +130,25 @@ def save(
             save_file(gradients, temporary / "gradients.safetensors")
         export(temporary)
         record = {
-            **{"state": asdict(state), "optimizer": rest, "scheduler": learner.scheduler.state_dict()},
-            **{"scaler": learner.scaler.state_dict(), "settings": settings, "versions": versions()},
+            **{"state": asdict(state), "optimizer": rest, "scaler": learner.scaler.state_dict()},
+            **{"settings": settings, "versions": versions()},
         }
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
-        if final.exists():  # moved aside, not deleted: at no moment is there neither the old nor the new one
-            os.replace(final, run_dir / f".tmp-{uuid.uuid4().hex}")
+        _to_disk(temporary)
+        set_aside(final)
         os.replace(temporary, final)
     finally:
-        for leftover in run_dir.glob(".tmp-*"):  # also of processes that were killed here
-            shutil.rmtree(leftover, ignore_errors=True)
-    for old in sorted(checkpoints(run_dir), key=number)[: -limit if limit else 0]:
+        shutil.rmtree(temporary, ignore_errors=True)
+    older = sorted((c for c in checkpoints(run_dir) if c != final), key=number)
+    for old in older[: max(len(older) + 1 - limit, 0)] if limit else []:
         shutil.rmtree(old)
     return final
+
+
+def set_aside(path: Path) -> None:
+    """Rename what stands in the way of a run that starts again, so that nothing is lost."""
+    if path.exists():
+        os.replace(path, path.with_name(f"old-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -144,22 +185,54 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
     return path
 
 
-def load(path: Path, learner: Any) -> tuple[TrainState, dict[str, Any]]:
-    """Put a checkpoint's weights, optimizer and gradients into the learner; returns counters and settings."""
+# Settings a checkpoint cannot go on with if they change, and those that change what is left of the run.
+FIXED = (
+    "model",
+    "mixed_precision",
+    "rank",
+    "lora_alpha",
+    "lora_targets",
+    "full_finetune",
+    "optimizer",
+    "min_8bit_size",
+)
+REORDERS = ("seed", "sample_batch_size", "shuffle", "prompts", "max_prompts")
+
+
+def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState, list[str]]:
+    """Put a checkpoint's weights, optimizer state and gradients into the learner; returns the counters and what to say.
+
+    Learning rate, betas, weight decay and schedule are this run's. Raises ValueError if a setting of FIXED changed.
+    """
     record = json.loads((path / "state.json").read_text())
+    changed = differences(record["settings"], settings)
+    fixed = [changed[name] for name in FIXED if name in changed]
+    if fixed:
+        raise ValueError(f"{path} cannot go on with other settings ({'; '.join(fixed)}): use those it was saved with.")
+    state = TrainState(**record["state"])
     learner.policy.load_state_dict(load_file(path / "trained.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")
-    learner.optimizer.load_state_dict(unflatten_optimizer(tensors, record["optimizer"]))
-    learner.scheduler.load_state_dict(record["scheduler"])
-    learner.scaler.load_state_dict(record["scaler"])
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict(unflatten_optimizer(tensors, record["optimizer"], groups))
+    learner.go_to(state.iteration)
+    if learner.scaler.is_enabled():
+        learner.scaler.load_state_dict(record["scaler"])
     if (path / "gradients.safetensors").is_file():
         gradients = load_file(path / "gradients.safetensors")
         for name, p in zip(learner.policy.names, learner.policy.masters, strict=True):
             p.grad = gradients[name].to(p.device) if name in gradients else None
-    return TrainState(**record["state"]), record["settings"]
+    # what was saved after it belongs to another continuation: out of the way of "latest", but kept
+    run_dir = Path(settings["output_dir"])
+    for later in checkpoints(run_dir) if path.parent.resolve() == run_dir.resolve() else []:
+        if number(later) > state.iteration:
+            set_aside(later)
+    notes = [f"changed since the checkpoint: {text}" for text in changed.values()]
+    if any(name in changed for name in REORDERS):
+        notes.append("iterations now mean other prompts: some are repeated or left out in this epoch")
+    return state, notes
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], ignore: Iterable[str]) -> list[str]:
-    """Settings that changed between the saved run and this one, as "name: old -> new"."""
-    skip = set(ignore)
-    return [f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and k not in skip and old[k] != new[k]]
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Settings that changed between the saved run and this one: name -> "name: old -> new"."""
+    skip = ("resume_from_checkpoint", "output_dir", "device", "report_to", "prompt_cache_dir")
+    return {k: f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and k not in skip and old[k] != new[k]}

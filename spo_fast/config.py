@@ -34,8 +34,11 @@ class ModelConfig:
     """Image height in pixels, a multiple of the VAE's factor (8). Default: the architecture's own size."""
     width: int | None = None
     """Image width in pixels, likewise."""
-    mixed_precision: Literal["no", "fp16", "bf16", "fp64"] = "no"
-    """Compute type of UNet and VAE: no = float32, fp16, bf16, fp64 (for checks). Trained weights stay float32."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp64"] = "auto"
+    """Compute type of UNet and VAE: no = float32, fp16, bf16, fp64 (for checks); auto = fp16 on a GPU, no on a CPU.
+    Trained weights stay float32."""
+    allow_tf32: bool = True
+    """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more training time."""
     decode_chunk: int = 8
@@ -43,6 +46,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _need(self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk} must be at least 1.")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            _need(size is None or size >= 1, f"{name}={size} must be a positive number of pixels.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _need(self.rank >= 1, f"rank={self.rank} must be at least 1.")
+        _need(self.alpha > 0, f"lora_alpha={self.lora_alpha} must be above 0: it scales the LoRA.")
         _need(len(self.lora_targets) > 0, "lora_targets is empty: nothing would be trained.")
 
     @property
@@ -91,6 +98,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _need(self.sample_batch_size >= 1, f"sample_batch_size={self.sample_batch_size} must be at least 1.")
+        _need(1 <= self.num_steps <= 1000, f"num_steps={self.num_steps} must lie in 1 to 1000.")
         _need(self.num_candidates >= 2, f"num_candidates={self.num_candidates}: two or more are needed to compare.")
         _need(self.num_inner_steps >= 0, f"num_inner_steps={self.num_inner_steps} must be 0 (SPO) or more (MSPO).")
         _need(
@@ -114,7 +122,7 @@ class OptimConfig:
     learning_rate: float = 6e-5
     """Peak learning rate."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """torch AdamW, or bitsandbytes' 8-bit AdamW with resident or paged state."""
+    """torch AdamW, or bitsandbytes' 8-bit AdamW with resident or paged state (resident after a resume)."""
     min_8bit_size: int = 4096
     """8-bit optimizers keep the state of smaller tensors in float32."""
     adam_beta1: float = 0.9
@@ -134,7 +142,8 @@ class OptimConfig:
     train_batch_size: int = 10
     """Pairs of one accumulation slot: an optimizer step sees train_batch_size x gradient_accumulation_steps pairs."""
     gradient_accumulation_steps: int = 1
-    """Accumulation slots of an optimizer step."""
+    """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
+    many pairs a step."""
     accumulation: Literal["balanced", "published"] = "balanced"
     """balanced: an iteration's pairs are cut into nearly equal optimizer steps, every pair weighs the same and is used
     once. published: slots straddle rollouts, a short one has full weight, as in the published code."""
@@ -142,6 +151,9 @@ class OptimConfig:
     """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most."""
 
     def __post_init__(self) -> None:
+        _need(0 < self.learning_rate < float("inf"), f"learning_rate={self.learning_rate} must be above 0.")
+        _need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be above 0, or none.")
+        _need(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must not be negative.")
         _need(self.train_batch_size >= 1, f"train_batch_size={self.train_batch_size} must be at least 1.")
         _need(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps must be at least 1.")
         _need(
@@ -157,7 +169,14 @@ class ObjectiveConfig:
     beta: float = 10.0
     """Strength of the preference in the loss."""
     clip: float | None = 0.1
-    """Probability ratios are clamped to [1 - clip, 1 + clip]."""
+    """Probability ratios are clamped to [1 - clip, 1 + clip], 0 < clip < 1; none turns the clamp off."""
+
+    def __post_init__(self) -> None:
+        _need(self.beta > 0, f"beta={self.beta} must be above 0.")
+        _need(
+            self.clip is None or 0 < self.clip < 1,
+            f"clip={self.clip} must lie between 0 and 1; none turns the clamp off.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +201,12 @@ class DataConfig:
     shuffle: bool = True
     """A new prompt order each epoch."""
     max_prompts: int | None = None
-    """Use only the first so many prompts."""
+    """Use only the first so many prompts. The toy preset's limit is for the built-in list only."""
     prompt_cache_dir: str | None = None
     """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
+
+    def __post_init__(self) -> None:
+        _need(self.max_prompts is None or self.max_prompts >= 1, f"max_prompts={self.max_prompts} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +219,8 @@ class RunConfig:
     """Passes over the prompts."""
     max_train_steps: int | None = None
     """Stop after so many iterations (one rollout and its updates each), whatever the epochs."""
-    checkpointing_steps: int | None = None
-    """Iterations between checkpoints. Default: one at the end of each epoch."""
+    checkpointing_steps: int = 100
+    """Iterations between checkpoints; there is one at the end of the run as well."""
     checkpoints_total_limit: int | None = None
     """Checkpoints kept; the oldest are deleted."""
     resume_from_checkpoint: str | None = None
@@ -210,12 +232,16 @@ class RunConfig:
     num_validation_images: int = 4
     """Images of each validation prompt, from fixed noise."""
     recipe: Literal["default", "published"] = "default"
-    """published reproduces the published run to the letter (accumulation, last step, no clipping)."""
+    """published reproduces the published code's accumulation, last step and missing clipping."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         _need(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32).")
+        for name in ("num_train_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            _need(value is None or value >= 1, f"{name}={value} must be at least 1.")
+        _need(self.num_validation_images >= 0, f"num_validation_images={self.num_validation_images} is negative.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ So the whole position in the data is one integer, and a resumed run draws exactl
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -208,7 +207,7 @@ class PromptSampler:
 
     def epoch_order(self, epoch: int) -> Tensor:  # (num_prompts,) int64
         """The epoch's permutation of the prompts, keyed by (seed, epoch) alone."""
-        return permutation(self.num_prompts, self.seed if self.shuffle else None, epoch).clone()
+        return epoch_permutation(self.num_prompts, self.seed if self.shuffle else None, epoch).clone()
 
     def batch(self, iteration: int) -> Batch:
         """The prompts of an iteration, counted from 0 over all epochs."""
@@ -216,18 +215,16 @@ class PromptSampler:
             raise ValueError(f"iteration={iteration} must not be negative: iterations count from 0.")
         epoch, position = divmod(iteration, self.iterations_per_epoch)
         start = position * self.batch_size
-        order = permutation(self.num_prompts, self.seed if self.shuffle else None, epoch)
+        order = epoch_permutation(self.num_prompts, self.seed if self.shuffle else None, epoch)
         indices = order[start : start + self.batch_size].tolist()
         return Batch(indices, epoch, position, position == self.iterations_per_epoch - 1)
 
 
 @lru_cache(maxsize=4)  # one epoch's order serves all its batches; a cache of a pure function holds no state
-def permutation(num: int, seed: int | None, epoch: int) -> Tensor:  # (num,) int64
+def epoch_permutation(num: int, seed: int | None, epoch: int) -> Tensor:  # (num,) int64
     """A random order of 0..num-1 keyed by (seed, epoch); seed None is the identity."""
     import torch
 
-    if seed is None:
-        return torch.arange(num)
-    # hashed, not seed + epoch: that would make the second epoch of seed 0 the first epoch of seed 1
-    key = int.from_bytes(hashlib.sha256(f"prompt order {seed} {epoch}".encode()).digest()[:4], "little")
-    return torch.randperm(num, generator=torch.Generator().manual_seed(key))
+    from spo_fast import noise
+
+    return torch.arange(num) if seed is None else noise.permutation(num, seed, epoch, noise.PROMPTS)

@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_fast.ops import philox
 
 # The high byte of a key's step word says what is drawn, so that no two uses share a counter.
-LATENTS, CHILDREN, PICK = 0 << 24, 1 << 24, 2 << 24
+LATENTS, CHILDREN, PICK, PAIRS, PROMPTS = (use << 24 for use in range(5))
 
 
 class Draws(Protocol):
@@ -64,7 +64,7 @@ class KeyedDraws:
         return philox.integer(self._keys(PICK + step), num_candidates)
 
 
-def permutation(n: int, seed: int, iteration: int) -> Tensor:
-    """(n,) int64 random order keyed by (seed, iteration): the order in which an iteration's pairs are used."""
-    keys = torch.tensor([[seed, iteration, 0, 3 << 24, 0]])
+def permutation(n: int, seed: int, number: int, use: int = PAIRS) -> Tensor:
+    """(n,) int64 random order: of the pairs of iteration `number`, or of the prompts of epoch `number`."""
+    keys = torch.tensor([[seed, number, 0, use, 0]])
     return philox.words(keys, n)[0][0].argsort(stable=True)

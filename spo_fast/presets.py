@@ -19,7 +19,7 @@ from spo_fast.config import (
 def sd15() -> Config:
     """SPO on SD-1.5: k = 4 candidates at every step from t = 751 on, 10 epochs over the prompts."""
     return Config(
-        model=ModelConfig(model="sd15", mixed_precision="fp16"),
+        model=ModelConfig(model="sd15", mixed_precision="auto"),
         adapter=AdapterConfig(rank=4),
         sample=SampleConfig(sample_batch_size=10, num_candidates=4, threshold=0.3),
         objective=ObjectiveConfig(method="spo"),
@@ -31,7 +31,7 @@ def sd15() -> Config:
 def sdxl() -> Config:
     """SPO with inner steps (MSPO) on SDXL: k = 2, compared every 4 steps."""
     return Config(
-        model=ModelConfig(model="sdxl", mixed_precision="fp16", decode_chunk=4),
+        model=ModelConfig(model="sdxl", mixed_precision="auto", decode_chunk=4),
         adapter=AdapterConfig(rank=64),
         sample=SampleConfig(sample_batch_size=2, num_candidates=2, num_inner_steps=3, threshold=0.4),
         objective=ObjectiveConfig(method="mspo"),
@@ -43,7 +43,7 @@ def sdxl() -> Config:
 def toy() -> Config:
     """The embedded pipeline on a CPU: about a minute."""
     return Config(
-        model=ModelConfig(model="toy", decode_chunk=64),
+        model=ModelConfig(model="toy", mixed_precision="no", decode_chunk=64),
         adapter=AdapterConfig(rank=8),
         sample=SampleConfig(sample_batch_size=8, num_candidates=4, threshold=0.3, guidance_scale=2.0),
         objective=ObjectiveConfig(method="spo"),
@@ -57,6 +57,6 @@ PRESETS: dict[str, Callable[[], Config]] = {"toy": toy, "sd15": sd15, "sdxl": sd
 
 
 def published(cfg: Config) -> Config:
-    """The published run to the letter: slots straddle rollouts, no clipping, and SDXL's last-step rule."""
+    """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
     last_step = "extend" if cfg.model.model in ("sdxl", "toy") else "compare"
     return cfg.with_fields(accumulation="published", max_grad_norm=None, last_step=last_step, recipe="published")

@@ -84,8 +84,9 @@ def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:  
     compare_funcs.py of the published code, with a stable sort: among equal scores the first counts as higher.
     """
     ordered, indices = scores.sort(dim=0, descending=True, stable=True)
-    p = ordered[[0, -1]].softmax(0)
-    return indices[[0, -1]], p[0] - p[1] > threshold
+    # stacked, not indexed by [0, -1]: a Python list becomes a host tensor, and copying it waits for the device
+    p = torch.stack([ordered[0], ordered[-1]]).softmax(0)
+    return torch.stack([indices[0], indices[-1]]), p[0] - p[1] > threshold
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:  # x (K, B, ...), index (J, B) -> (J, B, ...)

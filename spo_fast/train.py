@@ -37,7 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m spo_fast.train",
         description="Step-by-step preference optimisation of a text-to-image diffusion model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -55,6 +54,15 @@ def build_parser() -> argparse.ArgumentParser:
             if field.name == "optimizer":
                 group.add_argument("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit.")
     return parser
+
+
+def _defaults(section: str, name: str) -> str:
+    """The presets' values of a field: one if they agree."""
+    values = {model: getattr(getattr(preset(), section), name) for model, preset in PRESETS.items()}
+    shown = {m: " ".join(v) if isinstance(v, tuple) else "none" if v is None else str(v) for m, v in values.items()}
+    if len(set(shown.values())) == 1:
+        return next(iter(shown.values())) or "none"
+    return ", ".join(f"{model} {value}" for model, value in shown.items())
 
 
 def _argument(hint: Any) -> dict[str, Any]:
@@ -80,7 +88,10 @@ def _argument(hint: Any) -> dict[str, Any]:
 
 def read_yaml(path: str) -> dict[str, Any]:
     """A flat mapping of setting names. Unknown names raise ValueError with the nearest known one."""
-    loaded = yaml.safe_load(Path(path).read_text())
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -97,9 +108,14 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def _from_yaml(path: str, name: str, value: Any) -> Any:
     """A YAML value in the field's type, checked as the command line would."""
-    if value is None or name in ("resolution", "use_8bit_adam"):
+    if name in ("resolution", "use_8bit_adam"):
         return value
-    settings = _argument(typing.get_type_hints(SECTIONS[section_of(name)])[name])
+    hint = typing.get_type_hints(SECTIONS[section_of(name)])[name]
+    if value is None:
+        if type(None) not in typing.get_args(hint):
+            raise ValueError(f"{path}: {name} has no value")
+        return None
+    settings = _argument(hint)
     if "choices" in settings:
         value = (
             {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
@@ -119,22 +135,33 @@ def _from_yaml(path: str, name: str, value: Any) -> Any:
         raise ValueError(f"{path}: {name}: {value!r} is no {settings['metavar'].lower()}") from error
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
-    flags = vars(build_parser().parse_args(arguments))
-    values: dict[str, Any] = {}
-    if path := flags.pop("config", None):
-        values = {name: _from_yaml(path, name, value) for name, value in read_yaml(path).items()}
-    values |= {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
-    cfg = PRESETS[values.get("model", "toy")]()
-    recipe = values.get("recipe", cfg.run.recipe)
-    if recipe == "published":
-        cfg = published(cfg)
+def _expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """One source's settings with diffusers' shorthands as the fields they stand for; a field given beside them wins."""
+    values = dict(values)
     if values.pop("use_8bit_adam", False):
         values.setdefault("optimizer", "adamw8bit")
     if resolution := values.pop("resolution", None):
         values = {"height": resolution, "width": resolution, **values}
-    return cfg.with_fields(**values)
+    return values
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
+    parser = build_parser()
+    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(arguments)).items()}
+    path = flags.pop("config", None)
+    saved = {name: _from_yaml(path, name, value) for name, value in read_yaml(path).items()} if path else {}
+    model = flags.get("model", saved.get("model"))
+    if model is None:
+        parser.error(f"--model is needed: {', '.join(PRESETS)}")
+    cfg = PRESETS[model]()
+    for source in (saved, flags):  # each over the one before; a recipe comes before its own source's other settings
+        if source.get("recipe") == "published":
+            cfg = published(cfg)
+        cfg = cfg.with_fields(**_expanded(source))
+    if cfg.data.prompts is not None and "max_prompts" not in saved | flags:
+        cfg = cfg.with_fields(max_prompts=None)  # the toy preset's limit is meant for the built-in list
+    return cfg
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,16 +172,20 @@ def main(arguments: list[str] | None = None) -> int:
         from spo_fast.models import resolve
 
         resolve(cfg)  # everything missing is named at once, before PyTorch is imported
-        from spo_fast.trainer import train
+        from spo_fast.trainer import Run
 
-        train(cfg)
-    except (ValueError, ImportError, FileNotFoundError, FileExistsError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise
+        run = Run(cfg)
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    try:
+        run.train()
     except KeyboardInterrupt:
-        print("stopped; the last checkpoint is whole, --resume_from_checkpoint latest goes on from it", file=sys.stderr)
+        from spo_fast.checkpoint import checkpoints, number
+
+        last = max(checkpoints(run.run_dir), key=number, default=None)
+        goes_on = f"--resume_from_checkpoint latest goes on from {last}" if last else "no checkpoint was written yet"
+        print(f"stopped; {goes_on}", file=sys.stderr)
         return 130
     return 0
 

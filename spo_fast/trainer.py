@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,25 +122,36 @@ class Learner:
             state.slots += 1
             if slot.step:
                 with timed("step"):
-                    norms.append(self.step())
-                state.optimizer_steps += 1
+                    norm, took = self.step()
+                norms.append(norm)
+                state.optimizer_steps += took
+                state.skipped_steps += not took
                 state.slots = 0
         state.pairs += len(experience)
         record = self._log(len(experience), loss_sum, totals, norms)
         self.scheduler.step()
         return record
 
-    def step(self) -> Tensor:
-        """One optimizer step on the accumulated gradients; returns their norm before clipping."""
+    def step(self) -> tuple[Tensor, bool]:
+        """One optimizer step on the accumulated gradients: their norm before clipping, and whether it was taken."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.cfg.optim.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, norm)
+        scale = self.scaler.get_scale()  # reads the device in fp16 runs only
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.publish()
-        return norm
+        return norm, self.scaler.get_scale() >= scale
+
+    def go_to(self, iteration: int) -> None:
+        """Put the learning rate where this run's schedule has it at `iteration`."""
+        self.scheduler.last_epoch = iteration
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(iteration)
 
     def _log(self, terms: int, loss_sum: Any, totals: Tensor | None, norms: list[Tensor]) -> dict[str, Any]:
         record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
@@ -148,6 +160,8 @@ class Learner:
             record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
         if norms:
             record["grad_norm"] = torch.stack(norms).mean()
+        if self.scaler.is_enabled():
+            record["loss_scale"] = self.scaler.get_scale()
         return record
 
 
@@ -155,9 +169,17 @@ class Learner:
 
 
 def pick_device(name: str) -> torch.device:
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {name}, but PyTorch sees no CUDA device. Use --device cpu or auto.")
+    """auto, cpu, cuda or cuda:N; a CUDA device becomes the current one. Raises ValueError if it is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown. Use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices.")
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    elif device.type != "cpu":
+        raise ValueError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
     return device
 
 
@@ -165,13 +187,18 @@ class Run:
     """One training run: its parts, built from a Config."""
 
     def __init__(self, cfg: Config):
-        self.cfg = cfg
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
         self.device = pick_device(cfg.run.device)
+        if cfg.model.mixed_precision == "auto":
+            cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
+        self.cfg = cfg
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
         self.run_dir = Path(cfg.run.output_dir)
         self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
         self.prompts = load_prompts(cfg.data.prompts, cfg.data.caption_column)[: cfg.data.max_prompts]
         resolved = resolve(cfg)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = checkpoint.lock(self.run_dir)
 
         self.model = DiffusionModel(cfg, resolved, self.device)
         self.policy = self.model.policy
@@ -188,7 +215,6 @@ class Run:
         self.total = cfg.run.num_train_epochs * per_epoch
         if cfg.run.max_train_steps is not None:
             self.total = min(self.total, cfg.run.max_train_steps)
-        self.save_every = cfg.run.checkpointing_steps or per_epoch
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.state = TrainState()
 
@@ -245,7 +271,7 @@ class Run:
             **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
             **{"valid_share": len(experience) / most, "states": len(experience.states)},
             **record,
-            "optimizer_steps": self.state.optimizer_steps,
+            **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
         }
 
     def save(self) -> Path:
@@ -302,6 +328,69 @@ class Run:
         write_grid(self.run_dir / "samples" / f"{name}.png", images)
         return score
 
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def start(self) -> MetricsLog:
+        """Resume, or set aside what an earlier run left, and open the log."""
+        metrics = self.run_dir / "metrics.jsonl"
+        notes: list[str] = []
+        if self.resume is not None:
+            self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
+            notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
+        else:
+            checkpoint.set_aside(metrics)
+        print("".join(note + "\n" for note in notes), end="")
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
+        if self.resume is not None:
+            log.truncate_after(self.state.iteration - 1)
+        checkpoint.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
+        return log
+
+    def train(self) -> Path:
+        """From the first or the resumed iteration to the last; returns the run directory."""
+        self.announce()
+        self.encode_prompts()
+        with self.start() as log, ProgressLine(self.total) as progress:
+            before = self.before_score()
+            timer = Timer(self.device)
+            while self.state.iteration < self.total:
+                iteration = self.state.iteration
+                record = self.iterate(iteration, timer)
+                self.state.iteration += 1
+                record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
+                # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
+                progress.update(log.log(iteration, record))
+                if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:
+                    with timer("save"):
+                        self.save()
+        self.finish(before)
+        return self.run_dir
+
+    def before_score(self) -> float | None:
+        """The validation score before training, kept in the run directory so that a resumed run still has it."""
+        path = self.run_dir / "samples" / "before.txt"
+        if self.resume is not None:
+            return float(path.read_text()) if path.is_file() else None
+        score = self.show("before")
+        if score is not None:
+            checkpoint.write_atomically(path, repr(score))
+        return score
+
+    def finish(self, before: float | None) -> None:
+        """Export the trained weights and show what training did to images from the same noise."""
+        files = self.model.save(self.run_dir)
+        after = self.show("after")
+        if before is not None and after is not None:
+            count, gain = len(self.validation_prompts()) * self.cfg.run.num_validation_images, after - before
+            print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({gain:+.3f})")
+            print(f"sample grids: {self.run_dir / 'samples' / 'before.png'}, {self.run_dir / 'samples' / 'after.png'}")
+        print("trained weights: " + ", ".join(str(f) for f in files))
+
+
+def train(cfg: Config) -> Path:
+    """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids."""
+    return Run(cfg).train()
+
 
 def write_grid(path: Path, rows: list[list[Tensor]], smallest: int = 96) -> None:
     """PNG of images (3, H, W) in [-1, 1], one list a row; images under `smallest` pixels are enlarged."""
@@ -314,52 +403,3 @@ def write_grid(path: Path, rows: list[list[Tensor]], smallest: int = 96) -> None
     pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=1.0)
     sheet = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     Image.fromarray(((sheet / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(path)
-
-
-def train(cfg: Config) -> Path:
-    """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids."""
-    run = Run(cfg)
-    run.announce()
-    run.encode_prompts()
-    with MetricsLog(run.run_dir, cfg.run.report_to, cfg.flat()) as log:
-        if run.resume is not None:
-            run.state, saved = checkpoint.load(run.resume, run.learner)
-            for change in checkpoint.differences(saved, cfg.flat(), ("resume_from_checkpoint", "output_dir", "device")):
-                print(f"changed since the checkpoint: {change}")
-            log.truncate_after(run.state.iteration - 1)
-            print(f"resumed from {run.resume} at iteration {run.state.iteration}")
-        else:
-            log.truncate_after(-1)  # a run that died before its first checkpoint may have left lines
-        checkpoint.write_atomically(run.run_dir / "config.yaml", yaml.safe_dump(cfg.flat(), sort_keys=False))
-        before = before_score(run)
-        timer = Timer(run.device)
-        with ProgressLine(run.total) as progress:
-            while run.state.iteration < run.total:
-                iteration = run.state.iteration
-                record = run.iterate(iteration, timer)
-                run.state.iteration += 1
-                if run.state.iteration % run.save_every == 0 or run.state.iteration == run.total:
-                    with timer("save"):
-                        run.save()
-                record |= timer.read_ms() | (gpu_stats(run.device.index or 0) if run.device.type == "cuda" else {})
-                progress.update(log.log(iteration, record))
-    files = run.model.save(run.run_dir)
-    after = run.show("after")
-    if before is not None and after is not None:
-        count = len(run.validation_prompts()) * cfg.run.num_validation_images
-        gain = after - before
-        print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({gain:+.3f})")
-        print(f"sample grids: {run.run_dir / 'samples' / 'before.png'}, {run.run_dir / 'samples' / 'after.png'}")
-    print("trained weights: " + ", ".join(str(f) for f in files))
-    return run.run_dir
-
-
-def before_score(run: Run) -> float | None:
-    """The validation score before training, kept in the run directory so that a resumed run still has it."""
-    path = run.run_dir / "samples" / "before.txt"
-    if run.resume is not None:
-        return float(path.read_text()) if path.is_file() else None
-    score = run.show("before")
-    if score is not None:
-        checkpoint.write_atomically(path, repr(score))
-    return score

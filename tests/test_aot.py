@@ -29,11 +29,11 @@ SCALARS = {"guidance": "fp32", "beta": "fp32", "low": "fp32", "high": "fp32"}  #
 KERNELS = {
     "transition, keyed": (
         transition._transition_kernel,
-        {"HAS_UNCOND": True, "HAS_NOISE": False, "WANT_X0": True, "BLOCK": transition.BLOCK // 4},
+        {"HAS_UNCOND": True, "HAS_NOISE": False, "WANT_X0": True, "BLOCK": transition.GROUPS},
     ),
     "transition, supplied noise, no guidance": (
         transition._transition_kernel,
-        {"HAS_UNCOND": False, "HAS_NOISE": True, "WANT_X0": False, "BLOCK": transition.BLOCK // 4},
+        {"HAS_UNCOND": False, "HAS_NOISE": True, "WANT_X0": False, "BLOCK": transition.GROUPS},
     ),
     "log_ratio": (transition._log_ratio_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
     "log_ratio backward": (transition._log_ratio_backward_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
@@ -80,3 +80,11 @@ def test_compiles_without_spills(name, architecture):
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert spills is not None and spills.groups() == ("0", "0", "0"), report
         assert int(re.search(r"Used (\d+) registers", report).group(1)) <= 255
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_with_counts_of_one(name):
+    """Triton makes an integer argument of 1 a constant, which has no methods of a tensor."""
+    kernel, constants = KERNELS[name]
+    ones = {n: 1 for n in kernel.arg_names if n not in constants and not n.endswith("_ptr") and n not in SCALARS}
+    assert compile_for(kernel, {**constants, **ones}, 90, "*bf16").asm["cubin"]

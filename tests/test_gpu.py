@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: nothing waits for the host, and a captured step draws fresh noise at each replay."""
+"""What only a CUDA device can show: nothing waits for the host; a captured step draws fresh noise at each replay."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def plackett_luce(log_ratio, weight, beta, clip):
 @pytest.mark.parametrize("shape", [(1, 2, 1), (7, 2, 1), (300, 2, 1), (5, 2, 3), (6, 4, 3)])
 @pytest.mark.parametrize("clip", [0.1, None])
 def test_loss_and_gradient_match_float64(backend, dtype, shape, clip):
-    if backend == "triton" and dtype == torch.float64 and DEVICE == "cpu":
-        pytest.skip("the interpreter passes scalars as float32")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
     x = ratios(*shape, dtype=dtype)
     weight = torch.linspace(0.5, 1.5, shape[0], dtype=dtype, device=DEVICE) / shape[0]
     exact = x.double().clone().requires_grad_()
@@ -72,10 +72,9 @@ def test_two_sides_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clamp_has_no_gradient_outside_on_either_side_and_no_nan(backend):
-    # outside on the right side, outside on the wrong side, both, and far beyond exp's range (the published form: NaN)
-    x = torch.tensor(
-        [[0.2, 0.01], [-0.3, 0.01], [0.4, -0.5], [120.0, -400.0], [math.log(1.1), math.log(0.9)]], device=DEVICE
-    )
+    # outside on the right side, outside on the wrong side, both, far beyond exp's range (the published form: NaN), and
+    # just inside both ends: log 1.1 = 0.09531, log 0.9 = -0.10536
+    x = torch.tensor([[0.2, 0.01], [-0.3, 0.01], [0.4, -0.5], [120.0, -400.0], [0.0943, -0.1043]], device=DEVICE)
     x = x.unsqueeze(-1).requires_grad_()
     with use_backend(backend):
         loss, stats = preference_loss(x, torch.ones(5, device=DEVICE), 10.0, 0.1)
@@ -83,17 +82,9 @@ def test_clamp_has_no_gradient_outside_on_either_side_and_no_nan(backend):
     grad = x.grad.squeeze(-1).tolist()
     assert grad[0][0] == 0 and grad[0][1] > 0 and grad[1][0] == 0 and grad[1][1] > 0
     assert grad[2] == [0, 0] and grad[3] == [0, 0] and math.isfinite(loss.item())
-    mean = dict(zip(STATS, stats.tolist(), strict=True))
-    assert mean["clamped"] == pytest.approx(
-        0.5 + 0.5 + 1 + 1, abs=0.51
-    )  # the last pair lies on the ends, up to rounding
-    assert mean["dead"] in (2, 3)
-
-
-def test_ends_of_the_clamp_pass_gradient():
-    ends = torch.tensor([[[math.log1p(0.1)], [math.log1p(-0.1)]]], dtype=torch.float64, requires_grad=True)
-    preference_loss(ends, torch.ones(1), 10.0, 0.1)[0].backward()
-    assert ends.grad.abs().min() > 0
+    assert grad[4][0] < 0 < grad[4][1]
+    sums = dict(zip(STATS, stats.tolist(), strict=True))
+    assert sums["clamped"] == pytest.approx(0.5 + 0.5 + 1 + 1) and sums["dead"] == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from golden_replay import conditioning, load, networks, policy, spm
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo_fast.config import Config, SampleConfig
 from spo_fast.experience import Cond, Prediction
@@ -333,6 +335,26 @@ def test_permutation_is_keyed_and_complete():
 
 
 # ---------------------------------------------------------------------------------------------------- no host sync
+
+
+class NoHostTensors(TorchDispatchMode):
+    """Fails on tensors made from Python values in the middle of a computation: on CUDA each is a blocking copy."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.lift_fresh.default and args[0].numel() > 1:
+            raise AssertionError("a tensor was made from Python values inside the rollout")
+        return func(*args, **(kwargs or {}))
+
+
+def test_rollout_copies_nothing_to_the_device():
+    cfg = SampleConfig(num_candidates=3, num_inner_steps=1, num_steps=8)
+    _, table, batch = setup(cfg)
+    draws = KeyedDraws(1, 0, torch.arange(3))
+    batch = dataclasses.replace(batch, draws=draws, dtype=torch.float32)
+    with NoHostTensors():
+        rollout_segments(Net(), table, Scorer(), decode, batch, cfg)
+    with pytest.raises(AssertionError), NoHostTensors():
+        torch.zeros(3)[[0, -1]]
 
 
 @pytest.mark.parametrize("inner", [0, 3])

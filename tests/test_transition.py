@@ -66,10 +66,12 @@ def max_error(x, y):
 @pytest.mark.parametrize("backend", available_backends("log_ratio", DEVICE))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("guidance", [5.0, None])
+@pytest.mark.parametrize("guidance", [2.3, None])
 def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
-    if backend == "triton" and dtype in (torch.float64, torch.bfloat16) and DEVICE == "cpu":
-        pytest.skip("the interpreter passes scalars as float32 and misrounds bf16 stores")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
+    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter misrounds bf16 stores")
     latent = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = list(case(shape, dtype, latent))
     if guidance is None:
@@ -104,8 +106,8 @@ def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_children", [0, 1, 3])
 def test_transition_matches_float64_with_supplied_noise(backend, dtype, shape, num_children):
-    if backend == "triton" and dtype == torch.float64 and DEVICE == "cpu":
-        pytest.skip("the interpreter passes scalars as float32")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
     latent = torch.float64 if dtype == torch.float64 else torch.float32
     cond, uncond, _, _, x_t, _, _, rows = case(shape, dtype, latent)
     noise = randn(max(num_children, 1), *shape, seed=7, dtype=latent)
@@ -192,6 +194,13 @@ def test_layouts_and_errors():
         transition(cond, uncond, x_t.half(), rows, TABLE, 5.0, keys=keys(3))
     with pytest.raises(ValueError, match="exactly one"):
         transition(cond, uncond, x_t, rows, TABLE, 5.0)
+    for bad in (keys(2), keys(3).int()):
+        with pytest.raises(ValueError, match="keys is"):
+            transition(cond, uncond, x_t, rows, TABLE, 5.0, keys=bad)
+    with pytest.raises(ValueError, match="rows is"):
+        transition(cond, uncond, x_t, rows[:2], TABLE, 5.0, keys=keys(3))
+    with pytest.raises(ValueError, match="both"):
+        log_ratio(cond, uncond, r_cond, None, x_t, x_prev, states, rows, TABLE, 5.0)
     empty = log_ratio(cond, uncond, r_cond, r_uncond, x_t, x_prev[:0], states[:0], rows, TABLE, 5.0)
     assert empty[0].shape == (0,)
 

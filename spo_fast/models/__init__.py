@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from spo_fast.config import Config, ModelConfig
-from spo_fast.models.sources import DEFAULTS, ModelSource, Resolved, resolve_all
+from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES, ModelSource, Resolved, resolve_all
 
 
 def _public(kind: str, cfg: ModelConfig) -> ModelSource:
@@ -53,6 +53,8 @@ def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
     specs = []
     for name in names:
         name, _, weight = name.partition(":")
+        if name not in SCORER_SOURCES:
+            raise ValueError(f"unknown scorer {name!r}. Known: {', '.join(SCORER_SOURCES)}.")
         try:
             specs.append((name, float(weight or 1)))
         except ValueError:

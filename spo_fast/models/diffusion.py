@@ -136,7 +136,10 @@ class DiffusionModel:
 
         directory.mkdir(parents=True, exist_ok=True)
         if self.cfg.adapter.full_finetune:
-            self.policy.unet.save_pretrained(directory / "unet")
+            # the float32 masters, not the 16-bit weights the network computes with
+            self.policy.unet.save_config(directory / "unet")
+            weights = {name: value.detach().cpu().contiguous() for name, value in self.policy.state_dict().items()}
+            save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [directory / "unet"]
         state = {
             name.replace(".default.", "."): value.detach().cpu().contiguous()

@@ -44,7 +44,7 @@ class Policy:
             raise ValueError(f"no layer of the UNet is called {', '.join(adapter.lora_targets)}: nothing to train")
         self.names = [name for name, _ in named]
         self._weights = [p for _, p in named]  # what the network computes with
-        # float32 originals first, so that a 16-bit network starts from rounded, not truncated-twice, weights
+        # PEFT draws in the network's type, so masters start from 16-bit values, as in the published runs
         wide = (torch.float32, torch.float64)
         self.masters: list[Tensor] = [
             p if unet.dtype in wide else nn.Parameter(p.detach().float().clone()) for p in self._weights

@@ -69,10 +69,10 @@ def available_backends(name: str, device_type: str = "cpu") -> list[str]:
 
 
 @functools.cache
-def _cached_choice(name: str, device_type: str, forced: str | None) -> str:
-    if forced is not None:
-        if forced not in BACKENDS:
-            raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
+def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) -> str:
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
+    if forced is not None and forced not in OPS[name].absent:  # an op that has no such backend keeps its own choice
         reason = why_not(name, forced, device_type)
         if reason is not None:
             raise RuntimeError(
@@ -81,18 +81,19 @@ def _cached_choice(name: str, device_type: str, forced: str | None) -> str:
             )
         return forced
     order = OPS[name].order.get(device_type, ("eager",))
-    return next(b for b in order if why_not(name, b, device_type) is None)
+    # Triton takes Python scalars as float32, so float64 is left to the others
+    return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
 
 
 @torch.compiler.assume_constant_result
-def _choose(name: str, device_type: str, forced: str | None) -> str:
-    return _cached_choice(name, device_type, forced)  # torch.compile must not look inside the cache
+def _choose(name: str, device_type: str, forced: str | None, wide: bool = False) -> str:
+    return _cached_choice(name, device_type, forced, wide)  # torch.compile must not look inside the cache
 
 
-def choose(name: str, device: torch.device) -> str:
-    """The backend that op `name` uses for tensors on `device`."""
+def choose(name: str, like: torch.Tensor) -> str:
+    """The backend that op `name` uses for tensors such as `like`."""
     # _forced is read here, outside the constant function, so that torch.compile guards on it.
-    return _choose(name, device.type, _forced)
+    return _choose(name, like.device.type, _forced, like.dtype == torch.float64)
 
 
 @contextlib.contextmanager
@@ -137,6 +138,6 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
             for backend in BACKENDS:
                 reason = why_not(op.name, backend, device_type)
                 if backend == chosen:
-                    reason = "chosen: forced" if _forced else f"chosen: {op.why}"
+                    reason = "chosen: forced" if backend == _forced else f"chosen: {op.why}"
                 rows.append((op.name, device_type, backend, reason or "available"))
     return rows

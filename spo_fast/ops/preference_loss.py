@@ -90,6 +90,21 @@ if triton is not None:
         return kept / S, raw / S, outside
 
     @triton.jit
+    def _softmax_from(term, mask, beta, low, high, i: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+        """Logit i, the largest of logits i..K-1, and the sum of their exponentials relative to it."""
+        kept, _, _ = _mean_clamped(term + i * S, mask, low, high, S)
+        first = beta * kept
+        top = first
+        for j in tl.static_range(i + 1, K):
+            kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
+            top = tl.maximum(top, beta * kept)
+        total = tl.exp(first - top)
+        for j in tl.static_range(i + 1, K):
+            kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
+            total += tl.exp(beta * kept - top)
+        return first, top, total
+
+    @triton.jit
     def _preference_loss_kernel(
         log_ratio_ptr,
         weight_ptr,
@@ -125,33 +140,24 @@ if triton is not None:
             mask = n < N
             term = log_ratio_ptr + n.to(tl.int64) * (K * S)
             weight = tl.load(weight_ptr + n, mask=mask, other=0.0)
-            for k in tl.static_range(K):
-                for s in tl.static_range(S):
-                    tl.store(grad_ptr + n.to(tl.int64) * (K * S) + k * S + s, zero, mask=mask)
             for i in tl.static_range(K - 1):
-                kept_i, _, _ = _mean_clamped(term + i * S, mask, low, high, S)
-                top = beta * kept_i
-                for j in tl.static_range(i + 1, K):
-                    kept_j, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
-                    top = tl.maximum(top, beta * kept_j)
-                total = tl.exp(beta * kept_i - top)
-                for j in tl.static_range(i + 1, K):
-                    kept_j, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
-                    total += tl.exp(beta * kept_j - top)
-                # -log softmax of the best of those left
-                loss += weight * (tl.log(total) + (top - beta * kept_i))
-                for j in tl.static_range(i, K):
-                    kept_j, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
-                    grad = tl.exp(beta * kept_j - top) / total
-                    if j == i:
-                        grad -= 1.0
-                    grad = weight * grad * beta / S
-                    for s in tl.static_range(S):
-                        at = n.to(tl.int64) * (K * S) + j * S + s
-                        value = tl.load(log_ratio_ptr + at, mask=mask, other=0.0)
-                        inside = (value >= low) & (value <= high)
-                        before = tl.load(grad_ptr + at, mask=mask, other=0.0)
-                        tl.store(grad_ptr + at, before + tl.where(inside, grad, 0.0), mask=mask)
+                first, top, total = _softmax_from(term, mask, beta, low, high, i, K, S)
+                loss += weight * (tl.log(total) + (top - first))  # -log softmax of the best of those left
+            for j in tl.static_range(K):
+                kept_j, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
+                grad = zero
+                for i in tl.static_range(K - 1):
+                    if i <= j:
+                        _, top, total = _softmax_from(term, mask, beta, low, high, i, K, S)
+                        grad += tl.exp(beta * kept_j - top) / total
+                        if i == j:
+                            grad -= 1.0
+                grad = weight * grad * beta / S
+                for s in tl.static_range(S):
+                    value = tl.load(term + j * S + s, mask=mask, other=0.0)
+                    inside = (value >= low) & (value <= high)
+                    at = n.to(tl.int64) * (K * S) + j * S + s
+                    tl.store(grad_ptr + at, tl.where(inside, grad, 0.0), mask=mask)
             kept_0, raw_0, outside_0 = _mean_clamped(term, mask, low, high, S)
             kept_z, raw_z, outside_z = _mean_clamped(term + (K - 1) * S, mask, low, high, S)
             outside = outside_0
@@ -234,7 +240,7 @@ def preference_loss(
         raise ValueError(f"clip={clip} must lie in (0, 1); None turns the clamp off")
     low, high = (-math.inf, math.inf) if clip is None else (math.log1p(-clip), math.log1p(clip))
     weight = weight.to(log_ratio.dtype)
-    if backend.choose("preference_loss", log_ratio.device) == "triton":
+    if backend.choose("preference_loss", log_ratio) == "triton":
         loss, stats, _ = _triton(log_ratio.contiguous(), weight.contiguous(), float(beta), low, high)
         return loss, stats
     return preference_loss_ref(log_ratio, weight, beta, low, high)

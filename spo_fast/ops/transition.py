@@ -125,9 +125,9 @@ if triton is not None:
         x0_ptr,
         child_ptr,
         guidance,
-        B,
         n,
         num_children,
+        child_stride,
         HAS_UNCOND: tl.constexpr,
         HAS_NOISE: tl.constexpr,
         WANT_X0: tl.constexpr,
@@ -197,7 +197,7 @@ if triton is not None:
             _child(child_ptr, noise_ptr, shift + at1, in1, mean1, std, z1, HAS_NOISE)
             _child(child_ptr, noise_ptr, shift + at2, in2, mean2, std, z2, HAS_NOISE)
             _child(child_ptr, noise_ptr, shift + at3, in3, mean3, std, z3, HAS_NOISE)
-            shift += B * n
+            shift += child_stride
 
     @triton.jit
     def _log_ratio_kernel(
@@ -294,6 +294,7 @@ if triton is not None:
 
 
 BLOCK = 1024
+GROUPS = 128  # Philox groups of four a program: one a thread; two make ptxas spill at its limit of 64 registers
 
 
 def _launch_transition(
@@ -311,15 +312,15 @@ def _launch_transition(
     B, n = x_t.shape[0], x_t[0].numel()
     x0 = torch.empty_like(x_t) if want_x0 else x_t.new_empty((0, *x_t.shape[1:]))
     children = x_t.new_empty((num_children, *x_t.shape))
-    grid = (B, -(-((n + 3) // 4) // (BLOCK // 4)))
+    grid = (B, -(-((n + 3) // 4) // GROUPS))
     launch(_transition_kernel)[grid](
         *(cond, cond if uncond is None else uncond, x_t, rows, coefficients),
         *(rows if keys is None else keys, x_t if noise is None else noise, x0, children),
-        *(guidance_scale, B, n, num_children),
+        *(guidance_scale, n, num_children, B * n),
         HAS_UNCOND=uncond is not None,
         HAS_NOISE=noise is not None,
         WANT_X0=want_x0,
-        BLOCK=BLOCK // 4,
+        BLOCK=GROUPS,
     )
     return x0, children
 
@@ -471,6 +472,20 @@ def _latents(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def _check(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Shapes and types only: they cost no wait for the device, and a kernel would read out of bounds."""
+    if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
+        wanted = f"{shape}" + (f" {dtype}" if dtype else "")
+        raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, expected {wanted}")
+
+
+def _check_states(cond: Tensor, uncond: Tensor | None, x_t: Tensor, rows: Tensor, coefficients: Tensor) -> None:
+    _check("cond", cond, x_t.shape)
+    _check("uncond", uncond, x_t.shape, cond.dtype)
+    _check("rows", rows, x_t.shape[:1], torch.int64)
+    _check("coefficients", coefficients, (coefficients.shape[0], 5), torch.float64)
+
+
 def _output(m: Tensor | None) -> Tensor | None:
     # UNets in channels_last give channels_last outputs; they are 4 channels wide, so a copy costs nothing.
     return None if m is None else m.contiguous()
@@ -493,6 +508,8 @@ def transition(
 
     Raises ValueError unless exactly one of `keys` and `noise` is given (none is needed for num_children=0).
     """
+    _check_states(cond, uncond, x_t, rows, coefficients)
+    _check("keys", keys, (x_t.shape[0], 5), torch.int64)
     if num_children > 0 and (keys is None) == (noise is None):
         raise ValueError("transition draws children from exactly one of keys=(B, 5) int64 or noise=(K, B, C, H, W)")
     if noise is not None:
@@ -501,7 +518,7 @@ def transition(
         keys = rows.new_zeros(x_t.shape[0], 5)
     else:
         keys = keys.contiguous()
-    implementation = TRANSITION[backend.choose("transition", x_t.device)]
+    implementation = TRANSITION[backend.choose("transition", x_t)]
     with torch.no_grad():
         return implementation(
             *(_output(cond), _output(uncond), _latents(x_t), rows.contiguous(), coefficients, float(guidance_scale)),
@@ -521,8 +538,18 @@ def log_ratio(
     coefficients: Tensor,  # (R, 5) float64
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # log_ratio (T,), kl (T,) in the latents' dtype
-    """log N(x_prev; mu_policy, std^2) - log N(x_prev; mu_frozen, std^2) and KL(policy || frozen), both means."""
-    implementation = LOG_RATIO[backend.choose("log_ratio", x_t.device)]
+    """log N(x_prev; mu_policy, std^2) - log N(x_prev; mu_frozen, std^2) and KL(policy || frozen), both means.
+
+    Raises ValueError for shapes or types that do not fit, TypeError for 16-bit latents.
+    """
+    _check_states(cond, uncond, x_t, rows, coefficients)
+    _check("frozen_cond", frozen_cond, x_t.shape, cond.dtype)
+    _check("frozen_uncond", frozen_uncond, x_t.shape, cond.dtype)
+    _check("x_prev", x_prev, (states.shape[0], *x_t.shape[1:]), x_t.dtype)
+    _check("states", states, (states.shape[0],), torch.int64)
+    if (uncond is None) != (frozen_uncond is None):
+        raise ValueError("uncond and frozen_uncond must both be given (guidance) or both be None")
+    implementation = LOG_RATIO[backend.choose("log_ratio", x_t)]
     return implementation(
         *(_output(cond), _output(uncond), _output(frozen_cond), _output(frozen_uncond)),
         *(_latents(x_t), _latents(x_prev), states.contiguous(), rows.contiguous(), coefficients, float(guidance_scale)),

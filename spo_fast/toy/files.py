@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -23,5 +24,10 @@ def toy_files() -> tuple[Path, Path]:
         text = json.loads((directory / "text_encoder" / "config.json").read_text())
         draft = spm.with_name(f".{spm.name}-{os.getpid()}")
         make_tiny_spm(draft, vocab_size=text["vocab_size"], max_length=text["max_position_embeddings"])
-        os.rename(draft, spm)
+        try:
+            os.rename(draft, spm)
+        except OSError:
+            if not (spm / "config.json").is_file():  # else another process was first, with the same weights
+                raise
+            shutil.rmtree(draft)
     return directory, spm / "model.safetensors"
