@@ -199,16 +199,22 @@ FIXED = (
 REORDERS = ("seed", "sample_batch_size", "shuffle", "prompts", "max_prompts")
 
 
+class MismatchError(ValueError):
+    """A checkpoint and the run that is to go on from it do not fit together."""
+
+
 def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState, list[str]]:
     """Put a checkpoint's weights, optimizer state and gradients into the learner; returns the counters and what to say.
 
-    Learning rate, betas, weight decay and schedule are this run's. Raises ValueError if a setting of FIXED changed.
+    Learning rate, betas, weight decay and schedule are this run's. Raises MismatchError if a setting of FIXED changed.
     """
     record = json.loads((path / "state.json").read_text())
     changed = differences(record["settings"], settings)
     fixed = [changed[name] for name in FIXED if name in changed]
     if fixed:
-        raise ValueError(f"{path} cannot go on with other settings ({'; '.join(fixed)}): use those it was saved with.")
+        raise MismatchError(
+            f"{path} cannot go on with other settings ({'; '.join(fixed)}): use those it was saved with."
+        )
     state = TrainState(**record["state"])
     learner.policy.load_state_dict(load_file(path / "trained.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")

@@ -91,7 +91,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -148,7 +148,9 @@ def _expanded(values: dict[str, Any]) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> Config:
     """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
     parser = build_parser()
-    flags: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(arguments)).items()}
+    flags: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(arguments)).items()
+    }
     path = flags.pop("config", None)
     saved = {name: _from_yaml(path, name, value) for name, value in read_yaml(path).items()} if path else {}
     model = flags.get("model", saved.get("model"))
@@ -178,11 +180,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    from spo_fast.checkpoint import MismatchError, checkpoints, number
+
     try:
         run.train()
+    except MismatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        from spo_fast.checkpoint import checkpoints, number
-
         last = max(checkpoints(run.run_dir), key=number, default=None)
         goes_on = f"--resume_from_checkpoint latest goes on from {last}" if last else "no checkpoint was written yet"
         print(f"stopped; {goes_on}", file=sys.stderr)

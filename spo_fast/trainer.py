@@ -129,7 +129,7 @@ class Learner:
                 state.slots = 0
         state.pairs += len(experience)
         record = self._log(len(experience), loss_sum, totals, norms)
-        self.scheduler.step()
+        self.go_to(self.scheduler.last_epoch + 1)
         return record
 
     def step(self) -> tuple[Tensor, bool]:

@@ -1,0 +1,1 @@
+"""Measurements. `python benchmarks/gpu_run.py --out DIR` measures a CUDA machine, `pytest benchmarks/` any."""

@@ -1,0 +1,134 @@
+"""The shapes of the published runs' steps, listed once, and the settings of an iteration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from spo_fast.config import Config
+from spo_fast.models.sources import CONFIGS
+from spo_fast.presets import PRESETS
+
+KINDS = ("sd15", "sdxl")
+
+LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128)}  # C, H, W at 512 and 1024 pixels
+TINY_LATENTS = (4, 8, 8)
+
+PREFERENCE_TERMS = (16, 320)  # a micro-batch's pairs; twice what an iteration of SD1.5 can keep
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One call of ops.transition."""
+
+    name: str
+    parents: int  # B
+    children: int  # K; 0 only estimates x0
+    latent: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class RatioShape:
+    """One call of ops.log_ratio."""
+
+    name: str
+    states: int  # U
+    transitions: int  # T
+    latent: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One attention of a rollout step, both guidance halves in the batch."""
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    width: int  # of a head
+
+
+def step_shapes(size: str) -> list[StepShape]:
+    """K = 4 and K = 2 children of the published batches, and the x0 estimate of all candidates."""
+    if size == "tiny":
+        return [StepShape("tiny K=2", 2, 2, TINY_LATENTS), StepShape("tiny x0", 4, 0, TINY_LATENTS)]
+    return [
+        StepShape("sd15 K=4", 10, 4, LATENTS["sd15"]),
+        StepShape("sdxl K=2", 2, 2, LATENTS["sdxl"]),
+        StepShape("sdxl K=4", 2, 4, LATENTS["sdxl"]),
+        StepShape("sd15 K=2", 10, 2, LATENTS["sd15"]),
+        StepShape("sd15 x0", 40, 0, LATENTS["sd15"]),
+    ]
+
+
+def ratio_shapes(size: str) -> list[RatioShape]:
+    """A micro-batch of 8 states and 16 transitions: winner and loser of 8 pairs that share x_t."""
+    if size == "tiny":
+        return [RatioShape("tiny", 2, 4, TINY_LATENTS)]
+    return [RatioShape(kind, 8, 16, LATENTS[kind]) for kind in KINDS]
+
+
+def attention_shapes(size: str) -> list[AttentionShape]:
+    """Where a UNet spends its attention: the two largest resolutions, self and cross (77 text tokens)."""
+    if size == "tiny":
+        return [AttentionShape("tiny self", 2, 2, 64, 64, 8)]
+    return [
+        AttentionShape("sdxl self 64x64", 8, 10, 4096, 4096, 64),
+        AttentionShape("sdxl self 32x32", 8, 20, 1024, 1024, 64),
+        AttentionShape("sdxl cross 32x32", 8, 20, 1024, 77, 64),
+        AttentionShape("sd15 self 64x64", 80, 8, 4096, 4096, 40),
+        AttentionShape("sd15 self 32x32", 80, 8, 1024, 1024, 80),
+        AttentionShape("sd15 cross 64x64", 80, 8, 4096, 77, 40),
+    ]
+
+
+def unet_config(kind: str, size: str = "full") -> dict[str, Any]:
+    """The shipped UNet settings, or the same architecture with two levels of 16 and 32 channels."""
+    config = json.loads((CONFIGS / kind / "unet" / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    if size == "full":
+        return config
+    config |= {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    if kind == "sd15":
+        return config | {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            **{"attention_head_dim": 2, "cross_attention_dim": 16},
+        }
+    return config | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        **{"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2), "cross_attention_dim": 32},
+        **{"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16},
+    }
+
+
+def lora_shapes(kind: str, rank: int, size: str = "full") -> list[tuple[int, int]]:
+    """(rows, columns) of every LoRA matrix, A then B of each adapted layer. Needs diffusers; allocates nothing."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config(kind, size))
+    targets = PRESETS[kind]().adapter.lora_targets
+    shapes = []
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(f".{t}" for t in targets)):
+            shapes += [(rank, module.in_features), (module.out_features, rank)]
+    return shapes
+
+
+def iteration_config(kind: str, size: str, prompts: int | None, mixed_precision: str) -> Config:
+    """The published settings of one iteration (presets.py), or fewer prompts; tiny has a ragged last micro-batch."""
+    cfg = PRESETS[kind]().with_fields(
+        mixed_precision=mixed_precision, last_step="extend" if kind == "sdxl" else "compare"
+    )
+    if size == "tiny":
+        inner = min(1, cfg.sample.num_inner_steps)
+        cfg = cfg.with_fields(
+            **{"sample_batch_size": 2, "num_steps": 6, "branch_start": 2, "num_inner_steps": inner},
+            **{"rank": 4, "train_batch_size": 3, "decode_chunk": 4},
+        )
+    return cfg if prompts is None else cfg.with_fields(sample_batch_size=prompts)

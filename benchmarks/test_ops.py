@@ -1,0 +1,33 @@
+"""`pytest benchmarks/`: the op table of this machine, all its ratios from one run. Asserts facts, never a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import bench_preference_loss, bench_transition
+from benchmarks.gpu_run import summary
+from benchmarks.records import Records, read
+from spo_fast.ops.backend import available_backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = "full" if DEVICE == "cuda" else "tiny"
+MODES = ("default",) if DEVICE == "cuda" else ()
+
+
+@pytest.mark.parametrize("bench", [bench_transition, bench_preference_loss], ids=["transition", "preference_loss"])
+def test_op_table(bench, tmp_path, capsys):
+    records = Records(tmp_path / "records.jsonl", "ops", DEVICE, SIZE)
+    bench.run(records, SIZE, DEVICE, modes=MODES)
+    rows = read(records.path)
+    with capsys.disabled():
+        print(f"\n{summary(rows)}")
+    measured = [r for r in rows if r["status"] == "ok"]
+    assert not [r for r in rows if r["status"] == "failed"]
+    for case in bench.cases(SIZE, DEVICE, MODES):
+        mine = {r["contender"]: r for r in measured if r["name"] == case.name}
+        assert set(mine) == set(case.contenders)
+        assert set(mine) >= set(available_backends(case.name.split()[0], DEVICE))
+        for row in mine.values():  # the style guide's bound: at most twice what eager errs
+            assert row["max_error"] <= 2 * mine["eager"]["max_error"] + 1e-6
+            assert row["n"] >= 3 and row["bytes"] == case.bytes_moved

@@ -1,0 +1,129 @@
+"""How a call is timed: events around it, and inside a CUDA graph, where launches cost nothing."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.records import Records, quantiles
+
+L2_BYTES = 128 << 20  # rotate inputs over more than twice the largest cache in use (60 MB)
+
+
+def measure(fn: Callable[[], Any], device: str, rep_ms: int = 100) -> dict[str, Any]:
+    """Quantiles of one call. CUDA: events, the L2 cache flushed before each (do_bench). Else the host's."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return quantiles(do_bench(fn, warmup=25, rep=rep_ms, return_mode="all"))
+    fn()
+    times: list[float] = []
+    end = time.perf_counter() + min(rep_ms, 20) / 1000
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        fn()
+        times.append(1000 * (time.perf_counter() - start))
+    return quantiles(times)
+
+
+def measure_in_graph(calls: Sequence[Callable[[], Any]], rep_ms: int = 100) -> dict[str, Any]:
+    """Quantiles of one call out of a CUDA graph of all of them, which should rotate among inputs."""
+    from triton.testing import do_bench
+
+    graph = capture(lambda: [call() for call in calls])
+    times = do_bench(graph.graph.replay, warmup=25, rep=rep_ms, return_mode="all")
+    return quantiles([t / len(calls) for t in times])
+
+
+@dataclass(frozen=True)
+class Captured:
+    graph: torch.cuda.CUDAGraph
+    outputs: Any  # what the captured call returned: rewritten by each replay
+
+
+def capture(fn: Callable[[], Any], warmups: int = 3) -> Captured:
+    """A graph of fn, warmed up on a side stream first, as capture demands (autograd, lazy loading, autotuning)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = fn()
+    return Captured(graph, outputs)
+
+
+def copy_bandwidth(device: str, size: str = "full") -> dict[str, Any]:
+    """Device-to-device copy of random data, bytes read plus bytes written: "tb_per_s"."""
+    n = 2 << 30 if size == "full" else 1 << 20
+    source = torch.empty(n // 4, device=device).uniform_()
+    target = torch.empty_like(source)
+    times = measure(lambda: target.copy_(source), device)
+    return {**times, "bytes": 2 * n, "tb_per_s": 2 * n / times["p50_ms"] / 1e9}
+
+
+def relative_error(got: Any, truth: Any) -> float:
+    """Largest max |got - truth| / max |truth| over the outputs; inf if anything is not finite or was never written."""
+    worst = 0.0
+    for g, t in zip(_tensors(got), _tensors(truth), strict=True):
+        if g.shape != t.shape or not bool(torch.isfinite(g).all()):
+            return float("inf")
+        if t.numel():
+            difference = (g.double() - t.double()).abs().max()
+            worst = max(worst, float(difference / t.double().abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value if part is not None for t in _tensors(part)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call at one shape."""
+
+    name: str
+    dtype: str
+    shapes: dict[str, Any]
+    bytes_moved: int  # the least: every input read once, every output written once
+    make: Callable[[int], tuple]  # seed -> inputs
+    truth: Callable[..., Any]  # float64, from the formula
+    contenders: dict[str, Callable[..., Any]]  # name -> function of the inputs
+    skipped: dict[str, str]  # name -> why it cannot run here
+
+
+def time_case(case: Case, records: Records, device: str, tb_per_s: float | None, rep_ms: int = 100) -> list[dict]:
+    """A record a contender: error against float64, time alone, time in a graph, share of the copy bandwidth."""
+    sets = 2 if device != "cuda" else max(2, min(64, -(-L2_BYTES // max(case.bytes_moved, 1))))
+    inputs = [case.make(seed) for seed in range(sets)]
+    truth = case.truth(*inputs[0])
+    common: dict[str, Any] = {"dtype": case.dtype, "shapes": case.shapes, "bytes": case.bytes_moved}
+    written = []
+    for name, reason in case.skipped.items():
+        records.write(case.name, "skipped", contender=name, reason=reason, **common)
+    for name, fn in case.contenders.items():
+        try:
+            values: dict[str, Any] = {"max_error": relative_error(fn(*inputs[0]), truth)}
+            # errors are of fresh inputs too: a kernel that left last run's output in place would pass the first
+            values["max_error"] = max(values["max_error"], relative_error(fn(*inputs[1]), case.truth(*inputs[1])))
+            values |= measure(functools.partial(fn, *inputs[0]), device, rep_ms)
+            if device == "cuda":
+                calls = [functools.partial(fn, *x) for x in inputs]
+                values |= {f"graph_{k}": v for k, v in measure_in_graph(calls, rep_ms).items()}
+                if tb_per_s:
+                    values["bandwidth_share"] = case.bytes_moved / values["graph_p50_ms"] / 1e9 / tb_per_s
+            written.append(records.write(case.name, contender=name, **common, **values))
+        except Exception as error:
+            records.failed(case.name, error, contender=name, **common)
+    return written

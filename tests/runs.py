@@ -1,0 +1,111 @@
+"""Small training runs for the end-to-end tests: the toy, in this process or another, killed if a test wants it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spo_fast import train, trainer
+from spo_fast.metrics import read_metrics
+
+if "SPO_FAST_CACHE" not in os.environ:  # the toy's files, made once a session
+    os.environ["SPO_FAST_CACHE"] = tempfile.mkdtemp(prefix="spo_fast-tests-")
+    atexit.register(shutil.rmtree, os.environ["SPO_FAST_CACHE"], ignore_errors=True)
+
+ROOT = Path(__file__).parent.parent
+# 4 steps, 2 of them branching, 2 candidates; threshold -1 keeps every pair: 4 pairs of 2 prompts an iteration
+SMALL: dict[str, Any] = {
+    **{"model": "toy", "num_steps": 4, "branch_start": 2, "num_candidates": 2, "sample_batch_size": 2, "threshold": -1},
+    **{"max_prompts": 4, "num_train_epochs": 2, "num_validation_images": 0, "train_batch_size": 2, "resolution": 8},
+    **{"learning_rate": 1e-3, "guidance_scale": 2.0},
+}
+PAIRS = 4
+ITERATIONS = 4
+
+
+def flags(output_dir: Path, **settings: Any) -> list[str]:
+    """SMALL's command line with some settings changed; a value of None leaves a flag out."""
+    line = []
+    for name, value in {**SMALL, "output_dir": output_dir, **settings}.items():
+        if value is True or value is False:
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, (tuple, list)):
+            line += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            line += [f"--{name}", str(value)]
+    return line
+
+
+def run_toy(output_dir: Path, **settings: Any) -> Path:
+    """A run in this process to its end."""
+    assert train.main(flags(output_dir, **settings)) == 0
+    return output_dir
+
+
+def built(output_dir: Path, **settings: Any) -> trainer.Run:
+    """The parts of a run, not started."""
+    return trainer.Run(train.parse(flags(output_dir, **settings)))
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing in the trainer catches it."""
+
+
+def killed_run(output_dir: Path, monkeypatch: pytest.MonkeyPatch, after: int, **settings: Any) -> Path:
+    """A run in this process that dies inside the iteration after `after` whole ones, its rollout done."""
+    whole = trainer.Learner.update
+
+    def dies(self: Any, experience: Any, state: Any, *rest: Any) -> Any:
+        record = whole(self, experience, state, *rest)
+        if state.iteration == after:
+            raise Killed
+        return record
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer.Learner, "update", dies)
+        train.main(flags(output_dir, **settings))
+    return output_dir
+
+
+def start(line: list[str], **environment: str) -> subprocess.Popen[str]:
+    """`python -m spo_fast.train` in another process, with as many threads as this one, so that it sums alike."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "spo_fast.train", *line],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def facts(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics without times, which no two runs share."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "time" and not k.endswith("_ms")} for r in records]
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    """Tensors, not bytes: safetensors writes its metadata in no fixed order."""
+    ours, theirs = load_file(a), load_file(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), f"{a.name}: {name}"
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Two runs whose last checkpoints and metrics agree to the last bit."""
+    last = max(a.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])).name
+    for file in ("trained.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(a / last / file, b / last / file)
+    assert facts(a) == facts(b)

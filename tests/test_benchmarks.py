@@ -1,0 +1,281 @@
+"""The benchmarks at tiny size: contenders compute the same thing, and the runner always leaves records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_graph, bench_libraries, gpu_run, iteration, networks, shapes
+from benchmarks.records import Records, quantiles, read
+from benchmarks.timing import relative_error
+
+KINDS = shapes.KINDS
+
+
+def technique(row: str, mixed_precision: str = "no") -> iteration.Technique:
+    return dataclasses.replace(iteration.ROWS[row], mixed_precision=mixed_precision, scorer_dtype="no")
+
+
+def tiny(kind: str, mixed_precision: str = "no", rollouts: bool = False) -> iteration.Setup:
+    return iteration.Setup(kind, "tiny", "cpu", None, mixed_precision, rollouts=rollouts)
+
+
+# ---------------------------------------------------------------------------------------------------- shapes
+
+
+def test_lora_of_sdxl_has_the_published_size():
+    matrices = shapes.lora_shapes("sdxl", 64)
+    assert len(matrices) == 2 * 560
+    assert sum(a * b for a, b in matrices) == 92_897_280
+
+
+def test_random_networks_have_the_published_sizes():
+    def parameters(module):
+        return sum(p.numel() for p in module.parameters())
+
+    meta = ("full", "meta", torch.float16)
+    assert parameters(networks.make_unet("sdxl", *meta)) == 2_567_463_684
+    assert parameters(networks.make_unet("sd15", *meta)) == 859_520_964
+    assert [parameters(e) // 10**6 for e in networks.make_text_encoders("sdxl", *meta)] == [123, 694]
+    spm = networks.make_spm("full", "meta", torch.float32).model
+    assert len(spm.state_dict()) == 980 and round(parameters(spm) / 1e5) == 13062
+
+
+def test_bytes_of_a_transition_are_those_of_its_tensors():
+    from benchmarks.bench_transition import log_ratio_case, transition_case
+
+    case = transition_case(shapes.StepShape("x", 3, 2, (4, 8, 8)), torch.float16, "cpu", ())
+    cond, uncond, x_t, _, _ = case.make(0)
+    _, children = case.truth(*case.make(0))
+    assert case.bytes_moved == cond.nbytes + uncond.nbytes + x_t.nbytes + children.float().nbytes
+    case = log_ratio_case(shapes.RatioShape("x", 2, 4, (4, 8, 8)), torch.float16, "cpu", (), backward=True)
+    inputs = case.make(0)
+    assert case.bytes_moved == 2 * sum(v.nbytes for v in inputs) + inputs[0].nbytes + inputs[1].nbytes
+
+
+@pytest.mark.parametrize("kind, forwards, decodes", [("sd15", 1300, 640), ("sdxl", 140, 16)])
+def test_published_rollout_costs_what_was_counted(kind, forwards, decodes):
+    """UNet sample-forwards and decodes of one published rollout, as in golden/rollout_cost_counts.json."""
+    setup = tiny(kind)
+    loop = iteration.Published(setup, technique("published")).loop
+    setup.cfg = loop.cfg = shapes.iteration_config(kind, "full", None, "no")
+    loop.timesteps = networks.ddim_scheduler(kind, 20).timesteps
+    counts = {"unet": 0, "decode": 0, "text": 0}
+
+    def predict(x, t, cond):
+        counts["unet"] += 2 * len(x)
+        return x
+
+    def score(latents, t, ids):
+        counts["decode"] += len(latents)
+        counts["text"] += len(ids)
+
+    loop.policy, loop._score = predict, score
+    B = setup.cfg.sample.sample_batch_size
+    cond = networks.conditioning(kind, "tiny", B, "cpu", torch.float32)
+    decisions = iteration.Decisions.scripted(setup.cfg, 1.0, "cpu")
+    pairs = loop.rollout(networks.token_ids(B, "cpu"), cond, shapes.TINY_LATENTS, decisions)
+    assert counts == {"unet": forwards, "decode": decodes, "text": decodes}
+    assert len(pairs["t"]) == 16 * B
+
+
+# ---------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_agrees_with_the_published_loop(kind, tmp_path):
+    records = Records(tmp_path / "records.jsonl", kind, size="tiny")
+    iteration.truth(tiny(kind, "fp64"), tmp_path, records)
+    saved = torch.load(tmp_path / f"{kind}_truth.pt", weights_only=False)
+    pairs, truth = saved["pairs"], saved["truth"]
+    assert any(pairs.shared) and not all(pairs.shared)
+    assert float(truth.log_ratios.abs().max()) > 1e-3  # else there is nothing to compare
+
+    errors = iteration.make_contender(tiny(kind, "fp64"), technique("ours", "fp64")).evaluate(pairs).errors(truth)
+    assert max(errors.values()) < 1e-9, errors
+
+    published = iteration.make_contender(tiny(kind), technique("published")).evaluate(pairs)
+    contender = iteration.make_contender(tiny(kind), technique("ours"))
+    ours = contender.evaluate(pairs)
+    errors = ours.errors(published)
+    assert errors["loss_error"] < 1e-4 and errors["gradient_error"] < 1e-4
+    assert float((ours.log_ratios - published.log_ratios).abs().max()) < 1e-4
+    assert iteration.gate(ours.errors(truth), published.errors(truth), "no") == "passed"
+
+    contender.objective = dataclasses.replace(contender.objective, beta=1.01 * contender.objective.beta)
+    verdict = iteration.gate(contender.evaluate(pairs).errors(truth), published.errors(truth), "no")
+    assert verdict.startswith("failed"), "the gate does not notice another beta"
+
+
+def test_gate_refuses_what_is_not_finite():
+    assert iteration.gate({"loss_error": math.nan}, {"loss_error": 1.0}, "fp16").startswith("failed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_iteration_of_each_contender(kind, tmp_path):
+    """Both keep the scripted pairs; ours evaluates a shared x_t once; without `truth` the gate says so."""
+    records = Records(tmp_path / "records.jsonl", kind, size="tiny")
+    for row in ("published", "ours"):
+        iteration.run_row(
+            **{"setup": tiny(kind, rollouts=True), "row": row, "technique": technique(row), "scratch": tmp_path},
+            **{"records": records, "deadline": lambda: 1000.0, "valid_shares": (0.5,), "repetitions": 1},
+        )
+    by_name = {r["name"]: r for r in read(records.path)}
+    published, ours = (by_name[f"{kind}/{row}/v=0.5"] for row in ("published", "ours"))
+    cfg = shapes.iteration_config(kind, "tiny", None, "no")
+    comparisons = iteration.Decisions.scripted(cfg, 0.5, "cpu").valid
+    segment = 1 + cfg.sample.num_inner_steps
+    assert published["pairs"] == ours["pairs"] == segment * round(0.5 * comparisons.numel())
+    shared = ours["pairs"] // segment
+    assert ours["states"] == 2 * ours["pairs"] - shared
+    assert {"unet_ms", "decode_ms", "score_ms", "reference_ms", "backward_ms"} <= set(ours["phases_ms"])
+    assert {"encode_ms", "unet_ms", "decode_ms", "score_ms", "reference_ms"} <= set(published["phases_ms"])
+    assert ours["n"] == 1 and ours["gate"].startswith("not checked") and not ours["published_batch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["ours+channels_last", "ours+bf16", "ours+compile"])
+def test_every_technique_runs(row, tmp_path):
+    records = Records(tmp_path / "records.jsonl", "sd15", size="tiny")
+    iteration.truth(tiny("sd15"), tmp_path, records)
+    for name, mixed_precision in (("published", "no"), (row, "bf16" if "bf16" in row else "no")):
+        setup = tiny("sd15", mixed_precision, rollouts=True)
+        iteration.run_row(
+            **{"setup": setup, "row": name, "technique": technique(name, mixed_precision), "scratch": tmp_path},
+            **{"records": records, "deadline": lambda: 1000.0, "valid_shares": (1.0,), "repetitions": 1},
+        )
+    last = read(records.path)[-1]
+    assert last["n"] == 1
+    if mixed_precision == "no":
+        assert last["gate"] == "passed"
+    if "compile" in row:
+        assert last["graphs_compiled"] > 0 and last["graphs_compiled_after_warmup"] == 0
+
+
+def test_scripted_decisions_are_exact_and_seeded():
+    cfg = shapes.iteration_config("sdxl", "full", None, "no")
+    a, b = (iteration.Decisions.scripted(cfg, 0.5, "cpu") for _ in range(2))
+    assert torch.equal(a.valid, b.valid) and torch.equal(a.ranks, b.ranks)
+    assert int(a.valid.sum()) == 4 and a.valid.shape == (4, 2)
+    from spo_fast.rollout import best_and_worst
+
+    for c in range(4):
+        sides, valid = best_and_worst(a.scores(c).view(2, 2), cfg.sample.threshold)
+        assert torch.equal(valid, a.valid[c])
+        kept = a.ranks[c].argmax(0)[valid]
+        assert torch.equal(sides[0][valid], kept)
+
+
+# ---------------------------------------------------------------------------------------------------- other stages
+
+
+def test_guided_step_keeps_its_promises():
+    facts = bench_graph.check_step("sdxl", "tiny", "cpu", torch.float32)
+    assert facts["max_error"] == 0 and facts["bitwise_equal_to_eager"] and not facts["captured"]
+    assert facts["same_keys_same_noise"] and facts["new_keys_new_noise"] and facts["x0_ignores_keys"]
+
+
+def test_a_stale_replay_is_noticed():
+    """A graph that ignores its refilled inputs must not pass."""
+    step = bench_graph.GuidedStep("sd15", "tiny", "cpu", torch.float32)
+    step.fill(0, 2, 10)
+    old = step()
+    facts = bench_graph.check_replays(step, lambda: old)
+    assert facts["max_error"] > 0.1 and not facts["new_keys_new_noise"]
+
+
+def test_libraries_leave_a_record_each(tmp_path):
+    records = Records(tmp_path / "records.jsonl", "libraries", size="tiny")
+    bench_libraries.run_ceilings(records, "tiny", "cpu")
+    bench_libraries.run(records, "tiny", "cpu")
+    rows = read(records.path)
+    names = {r["name"] for r in rows} | {r.get("contender") for r in rows}
+    assert {"copy", "matmul", *bench_libraries.OPTIMIZERS, *bench_libraries.ATTENTIONS} <= names
+    assert all(r.get("reason") or r.get("error") for r in rows if r["status"] != "ok")
+    gpu_run.summary(rows)
+
+
+def test_relative_error_catches_what_was_never_written():
+    x = torch.ones(3)
+    assert relative_error(x, x) == 0
+    assert relative_error(torch.tensor([1.0, math.nan, 1.0]), x) == math.inf
+    assert relative_error((x, torch.tensor(2.0)), (x, torch.tensor(4.0))) == 0.5
+    assert relative_error(torch.ones(2), x) == math.inf
+
+
+# ---------------------------------------------------------------------------------------------------- the runner
+
+
+def test_quantiles():
+    assert quantiles([4.0, 1.0, 3.0, 2.0, 5.0, 6.0]) == pytest.approx({"p20_ms": 2, "p50_ms": 3.5, "p80_ms": 5, "n": 6})
+
+
+FAKE_JOBS = {
+    "breaks": "raise RuntimeError('the kernel is wrong')",
+    "dies": "import os; os.abort()",
+    "hangs": "import time; print('started', flush=True); time.sleep(60)",
+    "works": "print('fine')",
+    "no time": "print('never')",
+}
+
+
+def test_whatever_fails_leaves_a_record_and_the_next_runs(tmp_path, monkeypatch, capsys):
+    jobs = {name: gpu_run.Job(gpu_run.stage_tests, 1.0 if name == "hangs" else 20, 0) for name in FAKE_JOBS}
+    jobs["no time"] = gpu_run.Job(gpu_run.stage_tests, 20, 10_000)
+    monkeypatch.setattr(gpu_run, "STAGES", {name: {name: job} for name, job in jobs.items()})
+    monkeypatch.setattr(gpu_run, "child_command", lambda args, name, *_: [sys.executable, "-c", FAKE_JOBS[name]])
+    gpu_run.main(["--out", str(tmp_path / "out"), "--budget_s", "100", "--device", "cpu"])
+    rows = {r["name"].removeprefix("job "): r for r in read(tmp_path / "out" / "records.jsonl")}
+    status = {name: rows[name]["status"] for name in FAKE_JOBS}
+    assert status == {"breaks": "failed", "dies": "failed", "hangs": "timeout", "works": "ok", "no time": "skipped"}
+    assert "the kernel is wrong" in rows["breaks"]["error"]
+    assert rows["hangs"]["wall_s"] < 30 and "started" in rows["hangs"]["error"]
+    assert "needs 10000" in rows["no time"]["reason"]
+    assert rows["works"]["versions"]["torch"] and rows["works"]["command"]
+    printed = capsys.readouterr().out
+    assert "the kernel is wrong" in printed and "timeout" in printed and "skipped" in printed
+
+
+def test_a_stage_that_raises_records_the_error(tmp_path, monkeypatch):
+    def broken(context):
+        context.records.write("first measurement", p50_ms=1.0)
+        raise ImportError("no module named bitsandbytes")
+
+    monkeypatch.setattr(gpu_run, "STAGES", {"broken": {"broken": gpu_run.Job(broken, 10, 1)}})
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--job", "broken", "--out", str(tmp_path), "--limit_s", "9", "--device", "cpu"])
+    first, second = read(tmp_path / "records.jsonl")
+    assert first["status"] == "ok" and first["p50_ms"] == 1.0
+    assert second["status"] == "failed" and "bitsandbytes" in second["error"]
+
+
+def test_the_command_itself(tmp_path):
+    """One real job in its own process, and one that the budget does not reach."""
+    gpu_run.main(
+        ["--out", str(tmp_path), "--budget_s", "90", "--size", "tiny", "--device", "cpu", "--only", "ceilings"]
+    )
+    rows = read(tmp_path / "records.jsonl")
+    assert {"copy", "matmul", "job ceilings"} <= {r["name"] for r in rows if r["status"] == "ok"}
+    assert (tmp_path / "ceilings.log").is_file()
+    gpu_run.main(["--out", str(tmp_path), "--budget_s", "0", "--size", "tiny", "--device", "cpu", "--only", "ops"])
+    assert read(tmp_path / "records.jsonl")[-1]["status"] == "skipped"
+
+
+def test_unknown_stage_is_named():
+    with pytest.raises(SystemExit, match="unknown. Stages: tests"):
+        gpu_run.chosen(["opps"])
+    assert list(gpu_run.chosen(["sdxl/ours", "graph"])) == ["graph", "sdxl/ours"]
+    assert "ops_autotuned" not in gpu_run.chosen([])
+
+
+def test_a_torn_line_is_left_out(tmp_path):
+    path = Path(tmp_path / "records.jsonl")
+    Records(path, "x").write("whole")
+    path.write_text(path.read_text() + json.dumps({"name": "torn"})[:7])
+    assert [r["name"] for r in read(path)] == ["whole"]

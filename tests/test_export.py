@@ -1,0 +1,174 @@
+"""What a run writes loads in diffusers' own pipelines and makes the trainer's images. The truth is the pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from runs import built
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import LATENT_SIZE, VAE_FACTOR, make_tiny_sd15, make_tiny_sdxl
+from torch import Tensor
+
+from spo_fast import trainer
+from spo_fast.models.clip_tokenizer import END, clip_tokenizer
+from spo_fast.rollout import sample_latents
+from spo_fast.scorers import make_tiny_spm
+
+PROMPTS = ["a red cube", "two boats at sea"]
+STEPS = 4
+GUIDANCE = 3.0
+TOLERANCE = 1e-4  # of pixels in [0, 1]
+LORAS = ["pytorch_lora_weights.safetensors", "lora_kohya.safetensors"]
+# None: alpha is the rank
+ALPHAS = [None, 2.0]
+PIPELINES: dict[str, Any] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Settings of a run of each kind of tiny pipeline with a random preference model."""
+    root = tmp_path_factory.mktemp("tiny")
+    make_tiny_spm(root / "spm", vocab_size=len(clip_tokenizer(END, 16, merges=())), max_length=16)
+    directories = {"sd15": make_tiny_sd15(root / "sd15"), "sdxl": make_tiny_sdxl(root / "sdxl")}
+    spm = root / "spm" / "model.safetensors"
+    return {
+        "toy": {"resolution": None},
+        **{
+            kind: {"model": kind, "pretrained_model_name_or_path": path, "spm_path": spm, "resolution": None}
+            for kind, path in directories.items()
+        },
+    }
+
+
+def trained(tmp_path: Path, settings: dict[str, Any], **more: Any) -> trainer.Run:
+    """A run of float32 whose LoRA is far from where it started, and its files in tmp_path/lora."""
+    run = built(tmp_path / "run", **{**settings, "mixed_precision": "no", "rank": 4, "max_prompts": 2, **more})
+    generator = torch.Generator().manual_seed(7)
+    run.policy.load_state_dict(
+        {name: 0.3 * torch.randn(v.shape, generator=generator) for name, v in run.policy.state_dict().items()}
+    )
+    run.model.save(tmp_path / "lora")
+    return run
+
+
+def noise(run: trainer.Run) -> Tensor:  # (P, C, H, W)
+    return torch.randn(len(PROMPTS), *run.model.latent_shape, generator=torch.Generator().manual_seed(3))
+
+
+def our_images(run: trainer.Run) -> Tensor:  # (P, 3, H, W) in [0, 1]
+    table = run.model.table(STEPS, 0.0)
+    latents = sample_latents(run.policy, table, run.model.cond(PROMPTS), GUIDANCE, noise(run))
+    return (run.model.decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def pipeline_of(run: trainer.Run) -> Any:
+    pipe = PIPELINES[run.model.kind].from_pretrained(str(run.model.resolved.model_path))
+    # as the published scheduler settings of both models have it; the tiny SDXL's Euler settings leave it open
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_images(pipe: Any, run: trainer.Run) -> Tensor:  # (P, 3, H, W) in [0, 1]
+    images = pipe(
+        PROMPTS,
+        latents=noise(run),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        eta=0.0,
+        height=run.model.height,
+        width=run.model.width,
+        output_type="pt",
+    )
+    return images.images
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("kind", ["toy", "sd15", "sdxl"])
+def test_pipeline_with_the_lora_makes_the_trainers_images(
+    tmp_path: Path, tiny: dict[str, dict[str, Any]], kind: str, alpha: float | None
+) -> None:
+    run = trained(tmp_path, tiny[kind], lora_alpha=alpha)
+    ours = our_images(run)
+    assert ours.std() > 0.02  # images, not one colour
+    with run.policy.reference():
+        base = our_images(run)
+    assert (ours - base).abs().max() > 100 * TOLERANCE
+    pipe = pipeline_of(run)
+    assert (pipeline_images(pipe, run) - base).abs().max() < TOLERANCE
+    for file in LORAS:
+        pipe.load_lora_weights(str(tmp_path / "lora"), weight_name=file)
+        assert (pipeline_images(pipe, run) - ours).abs().max() < TOLERANCE, file
+        pipe.unload_lora_weights()
+
+
+def test_a_wrong_alpha_would_show(tmp_path: Path, tiny: dict[str, dict[str, Any]]) -> None:
+    """The comparison above can fail: without the metadata a loader takes alpha = rank."""
+    run = trained(tmp_path, tiny["toy"], lora_alpha=2.0)
+    pipe = pipeline_of(run)
+    pipe.load_lora_weights(load_file(tmp_path / "lora" / LORAS[0]))
+    assert (pipeline_images(pipe, run) - our_images(run)).abs().max() > 10 * TOLERANCE
+
+
+def test_kohya_file_has_its_names_and_alpha(tmp_path: Path, tiny: dict[str, dict[str, Any]]) -> None:
+    run = trained(tmp_path, tiny["toy"], lora_alpha=2.0)
+    file = tmp_path / "lora" / "lora_kohya.safetensors"
+    tensors = load_file(file)
+    modules = {name.rsplit(".", 2 if "lora_" in name.split(".", 1)[1] else 1)[0] for name in tensors}
+    assert len(modules) == len(run.policy.names) / 2
+    assert len(tensors) == 3 * len(modules)
+    for module in modules:
+        assert module.startswith("lora_unet_") and "." not in module
+        assert tensors[f"{module}.alpha"].shape == () and tensors[f"{module}.alpha"] == 2
+        down, up = tensors[f"{module}.lora_down.weight"], tensors[f"{module}.lora_up.weight"]
+        assert down.shape[0] == up.shape[1] == 4
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+
+
+def test_diffusers_file_has_the_published_names(tmp_path: Path, tiny: dict[str, dict[str, Any]]) -> None:
+    run = trained(tmp_path, tiny["toy"])
+    file = tmp_path / "lora" / LORAS[0]
+    names = set(load_file(file))
+    # diffusers writes its "lora.down" or PEFT's "lora_A" by version, and reads both
+    assert len(names) == len(run.policy.names) and all(n.startswith("unet.") for n in names)
+    with safe_open(file, framework="pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.r"] == 4 and metadata["unet.lora_alpha"] == 4
+
+
+def test_another_size_and_vae(tmp_path: Path, tiny: dict[str, dict[str, Any]]) -> None:
+    """Not square, and with the VAE of another pipeline: the time ids and the scaling factor follow."""
+    other = make_tiny_sdxl(tmp_path / "other", seed=5)
+    size = {"height": LATENT_SIZE * VAE_FACTOR, "width": 2 * LATENT_SIZE * VAE_FACTOR}
+    run = trained(tmp_path, tiny["sdxl"], **size, pretrained_vae_model_name_or_path=other / "vae")
+    pipe = pipeline_of(run)
+    ours = our_images(run)
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    assert (pipeline_images(pipe, run) - ours).abs().max() > TOLERANCE
+    pipe.vae = type(pipe.vae).from_pretrained(str(other / "vae"))
+    assert (pipeline_images(pipe, run) - ours).abs().max() < TOLERANCE
+
+
+def test_full_finetune_loads_as_the_unet_of_a_pipeline(tmp_path: Path, tiny: dict[str, dict[str, Any]]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    run = built(tmp_path / "run", **{**tiny["toy"], "full_finetune": True, "max_prompts": 2})
+    generator = torch.Generator().manual_seed(7)
+    state = run.policy.state_dict()
+    run.policy.load_state_dict(
+        {name: v + 0.1 * v.std(correction=0) * torch.randn(v.shape, generator=generator) for name, v in state.items()}
+    )
+    run.model.save(tmp_path)
+    pipe = pipeline_of(run)
+    ours = our_images(run)
+    assert (pipeline_images(pipe, run) - ours).abs().max() > 100 * TOLERANCE
+    pipe.unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "unet"))
+    assert (pipeline_images(pipe, run) - ours).abs().max() < TOLERANCE

@@ -1,0 +1,415 @@
+"""Whole runs of the toy: what they leave behind, and that killed and resumed ones end like one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from runs import (
+    ITERATIONS,
+    PAIRS,
+    Killed,
+    assert_same_end,
+    assert_same_tensors,
+    built,
+    facts,
+    flags,
+    killed_run,
+    run_toy,
+    start,
+)
+from safetensors.torch import load_file, save_file
+
+from spo_fast import checkpoint, train, trainer
+from spo_fast.checkpoint import TrainState
+from spo_fast.metrics import Timer, read_metrics
+from spo_fast.objectives import predict_states
+
+LORA = "pytorch_lora_weights.safetensors"
+EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four iterations that nobody disturbed, with a checkpoint after each."""
+    return run_toy(tmp_path_factory.mktemp("whole") / "run", checkpointing_steps=1)
+
+
+# ------------------------------------------------------------------------------------------------- a run's files
+
+
+def test_run_leaves_metrics_checkpoints_and_lora(whole_run: Path) -> None:
+    records = read_metrics(whole_run / "metrics.jsonl")
+    assert [r["iteration"] for r in records] == list(range(ITERATIONS))
+    assert all(r["pairs"] == PAIRS and r["valid_share"] == 1 and math.isfinite(r["loss"]) for r in records)
+    assert [r["optimizer_steps"] for r in records] == [2 * (i + 1) for i in range(ITERATIONS)]
+    assert {p.name for p in whole_run.glob("checkpoint-*")} == {f"checkpoint-{i + 1}" for i in range(ITERATIONS)}
+    for directory in (whole_run, whole_run / f"checkpoint-{ITERATIONS}"):
+        assert (directory / "pytorch_lora_weights.safetensors").is_file()
+        assert (directory / "lora_kohya.safetensors").is_file()
+    for name in ("pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
+        assert_same_tensors(whole_run / name, whole_run / f"checkpoint-{ITERATIONS}" / name)
+
+
+def test_saved_config_reads_back_as_the_same(whole_run: Path) -> None:
+    cfg = train.parse(flags(whole_run, checkpointing_steps=1))
+    assert train.parse(["--config", str(whole_run / "config.yaml")]) == cfg
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_log_ratio_is_exactly_zero_before_the_first_update(tmp_path: Path, precision: str) -> None:
+    """LoRA's B is 0, so policy and reference are one network; evaluated in equal batches, to the last bit."""
+    run_toy(tmp_path / "run", train_batch_size=PAIRS, max_train_steps=1, mixed_precision=precision)
+    record = facts(tmp_path / "run")[0]
+    assert record["log_ratio_best"] == 0 and record["log_ratio_worst"] == 0 and record["margin"] == 0
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_prompt_file_and_sample_grids(tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a red cube\na blue ball\n# not a prompt\na green cone\n")
+    out = run_toy(tmp_path / "run", prompts=prompts, max_prompts=None, num_train_epochs=1, num_validation_images=2)
+    assert [r["pairs"] for r in facts(out)] == [PAIRS, PAIRS // 2]  # 3 prompts, the last batch is short
+    for name in ("before", "after"):
+        with Image.open(out / "samples" / f"{name}.png") as image:
+            # 3 prompts down, 2 images across, 8 pixels shown 12 times as large with a frame of 2
+            assert image.size == (2 * 100, 3 * 100)
+            assert len(set(image.getdata())) > 100
+    assert (out / "samples" / "before.png").read_bytes() != (out / "samples" / "after.png").read_bytes()
+
+
+def test_validation_scores_are_of_the_same_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With next to no learning rate nothing changes, so neither may the score nor a pixel."""
+    out = run_toy(tmp_path / "run", learning_rate=1e-30, max_train_steps=1, num_validation_images=1)
+    assert (out / "samples" / "before.png").read_bytes() == (out / "samples" / "after.png").read_bytes()
+    assert "(+0.000)" in capsys.readouterr().out
+
+
+def test_run_prints_no_noise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither the libraries' warnings nor their progress bars; this process has imported them before, so see also
+    test_cli.py for a fresh one."""
+    run_toy(tmp_path / "run", max_train_steps=1, num_validation_images=1, max_prompts=2, mixed_precision="bf16")
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert "Writing model shards" not in captured.out and "float32: []" not in captured.out
+
+
+def test_mspo_runs(tmp_path: Path) -> None:
+    out = run_toy(tmp_path / "run", method="mspo", num_inner_steps=1, max_train_steps=2)
+    # one segment of 2 steps: each is a term; in the second winner and loser have a state each
+    assert [(r["pairs"], r["states"]) for r in facts(out)] == [(PAIRS, PAIRS * 3 // 2)] * 2
+
+
+def test_no_valid_pair_is_no_step(tmp_path: Path) -> None:
+    out = run_toy(tmp_path / "run", threshold=0.999999, max_train_steps=2)
+    assert [(r["pairs"], r["optimizer_steps"]) for r in facts(out)] == [(0, 0)] * 2
+    assert all("loss" not in r for r in facts(out))
+    trained = load_file(out / "checkpoint-2" / "trained.safetensors")
+    assert all((value == 0).all() for name, value in trained.items() if "lora_B" in name)
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    ("killed_after", "settings"),
+    [
+        # one iteration is repeated; the schedule must stand where it stood
+        (3, {"checkpointing_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "rank": 3, "lora_alpha": 2}),
+        # 8-bit state, and gradients that wait for the next rollout's
+        (3, {**EIGHT_BIT, "checkpointing_steps": 1, "recipe": "published", "gradient_accumulation_steps": 3}),
+        # there is no checkpoint yet
+        pytest.param(1, {"checkpointing_steps": 2}, marks=pytest.mark.slow),
+        # a loss scale to keep
+        pytest.param(3, {"checkpointing_steps": 1, "mixed_precision": "fp16"}, marks=pytest.mark.slow),
+        pytest.param(2, {"checkpointing_steps": 1, "full_finetune": True}, marks=pytest.mark.slow),
+        pytest.param(3, {"checkpointing_steps": 3, "method": "mspo", "num_inner_steps": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_ends_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int, settings: dict[str, Any]
+) -> None:
+    whole = run_toy(tmp_path / "whole", **settings)
+    killed = killed_run(tmp_path / "killed", monkeypatch, killed_after, **settings)
+    assert len(read_metrics(killed / "metrics.jsonl")) == killed_after
+    run_toy(killed, resume_from_checkpoint="latest", **settings)
+    assert [r["iteration"] for r in facts(killed)] == list(range(ITERATIONS))
+    assert_same_end(whole, killed)
+
+
+def test_a_resumed_run_that_forgot_something_would_differ(whole_run: Path, tmp_path: Path) -> None:
+    """The comparison above can fail: with one wrong number in the optimizer's state the end is another."""
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    file = copy / "checkpoint-2" / "optimizer.safetensors"
+    state = load_file(file)
+    state["0.step"] += 1
+    save_file(state, file)
+    run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", checkpointing_steps=1)
+    assert [r["iteration"] for r in facts(copy)] == list(range(ITERATIONS))
+    with pytest.raises(AssertionError, match="trained.safetensors"):
+        assert_same_end(whole_run, copy)
+
+
+def test_going_back_keeps_the_later_checkpoints_aside(whole_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", checkpointing_steps=1)
+    assert_same_end(whole_run, copy)
+    assert {p.name.split("-", 3)[3] for p in copy.glob("old-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_eight_bit_state_is_eight_bit(tmp_path: Path) -> None:
+    out = run_toy(tmp_path / "run", **EIGHT_BIT, max_train_steps=1)
+    state = load_file(out / "checkpoint-1" / "optimizer.safetensors")
+    moments = {name: v for name, v in state.items() if name.split(".")[1] in ("state1", "state2")}
+    trained = load_file(out / "checkpoint-1" / "trained.safetensors")
+    assert len(moments) == 2 * len(trained)
+    assert all(v.dtype == torch.uint8 for v in moments.values())
+
+
+def test_published_accumulation_keeps_gradients_between_rollouts(tmp_path: Path) -> None:
+    """2 slots a rollout, a step every 3: the checkpoint after the first holds two slots' gradients."""
+    settings = {"recipe": "published", "gradient_accumulation_steps": 3, "checkpointing_steps": 1, "max_train_steps": 3}
+    out = run_toy(tmp_path / "run", **settings)
+    assert [r["optimizer_steps"] for r in facts(out)] == [0, 1, 2]
+    kept = [(out / f"checkpoint-{i}" / "gradients.safetensors").is_file() for i in (1, 2, 3)]
+    assert kept == [True, True, False]
+
+
+@pytest.mark.slow
+def test_sigkill_in_another_process(tmp_path: Path) -> None:
+    settings = {"checkpointing_steps": 2, "max_prompts": 24, "num_train_epochs": 2}
+    out = tmp_path / "killed"
+    process = start(flags(out, **settings))
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    # in the second epoch: what the first has left in memory is gone after the kill
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 15):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(read_metrics(metrics)) < 24
+    resumed = start(flags(out, resume_from_checkpoint="latest", **settings))
+    output, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    assert "resumed from" in output
+    assert [r["iteration"] for r in facts(out)] == list(range(24))
+    assert_same_end(run_toy(tmp_path / "whole", **settings), out)
+
+
+def test_finished_run_resumed_changes_nothing(whole_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    files = ["metrics.jsonl", f"checkpoint-{ITERATIONS}/trained.safetensors", f"checkpoint-{ITERATIONS}/state.json"]
+    before = {name: (copy / name).read_bytes() for name in files}
+    run_toy(copy, resume_from_checkpoint="latest", checkpointing_steps=1)
+    assert {name: (copy / name).read_bytes() for name in files} == before
+    assert_same_tensors(copy / LORA, whole_run / LORA)
+    assert len(list(copy.glob("checkpoint-*"))) == ITERATIONS
+
+
+def test_longer_run_goes_on_from_a_finished_one(whole_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    run_toy(copy, resume_from_checkpoint="latest", checkpointing_steps=1, num_train_epochs=3)
+    assert facts(copy)[:ITERATIONS] == facts(whole_run)
+    assert len(facts(copy)) == ITERATIONS * 3 // 2
+
+
+def test_resume_from_a_named_checkpoint_into_a_new_directory(whole_run: Path, tmp_path: Path) -> None:
+    out = run_toy(
+        tmp_path / "run", checkpointing_steps=1, resume_from_checkpoint=str(whole_run / f"checkpoint-{ITERATIONS - 1}")
+    )
+    assert facts(out) == facts(whole_run)[-1:]
+    last = f"checkpoint-{ITERATIONS}/trained.safetensors"
+    assert_same_tensors(whole_run / last, out / last)  # which is where it was: that run is not ours to tidy up
+
+
+def test_run_directory_in_use_is_refused(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    assert train.main(flags(whole_run)) == 1
+    error = capsys.readouterr().err
+    assert "already holds a run (checkpoint-4)" in error and "--resume_from_checkpoint latest" in error
+    assert error.count("\n") == 1
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_missing_checkpoint_is_named(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(flags(whole_run, resume_from_checkpoint=str(whole_run / "checkpoint-77"))) == 1
+    error = capsys.readouterr().err
+    assert "checkpoint-77" in error and "checkpoint-4" in error and error.count("\n") == 1
+
+
+def test_another_rank_is_refused(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    assert train.main(flags(whole_run, resume_from_checkpoint="latest", rank=2)) == 1
+    error = capsys.readouterr().err
+    assert "rank: 8 -> 2" in error and "Traceback" not in error and error.count("\n") == 1
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_settings_are_printed(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    run_toy(copy, resume_from_checkpoint="latest", checkpointing_steps=1, beta=5.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since")]
+    assert lines == ["changed since the checkpoint: beta: 10.0 -> 5.0"]
+
+
+def test_torn_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies while it writes a checkpoint leaves a directory that is not taken for one."""
+    whole_dump = json.dumps
+
+    def dies(record: Any, **options: Any) -> str:
+        if isinstance(record, dict) and record.get("state", {}).get("iteration") == 2:
+            raise Killed
+        return whole_dump(record, **options)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint.json, "dumps", dies)
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)  # a killed process tidies nothing up
+        train.main(flags(out, checkpointing_steps=1))
+    assert any(p.name.startswith(".tmp") for p in out.iterdir())
+    assert checkpoint.find(out, "latest") == out / "checkpoint-1"
+    run_toy(out, resume_from_checkpoint="latest", checkpointing_steps=1)
+    assert not any(p.name.startswith(".tmp") for p in out.iterdir())  # and is swept away by the next
+
+
+def test_checkpoints_total_limit(tmp_path: Path) -> None:
+    out = run_toy(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2)
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+# ------------------------------------------------------------------------------------------- precision and memory
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sixteen_bit_compute(tmp_path: Path, precision: str) -> None:
+    out = run_toy(tmp_path / "run", mixed_precision=precision)
+    assert all(math.isfinite(r["loss"]) for r in facts(out))
+    last = facts(out)[-1]
+    assert math.isfinite(last["grad_norm"])  # the first fp16 steps may overflow, which lowers the loss scale
+    assert last["optimizer_steps"] + last["skipped_steps"] == 2 * ITERATIONS
+    assert last["skipped_steps"] == (0 if precision == "bf16" else pytest.approx(3, abs=3))
+    for file in ("checkpoint-4/trained.safetensors", "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"):
+        assert {v.dtype for v in load_file(out / file).values()} == {torch.float32}, file
+    trained = load_file(out / "checkpoint-4" / "trained.safetensors")
+    assert any((v != 0).any() for name, v in trained.items() if "lora_B" in name)
+    # masters, not copies of the 16-bit weights
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert any(not torch.equal(v, v.to(dtype).float()) for v in trained.values())
+
+
+def one_gradient(run: trainer.Run, slots: list[slice]) -> list[list[torch.Tensor]]:
+    """Gradients of the masters after each of these parts of the first iteration's experience, added up."""
+    run.encode_prompts()
+    batch = run.rollout_batch(run.sampler.batch(0).indices, 0)
+    e = run.objective.collect(run.policy, run.table, run.scorer, run.model.decode, batch, run.cfg.sample, 8)
+    randomise_lora(run)
+    e = run.objective.prepare(run.policy, run.table, e, run.cfg.sample, None)
+    snapshots = []
+    for terms in slots:
+        part = e.select(terms)
+        m = predict_states(run.policy, run.table, part, part.states, run.cfg.sample.guidance_scale > 1)
+        loss, _ = run.objective.loss(m, run.table, part, run.cfg.sample, 1.0)
+        loss.backward()
+        snapshots.append([p.grad.clone() for p in run.learner.parameters if p.grad is not None])
+    return snapshots
+
+
+def randomise_lora(run: trainer.Run, scale: float = 1e-3) -> None:
+    generator = torch.Generator().manual_seed(1)
+    state = {k: v + scale * torch.randn(v.shape, generator=generator) for k, v in run.policy.state_dict().items()}
+    run.policy.load_state_dict(state)
+
+
+def test_masters_add_gradients_up_in_float32(tmp_path: Path) -> None:
+    """bf16 gradients of single terms are exact in float32; their sum must err like float32, not like bf16."""
+    settings = {"mixed_precision": "bf16", "clip": "none"}
+    terms = [slice(i, i + 1) for i in range(PAIRS)]
+    *_, added = one_gradient(built(tmp_path / "added", **settings), terms)
+    alone = [one_gradient(built(tmp_path / f"alone{i}", **settings), [t])[0] for i, t in enumerate(terms)]
+    for total, *parts in zip(added, *alone, strict=True):
+        assert total.dtype == torch.float32
+        assert all(torch.equal(p, p.bfloat16().float()) for p in parts)
+        truth = sum(p.double() for p in parts)
+        rounded = sum((p.bfloat16() for p in parts[1:]), parts[0].bfloat16()).double()
+        scale = sum(p.double().abs() for p in parts)
+        assert ((total.double() - truth).abs() <= 1e-6 * scale).all()
+        assert ((rounded - truth).abs() > 1e-6 * scale).any()
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    calls = {}
+    gradients = {}
+    for on in (False, True):
+        run = built(tmp_path / f"run{on}", gradient_checkpointing=on, clip="none")
+        count: list[int] = []
+        # before, not after the forward: the recomputation stops as soon as it has what it needs
+        run.policy.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        [gradients[on]] = one_gradient(run, [slice(0, PAIRS)])
+        calls[on] = len(count)
+    assert calls[True] == calls[False] + 1  # recomputed in the backward pass
+    for with_it, without in zip(gradients[True], gradients[False], strict=True):
+        assert (without != 0).any()
+        torch.testing.assert_close(with_it, without, rtol=1e-5, atol=1e-9)
+
+
+def test_reference_switches_the_adapter_off_and_on_again(tmp_path: Path) -> None:
+    run = built(tmp_path / "run")
+    run.encode_prompts()
+    cond = run.model.cond(run.prompts[:2])
+    x = torch.randn(2, *run.model.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            return run.policy.predict(x, torch.tensor(500), cond, guided=False).cond
+
+    base = output()
+    randomise_lora(run, scale=0.3)
+    trained = output()
+    assert (trained - base).abs().max() > 0.01
+    with run.policy.reference():
+        assert torch.equal(output(), base)
+    assert torch.equal(output(), trained)
+    with pytest.raises(KeyError), run.policy.reference():
+        raise KeyError
+    assert torch.equal(output(), trained)
+
+
+def test_full_finetune(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    settings = {"full_finetune": True, "checkpointing_steps": 1, "max_train_steps": 2, "learning_rate": 1e-4}
+    out = run_toy(tmp_path / "run", train_batch_size=PAIRS, **settings)
+    first = facts(out)[0]
+    assert first["log_ratio_best"] == 0  # the reference is the frozen copy, equal before the first update
+    run = built(tmp_path / "again", **settings)
+    base = {name: value.clone() for name, value in run.policy.state_dict().items()}
+    state, _ = checkpoint.load(out / "checkpoint-2", run.learner, run.cfg.flat())
+    assert state == TrainState(iteration=2, optimizer_steps=2, slots=0, pairs=2 * PAIRS)
+    saved = UNet2DConditionModel.from_pretrained(str(out / "unet"))
+    weights = dict(saved.named_parameters())
+    assert weights.keys() == base.keys()
+    for name, value in run.policy.state_dict().items():
+        assert torch.equal(weights[name], value)
+        assert not torch.equal(value, base[name]), f"{name} was not trained"
+    with run.policy.reference():
+        frozen = dict(run.policy.unet.named_parameters())
+    assert all(torch.equal(frozen[name], value) for name, value in base.items())
+
+
+# ------------------------------------------------------------------------------------------------ accounting
+
+
+def test_iteration_uses_every_pair_once(tmp_path: Path) -> None:
+    run = built(tmp_path / "run", train_batch_size=3)
+    run.encode_prompts()
+    record = run.iterate(0, Timer())
+    assert (record["pairs"], run.state.pairs, run.state.optimizer_steps) == (PAIRS, PAIRS, round(PAIRS / 3))
