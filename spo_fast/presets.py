@@ -45,10 +45,10 @@ def toy() -> Config:
     return Config(
         model=ModelConfig(model="toy", mixed_precision="no", decode_chunk=64),
         adapter=AdapterConfig(rank=8),
-        sample=SampleConfig(sample_batch_size=8, num_candidates=4, threshold=0.3, guidance_scale=2.0),
+        sample=SampleConfig(sample_batch_size=8, num_candidates=4, threshold=0.3, guidance_scale=1.0),
         objective=ObjectiveConfig(method="spo"),
-        optim=OptimConfig(learning_rate=1e-3, train_batch_size=32),
-        data=DataConfig(max_prompts=160),
+        optim=OptimConfig(learning_rate=1e-2, train_batch_size=32),
+        data=DataConfig(max_prompts=128),
         run=RunConfig(output_dir="runs/toy", num_train_epochs=1, num_validation_images=8),
     )
 
