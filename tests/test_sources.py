@@ -642,7 +642,7 @@ def test_toy_pipeline(tmp_path: Path) -> None:
     image = truth(["a red circle", "blue"], num_inference_steps=2, height=16, width=16, output_type="pt").images
     assert image.shape == (2, 3, 16, 16) and image.isfinite().all()
     embeds, _, pooled, _ = truth.encode_prompt(["a red circle", "a red square"])
-    assert embeds.shape == (2, 77, 64) and (embeds[0] - embeds[1]).std() > 0.1 and (pooled[0] - pooled[1]).std() > 0.1
+    assert embeds.shape == (2, 77, 64) and (embeds[0] - embeds[1]).std() > 0.05 and (pooled[0] - pooled[1]).std() > 0.05
 
 
 def test_toy_weights_follow_the_seed(tmp_path: Path) -> None:
