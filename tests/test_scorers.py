@@ -342,7 +342,10 @@ def test_each_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorer.model.text_model, "forward", counted)
     first = scorer.encode(["a", "b", "a", "c"])
     second = scorer.encode(["c", "d", "b"])
-    assert sorted(seen) == ["a", "b", "c", "d"] and rows == 4
+    # (a, b), (c, padding), (d, padding): each prompt once, and always in batches of one shape
+    assert sorted(prompt for prompt in seen if prompt) == ["a", "b", "c", "d"] and rows == 6
+    other = ClipScorer(golden_clip("models_spm", time_conditioned=True), tokenize).encode(["c", "x"])
+    assert torch.equal(first[3], other[0])  # bit for bit in other company: a resumed run meets its prompts so
     truth = scorer.encode_ids(tokenize(["a", "b", "a", "c", "c", "d", "b"]))
     assert max_error(torch.cat([first, second]), truth) < 1e-6
     assert max_error(truth.norm(dim=-1), torch.ones(7)) < 1e-6

@@ -26,7 +26,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Tokenize = Callable[[list[str]], Tensor]
 """P prompts -> (P, L) int64 ids, L at most the text tower's max_length, the end token being the largest id."""
 
-TEXT_BATCH = 64  # prompts through the text tower at a time
+# Prompts through the text tower at a time, the last batch padded: matrix products sum in an order that depends on the
+# batch's shape, and a resumed run meets its prompts in other company. With one shape a prompt has one embedding.
+TEXT_BATCH = 8
 MAX_CACHED_PROMPTS = 65_536  # 256 MiB at D = 1024
 
 
@@ -101,7 +103,8 @@ class ClipScorer:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
         for start in range(0, len(new), TEXT_BATCH):
             batch = new[start : start + TEXT_BATCH]
-            cache.update(zip(batch, self.encode_ids(self.tokenize(batch)).cpu(), strict=True))
+            padded = batch + [""] * (TEXT_BATCH - len(batch))
+            cache.update(zip(batch, self.encode_ids(self.tokenize(padded)).cpu(), strict=False))
         features = torch.stack([cache[prompt] for prompt in prompts]).to(self.device)
         for prompt in list(cache)[: max(0, len(cache) - MAX_CACHED_PROMPTS)]:
             del cache[prompt]
