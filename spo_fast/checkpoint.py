@@ -23,6 +23,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spo_fast.config import RunError
+
 
 @dataclass
 class TrainState:
@@ -195,11 +197,14 @@ FIXED = (
     "full_finetune",
     "optimizer",
     "min_8bit_size",
+    "parameterisation",
+    "time_conditioned",
+    "noise",
 )
-REORDERS = ("seed", "sample_batch_size", "shuffle", "prompts", "max_prompts")
+REORDERS = ("seed", "sample_batch_size", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
 
 
-class MismatchError(ValueError):
+class MismatchError(RunError):
     """A checkpoint and the run that is to go on from it do not fit together."""
 
 
@@ -234,7 +239,7 @@ def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState
             set_aside(later)
     notes = [f"changed since the checkpoint: {text}" for text in changed.values()]
     if any(name in changed for name in REORDERS):
-        notes.append("iterations now mean other prompts: some are repeated or left out in this epoch")
+        notes.append("iterations now mean other data: some of it is repeated or left out in this epoch")
     return state, notes
 
 

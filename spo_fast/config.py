@@ -8,9 +8,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class RunError(ValueError):
+    """A run cannot go on, for a reason its user can mend."""
 
 
 def _need(condition: bool, message: str) -> None:
@@ -118,7 +126,9 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class AdamConfig:
+    """What the optimizers of all trainers share."""
+
     learning_rate: float = 6e-5
     """Peak learning rate."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
@@ -135,20 +145,13 @@ class OptimConfig:
     """AdamW's epsilon."""
     max_grad_norm: float | None = None
     """Clip norm. None reproduces the published SPO runs, whose clipping never took effect."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
-    """Learning-rate schedule over the iterations of the run."""
     lr_warmup_steps: int = 0
-    """Iterations of linear warm-up (schedules other than constant)."""
+    """Iterations of warm-up (schedules other than constant)."""
     train_batch_size: int = 10
     """Pairs of one accumulation slot: an optimizer step sees train_batch_size x gradient_accumulation_steps pairs."""
     gradient_accumulation_steps: int = 1
     """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
     many pairs a step."""
-    accumulation: Literal["balanced", "published"] = "balanced"
-    """balanced: an iteration's pairs are cut into nearly equal optimizer steps, every pair weighs the same and is used
-    once. published: slots straddle rollouts, a short one has full weight, as in the published code."""
-    states_per_forward: int | None = None
-    """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most."""
 
     def __post_init__(self) -> None:
         _need(0 < self.learning_rate < float("inf"), f"learning_rate={self.learning_rate} must be above 0.")
@@ -156,6 +159,20 @@ class OptimConfig:
         _need(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must not be negative.")
         _need(self.train_batch_size >= 1, f"train_batch_size={self.train_batch_size} must be at least 1.")
         _need(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(AdamConfig):
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
+    """Learning-rate schedule over the iterations of the run."""
+    accumulation: Literal["balanced", "published"] = "balanced"
+    """balanced: an iteration's pairs are cut into nearly equal optimizer steps, every pair weighs the same and is used
+    once. published: slots straddle rollouts, a short one has full weight, as in the published code."""
+    states_per_forward: int | None = None
+    """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _need(
             self.states_per_forward is None or self.states_per_forward >= 2,
             "states_per_forward must be at least 2: the two sides of a pair can have different x_t.",
@@ -210,15 +227,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class LoopConfig:
+    """What the runs of all trainers share."""
+
     output_dir: str = "runs/spo"
     """Everything the run writes."""
     seed: int = 42
     """Of all randomness, 0 to 2^32 - 1."""
     num_train_epochs: int = 10
-    """Passes over the prompts."""
+    """Passes over the data."""
     max_train_steps: int | None = None
-    """Stop after so many iterations (one rollout and its updates each), whatever the epochs."""
+    """Stop after so many iterations, whatever the epochs. SPO: one rollout and its updates each; preference models: one
+    optimizer step each."""
     checkpointing_steps: int = 100
     """Iterations between checkpoints; there is one at the end of the run as well."""
     checkpoints_total_limit: int | None = None
@@ -227,12 +247,6 @@ class RunConfig:
     """The word latest, or the path of a checkpoint."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Besides metrics.jsonl, which is always written."""
-    validation_prompt: tuple[str, ...] = ()
-    """Prompts of the sample grids made before and after training. Default: the first four prompts."""
-    num_validation_images: int = 4
-    """Images of each validation prompt, from fixed noise."""
-    recipe: Literal["default", "published"] = "default"
-    """published reproduces the published code's accumulation, last step and missing clipping."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -241,12 +255,81 @@ class RunConfig:
         for name in ("num_train_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name}={value} must be at least 1.")
-        _need(self.num_validation_images >= 0, f"num_validation_images={self.num_validation_images} is negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The whole run."""
+class RunConfig(LoopConfig):
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts of the sample grids made before and after training. Default: the first four prompts."""
+    num_validation_images: int = 4
+    """Images of each validation prompt, from fixed noise."""
+    recipe: Literal["default", "published"] = "default"
+    """published reproduces the published code's accumulation, last step and missing clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.num_validation_images >= 0, f"num_validation_images={self.num_validation_images} is negative.")
+
+
+class Settings:
+    """A whole run's settings: a dataclass of sections. Field names are flags, so a name is in one section only."""
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        return typing.get_type_hints(cls)
+
+    @classmethod
+    def docs(cls) -> dict[str, str]:
+        """Flat field name -> the docstring written under it in this file."""
+        written = _docstrings()
+        return {
+            f.name: next(written[c.__name__][f.name] for c in section.__mro__ if f.name in written.get(c.__name__, {}))
+            for section in cls.sections().values()
+            for f in dataclasses.fields(section)
+        }
+
+    @classmethod
+    def section_of(cls, name: str) -> str:
+        """The section that owns a flat field name."""
+        return next(s for s, c in cls.sections().items() if name in {f.name for f in dataclasses.fields(c)})
+
+    def with_fields(self, **values: Any) -> Self:
+        """A copy with flat field names set, e.g. cfg.with_fields(rank=8, eta=0.5). Unknown names raise KeyError."""
+        parts: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name not in self.docs():
+                raise KeyError(name)
+            parts.setdefault(self.section_of(name), {})[name] = value
+        new = {s: dataclasses.replace(getattr(self, s), **v) for s, v in parts.items()}
+        return dataclasses.replace(self, **new)  # type: ignore[type-var]  # subclasses are dataclasses
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its flag name; tuples as lists, so that it can be written as YAML or JSON."""
+        values = {}
+        for section in self.sections():
+            for name, value in dataclasses.asdict(getattr(self, section)).items():
+                values[name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+
+@functools.cache
+def _docstrings() -> dict[str, dict[str, str]]:
+    """Class name -> field name -> its docstring."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(Path(__file__).read_text()).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = after.value if isinstance(after, ast.Expr) else None
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    docs.setdefault(node.name, {})[statement.target.id] = " ".join(text.value.split())
+    return docs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """A run of preference optimisation (train.py)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -257,60 +340,119 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def with_fields(self, **values: Any) -> Config:
-        """A copy with flat field names set, e.g. cfg.with_fields(rank=8, eta=0.5). Unknown names raise KeyError."""
-        sections: dict[str, dict[str, Any]] = {}
-        for name, value in values.items():
-            sections.setdefault(section_of(name), {})[name] = value
-        new = {s: dataclasses.replace(getattr(self, s), **v) for s, v in sections.items()}
-        return dataclasses.replace(self, **new)
 
-    def flat(self) -> dict[str, Any]:
-        """Every setting under its flag name; tuples as lists, so that it can be written as YAML or JSON."""
-        values = {}
-        for section in dataclasses.fields(self):
-            for name, value in dataclasses.asdict(getattr(self, section.name)).items():
-                values[name] = list(value) if isinstance(value, tuple) else value
-        return values
+# ---------------------------------------------------------------------------------------------------- preference models
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "adapter": AdapterConfig,
-    "sample": SampleConfig,
-    "objective": ObjectiveConfig,
-    "optim": OptimConfig,
-    "scorer": ScorerConfig,
-    "data": DataConfig,
-    "run": RunConfig,
-}
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    parameterisation: Literal["pixel", "latent"] = "pixel"
+    """pixel: the step-aware preference model (SPM), a CLIP that sees the decoded x0 estimate. latent: the latent reward
+    model of LPO, the diffusion UNet's own encoder, which sees x_t and needs no VAE."""
+    init_path: str | None = None
+    """What training starts from. pixel: a CLIP (PickScore, the default) or a step-aware one, file or directory. latent:
+    a latent reward model; default: the diffusion model's own weights."""
+    time_conditioned: bool = True
+    """pixel: give the vision tower the timestep. Off: the same training without it, an ablation."""
+    noise: Literal["all", "ddim", "none"] = "all"
+    """all: images are noised to t ~ U{0..999} and judged as the diffusion model would predict them. ddim: to one of the
+    20 sampling steps 1, 51, ..., 951. none: images as they are (as PickScore itself is trained)."""
+    shared_noise: bool = True
+    """Both images of a pair get the same noise."""
+    text_projection_path: str | None = None
+    """latent, SD-1.5: local CLIP ViT-L/14, whose text projection the model starts with. Default:
+    openai/clip-vit-large-patch14 from the hub."""
+    train_guidance_scale: float = 5.0
+    """pixel: classifier-free guidance of the x0 estimate. latent: of the reward model's visual feature (LPO: 7.5)."""
+    in_batch_negatives: bool = False
+    """Let each prompt choose among all images of the batch as well, as CLIP is trained; the published SPM does not."""
+    reward_dtype: Literal["no", "bf16"] = "no"
+    """Compute type of the preference model (no: float32, as published). Trained weights stay float32."""
+    reward_checkpointing: bool = False
+    """Recompute the vision tower's activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        _need(
+            self.noise != "none" or not self.time_conditioned,
+            "noise=none trains on clean images: there is no timestep. Add --no-time_conditioned.",
+        )
+        _need(
+            self.parameterisation == "pixel" or (self.noise != "none" and self.time_conditioned),
+            "parameterisation=latent judges noisy latents at their timestep: leave noise and time_conditioned alone.",
+        )
 
 
-@functools.cache
-def _field_sections() -> dict[str, str]:
-    owner: dict[str, str] = {}
-    for section, cls in SECTIONS.items():
-        for f in dataclasses.fields(cls):
-            assert f.name not in owner, f"{f.name} is in {owner[f.name]} and in {section}"
-            owner[f.name] = section
-    return owner
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    pairs: str | None = None
+    """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
+    .csv or .tsv of prompt, image_0, image_1, label_0, label_1."""
+    pairs_revision: str | None = None
+    """Hub revision (branch, tag or commit) of the pairs."""
+    caption_column: str | None = None
+    """Column that holds the prompt. Default: caption or prompt."""
+    validation_share: float = 0.02
+    """Share of the prompts held out, with all their pairs."""
+    max_validation_pairs: int = 512
+    """Held-out pairs used in an evaluation."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the rows is unusable. They are counted and named in bad_rows.jsonl."""
+    relabel: Literal["none", "pickscore"] = "none"
+    """pickscore: labels come from PickScore's opinion of the two original images, as the published SDXL run has it."""
+    relabel_gap: float = 0.1
+    """Relabelled pairs whose probabilities differ by no more than this are ties."""
+    pickscore_path: str | None = None
+    """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
+    cache_latents: bool = True
+    """Keep the VAE's posterior of every image on disk: encoded once, not once an epoch."""
+    latent_cache_dir: str | None = None
+    """Where they are kept. Default: latent_cache in the output directory."""
+    prompt_cache_dir: str | None = None
+    """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
+    num_workers: int = 4
+    """Threads that read and decode images."""
+
+    def __post_init__(self) -> None:
+        for name in ("validation_share", "max_bad_share", "relabel_gap"):
+            _need(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1).")
+        _need(self.max_validation_pairs >= 1, "max_validation_pairs must be at least 1.")
+        _need(self.num_workers >= 1, "num_workers must be at least 1.")
 
 
-def section_of(name: str) -> str:
-    """The section that owns a flat field name."""
-    return _field_sections()[name]
+@dataclass(frozen=True, kw_only=True)
+class RewardOptimConfig(AdamConfig):
+    lr_scheduler: Literal["warmup_decay", "constant", "constant_with_warmup", "linear", "cosine"] = "warmup_decay"
+    """warmup_decay: logarithmic warm-up, then linear decay to zero at lr_decay_steps (DeepSpeed's WarmupDecayLR)."""
+    lr_decay_steps: int | None = None
+    """Where warmup_decay reaches zero. Default: 4 times the steps, as in the published run on 4 GPUs."""
 
 
-@functools.cache
-def field_docs() -> dict[str, str]:
-    """Flat field name -> the docstring written under it in this file."""
-    docs: dict[str, str] = {}
-    for node in ast.parse(Path(__file__).read_text()).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for statement, after in zip(node.body, node.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                text = after.value if isinstance(after, ast.Expr) else None
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    docs[statement.target.id] = " ".join(text.value.split())
-    return docs
+@dataclass(frozen=True, kw_only=True)
+class RewardRunConfig(LoopConfig):
+    validation_steps: int = 1000
+    """Iterations between evaluations on held-out pairs; there is one before and one after training as well."""
+    validation_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)
+    """Noise levels of the evaluation; at 0 a pixel model sees the images themselves."""
+    compare_with: tuple[str, ...] = ()
+    """Other preference models (files or directories) to evaluate beside the trained one, as name=path."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.validation_steps >= 1, "validation_steps must be at least 1.")
+        _need(
+            len(self.validation_timesteps) > 0 and all(0 <= t < 1000 for t in self.validation_timesteps),
+            "validation_timesteps must be one or more of 0 to 999.",
+        )
+        for entry in self.compare_with:
+            _need("=" in entry, f"compare_with={entry}: write name=path.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(Settings):
+    """A run that trains a preference model (train_spm.py)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    optim: RewardOptimConfig = field(default_factory=RewardOptimConfig)
+    run: RewardRunConfig = field(default_factory=RewardRunConfig)

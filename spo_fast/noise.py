@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_fast.ops import philox
 
 # The high byte of a key's step word says what is drawn, so that no two uses share a counter.
-LATENTS, CHILDREN, PICK, PAIRS, PROMPTS = (use << 24 for use in range(5))
+LATENTS, CHILDREN, PICK, PAIRS, PROMPTS, TIMESTEPS, RENOISE, POSTERIOR = (use << 24 for use in range(8))
 
 
 class Draws(Protocol):
@@ -53,15 +53,24 @@ class KeyedDraws:
         keys[..., 4] = torch.arange(candidates, device=keys.device)[:, None]
         return keys.flatten(0, 1)
 
+    def normal(self, use: int, shape: tuple[int, ...], which: int = 0) -> Tensor:
+        """(B, *shape) float32 standard normals for one use; `which` tells apart several of it."""
+        keys = self._keys(use)
+        keys[:, 4] = which
+        return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape)
+
+    def integer(self, use: int, high: int) -> Tensor:
+        """(B,) int64 uniform in [0, high)."""
+        return philox.integer(self._keys(use), high)
+
     def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        n = int(torch.Size(shape).numel())
-        return philox.normal(self._keys(LATENTS), n).to(dtype).view(-1, *shape)
+        return self.normal(LATENTS, shape).to(dtype)
 
     def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
         return {"keys": self._keys(CHILDREN + step, num_parents)}
 
     def pick(self, step: int, num_candidates: int) -> Tensor:
-        return philox.integer(self._keys(PICK + step), num_candidates)
+        return self.integer(PICK + step, num_candidates)
 
 
 def permutation(n: int, seed: int, number: int, use: int = PAIRS) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from spo_fast.config import (
     AdapterConfig,
@@ -11,6 +12,11 @@ from spo_fast.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    PairsConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RewardOptimConfig,
+    RewardRunConfig,
     RunConfig,
     SampleConfig,
 )
@@ -60,3 +66,81 @@ def published(cfg: Config) -> Config:
     """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
     last_step = "extend" if cfg.model.model in ("sdxl", "toy") else "compare"
     return cfg.with_fields(accumulation="published", max_grad_norm=None, last_step=last_step, recipe="published")
+
+
+# ---------------------------------------------------------------------------------------------------- preference models
+
+
+def _preference(
+    model: str, learning_rate: float, steps: int, relabel: Literal["none", "pickscore"]
+) -> PreferenceConfig:
+    return PreferenceConfig(
+        model=ModelConfig(model=model, mixed_precision="auto", decode_chunk=4),  # type: ignore[arg-type]
+        pairs=PairsConfig(relabel=relabel),
+        optim=RewardOptimConfig(
+            learning_rate=learning_rate,
+            adam_weight_decay=0.3,
+            max_grad_norm=1.0,
+            lr_warmup_steps=500,
+            train_batch_size=16,
+            gradient_accumulation_steps=4,  # the published runs: 4 GPUs
+        ),
+        run=RewardRunConfig(
+            output_dir=f"runs/{model}-spm", max_train_steps=steps, num_train_epochs=10_000, checkpointing_steps=1000
+        ),
+    )
+
+
+def sd15_preference() -> PreferenceConfig:
+    """The published SPM of SD-1.5, on the labels of the data."""
+    return _preference("sd15", 3e-6, 8000, "none")
+
+
+def sdxl_preference() -> PreferenceConfig:
+    """The published SPM of SDXL, on PickScore's labels."""
+    return _preference("sdxl", 1e-6, 7000, "pickscore")
+
+
+def toy_preference() -> PreferenceConfig:
+    """The embedded world's SPM, from its PickScore."""
+    return PreferenceConfig(
+        model=ModelConfig(model="toy", mixed_precision="no", decode_chunk=256),
+        optim=RewardOptimConfig(
+            learning_rate=1e-3,
+            adam_weight_decay=0.01,
+            max_grad_norm=1.0,
+            lr_scheduler="cosine",
+            lr_warmup_steps=20,
+            train_batch_size=64,
+        ),
+        reward=RewardConfig(train_guidance_scale=2.0),
+        run=RewardRunConfig(
+            output_dir="runs/toy-spm", num_train_epochs=3, validation_steps=200, checkpointing_steps=100
+        ),
+    )
+
+
+def latent_recipe(cfg: PreferenceConfig) -> PreferenceConfig:
+    """What LPO's training of its latent reward model does otherwise (8 GPUs: 128 pairs a step, SDXL 32)."""
+    size = {"sd15": (16, 8, 4000, 500), "sdxl": (4, 8, 8000, 1000)}.get(cfg.model.model)
+    cfg = cfg.with_fields(
+        parameterisation="latent", noise="ddim", shared_noise=False, train_guidance_scale=7.5, relabel="none"
+    )
+    if size is None:
+        return cfg
+    batch, accumulation, steps, warmup = size
+    return cfg.with_fields(
+        learning_rate=1e-5,
+        train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_train_steps=steps,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+    )
+
+
+PREFERENCE_PRESETS: dict[str, Callable[[], PreferenceConfig]] = {
+    "toy": toy_preference,
+    "sd15": sd15_preference,
+    "sdxl": sdxl_preference,
+}

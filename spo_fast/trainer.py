@@ -15,12 +15,13 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.config import Config, OptimConfig
+from spo_fast.config import AdamConfig, Config, OptimConfig
 from spo_fast.data import PromptSampler, count_repeats, load_prompts
 from spo_fast.experience import Candidates, Experience
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
-from spo_fast.models import resolve, scorer_specs
+from spo_fast.models import resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import SPO, make_objective, predict_states
@@ -61,7 +62,7 @@ def slots(num_terms: int, cfg: OptimConfig, filled: int) -> Iterator[Slot]:
         yield Slot(slice(start, stop), 1 / (stop - start), step=True)
 
 
-def make_optimizer(parameters: list[Tensor], cfg: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Optimizer:
     """AdamW on the float32 masters, by torch or by bitsandbytes (8-bit state)."""
     settings: dict[str, Any] = {
         **{"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)},
@@ -197,11 +198,12 @@ class Run:
         self.run_dir = Path(cfg.run.output_dir)
         self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
         self.prompts = load_prompts(cfg.data.prompts, cfg.data.caption_column)[: cfg.data.max_prompts]
-        resolved = resolve(cfg)
+        resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir)
 
-        self.model = DiffusionModel(cfg, resolved, self.device)
-        self.policy = self.model.policy
+        prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
+        self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
+        self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
@@ -274,9 +276,12 @@ class Run:
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
         }
 
+    def export(self, directory: Path) -> list[Path]:
+        return self.model.save(self.policy, directory)
+
     def save(self) -> Path:
         settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
-        return checkpoint.save(self.run_dir, self.state, self.learner, self.model.save, settings, limit)
+        return checkpoint.save(self.run_dir, self.state, self.learner, self.export, settings, limit)
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -378,7 +383,7 @@ class Run:
 
     def finish(self, before: float | None) -> None:
         """Export the trained weights and show what training did to images from the same noise."""
-        files = self.model.save(self.run_dir)
+        files = self.export(self.run_dir)
         after = self.show("after")
         if before is not None and after is not None:
             count, gain = len(self.validation_prompts()) * self.cfg.run.num_validation_images, after - before

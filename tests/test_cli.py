@@ -14,7 +14,7 @@ import yaml
 from runs import ROOT, assert_same_tensors, flags, run_toy, start
 
 from spo_fast import train
-from spo_fast.config import SECTIONS, Config, field_docs
+from spo_fast.config import Config
 from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES
 from spo_fast.presets import PRESETS
 
@@ -118,10 +118,10 @@ def test_published_settings() -> None:
 
 
 def test_every_field_is_documented_and_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls)]
+    names = [f.name for cls in Config.sections().values() for f in dataclasses.fields(cls)]
     assert len(set(names)) == len(names)
-    assert set(field_docs()) == set(names)
-    assert all(len(text) > 10 for text in field_docs().values())
+    assert set(Config.docs()) == set(names)
+    assert all(len(text) > 10 for text in Config.docs().values())
     with pytest.raises(SystemExit) as end:
         parse("--help")
     assert end.value.code == 0

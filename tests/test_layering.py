@@ -12,10 +12,12 @@ LAYERS = {
     **dict.fromkeys(("models", "scorers"), 2),
     "rollout": 3,
     "objectives": 4,
-    **dict.fromkeys(("checkpoint", "metrics", "data"), 5),
-    "trainer": 6,
-    "presets": 7,
-    "train": 8,
+    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs"), 5),
+    **dict.fromkeys(("trainer", "preference_report"), 6),
+    "preference_trainer": 7,
+    "presets": 8,
+    "cli": 9,
+    **dict.fromkeys(("train", "train_spm"), 10),
 }
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
 BESIDE = {"toy", "prompts"}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
-from spo_fast.config import Config, ModelConfig
+from spo_fast.config import ModelConfig, ScorerConfig
 from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES, ModelSource, Resolved, resolve_all
 
 
@@ -23,28 +24,18 @@ def _public(kind: str, cfg: ModelConfig) -> ModelSource:
     return dataclasses.replace(base, **given)
 
 
-def _sd15(cfg: Config) -> tuple[ModelSource, dict[str, str | None]]:
-    return _public("sd15", cfg.model), _scorer_paths(cfg)
+def _toy(cfg: ModelConfig) -> ModelSource:
+    from spo_fast.toy.pipeline import toy_files
+
+    if cfg.pretrained_model_name_or_path is None:
+        cfg = dataclasses.replace(cfg, pretrained_model_name_or_path=str(toy_files()["model"]))
+    return _public("sdxl", cfg)
 
 
-def _sdxl(cfg: Config) -> tuple[ModelSource, dict[str, str | None]]:
-    return _public("sdxl", cfg.model), _scorer_paths(cfg)
-
-
-def _toy(cfg: Config) -> tuple[ModelSource, dict[str, str | None]]:
-    from spo_fast.toy.files import toy_files
-
-    directory, spm = toy_files()
-    given = dataclasses.replace(
-        cfg.model, pretrained_model_name_or_path=cfg.model.pretrained_model_name_or_path or str(directory)
-    )
-    return _public("sdxl", given), {"spm": str(spm), **{k: v for k, v in _scorer_paths(cfg).items() if v}}
-
-
-MODELS: dict[str, Callable[[Config], tuple[ModelSource, dict[str, str | None]]]] = {
+MODELS: dict[str, Callable[[ModelConfig], ModelSource]] = {
     "toy": _toy,
-    "sd15": _sd15,
-    "sdxl": _sdxl,
+    "sd15": functools.partial(_public, "sd15"),
+    "sdxl": functools.partial(_public, "sdxl"),
 }
 
 
@@ -62,15 +53,20 @@ def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
     return specs
 
 
-def _scorer_paths(cfg: Config) -> dict[str, str | None]:
-    given = {"spm": cfg.scorer.spm_path, "pickscore": cfg.scorer.pickscore_path}
-    return {name: given.get(name) for name, _ in scorer_specs(cfg.scorer.scorer)}
+def scorer_paths(cfg: ScorerConfig) -> dict[str, str | None]:
+    """The scorers of a run and the local paths given for them."""
+    given = {"spm": cfg.spm_path, "pickscore": cfg.pickscore_path}
+    return {name: given.get(name) for name, _ in scorer_specs(cfg.scorer)}
 
 
-def resolve(cfg: Config) -> Resolved:
+def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
     """Every file of the run, found (or downloaded) before anything heavy is imported. Raises MissingFilesError."""
-    source, scorers = MODELS[cfg.model.model](cfg)
-    return resolve_all(source, scorers)
+    if model.model == "toy" and None in scorers.values():
+        from spo_fast.toy.pipeline import toy_files
+
+        shipped = toy_files()
+        scorers = {name: path or str(shipped[name]) for name, path in scorers.items()}
+    return resolve_all(MODELS[model.model](model), scorers)
 
 
-__all__ = ["MODELS", "resolve", "scorer_specs"]
+__all__ = ["MODELS", "resolve", "scorer_paths", "scorer_specs"]

@@ -1,7 +1,8 @@
-"""A latent diffusion model around its policy: prompt embeddings, VAE, schedule, and the LoRA files others load."""
+"""A latent diffusion model: prompt embeddings, UNet, VAE, schedule, and the files of trained weights others load."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,29 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast.config import Config
+from spo_fast.config import ModelConfig
 from spo_fast.experience import Cond
 from spo_fast.models import sources
 from spo_fast.models.policy import Policy
-from spo_fast.models.text import PromptCache, fingerprint_files
+from spo_fast.models.row_cache import fingerprint_files
+from spo_fast.models.text import PromptCache
 from spo_fast.schedule import StepTable, ddim_table
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class DiffusionModel:
-    """SD-1.5, SDXL and every pipeline of their layout. The UNet lives in `policy`."""
+    """SD-1.5, SDXL and every pipeline of their layout, frozen."""
 
-    def __init__(self, cfg: Config, resolved: sources.Resolved, device: torch.device):
-        self.cfg, self.resolved, self.device = cfg, resolved, device
+    def __init__(
+        self, cfg: ModelConfig, resolved: sources.Resolved, device: torch.device, prompt_cache_dir: str | Path
+    ):
+        self.resolved, self.device = resolved, device
         self.kind = resolved.source.kind
-        self.dtype = DTYPES[cfg.model.mixed_precision]
+        self.dtype = DTYPES[cfg.mixed_precision]
         self.scheduler_config = sources.scheduler_config(resolved)
         _check_scheduler(self.scheduler_config)
         self.tokenizers = sources.load_tokenizers(resolved)
-        directory = cfg.data.prompt_cache_dir or str(Path(cfg.run.output_dir) / "prompt_cache")
         fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype}"
-        self.prompt_cache = PromptCache(directory, fingerprint, self._load_encoder)
+        self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
         self.zero_uncond = self._forces_zeros()
 
         self.vae: Any = sources.load_vae(resolved, self.dtype)
@@ -40,18 +43,18 @@ class DiffusionModel:
         if self.kind == "sdxl" and self.dtype == torch.float16 and config.get("force_upcast", False):
             self.vae = sources.load_vae(resolved, torch.float32)  # SDXL's own VAE overflows in float16
         self.vae.to(device)
-        unet: Any = sources.load_unet(resolved, self.dtype).to(device)
-        if cfg.model.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        self.policy = Policy(unet, cfg.adapter, cfg.run.seed)
+        unet: Any = sources.load_unet(resolved, self.dtype)
+        self.unet: Any = unet.to(device)
+        if cfg.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
 
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        default = unet.config.sample_size * factor
-        self.height, self.width = cfg.model.height or default, cfg.model.width or default
+        default: int = self.unet.config.sample_size * factor
+        self.height, self.width = cfg.height or default, cfg.width or default
         for name, size in (("height", self.height), ("width", self.width)):
             if size % factor:
                 raise ValueError(f"{name}={size} must be a multiple of {factor}, the VAE's factor.")
-        self.latent_shape = (unet.config.in_channels, self.height // factor, self.width // factor)
+        self.latent_shape = (self.unet.config.in_channels, self.height // factor, self.width // factor)
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -60,24 +63,25 @@ class DiffusionModel:
 
     # ------------------------------------------------------------------------------------------------ prompts
 
-    def tokenize(self, prompts: list[str]) -> Tensor:  # (P, L) int64
-        """Ids of the first tokenizer, padded: what the CLIP scorers read (all share CLIP's vocabulary)."""
-        tokenizer = self.tokenizers[0]
-        length = tokenizer.model_max_length
-        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
-        return torch.tensor(ids)
+    def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:  # (P, L) int64 for each tokenizer, padded
+        return [
+            torch.tensor(
+                t(list(prompts), padding="max_length", max_length=t.model_max_length, truncation=True).input_ids
+            )
+            for t in self.tokenizers
+        ]
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:  # (P, L) int64
+        """Ids of the first tokenizer: what the CLIP scorers read (all share CLIP's vocabulary)."""
+        return self.token_ids(prompts)[0]
 
     def _load_encoder(self) -> Any:
         encoders = [e.to(self.device) for e in sources.load_text_encoders(self.resolved, self.dtype)]
 
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:
-            hidden = []
-            for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
-                length = tokenizer.model_max_length
-                ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids
-                out = encoder(torch.tensor(ids, device=self.device), output_hidden_states=True)
-                hidden.append(out)
+            ids = (rows.to(self.device) for rows in self.token_ids(prompts))
+            hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]
             if self.kind == "sd15":
                 return {"prompt_embeds": hidden[0].last_hidden_state}
             # SDXL reads the layer before the last of both encoders, and the second's pooled projection
@@ -112,19 +116,45 @@ class DiffusionModel:
     def decode(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
         return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
 
-    def table(self, num_steps: int, eta: float) -> StepTable:
-        """DDIM steps of the model's own noise schedule, on the device."""
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, H, W) in [-1, 1] -> (N, C, h, w) each
+        """Mean and standard deviation of the VAE's latents, before scaling. A tiny VAE has no deviation."""
+        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+        if hasattr(encoded, "latents"):
+            return encoded.latents, torch.zeros_like(encoded.latents)
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+
+    @property
+    def scaling_factor(self) -> float:
+        return self.vae.config.scaling_factor
+
+    def vae_fingerprint(self) -> str:
+        """Names the VAE's weights, for what is kept of its outputs."""
+        return fingerprint_files(sources.vae_files(self.resolved))
+
+    @functools.cached_property
+    def _ddim(self) -> Any:
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_config(self.scheduler_config)
-        scheduler.set_timesteps(num_steps)
-        prediction_type = scheduler.config.prediction_type
-        return ddim_table(scheduler.alphas_cumprod, scheduler.timesteps, eta, prediction_type).to(self.device)
+        return DDIMScheduler.from_config(self.scheduler_config)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:  # (T,) float32 on the CPU
+        return self._ddim.alphas_cumprod
+
+    @property
+    def prediction_type(self) -> str:
+        return self._ddim.config.prediction_type
+
+    def table(self, num_steps: int, eta: float) -> StepTable:
+        """DDIM steps of the model's own noise schedule, on the device."""
+        self._ddim.set_timesteps(num_steps)
+        return ddim_table(self.alphas_cumprod, self._ddim.timesteps, eta, self.prediction_type).to(self.device)
 
     # ------------------------------------------------------------------------------------------------ export
 
-    def save(self, directory: Path) -> list[Path]:
-        """The trained weights in the formats other software loads; returns the files (or the UNet's directory).
+    def save(self, policy: Policy, directory: Path) -> list[Path]:
+        """A policy's trained weights in the formats other software loads; returns the files (or the UNet's directory).
 
         LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ in diffusers
         layout.
@@ -135,15 +165,15 @@ class DiffusionModel:
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
-        if self.cfg.adapter.full_finetune:
+        if policy.adapter.full_finetune:
             # the float32 masters, not the 16-bit weights the network computes with
-            self.policy.unet.save_config(directory / "unet")
-            weights = {name: value.detach().cpu().contiguous() for name, value in self.policy.state_dict().items()}
+            policy.unet.save_config(directory / "unet")
+            weights = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
             save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [directory / "unet"]
         state = {
             name.replace(".default.", "."): value.detach().cpu().contiguous()
-            for name, value in self.policy.state_dict().items()
+            for name, value in policy.state_dict().items()
         }
         writers = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}
         writer: Any = writers[self.kind]
@@ -151,16 +181,16 @@ class DiffusionModel:
         writer.save_lora_weights(
             save_directory=directory,
             unet_lora_layers=convert_state_dict_to_diffusers(state),
-            unet_lora_adapter_metadata=self.policy.unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=policy.unet.peft_config["default"].to_dict(),
         )
         kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
         for name in kohya:
             if name.endswith(".alpha"):  # diffusers writes the rank
-                kohya[name] = torch.tensor(float(self.cfg.adapter.alpha))
+                kohya[name] = torch.tensor(float(policy.adapter.alpha))
         metadata = {
             "ss_network_module": "networks.lora",
-            "ss_network_dim": str(self.cfg.adapter.rank),
-            "ss_network_alpha": str(self.cfg.adapter.alpha),
+            "ss_network_dim": str(policy.adapter.rank),
+            "ss_network_alpha": str(policy.adapter.alpha),
         }
         save_file(kohya, directory / "lora_kohya.safetensors", metadata=metadata)
         return [directory / "pytorch_lora_weights.safetensors", directory / "lora_kohya.safetensors"]

@@ -19,92 +19,22 @@ from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
 
 
-class Policy:
-    """UNet + trained weights. `predict` is the only way to evaluate the network."""
+class TrainedWeights:
+    """The weights of a network that change, with float32 masters where the network computes in 16 bits.
 
-    def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
-        self.unet = unet.requires_grad_(False).eval()
-        self._frozen_copy: Any = None
-        if adapter.full_finetune:
-            self._frozen_copy = copy.deepcopy(unet)
-            unet.requires_grad_(True)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)  # PEFT draws its initial weights from the global generator
-                unet.add_adapter(
-                    LoraConfig(
-                        r=adapter.rank,
-                        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
-                        init_lora_weights="gaussian",
-                        target_modules=list(adapter.lora_targets),
-                    )
-                )
-        named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError(f"no layer of the UNet is called {', '.join(adapter.lora_targets)}: nothing to train")
+    Optimizers work on `masters`; gradients arrive there by hooks, and `publish` copies the result into the network.
+    """
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]]):
         self.names = [name for name, _ in named]
         self._weights = [p for _, p in named]  # what the network computes with
-        # PEFT draws in the network's type, so masters start from 16-bit values, as in the published runs
         wide = (torch.float32, torch.float64)
         self.masters: list[Tensor] = [
-            p if unet.dtype in wide else nn.Parameter(p.detach().float().clone()) for p in self._weights
+            p if p.dtype in wide else nn.Parameter(p.detach().float().clone()) for p in self._weights
         ]
         for p, master in zip(self._weights, self.masters, strict=True):
-            p.data = p.data.to(unet.dtype)
             if p is not master:
                 p.register_post_accumulate_grad_hook(_add_to(master))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    def predict(
-        self,
-        x_t: Tensor,  # (B, C, H, W) latents
-        t: Tensor,  # () or (B,) int64 timesteps
-        cond: Cond,  # of the B rows
-        guided: bool,  # evaluate the unconditional half as well, in the same forward
-    ) -> Prediction:
-        """The network's raw outputs, one UNet call for all rows and both halves (unconditional first, as diffusers)."""
-        B = x_t.shape[0]
-        x = x_t.to(self.dtype)
-        inputs = cond.cond
-        if guided:
-            x = torch.cat([x, x])
-            t = t if t.ndim == 0 else torch.cat([t, t])
-            inputs = {
-                name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value])
-                for name, value in cond.cond.items()
-            }
-        added = {name: inputs[name].to(self.dtype) for name in ("text_embeds", "time_ids") if name in inputs}
-        out = self.unet(
-            x,
-            t,
-            encoder_hidden_states=inputs["prompt_embeds"].to(self.dtype),
-            added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0]
-        return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, `predict` is the frozen network."""
-        if self._frozen_copy is not None:
-            trained, self.unet = self.unet, self._frozen_copy
-            try:
-                yield
-            finally:
-                self.unet = trained
-            return
-        self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -114,7 +44,7 @@ class Policy:
                 p.copy_(master)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained weights (masters) by their UNet names."""
+        """The trained weights (masters) by their names in the network."""
         return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
 
     @torch.no_grad()
@@ -133,6 +63,98 @@ class Policy:
                 )
             master.copy_(state[name])
         self.publish()
+
+
+class Policy(TrainedWeights):
+    """UNet + trained weights. `predict` is the only way to evaluate the network."""
+
+    def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
+        self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
+        self._frozen_copy: Any = None
+        if adapter.full_finetune:
+            self._frozen_copy = copy.deepcopy(unet)
+            unet.requires_grad_(True)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # PEFT draws its initial weights from the global generator
+                unet.add_adapter(
+                    LoraConfig(
+                        r=adapter.rank,
+                        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
+                        init_lora_weights="gaussian",
+                        target_modules=list(adapter.lora_targets),
+                    )
+                )
+        named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(f"no layer of the UNet is called {', '.join(adapter.lora_targets)}: nothing to train")
+        # PEFT draws in the network's type (and may keep the values in another): masters start from 16-bit values then,
+        # as in the published runs
+        for _, p in named:
+            p.data = p.data.to(unet.dtype)
+        super().__init__(named)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def predict(
+        self,
+        x_t: Tensor,  # (B, C, H, W) latents
+        t: Tensor,  # () or (B,) int64 timesteps
+        cond: Cond,  # of the B rows
+        guided: bool,  # evaluate the unconditional half as well, in the same forward
+    ) -> Prediction:
+        """The network's raw outputs, one UNet call for all rows and both halves."""
+        return denoise(self.unet, x_t, t, cond, guided)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, `predict` is the frozen network."""
+        if self._frozen_copy is not None:
+            trained, self.unet = self.unet, self._frozen_copy
+            try:
+                yield
+            finally:
+                self.unet = trained
+            return
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+
+def denoise(
+    unet: Any,
+    x_t: Tensor,  # (B, C, H, W) latents
+    t: Tensor,  # () or (B,) int64 timesteps
+    cond: Cond,  # of the B rows
+    guided: bool,  # evaluate the unconditional half as well, in the same forward
+) -> Prediction:
+    """The UNet's raw outputs, one call for all rows and both halves (unconditional first, as diffusers)."""
+    B = x_t.shape[0]
+    x = x_t.to(unet.dtype)
+    inputs = cond.cond
+    if guided:
+        x = torch.cat([x, x])
+        t = t if t.ndim == 0 else torch.cat([t, t])
+        inputs = {
+            name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value]) for name, value in cond.cond.items()
+        }
+    added = {name: inputs[name].to(unet.dtype) for name in ("text_embeds", "time_ids") if name in inputs}
+    out = unet(
+        x,
+        t,
+        encoder_hidden_states=inputs["prompt_embeds"].to(unet.dtype),
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
 
 
 def _add_to(master: Tensor) -> Callable[[Tensor], None]:

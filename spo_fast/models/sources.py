@@ -107,6 +107,7 @@ SCORER_SOURCES = {
         },
     ),
     "pickscore": ScorerSource("PickScore", "yuvalkirstain/PickScore_v1"),
+    "clip_l": ScorerSource("CLIP ViT-L/14 (its text projection)", "openai/clip-vit-large-patch14"),
 }
 
 
@@ -472,6 +473,15 @@ def text_files(resolved: Resolved) -> list[Path]:
         return [resolved.model_path, *sorted(settings)]
     chosen, _ = select_files(_names(resolved.model_path), parts, resolved.source.variant)
     return [resolved.model_path / name for name in chosen]
+
+
+def vae_files(resolved: Resolved) -> list[Path]:
+    """The files that decide what an image is encoded to."""
+    path = resolved.vae_path or resolved.model_path
+    if path.is_file():
+        return [path]
+    folder = path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
+    return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
 
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:

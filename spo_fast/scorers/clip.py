@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding, fixed in the published model
 
@@ -224,10 +226,11 @@ class Encoder(nn.Module):
     def __init__(self, tower: TowerConfig, causal: bool, time_conditioned: bool = False):
         super().__init__()
         self.layers = nn.ModuleList(Layer(tower, causal, time_conditioned) for _ in range(tower.num_layers))
+        self.recompute = False  # in the backward pass, instead of keeping activations
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         for layer in self.layers:
-            x = layer(x, time)
+            x = checkpoint(layer, x, time, use_reentrant=False) if self.recompute else layer(x, time)
         return x
 
 
@@ -395,17 +398,36 @@ def load_clip(
     return model.eval()
 
 
-def save_clip(model: Clip, directory: str | Path) -> Path:
-    """Write model.safetensors (keys as published: under `model.` if step-aware) and config.json, for load_clip."""
+def load_any_clip(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
+    """load_clip for a file that says itself, by its tensors, whether it is step-aware."""
+    file = find_weights(Path(path))
+    tensors = read_tensors(file)
+    aware = any("t_embedder" in key or "adaLN_modulation" in key for key in tensors)
+    return load_clip(tensors, time_conditioned=aware, hf_config=read_hf_config(file.parent), device=device, dtype=dtype)
+
+
+def save_clip(model: Clip, directory: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+    """Write model.safetensors (keys as published: under `model.` if step-aware) and config.json, for load_clip.
+
+    weights: tensors to write in place of the model's own of the same names (its float32 masters).
+    """
+    prefix = "model." if model.config.time_conditioned else ""
+    tensors = {prefix + key: value for key, value in {**model.state_dict(), **(weights or {})}.items()}
+    return write_model(directory, tensors, model.config.to_hf())
+
+
+def write_model(directory: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+    """model.safetensors and config.json, each written under another name and renamed."""
     from safetensors.torch import save_file
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    prefix = "model." if model.config.time_conditioned else ""
-    save_file(
-        {prefix + key: value.contiguous() for key, value in model.state_dict().items()}, directory / "model.safetensors"
-    )
-    (directory / "config.json").write_text(json.dumps(model.config.to_hf(), indent=1) + "\n")
+    temporary = directory / ".model.safetensors.tmp"
+    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+    os.replace(temporary, directory / "model.safetensors")
+    temporary = directory / ".config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(temporary, directory / "config.json")
     return directory
 
 

@@ -1,59 +1,41 @@
-"""A tiny SDXL pipeline with random weights, in diffusers layout: two text encoders, a UNet, a VAE, 16x16 images.
+"""The toy's pipeline: SDXL's parts at a tiny size, in diffusers layout, for 16x16 pictures.
 
 It is loaded by the code that loads SDXL (models/sources.py) and by StableDiffusionXLPipeline.from_pretrained, so
-everything downstream meets a real pipeline. Its pictures mean nothing.
+everything downstream meets a real pipeline. Its weights are pretrained by toy/build.py and shipped in toy/weights.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo_fast.toy.world import COLOURS, SHAPES, SIZE
+
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-VERSION = 2
-"""Raised whenever the weights or settings below change, so that a cached directory is never mistaken for another."""
+WEIGHTS = Path(__file__).parent / "weights"
+"""The shipped pipeline; its step-aware preference model lies in spm/, the record of the build in build.json."""
 
-IMAGE_SIZE = 16
-WIDTH = 32
+WIDTH = 64
 """Of each text encoder; the UNet attends to both side by side."""
-MAX_LENGTH = 77
-"""Tokens, one a byte: CLIP's own length, so most prompts keep their first 75 characters."""
-PIXEL_STD = 0.45
-"""Of decoded N(0, 1) latents, about 0: pixels fill [-1, 1] and 3 % lie outside."""
+MAX_LENGTH = 16
+"""Tokens: the world's words are one each, other text falls apart into bytes."""
+SCALING = 3.0
+"""VAE scaling factor: latents are 3 times the pixels, with a standard deviation of 0.7."""
 
 
-def toy_directory(cache_dir: str | Path, seed: int = 0) -> Path:
-    """Where a cache keeps this version of the toy pipeline."""
-    return Path(cache_dir) / f"toy-sdxl-v{VERSION}-seed{seed}"
-
-
-def make_toy_pipeline(path: str | Path, seed: int = 0) -> Path:
-    """Write the pipeline (about 5 MB, float32) and return its path; one that is there is left as it is.
-
-    Written beside its place and renamed, so that processes that start together cannot see half of it.
-    """
-    path = Path(path)
-    if (path / "model_index.json").is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        draft.chmod(0o755)  # mkdtemp's 0700 would hide it from other users of a shared cache
-        save_pipeline(draft, toy_parts(seed), "StableDiffusionXLPipeline")
-        os.rename(draft, path)
-    except OSError:
-        if not (path / "model_index.json").is_file():  # else another process was first, with the same weights
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return path
+def toy_files() -> dict[str, Path]:
+    """The shipped toy: its pipeline (model) and its preference models (spm, pickscore)."""
+    found = {"model": WEIGHTS, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
+    for path in found.values():
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing from the installation. Install spo_fast again, or make the toy's weights with "
+                "`python -m spo_fast.toy.build` (about an hour on 2 cores)."
+            )
+    return found
 
 
 def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
@@ -73,19 +55,35 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def word_merges() -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of each word of the world's captions."""
+    words = [*COLOURS, *SHAPES, "left", "right", "of", "above", "below"]
+    merges: dict[tuple[str, str], None] = {}  # in order, each once
+    for word in words:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        for i in range(1, len(letters)):
+            merges["".join(letters[:i]), letters[i]] = None
+    return list(merges)
+
+
 def toy_parts(seed: int) -> dict[str, Any]:
-    """The pipeline's modules, tokenizers and scheduler by their folders' names. The global RNG is left as it was."""
+    """The pipeline's modules, tokenizers and scheduler by their folders' names, before pretraining.
+
+    The global RNG is left as it was.
+    """
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from spo_fast.models.clip_tokenizer import END, clip_tokenizer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer, tokenizer_2 = (clip_tokenizer(pad, MAX_LENGTH, merges=()) for pad in (END, "!"))
+        tokenizer, tokenizer_2 = (clip_tokenizer(pad, MAX_LENGTH, merges=word_merges()) for pad in (END, "!"))
         unet = UNet2DConditionModel(
-            sample_size=IMAGE_SIZE,
-            block_out_channels=(16, 32),
+            sample_size=SIZE,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(32, 64),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -98,30 +96,17 @@ def toy_parts(seed: int) -> dict[str, Any]:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + WIDTH,
         )
-        vae = AutoencoderKL(
-            sample_size=IMAGE_SIZE,
-            block_out_channels=(16,),  # one entry: latents are as large as the image
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            mid_block_add_attention=False,
-            scaling_factor=0.13025,
-            force_upcast=False,
-        )
-        _set_pixel_range(vae, torch.randn(64, 4, IMAGE_SIZE, IMAGE_SIZE))
         return {
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
-            "text_encoder": tiny_text_encoder(tokenizer, WIDTH, projected=False),
-            "text_encoder_2": tiny_text_encoder(tokenizer_2, WIDTH, projected=True),
+            "text_encoder": tiny_text_encoder(tokenizer, WIDTH, projected=False, num_layers=3),
+            "text_encoder_2": tiny_text_encoder(tokenizer_2, WIDTH, projected=True, num_layers=3),
             "unet": unet,
-            "vae": vae,
+            "vae": identity_vae(),
             "scheduler": DDIMScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,
                 beta_schedule="scaled_linear",
-                # A random network's output is near 0, and v = 0 is the right answer for latents of N(0, 1): they stay
-                # N(0, 1) through all steps. With epsilon they would grow fifteenfold, and candidates look alike.
                 prediction_type="v_prediction",
                 clip_sample=False,
                 set_alpha_to_one=False,
@@ -130,8 +115,8 @@ def toy_parts(seed: int) -> dict[str, Any]:
         }
 
 
-def tiny_text_encoder(tokenizer: Any, width: int, projected: bool) -> nn.Module:
-    """A two-layer CLIP text encoder for this tokenizer; projected adds the pooled projection of SDXL's second one."""
+def tiny_text_encoder(tokenizer: Any, width: int, projected: bool, num_layers: int = 2) -> nn.Module:
+    """A small CLIP text encoder for this tokenizer; projected adds the pooled projection of SDXL's second one."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -140,7 +125,7 @@ def tiny_text_encoder(tokenizer: Any, width: int, projected: bool) -> nn.Module:
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
         hidden_act="gelu" if projected else "quick_gelu",
@@ -156,16 +141,37 @@ def tiny_text_encoder(tokenizer: Any, width: int, projected: bool) -> nn.Module:
     return encoder
 
 
-def _set_pixel_range(
-    vae: Any,
-    latents: torch.Tensor,  # (B, C, H, W) of N(0, 1)
-) -> None:
-    """Scale the decoder's last layer, in place, to a mean of 0 and a std of PIXEL_STD in each colour."""
-    import torch
+def identity_vae(large: float = 64.0) -> Any:
+    """An AutoencoderKL whose latents are the pixels times SCALING: exact to 1e-4, with nothing to train.
 
+    Its ResNets add zero. What is left in the way, a group norm and a SiLU, is made linear: each group of channels holds
+    x, -x, L and -L, so its mean is 0 and its deviation L / sqrt(2) up to x^2 / L^2, and silu(y) - silu(-y) = y.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae: Any = AutoencoderKL(
+        sample_size=SIZE,
+        block_out_channels=(12,),  # one entry: latents are as large as the image
+        layers_per_block=1,
+        norm_num_groups=3,
+        latent_channels=3,
+        mid_block_add_attention=False,
+        scaling_factor=SCALING,
+        force_upcast=False,
+    )
     with torch.no_grad():
-        pixels = vae.decode(latents / vae.config.scaling_factor).sample
-        mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-        last = vae.decoder.conv_out
-        last.weight.mul_(PIXEL_STD / std[:, None, None, None])
-        last.bias.sub_(mean).mul_(PIXEL_STD / std)
+        for name, parameter in vae.named_parameters():
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        for part in (vae.encoder, vae.decoder):
+            for channel in range(3):
+                group = 4 * channel
+                part.conv_in.weight[group, channel, 1, 1] = 1
+                part.conv_in.weight[group + 1, channel, 1, 1] = -1
+                part.conv_in.bias[group + 2 : group + 4] = torch.tensor([large, -large])
+                part.conv_out.weight[channel, group, 1, 1] = large / 2**0.5
+                part.conv_out.weight[channel, group + 1, 1, 1] = -large / 2**0.5
+        vae.quant_conv.weight[:3, :3, 0, 0] = torch.eye(3)
+        vae.quant_conv.bias[3:] = -30.0  # log-variance of the posterior: none
+        vae.post_quant_conv.weight[:, :, 0, 0] = torch.eye(3)
+    return vae

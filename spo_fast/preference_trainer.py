@@ -1,0 +1,661 @@
+"""Trains a preference model on pairs of images, so that it can judge what a diffusion model predicts at any timestep.
+
+One step (SPO, arXiv 2406.04314, section 3.2; step_aware_preference_model/ of the published code): both images of a pair
+are noised to one t with one noise, the frozen diffusion model predicts x0 from each with guidance, and the preference
+model, which sees the decoded predictions and t, is trained by cross-entropy to prefer the image people preferred.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from spo_fast import checkpoint
+from spo_fast.checkpoint import TrainState
+from spo_fast.config import PreferenceConfig, RewardOptimConfig
+from spo_fast.experience import Cond
+from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
+from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.policy import TrainedWeights, denoise
+from spo_fast.models.row_cache import Row, RowCache
+from spo_fast.models.sources import Resolved, load_text_encoders
+from spo_fast.noise import POSTERIOR, RENOISE, TIMESTEPS, KeyedDraws
+from spo_fast.pairs import BadRows, PairBatch, PairStream, decode_image, open_pairs, split_by_prompt, to_square
+from spo_fast.pairs import Row as PairRow
+from spo_fast.preference_report import Judgements, write_report
+from spo_fast.schedule import StepTable, ddim_table
+from spo_fast.scorers import ClipScorer
+from spo_fast.scorers.clip import (
+    Clip,
+    find_weights,
+    init_identity_time_conditioning,
+    load_any_clip,
+    read_tensors,
+    save_clip,
+    unit,
+)
+from spo_fast.scorers.clip_scorers import load_pickscore, normalise, preprocess_for_spm_training
+from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
+from spo_fast.trainer import make_optimizer, pick_device
+
+EVALUATION = 2**32 - 1  # the iteration whose noise evaluations use; training never gets there
+ENCODE_BATCH = 4  # images through the VAE's encoder at a time, the last batch padded: see models/text.py
+
+# ---------------------------------------------------------------------------------------------------- the loss
+
+
+def pair_loss(
+    text: Tensor,  # (B, D) unit features of the prompts
+    images: Tensor,  # (2, B, D) unit features of the first and second images
+    scale: Tensor,  # () factor of the cosines
+    labels: Tensor,  # (B,) of the first image: 1 preferred, 0 not, 0.5 tie
+    weights: Tensor,  # (B,) summing to 1 over the batch of an optimizer step
+    in_batch_negatives: bool = False,
+) -> Tensor:  # ()
+    """Weighted cross-entropy of the preference; a tie's least possible loss, log 2, is taken off. spm_criterion.py.
+
+    in_batch_negatives: each text chooses among all 2B images, and each preferred image among the B texts, averaged.
+    """
+    labels = torch.stack([labels, 1 - labels])  # (2, B)
+    B = text.shape[0]
+    if in_batch_negatives:
+        logits = scale * images.flatten(0, 1) @ text.T  # (2B, B)
+        own = torch.arange(B, device=text.device)
+        by_text = -logits.T.log_softmax(1)  # (B, 2B)
+        by_image = -logits.log_softmax(1).unflatten(0, (2, B))  # (2, B, B)
+        loss = torch.stack([by_text[own, own], by_text[own, own + B]])
+        loss = (labels * loss).sum(0) - ties(labels)
+        loss = (loss + (labels * by_image[:, own, own]).sum(0)) / 2
+    else:
+        loss = (labels * -(scale * (images * text).sum(-1)).log_softmax(0)).sum(0) - ties(labels)
+    return (loss * weights).sum()
+
+
+LOG_2 = 0.693147182464599609375  # rounded to float32, as the published code has it whatever it computes in
+
+
+def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,) log 2 for ties, else 0
+    return (labels[0] == labels[1]) * LOG_2
+
+
+# ---------------------------------------------------------------------------------------------------- what is seen
+
+
+@dataclass(frozen=True)
+class Images:
+    """B pairs as a preference model may want them."""
+
+    prompts: list[str]
+    latents: Tensor | None  # (2, B, C, h, w) clean, scaled; None if nothing is noised
+    pixels: Tensor | None  # (2, B, 3, H, W) in [-1, 1]; None if they came from the latent cache
+
+
+@torch.no_grad()
+def noised(
+    latents: Tensor,  # (2, B, C, h, w)
+    t: Tensor,  # (B,) int64
+    noise: Tensor,  # (2, B, C, h, w)
+    alphas_cumprod: Tensor,  # (T,)
+) -> Tensor:  # (2, B, C, h, w)
+    alpha = alphas_cumprod[t].to(latents.dtype).view(-1, 1, 1, 1)
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+@torch.no_grad()
+def predicted_x0(
+    unet: Any,
+    table: StepTable,  # of all T timesteps, noisiest first
+    x_t: Tensor,  # (2, B, C, h, w)
+    t: Tensor,  # (B,) int64
+    cond: Cond,  # of the B prompts
+    guidance_scale: float,
+) -> Tensor:  # (2, B, C, h, w) float32
+    """What the diffusion model makes of both images of each pair: one UNet forward, both guidance halves in it."""
+    B = t.shape[0]
+    both = torch.arange(B, device=t.device).repeat(2)
+    m = denoise(unet, x_t.flatten(0, 1), t.repeat(2), cond.select(both), guidance_scale > 1)
+    guided = m.cond.float()
+    if m.uncond is not None:
+        guided = m.uncond.float() + guidance_scale * (guided - m.uncond.float())
+    c, d = table.coefficients[table.num_steps - 1 - t.repeat(2), 2:4].to(guided.dtype).T.view(2, -1, 1, 1, 1)
+    return (c * x_t.flatten(0, 1) + d * guided).unflatten(0, (2, B))
+
+
+class Reward(Protocol):
+    """A trainable preference model."""
+
+    weights: TrainedWeights
+
+    def see(
+        self,
+        images: Images,
+        t: Tensor,  # (B,) int64
+        noise: Tensor | None,  # (2, B, C, h, w); None: the images themselves
+    ) -> Tensor:
+        """What it judges, without gradient."""
+        ...
+
+    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(text (B, D), images (2, B, D), scale ()), float32 unit vectors; both images in one forward."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class PixelReward:
+    """A CLIP that sees decoded predictions of x0: the SPM, or without time conditioning its ablation and PickScore."""
+
+    def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
+        self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
+        self.table = full_table(model)
+        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
+        self.weights = TrainedWeights(list(clip.named_parameters()))
+
+    @torch.no_grad()
+    def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, 3, S, S)
+        size = self.clip.config.image_size
+        if noise is None:
+            assert images.pixels is not None
+            return preprocess_for_spm_training(images.pixels.flatten(0, 1), size)
+        assert images.latents is not None
+        x_t = noised(images.latents, t, noise, self.alphas_cumprod)
+        cond = self.model.cond(images.prompts)
+        x0 = predicted_x0(self.model.unet, self.table, x_t, t, cond, self.guidance_scale).flatten(0, 1)
+        chunks = x0.split(self.decode_chunk)
+        return torch.cat([preprocess_for_spm_training(self.model.decode(x), size) for x in chunks])
+
+    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.model.tokenize(prompts).to(seen.device)
+        image, text = self.clip(seen, ids, t.repeat(2) if self.clip.config.time_conditioned else None)
+        return text, image.unflatten(0, (2, len(prompts))), self.clip.logit_scale.exp()
+
+    def save(self, directory: Path) -> None:
+        save_clip(self.clip, directory, self.weights.state_dict())
+
+
+class NoisyLatentReward:
+    """The latent reward model of LPO: it sees x_t."""
+
+    def __init__(self, network: LatentReward, model: DiffusionModel, guidance_scale: float):
+        self.network, self.model, self.guidance_scale = network, model, guidance_scale
+        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
+        self.weights = TrainedWeights([(name, p) for name, p in network.named_parameters() if p.requires_grad])
+
+    @torch.no_grad()
+    def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, C, h, w)
+        assert images.latents is not None and noise is not None
+        return noised(images.latents, t, noise, self.alphas_cumprod).flatten(0, 1)
+
+    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        ids = [rows.to(seen.device) for rows in self.model.token_ids([*prompts, ""])]
+        context, feature = self.network.encode(ids)
+        both = context[:-1].repeat(2, 1, 1), feature[:-1].repeat(2, 1)
+        empty = context[-1:], feature[-1:]
+        visual = self.network.visual_features(seen, t.repeat(2), both, empty, self.guidance_scale)
+        return unit(feature[:-1]), unit(visual).unflatten(0, (2, len(prompts))), self.network.logit_scale.exp()
+
+    def save(self, directory: Path) -> None:
+        save_latent_reward(self.network, directory, self.weights.state_dict())
+
+
+def full_table(model: DiffusionModel) -> StepTable:
+    """DDIM rows of all the model's timesteps, T-1 first."""
+    alphas = model.alphas_cumprod
+    timesteps = torch.arange(len(alphas) - 1, -1, -1)
+    return ddim_table(alphas, timesteps, 0.0, model.prediction_type).to(model.device)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class LoadedImage:
+    """One image of a pair as a reading thread leaves it: its cached row, or pixels to make that row from."""
+
+    key: str  # sha256 of the file's bytes
+    row: Row | None
+    pixels: Tensor | None  # (3, H, W) in [-1, 1]
+    original: Tensor | None  # (3, S, S) in [-1, 1] of the file, for PickScore
+
+
+class ImageLoader:
+    """Pairs of the data set -> Images on the device. VAE posteriors and PickScore features are cached by content."""
+
+    def __init__(self, model: DiffusionModel, cfg: PreferenceConfig, run_dir: Path, labeller: ClipScorer | None):
+        if model.height != model.width:
+            raise ValueError(f"preference models are trained on square images, not {model.width}x{model.height}.")
+        self.model, self.labeller, self.gap = model, labeller, cfg.pairs.relabel_gap
+        self.noise = cfg.reward.noise != "none"
+        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height}"
+        if labeller is not None:
+            fingerprint += f" {labeller.model.config} {float(labeller.model.logit_scale.detach()):.9g}"
+        directory = cfg.pairs.latent_cache_dir or run_dir / "latent_cache"
+        self.cache = RowCache(directory, fingerprint) if cfg.pairs.cache_latents and self.needs_row else None
+
+    @property
+    def needs_row(self) -> bool:
+        return self.noise or self.labeller is not None
+
+    def load(self, row: PairRow, pixels: bool = False) -> list[LoadedImage]:
+        """Runs in a reading thread. pixels: decode the images even if everything else about them is cached."""
+        return [self._load_image(row.image(j), pixels or not self.noise) for j in range(2)]
+
+    def _load_image(self, data: bytes, pixels: bool) -> LoadedImage:
+        key = hashlib.sha256(data).hexdigest()
+        row = self.cache.read(key) if self.cache else None
+        missing = row is None and self.needs_row
+        if not (missing or pixels):
+            return LoadedImage(key, row, None, None)
+        image = decode_image(data)
+        original = None
+        if missing and self.labeller is not None:
+            original = to_square(image, self.labeller.model.config.image_size)
+        return LoadedImage(key, row, to_square(image, self.model.height), original)
+
+    @torch.no_grad()
+    def images(self, batch: PairBatch, draws: KeyedDraws) -> tuple[Images, Tensor]:
+        """The batch on the device, and its labels (B,)."""
+        device = self.model.device
+        loaded = [pair[j] for j in range(2) for pair in batch.loaded]  # first images, then second ones
+        if self.needs_row:
+            self._fill(loaded)
+        latents = None
+        B = len(batch.prompts)
+        if self.noise:
+            mean, std = (torch.stack([i.row[name] for i in loaded if i.row]).to(device).float() for name in MOMENTS)
+            shape = tuple(mean.shape[1:])
+            noise = torch.cat([draws.normal(POSTERIOR, shape, j) for j in range(2)])
+            latents = ((mean + std * noise) * self.model.scaling_factor).unflatten(0, (2, B))
+        pixels = None
+        if all(i.pixels is not None for i in loaded):
+            pixels = torch.stack([i.pixels for i in loaded if i.pixels is not None]).to(device).unflatten(0, (2, B))
+        labels = batch.labels if self.labeller is None else self._relabel(batch.prompts, loaded)
+        return Images(batch.prompts, latents, pixels), labels.to(device)
+
+    def _fill(self, loaded: list[LoadedImage]) -> None:
+        """Give every image its row, and keep it."""
+        fresh = {i.key: i for i in loaded if i.row is None}
+        images = list(fresh.values())
+        for start in range(0, len(images), ENCODE_BATCH):
+            part = images[start : start + ENCODE_BATCH]
+            rows = self._encode(part)
+            for image, row in zip(part, rows, strict=True):
+                image.row = row
+                if self.cache is not None:
+                    self.cache.write(image.key, row)
+        for image in loaded:
+            image.row = image.row or fresh[image.key].row
+
+    def _encode(self, images: list[LoadedImage]) -> list[Row]:
+        rows: list[Row] = [{} for _ in images]
+
+        def padded(tensors: list[Tensor | None]) -> Tensor:
+            present = torch.stack([x for x in tensors if x is not None])
+            return F.pad(present, [0] * 7 + [ENCODE_BATCH - len(present)]).to(self.model.device)
+
+        if self.noise:
+            for name, values in zip(MOMENTS, self.model.posterior(padded([i.pixels for i in images])), strict=True):
+                for row, value in zip(rows, values.cpu(), strict=False):
+                    row[name] = value.clone()
+        if self.labeller is not None:
+            clip = self.labeller.model
+            x = normalise(padded([i.original for i in images]) / 2 + 0.5)
+            for row, value in zip(
+                rows, clip.get_image_features(x.to(clip.visual_projection.weight.dtype)).cpu(), strict=False
+            ):
+                row["pickscore"] = value.float().clone()
+        return rows
+
+    def _relabel(self, prompts: list[str], loaded: list[LoadedImage]) -> Tensor:  # (B,)
+        """PickScore's own preference; a tie where its probabilities differ by no more than the gap."""
+        assert self.labeller is not None
+        text = self.labeller.encode(prompts)
+        image = torch.stack([i.row["pickscore"] for i in loaded if i.row]).to(text.device)
+        image = (image / image.norm(dim=-1, keepdim=True)).unflatten(0, (2, len(prompts)))
+        p = (self.labeller.model.logit_scale.exp() * (image * text).sum(-1)).softmax(0)
+        difference = p[0] - p[1]
+        return 0.5 + 0.5 * (difference > self.gap).float() - 0.5 * (difference < -self.gap).float()
+
+
+MOMENTS = ("mean", "std")  # of the VAE's posterior
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+
+def learning_rate_factor(cfg: RewardOptimConfig, total: int) -> Callable[[int], float]:
+    """Step -> factor of the learning rate under warmup_decay, as DeepSpeed's WarmupDecayLR has it."""
+    warmup, end = cfg.lr_warmup_steps, cfg.lr_decay_steps or 4 * total
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return math.log(step + 1) / math.log(warmup) if warmup > 1 else 1.0
+        return max(0.0, (end - step) / max(1, end - warmup))
+
+    return factor
+
+
+class RewardLearner:
+    """The preference model's weights and everything that changes them, as checkpoint.py wants it."""
+
+    def __init__(self, reward: Reward, cfg: RewardOptimConfig, total: int):
+        from diffusers.optimization import get_scheduler
+
+        self.policy, self.cfg = reward.weights, cfg
+        self.optimizer = make_optimizer(self.policy.masters, cfg)
+        if cfg.lr_scheduler == "warmup_decay":
+            factor = learning_rate_factor(cfg, total)
+            self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        else:
+            self.scheduler = get_scheduler(
+                cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.lr_warmup_steps, num_training_steps=total
+            )
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)  # bf16 and float32 need none
+
+    def go_to(self, iteration: int) -> None:
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(iteration)
+
+    def step(self) -> Tensor:
+        """One optimizer step on the accumulated gradients; returns their norm before clipping."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.masters if p.grad is not None])
+        if self.cfg.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.policy.masters, self.cfg.max_grad_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.publish()
+        return norm
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+class PreferenceRun:
+    """One training run of a preference model: its parts, built from a PreferenceConfig."""
+
+    def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
+        if cfg.pairs.pairs is None:
+            raise ValueError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
+        self.pairs = cfg.pairs.pairs
+        self.device = pick_device(cfg.run.device)
+        if cfg.model.mixed_precision == "auto":
+            cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
+        self.cfg = cfg
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
+        self.run_dir = Path(cfg.run.output_dir)
+        self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
+        self.lock = checkpoint.lock(self.run_dir)
+
+        self.bad = BadRows(self.run_dir / "bad_rows.jsonl", cfg.pairs.max_bad_share)
+        self.source = open_pairs(
+            self.pairs, self.bad, caption_column=cfg.pairs.caption_column, revision=cfg.pairs.pairs_revision
+        )
+        self.train_rows, valid_rows = split_by_prompt(self.source, cfg.pairs.validation_share, cfg.run.seed)
+        self.valid_rows = valid_rows[: cfg.pairs.max_validation_pairs]
+
+        prompt_cache = cfg.pairs.prompt_cache_dir or self.run_dir / "prompt_cache"
+        self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
+        self.model.prompt_cache.keep_encoder = True  # new prompts come all the time
+        self.start_path = cfg.reward.init_path or resolved.scorer_paths.get("pickscore")
+        self.reward = self._initial_reward(resolved)
+        labeller = None
+        if cfg.pairs.relabel == "pickscore":
+            labeller = load_pickscore(resolved.scorer_paths["pickscore"], self.model.tokenize, self.device)
+        self.images = ImageLoader(self.model, cfg, self.run_dir, labeller)
+        self.pairs_per_step = cfg.optim.train_batch_size * cfg.optim.gradient_accumulation_steps
+        per_epoch = max(1, len(self.train_rows) // self.pairs_per_step)
+        self.total = min(cfg.run.num_train_epochs * per_epoch, cfg.run.max_train_steps or 2**62)
+        self.learner = RewardLearner(self.reward, cfg.optim, self.total)
+        self.state = TrainState()
+
+    def _initial_reward(self, resolved: Resolved) -> Reward:
+        cfg = self.cfg.reward
+        if cfg.parameterisation == "pixel":
+            assert self.start_path is not None
+            return self.pixel_reward(self.start_path, cfg.time_conditioned)
+        dtype = DTYPES[cfg.reward_dtype]
+        if cfg.init_path is not None:
+            network = load_latent_reward(cfg.init_path, device=self.device, dtype=dtype).train()
+        else:
+            projection = None
+            if "clip_l" in resolved.scorer_paths:
+                projection = read_tensors(find_weights(resolved.scorer_paths["clip_l"]))["text_projection.weight"]
+            encoders = load_text_encoders(resolved, dtype)
+            unet, seed = self.model.unet, self.cfg.run.seed
+            network = init_latent_reward(unet, encoders, text_projection=projection, seed=seed, dtype=dtype)
+        if cfg.reward_checkpointing:
+            network.unet.enable_gradient_checkpointing()
+        return NoisyLatentReward(network, self.model, cfg.train_guidance_scale)
+
+    def pixel_reward(self, path: str | Path, time_conditioned: bool | None) -> PixelReward:
+        """A CLIP from a file, given time conditioning if that is wanted (None: as it is)."""
+        clip = load_any_clip(path, device=self.device)
+        if time_conditioned and not clip.config.time_conditioned:
+            clip = init_identity_time_conditioning(clip, self.cfg.run.seed)
+        elif time_conditioned is False and clip.config.time_conditioned:
+            raise ValueError(f"{path} is step-aware, but time_conditioned is off: start from a plain CLIP.")
+        clip.set_compute_dtype(DTYPES[self.cfg.reward.reward_dtype])
+        clip.vision_model.encoder.recompute = self.cfg.reward.reward_checkpointing
+        return PixelReward(clip, self.model, self.cfg.reward.train_guidance_scale, self.cfg.model.decode_chunk)
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def draws(self, iteration: int, first: int, count: int) -> KeyedDraws:
+        return KeyedDraws(self.cfg.run.seed, iteration, torch.arange(first, first + count, device=self.device))
+
+    def timesteps(self, draws: KeyedDraws) -> Tensor:  # (B,) int64
+        """Of a training batch; 0 for clean images."""
+        if self.cfg.reward.noise == "none":
+            return torch.zeros_like(draws.prompts)
+        if self.cfg.reward.noise == "ddim":
+            return 1 + 50 * draws.integer(TIMESTEPS, 20)
+        return draws.integer(TIMESTEPS, len(self.model.alphas_cumprod))
+
+    def noise(self, images: Images, draws: KeyedDraws) -> Tensor | None:  # (2, B, C, h, w)
+        if images.latents is None:
+            return None
+        shape = tuple(images.latents.shape[2:])
+        return torch.stack([draws.normal(RENOISE, shape, 0 if self.cfg.reward.shared_noise else j) for j in range(2)])
+
+    def iterate(self, stream: Iterator[PairBatch], timer: Timer) -> dict[str, Any]:
+        """One optimizer step. Returns what to log."""
+        cfg = self.cfg
+        with timer("data"):
+            batches = [next(stream) for _ in range(cfg.optim.gradient_accumulation_steps)]
+        total_weight = sum(float(batch.weights.sum()) for batch in batches)
+        loss_sum, right, decided = torch.zeros(3, device=self.device)
+        for number, batch in enumerate(batches):
+            B = len(batch.prompts)
+            draws = self.draws(self.state.iteration, number * cfg.optim.train_batch_size, B)
+            with timer("frozen"):
+                images, labels = self.images.images(batch, draws)
+                t, noise = self.timesteps(draws), self.noise(images, draws)
+                seen = self.reward.see(images, t, noise)
+            with timer("backward"):
+                text, features, scale = self.reward.features(seen, t, batch.prompts)
+                weights = (batch.weights / total_weight).to(self.device)
+                loss = pair_loss(text, features, scale, labels, weights, cfg.reward.in_batch_negatives)
+                loss.backward()
+            gap = (features[0] - features[1]).mul(text).sum(-1).detach()
+            right += ((gap > 0) * labels + (gap < 0) * (1 - labels)).mul(labels != 0.5).sum()
+            decided += (labels != 0.5).sum()
+            loss_sum += loss.detach()
+        with timer("step"):
+            norm = self.learner.step()
+        lr = self.learner.optimizer.param_groups[0]["lr"]
+        self.state.optimizer_steps += 1
+        self.state.pairs = batches[-1].position
+        self.learner.go_to(self.state.iteration + 1)
+        return {
+            **{
+                "epoch": self.state.pairs // max(1, len(self.train_rows)),
+                "loss": loss_sum,
+                "grad_norm": norm,
+                "lr": lr,
+            },
+            **{"accuracy": right / decided, "logit_scale": scale.detach(), "bad_rows": len(self.bad)},
+        }
+
+    def stream(self) -> PairStream[list[LoadedImage]]:
+        cfg = self.cfg
+        return PairStream(
+            self.source,
+            self.train_rows,
+            cfg.optim.train_batch_size,
+            self.images.load,
+            self.bad,
+            seed=cfg.run.seed,
+            position=self.state.pairs,
+            workers=cfg.pairs.num_workers,
+        )
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(self, contenders: dict[str, Reward]) -> Judgements:
+        """Every contender's preference on the same held-out pairs at the same noise, at each validation timestep."""
+        cfg = self.cfg
+        judgements = Judgements(list(cfg.run.validation_timesteps))
+        seen_rows = 0
+        with PairStream(
+            self.source,
+            self.valid_rows,
+            cfg.optim.train_batch_size,
+            functools.partial(self.images.load, pixels=True),
+            self.bad,
+            seed=cfg.run.seed,
+            epochs=1,
+            shuffle=False,
+            workers=cfg.pairs.num_workers,
+        ) as stream:
+            for batch in stream:
+                draws = self.draws(EVALUATION, seen_rows, len(batch.prompts))
+                seen_rows += len(batch.prompts)
+                images, labels = self.images.images(batch, draws)
+                for timestep in cfg.run.validation_timesteps:
+                    self._judge(judgements, contenders, images, labels, timestep, draws)
+        return judgements
+
+    def _judge(
+        self,
+        judgements: Judgements,
+        contenders: dict[str, Reward],
+        images: Images,
+        labels: Tensor,
+        timestep: int,
+        draws: KeyedDraws,
+    ) -> None:
+        t = torch.full((len(labels),), timestep, dtype=torch.int64, device=self.device)
+        noise = self.noise(images, draws)
+        if timestep > 0 and noise is None:
+            return  # a run without noise knows clean images only
+        if timestep == 0 and self.cfg.reward.parameterisation == "pixel":
+            noise = None  # as published: at 0 the images themselves are judged
+        shared: dict[Any, Tensor] = {}  # CLIPs of one size see the same pixels
+        for name, reward in contenders.items():
+            kind = reward.clip.config.image_size if isinstance(reward, PixelReward) else name
+            if kind not in shared:
+                shared[kind] = reward.see(images, t, noise)
+            text, features, scale = reward.features(shared[kind], t, images.prompts)
+            judgements.add(name, timestep, (scale * (features * text).sum(-1)).cpu(), labels.cpu())
+
+    def log_evaluation(self, judgements: Judgements) -> dict[str, float]:
+        return {f"accuracy_t{t}": judgements.accuracy("trained", t)[0] for t in judgements.measured("trained")}
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def export(self, directory: Path) -> list[Path]:
+        """The preference model in the published key layout."""
+        self.reward.save(directory / "preference_model")
+        return [directory / "preference_model"]
+
+    def save(self) -> Path:
+        settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
+        return checkpoint.save(self.run_dir, self.state, self.learner, self.export, settings, limit)
+
+    def announce(self) -> None:
+        cfg = self.cfg
+        trained = sum(p.numel() for p in self.reward.weights.masters)
+        print(
+            f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device};", end=" "
+        )
+        print(
+            f"pairs from {cfg.pairs.pairs}: {len(self.train_rows):,} to train on, {len(self.valid_rows):,} held out,",
+            end=" ",
+        )
+        print(f"{len(self.bad):,} unusable rows; {self.total:,} steps of {self.pairs_per_step} pairs")
+
+    def start(self) -> MetricsLog:
+        """Resume, or set aside what an earlier run left, and open the log."""
+        metrics = self.run_dir / "metrics.jsonl"
+        if self.resume is not None:
+            self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
+            notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
+            print("\n".join(notes))
+        else:
+            checkpoint.set_aside(metrics)
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
+        if self.resume is not None:
+            log.truncate_after(self.state.iteration - 1)
+        checkpoint.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
+        return log
+
+    def train(self) -> Path:
+        """From the first or the resumed step to the last; returns the run directory."""
+        cfg = self.cfg
+        self.announce()
+        with self.start() as log, self.stream() as stream, ProgressLine(self.total) as progress:
+            self.learner.go_to(self.state.iteration)
+            timer = Timer(self.device)
+            while self.state.iteration < self.total:
+                record = self.iterate(iter(stream), timer)
+                self.state.iteration += 1
+                done = self.state.iteration == self.total
+                if len(self.valid_rows) and self.state.iteration % cfg.run.validation_steps == 0 and not done:
+                    with timer("evaluate"):
+                        record |= self.log_evaluation(self.evaluate({"trained": self.reward}))
+                record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
+                progress.update(log.log(self.state.iteration - 1, record))
+                if self.state.iteration % cfg.run.checkpointing_steps == 0 or done:
+                    self.save()
+        self.finish()
+        return self.run_dir
+
+    def finish(self) -> None:
+        """Export, and say how often the model agrees with people on prompts it has not seen."""
+        files = self.export(self.run_dir)
+        if len(self.valid_rows):
+            judgements = self.evaluate(self.contenders())
+            print(write_report(judgements, self.run_dir))
+        self.bad.check(self.state.pairs, final=True)
+        if len(self.bad):
+            print(f"{len(self.bad)} rows were unusable: {self.bad.path}")
+        print("preference model: " + ", ".join(map(str, files)))
+
+    def contenders(self) -> dict[str, Reward]:
+        """The trained model, what it started from if that is a plain CLIP, and those it is to be compared with."""
+        found: dict[str, Reward] = {"trained": self.reward}
+        if self.cfg.reward.parameterisation == "pixel":
+            assert self.start_path is not None
+            initial = self.pixel_reward(self.start_path, None)
+            if not initial.clip.config.time_conditioned:
+                found["initial"] = initial
+        for entry in self.cfg.run.compare_with:
+            name, path = entry.split("=", 1)
+            found[name] = self.pixel_reward(path, None)
+        return found

@@ -1,0 +1,223 @@
+"""`python -m spo_fast.toy.build`: makes the toy's shipped weights from nothing: base model, preference pairs, SPM.
+
+Seeded and resumable: the same command goes on where it was stopped. Pretraining is that of any latent diffusion model:
+v-prediction on captioned pictures at uniform timesteps, a tenth of the captions dropped for guidance, an average of the
+weights kept. The preference model is trained by `python -m spo_fast.train_spm` on pairs of the same world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spo_fast.checkpoint import versions, write_atomically
+from spo_fast.metrics import ProgressLine
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
+from spo_fast.toy import world
+from spo_fast.toy.pipeline import MAX_LENGTH, SCALING, WEIGHTS, save_pipeline, toy_parts
+
+BATCH = 64
+STEPS = 7_850  # 502,400 pictures
+LEARNING_RATE = 2e-3
+WARM_UP = 100
+DROP_CAPTION = 0.1
+EMA_DECAY = 0.999
+SAVE_EVERY = 250
+TRAINED = ("unet", "text_encoder", "text_encoder_2")
+
+
+class Pretraining:
+    """The base model being trained, its average, and its optimizer."""
+
+    def __init__(self, seed: int, steps: int):
+        self.seed, self.steps, self.step, self.cpu_s = seed, steps, 0, 0.0
+        self.parts = toy_parts(seed)
+        self.modules = nn.ModuleDict({name: self.parts[name] for name in TRAINED}).train()
+        self.parameters = list(self.modules.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+        )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps - WARM_UP)
+        linear = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1e-2, total_iters=WARM_UP)
+        self.schedule = torch.optim.lr_scheduler.SequentialLR(self.optimizer, [linear, cosine], [WARM_UP])
+        self.alphas = self.parts["scheduler"].alphas_cumprod
+
+    def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:  # (B, L, 2 WIDTH), (B, WIDTH)
+        """As SDXL's pipeline conditions: the layer before the last of both encoders, the second one's pooled output."""
+        outputs = []
+        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            length = self.parts[tokenizer].model_max_length
+            ids = self.parts[tokenizer](captions, padding="max_length", max_length=length, truncation=True).input_ids
+            outputs.append(self.parts[encoder](torch.tensor(ids), output_hidden_states=True))
+        return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1].text_embeds
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        """Mean squared error of v = sqrt(alphabar) noise - sqrt(1 - alphabar) x0 (arXiv 2202.00512)."""
+        captions = world.random_captions(list(world.CAPTIONS), BATCH, generator)
+        x0 = world.draw(captions, generator) * SCALING
+        t = torch.randint(len(self.alphas), (BATCH,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        embeds, pooled = self.condition(captions)
+        # a dropped caption is zeros, as SDXL's unconditional embeddings are
+        keep = (torch.rand(BATCH, generator=generator) >= DROP_CAPTION).float()
+        alpha = self.alphas[t].view(-1, 1, 1, 1)
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        size = torch.tensor([[world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE]]).expand(BATCH, -1).float()
+        added = {"text_embeds": pooled * keep[:, None], "time_ids": size}
+        out = self.parts["unet"](signal * x0 + sigma * noise, t, embeds * keep[:, None, None], added_cond_kwargs=added)
+        return (out.sample - (signal * noise - sigma * x0)).square().mean()
+
+    def advance(self) -> float:
+        """One optimizer step on pictures that depend on (seed, step) alone; returns the loss."""
+        loss = self.loss(torch.Generator().manual_seed(self.seed * 1_000_003 + self.step))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.step += 1
+        decay = min(EMA_DECAY, self.step / (self.step + 10))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        state = {
+            **{"settings": [self.seed, self.steps], "step": self.step, "cpu_s": self.cpu_s},
+            **{"modules": self.modules.state_dict(), "average": self.average},
+            **{"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()},
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        if state["settings"] != [self.seed, self.steps]:
+            raise ValueError(f"{path} belongs to seed, steps = {state['settings']}. Choose another --work_dir.")
+        self.step, self.cpu_s = state["step"], state["cpu_s"]
+        self.modules.load_state_dict(state["modules"])
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    @torch.no_grad()
+    def averaged_parts(self) -> dict[str, Any]:
+        """The pipeline with the averaged weights in 16 bits, as it is shipped. Ends the training: weights are gone."""
+        for p, average in zip(self.parameters, self.average, strict=True):
+            p.copy_(average)
+        for name in (*TRAINED, "vae"):
+            self.parts[name].half().eval()
+        return self.parts
+
+
+def pretrain(work_dir: Path, seed: int, steps: int) -> Path:
+    """Train the base model, or go on; returns the pipeline's directory."""
+    directory = work_dir / "pipeline"
+    if (directory / "model_index.json").is_file():
+        return directory
+    state = work_dir / "pretraining.pt"
+    run = Pretraining(seed, steps)
+    if state.is_file():
+        run.load(state)
+        print(f"going on at step {run.step}")
+    before_s, started_s = run.cpu_s, time.process_time()
+    average_loss = None
+    with ProgressLine(steps) as progress:
+        while run.step < steps:
+            loss = run.advance()
+            average_loss = loss if average_loss is None else 0.99 * average_loss + 0.01 * loss
+            progress.update({"iteration": run.step - 1, "loss": average_loss})
+            if run.step % SAVE_EVERY == 0 or run.step == steps:
+                run.cpu_s = before_s + time.process_time() - started_s
+                run.save(state)
+    record = {
+        **{"seed": seed, "steps": steps, "pictures": steps * BATCH, "final_loss": average_loss},
+        **{"cpu_minutes": round(run.cpu_s / 60, 1), "versions": versions()},
+    }
+    draft = work_dir / ".pipeline"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_pipeline(draft, run.averaged_parts(), "StableDiffusionXLPipeline")
+    write_atomically(draft / "build.json", json.dumps({"pretraining": record}, indent=1) + "\n")
+    os.replace(draft, directory)
+    return directory
+
+
+def write_pairs(path: Path, count: int, seed: int) -> None:
+    """Labelled pairs of training prompts as Pick-a-Pic's parquet has them: PNG bytes, labels, pairs per prompt."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = world.draw_pairs(count, torch.Generator().manual_seed(seed))
+    repeats = Counter(pairs.prompts)
+    columns: dict[str, Any] = {
+        "caption": pairs.prompts,
+        **{f"jpg_{j}": [png(x) for x in pairs.pixels[j]] for j in range(2)},
+        "label_0": pairs.labels.tolist(),
+        "label_1": (1 - pairs.labels).tolist(),
+        "has_label": [True] * count,
+        "num_example_per_prompt": [repeats[prompt] for prompt in pairs.prompts],
+    }
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.table(columns), temporary, row_group_size=1024)
+    os.replace(temporary, path)
+
+
+def png(pixels: Tensor) -> bytes:  # (3, H, W) in [-1, 1]
+    file = io.BytesIO()
+    values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def new_clip(seed: int, vocab_size: int) -> Clip:
+    """An untrained CLIP for 16x16 pictures: 0.2 M parameters, 64 patches of 2x2 pixels."""
+    config = ClipConfig(
+        text=TowerConfig(width=48, mlp_width=96, num_layers=2, num_heads=4, activation="gelu"),
+        vision=TowerConfig(width=64, mlp_width=128, num_layers=3, num_heads=4, activation="gelu"),
+        vocab_size=vocab_size,
+        max_length=MAX_LENGTH,
+        image_size=world.SIZE,
+        patch_size=2,
+        projection_dim=32,
+        time_conditioned=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = Clip(config)
+        for table in (m for m in clip.modules() if isinstance(m, nn.Embedding)):
+            nn.init.normal_(table.weight, std=0.1)
+        nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.1)
+        nn.init.constant_(clip.logit_scale, math.log(10))
+    return clip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=__doc__.split("\n")[0])
+    parser.add_argument("--work_dir", default="runs/toy-build", help="where the build is kept until it is done")
+    parser.add_argument("--output_dir", default=str(WEIGHTS), help="where the finished weights go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures (default {STEPS})")
+    args = parser.parse_args(arguments)
+    work_dir = Path(args.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    print(pretrain(work_dir, args.seed, args.steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

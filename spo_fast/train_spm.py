@@ -1,0 +1,51 @@
+"""`python -m spo_fast.train_spm --model sdxl --pairs PATH`: trains a preference model on pairs of images.
+
+Nothing heavy is imported before the files of the run are known to be there.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from spo_fast import cli
+from spo_fast.config import PreferenceConfig
+from spo_fast.models import resolve
+from spo_fast.presets import PREFERENCE_PRESETS, latent_recipe
+
+
+def parse(arguments: list[str] | None = None) -> PreferenceConfig:
+    """The resolved PreferenceConfig of a command line. Raises ValueError for settings that do not fit together."""
+    about = "Train a (step-aware) preference model on pairs of images."
+    parser = cli.build_parser(PreferenceConfig, "python -m spo_fast.train_spm", about)
+
+    def recipe(cfg: PreferenceConfig, source: dict[str, Any]) -> PreferenceConfig:
+        return latent_recipe(cfg) if source.get("parameterisation") == "latent" else cfg
+
+    return cli.parse(parser, PREFERENCE_PRESETS, arguments, recipe)[0]
+
+
+def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
+    """PickScore, if training starts from it or it gives the labels; CLIP, for SD-1.5's latent model."""
+    starts = cfg.reward.init_path is None
+    needed: dict[str, str | None] = {}
+    if (starts and cfg.reward.parameterisation == "pixel") or cfg.pairs.relabel == "pickscore":
+        needed["pickscore"] = cfg.pairs.pickscore_path
+    if starts and cfg.reward.parameterisation == "latent" and cfg.model.model == "sd15":
+        needed["clip_l"] = cfg.reward.text_projection_path
+    return needed
+
+
+def build(cfg: PreferenceConfig) -> Any:
+    resolved = resolve(cfg.model, needed_scorers(cfg))  # all that is missing is named before PyTorch is imported
+    from spo_fast.preference_trainer import PreferenceRun
+
+    return PreferenceRun(cfg, resolved)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return cli.main(lambda: build(parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
