@@ -1,4 +1,5 @@
-# make demo: a whole training run of the toy model on a CPU, from nothing but Python >= 3.11, a C++ compiler and make.
+# make demo: a whole training run of the toy model on a CPU, from nothing but Python >= 3.11, a C++ compiler and make,
+# and its true scores before and after.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -10,6 +11,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	rm -rf runs/demo
 	$(RUN) -m spo_fast.train --model toy --output_dir runs/demo
+	$(RUN) -m spo_fast.toy.evaluate runs/demo
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -430,7 +430,7 @@ class RewardOptimConfig(AdamConfig):
 @dataclass(frozen=True, kw_only=True)
 class RewardRunConfig(LoopConfig):
     validation_steps: int = 1000
-    """Iterations between evaluations on held-out pairs; there is one before and one after training as well."""
+    """Iterations between evaluations on held-out pairs; there is one after training as well."""
     validation_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)
     """Noise levels of the evaluation; at 0 a pixel model sees the images themselves."""
     compare_with: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch is imported where it is used: listing prompts needs o
     from torch import Tensor
 
 BUILTIN_PROMPTS = Path(__file__).parent / "prompts" / "builtin.txt"
+TOY_PROMPTS = BUILTIN_PROMPTS.with_name("toy.txt")  # the training prompts of toy/world.py
 PROMPT_COLUMNS = ("caption", "prompt", "text")  # the first one present is read; the published prompt file has "caption"
 
 Located = tuple[str, Any]  # (where in the file, for an error message; the value found there)

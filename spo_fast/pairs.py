@@ -130,6 +130,7 @@ class PairSource(Protocol):
     blocks: np.ndarray  # (len,) int32: rows with the same number are read together (a parquet row group)
     block_bytes: np.ndarray  # (blocks,) int64: what reading one holds in memory
     unlabelled: int  # rows left out because they have no label and say so
+    seen: int  # rows there are, with all that were left out
 
     def __len__(self) -> int: ...
 
@@ -223,11 +224,13 @@ class IndexedSource:
             hashes.append(int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "little"))
             blocks.append(block)
             labelled.append(has_label(record))
-        seen = len(rows) + rejected + self.unlabelled
-        bad.check(seen, rejected, final=True)
+        self.seen = len(rows) + rejected + self.unlabelled
+        bad.check(self.seen, rejected, final=True)
         if not rows:
             why = f"{rejected} are bad ({bad.examples()}), {self.unlabelled} have no label"
-            raise ValueError(f"{name}: {f'none of the {seen} rows is usable: {why}' if seen else 'no rows in it'}.")
+            raise ValueError(
+                f"{name}: {f'none of the {self.seen} rows is usable: {why}' if self.seen else 'no rows in it'}."
+            )
         self.rows, self.places = np.frombuffer(rows, np.int64), np.frombuffer(places, np.int64)
         self.prompt_hash, self.blocks = np.frombuffer(hashes, np.uint64), np.frombuffer(blocks, np.int32)
         self.labelled = np.frombuffer(labelled, np.bool_)

@@ -16,6 +16,7 @@ from spo_fast.checkpoint import write_atomically
 logger = logging.getLogger(__name__)
 
 BINS = 10
+SHOWN = 10  # pairs a bin must have to be drawn
 
 
 class Estimate(NamedTuple):
@@ -39,7 +40,7 @@ class Judgements:
         labels: Tensor,  # (B,) of the first image
     ) -> None:
         decided = labels != 0.5
-        margins = ((scores[0] - scores[1]) * (2 * labels - 1))[decided]
+        margins = ((scores[0] - scores[1]) * (labels - 0.5).sign())[decided]  # labels may be shares of opinions
         self._margins.setdefault((name, timestep), []).append(margins.double())
 
     @property
@@ -75,7 +76,7 @@ class Judgements:
     def calibration_error(self, name: str) -> float:
         """Expected calibration error: |probability - share right| averaged over pairs (arXiv 1706.04599)."""
         bins = self.calibration(name)
-        return sum(abs(p - r) * n for p, r, n in bins) / sum(n for _, _, n in bins)
+        return sum(abs(p - r) * n for p, r, n in bins) / (sum(n for _, _, n in bins) or math.nan)
 
     def log_loss(self, name: str) -> float:
         """Mean -log of the probability given to people's choice, nats; a coin's is 0.693."""
@@ -100,9 +101,10 @@ class Judgements:
         return f"Agreement with people on held-out pairs (ties left out):\n\n{text}\n\n{markdown(rows)}\n"
 
     def to_json(self) -> dict[str, Any]:
-        accuracy = {n: {t: self.accuracy(n, t)._asdict() for t in self.measured(n)} for n in self.names}
+        names, first = self.names, self.names[0]
         return {
-            "accuracy": accuracy,
+            "accuracy": {n: {t: self.accuracy(n, t) for t in self.measured(n)} for n in names},
+            "gain": {n: {t: self.gain(first, n, t) for t in self.measured(n)} for n in names[1:]},
             "log_loss": {n: self.log_loss(n) for n in self.names},
             "calibration_error": {n: self.calibration_error(n) for n in self.names},
             "calibration": {n: self.calibration(n) for n in self.names},
@@ -146,8 +148,9 @@ def plot(judgements: Judgements, path: Path) -> None:
         times = judgements.measured(name)
         points = [judgements.accuracy(name, t) for t in times]
         left.errorbar(times, [p.mean for p in points], [p.error for p in points], marker="o", capsize=3, label=name)
-        bins = judgements.calibration(name)
-        right.plot([p for p, _, _ in bins], [r for _, r, _ in bins], marker="o", label=name)
+        bins = [(p, r, n) for p, r, n in judgements.calibration(name) if n >= SHOWN]
+        errors = [math.sqrt(r * (1 - r) / n) for _, r, n in bins]
+        right.errorbar([p for p, _, _ in bins], [r for _, r, _ in bins], errors, marker="o", capsize=3, label=name)
     left.axhline(0.5, color="grey", linestyle=":")
     left.set(xlabel="timestep", ylabel="agreement with people", title="held-out pairs, one standard error")
     left.legend()

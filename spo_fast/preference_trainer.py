@@ -237,7 +237,7 @@ class ImageLoader:
             raise ValueError(f"preference models are trained on square images, not {model.width}x{model.height}.")
         self.model, self.labeller, self.gap = model, labeller, cfg.pairs.relabel_gap
         self.noise = cfg.reward.noise != "none"
-        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height}"
+        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise}"
         if labeller is not None:
             fingerprint += f" {labeller.model.config} {float(labeller.model.logit_scale.detach()):.9g}"
         directory = cfg.pairs.latent_cache_dir or run_dir / "latent_cache"
@@ -286,7 +286,10 @@ class ImageLoader:
     def _fill(self, loaded: list[LoadedImage]) -> None:
         """Give every image its row, and keep it."""
         fresh = {i.key: i for i in loaded if i.row is None}
-        images = list(fresh.values())
+        if self.cache is not None:
+            for image in fresh.values():  # an earlier batch may have made it since a reading thread looked
+                image.row = self.cache.read(image.key)
+        images = [image for image in fresh.values() if image.row is None]
         for start in range(0, len(images), ENCODE_BATCH):
             part = images[start : start + ENCODE_BATCH]
             rows = self._encode(part)
@@ -413,6 +416,8 @@ class PreferenceRun:
         self.model.prompt_cache.keep_encoder = True  # new prompts come all the time
         self.start_path = cfg.reward.init_path or resolved.scorer_paths.get("pickscore")
         self.reward = self._initial_reward(resolved)
+        for entry in cfg.run.compare_with:
+            find_weights(Path(entry.split("=", 1)[1]))  # a wrong path is named now, not when the training is done
         labeller = None
         if cfg.pairs.relabel == "pickscore":
             labeller = load_pickscore(resolved.scorer_paths["pickscore"], self.model.tokenize, self.device)
@@ -433,8 +438,10 @@ class PreferenceRun:
             network = load_latent_reward(cfg.init_path, device=self.device, dtype=dtype).train()
         else:
             projection = None
-            if "clip_l" in resolved.scorer_paths:
-                projection = read_tensors(find_weights(resolved.scorer_paths["clip_l"]))["text_projection.weight"]
+            if "text_projection" in resolved.scorer_paths:
+                projection = read_tensors(find_weights(resolved.scorer_paths["text_projection"]))[
+                    "text_projection.weight"
+                ]
             encoders = load_text_encoders(resolved, dtype)
             unet, seed = self.model.unet, self.cfg.run.seed
             network = init_latent_reward(unet, encoders, text_projection=projection, seed=seed, dtype=dtype)
@@ -449,9 +456,12 @@ class PreferenceRun:
             clip = init_identity_time_conditioning(clip, self.cfg.run.seed)
         elif time_conditioned is False and clip.config.time_conditioned:
             raise ValueError(f"{path} is step-aware, but time_conditioned is off: start from a plain CLIP.")
+        start = {name: p.detach() for name, p in clip.named_parameters()}
         clip.set_compute_dtype(DTYPES[self.cfg.reward.reward_dtype])
         clip.vision_model.encoder.recompute = self.cfg.reward.reward_checkpointing
-        return PixelReward(clip, self.model, self.cfg.reward.train_guidance_scale, self.cfg.model.decode_chunk)
+        reward = PixelReward(clip, self.model, self.cfg.reward.train_guidance_scale, self.cfg.model.decode_chunk)
+        reward.weights.load_state_dict(start)  # masters begin with what the file holds, not with its rounding
+        return reward
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -642,7 +652,7 @@ class PreferenceRun:
         if len(self.valid_rows):
             judgements = self.evaluate(self.contenders())
             print(write_report(judgements, self.run_dir))
-        self.bad.check(self.state.pairs, final=True)
+        self.bad.check(self.source.seen, final=True)  # of all rows, as the index has looked at all
         if len(self.bad):
             print(f"{len(self.bad)} rows were unusable: {self.bad.path}")
         print("preference model: " + ", ".join(map(str, files)))

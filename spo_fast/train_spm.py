@@ -32,7 +32,7 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
     if (starts and cfg.reward.parameterisation == "pixel") or cfg.pairs.relabel == "pickscore":
         needed["pickscore"] = cfg.pairs.pickscore_path
     if starts and cfg.reward.parameterisation == "latent" and cfg.model.model == "sd15":
-        needed["clip_l"] = cfg.reward.text_projection_path
+        needed["text_projection"] = cfg.reward.text_projection_path
     return needed
 
 

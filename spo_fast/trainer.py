@@ -16,7 +16,7 @@ from torch import Tensor
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
 from spo_fast.config import AdamConfig, Config, OptimConfig
-from spo_fast.data import PromptSampler, count_repeats, load_prompts
+from spo_fast.data import TOY_PROMPTS, PromptSampler, count_repeats, load_prompts
 from spo_fast.experience import Candidates, Experience
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
 from spo_fast.models import resolve, scorer_paths, scorer_specs
@@ -184,6 +184,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def prompt_file(cfg: Config) -> str | Path | None:
+    """The prompts given, else the built-in ones: the toy knows only its own world's."""
+    return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
+
+
 class Run:
     """One training run: its parts, built from a Config."""
 
@@ -197,7 +202,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
         self.run_dir = Path(cfg.run.output_dir)
         self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
-        self.prompts = load_prompts(cfg.data.prompts, cfg.data.caption_column)[: cfg.data.max_prompts]
+        self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir)
 

@@ -96,7 +96,8 @@ def test_step_aware_model_matches_published_code(spm: ClipScorer, case: str) -> 
     assert pixels.dtype == torch.float32
     assert max_error(pixels, data[f"{case}.pixel_values"]) < 1e-5
     with torch.no_grad():
-        assert max_error(spm.model.t_embedder(t), data[f"{case}.time_emb"]) < 1e-5
+        # t reaches 999, where float32 angles are 6e-5 apart: machines whose exp differs in its last bit differ so much
+        assert max_error(spm.model.t_embedder(t), data[f"{case}.time_emb"]) < 1e-4
         assert max_error(spm.model.get_image_features(pixels, t), data[f"{case}.image_embeds"]) < 1e-4
     ids = data["input_ids"]
     ids = ids[:1].expand_as(ids) if case == "same_image_all_t" else ids
@@ -145,7 +146,7 @@ def test_padding_after_the_end_token_is_of_no_consequence(spm: ClipScorer) -> No
 def test_timestep_sinusoid(spm: ClipScorer) -> None:
     data, _ = golden("spm")
     t = data["timestep_sinusoid.t"]
-    assert max_error(timestep_embedding(t), data["timestep_sinusoid.emb256"]) < 1e-6
+    assert max_error(timestep_embedding(t), data["timestep_sinusoid.emb256"]) < 2e-4  # two float32 angles apart
     angle = t.double()[:, None] * 10000 ** -(torch.arange(128).double() / 128)
     assert max_error(timestep_embedding(t), torch.cat([angle.cos(), angle.sin()], -1)) < 1e-4
     assert timestep_embedding(t).dtype == timestep_embedding(t.bfloat16()).dtype == torch.float32

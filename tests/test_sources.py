@@ -39,7 +39,6 @@ from spo_fast.models.sources import (
     select_files,
     text_files,
 )
-from spo_fast.toy.pipeline import make_toy_pipeline, toy_directory
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
@@ -521,7 +520,9 @@ def test_local_paths_that_are_not_there(tiny: dict[str, Path], tmp_path: Path) -
     whys = {m.flag: m.why for m in info.value.missing}
     assert whys["--pretrained_model_name_or_path"] == whys["--spm_path"] == "no such file or directory"
     assert whys["--pickscore_path"] == "the directory lacks config.json, model.safetensors"
-    with pytest.raises(ValueError, match="unknown scorer 'spn'; known: spm, pickscore. Did you mean 'spm'"):
+    with pytest.raises(
+        ValueError, match="unknown scorer 'spn'; known: spm, pickscore, text_projection. Did you mean 'spm'"
+    ):
         resolve_all(source, {"spn": None})
     spm = tmp_path / "sd-v1-5_step-aware_preference_model.bin"
     spm.write_bytes(b"x")
@@ -615,63 +616,3 @@ def test_absent_and_gated_are_not_offline(hub: tuple[str, list[str]], tmp_path: 
     assert "no such repository" in lines["pretrained_vae_model_name_or_path"]
     assert "the repository lacks config.json, model.safetensors" in lines["pickscore_path"]
     assert "cannot be reached" not in out["message"]
-
-
-# ---------------------------------------------------------------------------------------------- the toy pipeline
-
-
-def test_toy_pipeline(tmp_path: Path) -> None:
-    path = make_toy_pipeline(toy_directory(tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no draft is left behind
-    before = (path / "model_index.json").stat().st_mtime_ns
-    assert make_toy_pipeline(path) == path and (path / "model_index.json").stat().st_mtime_ns == before
-    resolved = resolve("sdxl", path)
-    unet, vae = load_unet(resolved, torch.float32), load_vae(resolved, torch.float32)
-    tokenizers, encoders = load_text(resolved, torch.float32)
-    truth = pipeline("sdxl", path)
-    for ours, theirs in zip((unet, vae, *encoders), parts_of(truth), strict=True):
-        assert_same_tensors(ours, theirs)
-    assert sum(p.numel() for p in unet.parameters()) < 1_100_000
-
-    latents = torch.randn(32, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    pixels = vae.decode(latents / vae.config.scaling_factor).sample
-    assert pixels.shape == (32, 3, 16, 16)
-    assert 0.3 < pixels.std() < 0.6 and pixels.mean().abs() < 0.05
-    assert pixels.std(0).mean() > 0.25  # between images at one place: not one pattern for all
-
-    image = truth(["a red circle", "blue"], num_inference_steps=2, height=16, width=16, output_type="pt").images
-    assert image.shape == (2, 3, 16, 16) and image.isfinite().all()
-    embeds, _, pooled, _ = truth.encode_prompt(["a red circle", "a red square"])
-    assert embeds.shape == (2, 77, 64) and (embeds[0] - embeds[1]).std() > 0.05 and (pooled[0] - pooled[1]).std() > 0.05
-
-
-def test_toy_weights_follow_the_seed(tmp_path: Path) -> None:
-    state = torch.random.get_rng_state()
-    a, b, c = (make_toy_pipeline(tmp_path / n, seed) for n, seed in (("a", 0), ("b", 0), ("c", 1)))
-    assert torch.random.get_rng_state().equal(state)
-    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder_2/model"):
-        first, second, third = (load_file(p / f"{part}.safetensors") for p in (a, b, c))
-        assert all(torch.equal(first[n], second[n]) for n in first)
-        assert any(not torch.equal(first[n], third[n]) for n in first)
-
-
-def test_toy_survives_a_race_and_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spo_fast.toy import pipeline as toy
-
-    def another_was_first(path: Path, *args: object) -> None:
-        (path / "model_index.json").write_text("{}")
-        make = tmp_path / "toy"
-        make.mkdir()
-        (make / "model_index.json").write_text('{"first": true}')
-
-    monkeypatch.setattr(toy, "toy_parts", lambda seed: {})
-    monkeypatch.setattr(toy, "save_pipeline", another_was_first)
-    assert "first" in (make_toy_pipeline(tmp_path / "toy") / "model_index.json").read_text()
-
-    def disk_full(*args: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(toy, "save_pipeline", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        make_toy_pipeline(tmp_path / "other")
-    assert [p.name for p in tmp_path.iterdir()] == ["toy"]

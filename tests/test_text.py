@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from spo_fast.models import text
-from spo_fast.models.text import PromptCache, count_truncated, fingerprint_files
+from spo_fast.models import row_cache, text
+from spo_fast.models.row_cache import fingerprint_files
+from spo_fast.models.text import PromptCache, count_truncated
 
 PROMPTS = [f"prompt {i}" for i in range(11)] + [""]
 
@@ -164,18 +165,18 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
         seen.append((os.path.getsize(source), os.path.exists(target)))
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(text.os, "replace", failing_replace)
+    monkeypatch.setattr(row_cache.os, "replace", failing_replace)
     with pytest.raises(OSError, match="disk on fire"):
         cache.ensure(["a"])
     assert seen[0][0] > 240 and seen[0][1] is False
-    assert list(tmp_path.iterdir()) == []
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     gc.collect()
     assert cache.load_encoder.alive() is None  # freed on the way out, too
 
     monkeypatch.undo()
     assert cache.ensure(["a"]) == 1
     with safe_open(cache.path("a"), framework="pt") as file:
-        assert file.metadata()["prompt"] == "a"
+        assert file.metadata()["key"] == "a"
 
 
 def test_memory_is_bounded_and_used(tmp_path):

@@ -177,10 +177,13 @@ class DiffusionModel:
         }
         writers = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}
         writer: Any = writers[self.kind]
+        published = convert_state_dict_to_diffusers(state)  # ...lora.down.weight, which it knows for attention only
+        # a file that mixes the two ways of naming is read in part, without a word
+        layers = state if any(".lora_A." in name for name in published) else published
         # the metadata carries alpha: without it a loader takes alpha = rank and the images are wrong
         writer.save_lora_weights(
             save_directory=directory,
-            unet_lora_layers=convert_state_dict_to_diffusers(state),
+            unet_lora_layers=layers,
             unet_lora_adapter_metadata=policy.unet.peft_config["default"].to_dict(),
         )
         kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})

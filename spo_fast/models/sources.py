@@ -107,7 +107,7 @@ SCORER_SOURCES = {
         },
     ),
     "pickscore": ScorerSource("PickScore", "yuvalkirstain/PickScore_v1"),
-    "clip_l": ScorerSource("CLIP ViT-L/14 (its text projection)", "openai/clip-vit-large-patch14"),
+    "text_projection": ScorerSource("CLIP ViT-L/14 (its text projection)", "openai/clip-vit-large-patch14"),
 }
 
 

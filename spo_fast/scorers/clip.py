@@ -372,17 +372,19 @@ def load_clip(
     hf_config: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    name: str = "state dict",
 ) -> Clip:
     """Read a CLIP strictly: every tensor of the network must be there, and nothing else but `position_ids` buffers.
 
     source: a `.safetensors` or `.bin` file, a directory with model.safetensors or pytorch_model.bin, or a state dict.
     hf_config: transformers' CLIPConfig as a dict; by default config.json beside the weights, else KNOWN_CLIPS.
+    name: what errors call a state dict.
     The published loader leaves missing tensors uninitialised; here they are an error that names them.
     Raises FileNotFoundError, or ValueError for a pickle that holds more than tensors, wrong keys or shapes, or an
     architecture that is not known.
     """
     if isinstance(source, Mapping):
-        name, tensors = "state dict", source
+        tensors = source
     else:
         file = find_weights(Path(source))
         name, tensors = str(file), read_tensors(file)
@@ -403,7 +405,8 @@ def load_any_clip(path: str | Path, device: str | torch.device = "cpu", dtype: t
     file = find_weights(Path(path))
     tensors = read_tensors(file)
     aware = any("t_embedder" in key or "adaLN_modulation" in key for key in tensors)
-    return load_clip(tensors, time_conditioned=aware, hf_config=read_hf_config(file.parent), device=device, dtype=dtype)
+    config = read_hf_config(file.parent)
+    return load_clip(tensors, time_conditioned=aware, hf_config=config, device=device, dtype=dtype, name=str(file))
 
 
 def save_clip(model: Clip, directory: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:

@@ -1,1 +1,1 @@
-"""The embedded world: a tiny SDXL pipeline and what is needed to try the whole trainer on a CPU, without the hub."""
+"""The embedded world: captioned pictures with true scores, and a tiny SDXL pipeline, to try everything on a CPU."""

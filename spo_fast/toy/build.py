@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
+from spo_fast import train_spm
 from spo_fast.checkpoint import versions, write_atomically
 from spo_fast.metrics import ProgressLine
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_any_clip, save_clip
 from spo_fast.toy import world
 from spo_fast.toy.pipeline import MAX_LENGTH, SCALING, WEIGHTS, save_pipeline, toy_parts
 
@@ -36,6 +38,7 @@ WARM_UP = 100
 DROP_CAPTION = 0.1
 EMA_DECAY = 0.999
 SAVE_EVERY = 250
+PAIRS, PAIRS_SEED = 24_576, 1000
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -206,16 +209,78 @@ def new_clip(seed: int, vocab_size: int) -> Clip:
     return clip
 
 
+def train_preference_model(work_dir: Path, name: str, *flags: str) -> Path:
+    """`python -m spo_fast.train_spm --model toy` on the world's pairs; returns what it saved. Resumes if it must."""
+    run_dir = work_dir / name
+    model = run_dir / "preference_model"
+    if not (run_dir / "evaluation.json").is_file():
+        status = train_spm.main(
+            [
+                *("--model", "toy", "--pretrained_model_name_or_path", str(work_dir / "pipeline")),
+                *("--pairs", str(work_dir / "pairs.parquet"), "--output_dir", str(run_dir)),
+                *("--resume_from_checkpoint", "latest", *flags),
+            ]
+        )
+        if status:
+            raise RuntimeError(f"the training of {name} ended with status {status}")
+    return model
+
+
+def agreement(pairs: world.LabelledPairs) -> dict[str, float]:
+    """How often labels side with the picture of the higher score, where the two differ."""
+    first = pairs.labels.bool()
+    found = {}
+    for name, score in (("layout", world.layout), ("aesthetics", lambda x, _: world.aesthetics(x)[:, None])):
+        a, b = (score(x, pairs.prompts).float().mean(1) for x in pairs.pixels)
+        found[name] = round(float(((a > b) == first)[a != b].float().mean()), 4)
+        found[f"{name}_differs"] = round(float((a != b).float().mean()), 4)
+    return found
+
+
+def assemble(work_dir: Path, output_dir: Path) -> None:
+    """The pipeline, both preference models in 16 bits, and the record, put in the place of what was there."""
+    draft = work_dir / ".weights"
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(work_dir / "pipeline", draft)
+    record = json.loads((draft / "build.json").read_text())
+    for name in ("pickscore", "spm"):
+        clip = load_any_clip(work_dir / name / "preference_model")
+        save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
+        record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+    record["labels"] = agreement(world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
+    (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
+    for path in draft.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    old = output_dir.with_name(f".{output_dir.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output_dir.exists():
+        os.replace(output_dir, old)
+    shutil.move(draft, output_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work_dir", default="runs/toy-build", help="where the build is kept until it is done")
     parser.add_argument("--output_dir", default=str(WEIGHTS), help="where the finished weights go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures (default {STEPS})")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"labelled pairs (default {PAIRS})")
     args = parser.parse_args(arguments)
     work_dir = Path(args.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
-    print(pretrain(work_dir, args.seed, args.steps))
+    pipeline = pretrain(work_dir, args.seed, args.steps)
+    if not (work_dir / "pairs.parquet").is_file():
+        write_pairs(work_dir / "pairs.parquet", args.pairs, PAIRS_SEED + args.seed)
+    tokenizer = CLIPTokenizerFast.from_pretrained(str(pipeline / "tokenizer"))
+    untrained = save_clip(new_clip(args.seed, len(tokenizer)), work_dir / "untrained")
+    seed = ("--seed", str(args.seed))
+    # its PickScore: a plain CLIP on clean images; in_batch_negatives, as CLIP learns what words mean
+    clean = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives", "--num_train_epochs", "4")
+    pickscore = train_preference_model(work_dir, "pickscore", "--init_path", str(untrained), *clean, *seed)
+    train_preference_model(work_dir, "spm", "--init_path", str(pickscore), *seed)
+    assemble(work_dir, Path(args.output_dir))
+    print(f"the toy's weights: {args.output_dir}")
     return 0
 
 

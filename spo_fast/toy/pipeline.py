@@ -21,7 +21,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 WIDTH = 64
 """Of each text encoder; the UNet attends to both side by side."""
 MAX_LENGTH = 16
-"""Tokens: the world's words are one each, other text falls apart into bytes."""
+"""Tokens: every caption of the world fits; other text falls apart into bytes."""
 SCALING = 3.0
 """VAE scaling factor: latents are 3 times the pixels, with a standard deviation of 0.7."""
 
@@ -56,7 +56,7 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
 
 
 def word_merges() -> list[tuple[str, str]]:
-    """Byte-pair merges that make one token of each word of the world's captions."""
+    """Byte-pair merges that make one token of a word of the world's captions, but for green, which red's break up."""
     words = [*COLOURS, *SHAPES, "left", "right", "of", "above", "below"]
     merges: dict[tuple[str, str], None] = {}  # in order, each once
     for word in words:

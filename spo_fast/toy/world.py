@@ -34,7 +34,8 @@ GREY = 0.15  # backgrounds are uniform in [-GREY, GREY], of pixels in [-1, 1]
 MAX_STRIPES = 0.25  # amplitude, uniform from 0 in each quadrant
 MAX_GRAIN = 0.12  # standard deviation of each colour channel, uniform from 0
 VIVIDNESS = (0.3, 0.85)  # uniform; a pixel of colour c is grey + vividness * sqrt(2) * c
-BEST_VIVIDNESS = 0.5  # below the mean: guidance makes colours more vivid, which must not count as better
+BEST_VIVIDNESS = 0.6  # what guidance 1.5 to 2 gives: neither more nor less of it can raise the score
+WORST_MISS = 0.35  # of vividness, that costs its full share
 CORRUPTION = 0.4  # probability that a picture of a labelled pair has one thing in it wrong
 
 
@@ -226,7 +227,7 @@ def aesthetics(pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) -> (B,) in 0..10
     ugly = (
         0.5 * seen["stripes"] / MAX_STRIPES
         + 0.25 * seen["grain"] / MAX_GRAIN
-        + 0.25 * (seen["vividness"] - BEST_VIVIDNESS).abs() / (VIVIDNESS[1] - BEST_VIVIDNESS)
+        + 0.25 * (seen["vividness"] - BEST_VIVIDNESS).abs() / WORST_MISS
     )
     return (10 * (1 - ugly)).clamp(0, 10)
 

@@ -1,0 +1,151 @@
+"""Does it work on the world whose true scores are known? Runs of the toy over several seeds, one record a run.
+
+    python -m benchmarks.toy quality --seeds 0 1 2     # SPO, and random picks in the preference model's place
+    python -m benchmarks.toy spm --seeds 0 1 2         # preference models with and without the timestep, and PickScore
+
+Records go to benchmarks/results/toy_<what>.jsonl; a run whose record is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.records import software
+from spo_fast import train, train_spm
+from spo_fast.preference_report import markdown
+from spo_fast.toy import build, evaluate, world
+from spo_fast.trainer import Run
+
+RESULTS = Path(__file__).parent / "results"
+NUM_IMAGES = 1024
+SPM_PAIRS, SPM_EPOCHS, SPM_HELD_OUT = 8192, 2, 1536
+
+
+def quality(seed: int, random_picks: bool, work_dir: Path) -> dict[str, Any]:
+    """Train the toy's preset with a seed; true scores of the base and of what it became on the same noise."""
+    name = f"{'random' if random_picks else 'spo'}-{seed}"
+    run: Run = train.build(train.parse(["--model", "toy", "--seed", str(seed), "--output_dir", str(work_dir / name)]))
+    if random_picks:
+        run.scorer = evaluate.TrueScorer(random_seed=seed)
+    start = time.process_time()
+    run.train()
+    cpu_s = time.process_time() - start
+    table, numbers = evaluate.report(run, NUM_IMAGES, seed)
+    print(table)
+    record = {"run": name, "seed": seed, "picks": "random" if random_picks else "spm", "scores": numbers}
+    if not random_picks:
+        with run.policy.reference():
+            spread = evaluate.candidate_spread(run, world.TEST, 4, seed)
+        record |= {f"{what}_spread": spread.spread(what) for what in ("layout", "aesthetics")}
+    return {**record, "cpu_s": round(cpu_s, 1), "optimizer_steps": run.state.optimizer_steps, "pairs": run.state.pairs}
+
+
+def preference_models(seed: int, work_dir: Path) -> dict[str, Any]:
+    """Train a conditioned and an un-conditioned model alike; their agreement with the labels beside PickScore's."""
+    pairs = work_dir / f"pairs-{seed}.parquet"
+    build.write_pairs(pairs, SPM_PAIRS + SPM_HELD_OUT, 5000 + seed)
+
+    def command(name: str, *more: str) -> int:
+        common = ("--model", "toy", "--pairs", str(pairs), "--seed", str(seed), "--output_dir", str(work_dir / name))
+        share = SPM_HELD_OUT / (SPM_PAIRS + SPM_HELD_OUT)
+        size = ("--num_train_epochs", str(SPM_EPOCHS), "--validation_share", str(share))
+        return train_spm.main([*common, *size, "--max_validation_pairs", str(SPM_HELD_OUT), *more])
+
+    blind = work_dir / f"blind-{seed}"
+    assert command(blind.name, "--no-time_conditioned", "--validation_steps", "100000") == 0
+    aware = work_dir / f"aware-{seed}"
+    assert command(aware.name, "--compare_with", f"unconditioned={blind / 'preference_model'}") == 0
+    report = json.loads((aware / "evaluation.json").read_text())
+    return {"run": f"spm-{seed}", "seed": seed, "pairs": SPM_PAIRS, "epochs": SPM_EPOCHS, **report}
+
+
+def recorded(path: Path, runs: dict[str, Callable[[Path], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records of these runs, made where they are missing."""
+    found = {r["run"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    with tempfile.TemporaryDirectory() as work_dir:
+        for name, run in runs.items():
+            if name not in found:
+                found[name] = {**run(Path(work_dir)), **software(), "threads": torch.get_num_threads()}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps(found[name]) + "\n")
+    return [found[name] for name in runs]
+
+
+def quality_records(seeds: list[int], path: Path = RESULTS / "toy_quality.jsonl") -> list[dict[str, Any]]:
+    runs: dict[str, Callable[[Path], dict[str, Any]]] = {}
+    for seed in seeds:
+        for random_picks in (False, True):
+            name = f"{'random' if random_picks else 'spo'}-{seed}"
+            runs[name] = lambda d, seed=seed, random_picks=random_picks: quality(seed, random_picks, d)
+    return recorded(path, runs)
+
+
+def spm_records(seeds: list[int], path: Path = RESULTS / "toy_spm.jsonl") -> list[dict[str, Any]]:
+    return recorded(path, {f"spm-{seed}": lambda d, seed=seed: preference_models(seed, d) for seed in seeds})
+
+
+def quality_table(records: list[dict[str, Any]]) -> str:
+    rows = [["run", "aesthetics before", "after", "gain", "layout before", "after", "out of range after", "pairs"]]
+    for r in records:
+        scores = r["scores"]
+        before, after = (next(v for k, v in scores.items() if k.endswith(f"({w})")) for w in ("before", "after"))
+        gain = scores["gain"]["aesthetics"]
+        rows.append(
+            [
+                r["run"],
+                *(f"{scores_['aesthetics'][0]:.2f}" for scores_ in (before, after)),
+                f"{gain[0]:+.2f} ± {gain[1]:.2f}",
+                *(f"{scores_['layout'][0]:.3f}" for scores_ in (before, after)),
+                f"{after['out_of_range'][0]:.4f}",
+                str(r["pairs"]),
+            ]
+        )
+    return markdown(rows)
+
+
+def spm_table(records: list[dict[str, Any]]) -> str:
+    """Agreement with held-out labels: mean and spread over seeds, and what the seeds' paired differences say."""
+    names = {"trained": "conditioned", "unconditioned": "un-conditioned", "initial": "PickScore"}
+    rows = [["t", *names.values(), "conditioned - un-conditioned", "verdict"]]
+    for t in records[0]["accuracy"]["trained"]:
+        cells = [mean_and_spread([r["accuracy"][n][t][0] for r in records]) for n in names]
+        gain, error = conditioning_gain(records, t)
+        verdict = "better" if gain > 2 * error else "worse" if gain < -2 * error else "undecided"
+        rows.append([t, *cells, f"{gain:+.3f} ± {error:.3f}", verdict])
+    return markdown(rows)
+
+
+def conditioning_gain(records: list[dict[str, Any]], t: str) -> tuple[float, float]:
+    """Mean over seeds of the paired difference of accuracy at timestep t, and its standard error."""
+    gains = [r["gain"]["unconditioned"][t] for r in records]
+    return sum(g[0] for g in gains) / len(gains), math.sqrt(sum(g[1] ** 2 for g in gains)) / len(gains)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.toy", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=("quality", "spm"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    if args.what == "quality":
+        print(quality_table(quality_records(args.seeds)))
+    else:
+        print(spm_table(spm_records(args.seeds)))
+
+
+if __name__ == "__main__":
+    main()

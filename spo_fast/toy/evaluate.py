@@ -1,0 +1,182 @@
+"""`python -m spo_fast.toy.evaluate RUN`: the true scores of a toy run's pictures, before and after training.
+
+Same test prompts and same noise for every row, so differences are paired. The base model at several guidance scales
+stands beside them: what guidance alone would have given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_fast import train
+from spo_fast.checkpoint import write_atomically
+from spo_fast.experience import Candidates
+from spo_fast.noise import KeyedDraws
+from spo_fast.preference_report import Estimate, estimate, markdown
+from spo_fast.rollout import RolloutBatch, rollout_segments, sample_latents
+from spo_fast.toy import world
+from spo_fast.trainer import Run, write_grid
+
+BATCH = 128
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
+NOISE = 2**32 - 2  # the iteration whose noise evaluations use: neither training nor validation gets there
+
+
+def true_scores(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:  # (B, 3, 16, 16) -> (B,) each
+    """aesthetics 0..10; layout: everything as the caption says; share of it; out_of_range: share of pixels."""
+    right = world.layout(pixels, prompts).float()
+    return {
+        "aesthetics": world.aesthetics(pixels),
+        "layout": right.all(1).float(),
+        "share": right.mean(1),
+        "out_of_range": (pixels.abs() > 1).float().mean((1, 2, 3)),
+        **world.looks(pixels),
+    }
+
+
+@torch.no_grad()
+def pictures(run: Run, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:  # (N, 3, 16, 16)
+    """What the run's policy makes of the prompts: plain DDIM from noise that depends on (seed, place in the list)."""
+    table = run.model.table(run.cfg.sample.num_steps, 0.0)
+    made = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        draws = KeyedDraws(seed, NOISE, torch.arange(start, start + len(part), device=run.device))
+        x = draws.latents(run.model.latent_shape, run.model.latent_dtype)
+        latents = sample_latents(run.policy, table, run.model.cond(part), guidance_scale, x)
+        made.append(run.model.decode(latents).float().cpu())
+    return torch.cat(made)
+
+
+def prompts_to_test(count: int) -> list[str]:
+    """The test prompts over and over."""
+    return (world.TEST * math.ceil(count / len(world.TEST)))[:count]
+
+
+# ---------------------------------------------------------------------------------------------------- controls
+
+
+@dataclass
+class TrueScorer:
+    """In a preference model's place: notes the true scores of all candidates, and scores at random (seed) or 0."""
+
+    random_seed: int | None = None
+    layout: dict[int, list[Tensor]] = field(default_factory=dict)  # timestep -> (K, B) shares
+    aesthetics: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.random_seed or 0)
+
+    def encode(self, prompts: list[str]) -> Tensor:  # (B,) places in CAPTIONS
+        texts = list(world.CAPTIONS)
+        return torch.tensor([texts.index(prompt) for prompt in prompts])
+
+    def __call__(self, candidates: Candidates) -> Tensor:  # (K B,)
+        texts, t, K = list(world.CAPTIONS), int(candidates.t), candidates.num_candidates
+        pixels = torch.cat([part for _, part in candidates.pixel_chunks()])
+        prompts = [texts[i] for i in candidates.text.tolist()]
+        self.layout.setdefault(t, []).append(world.layout(pixels, prompts).float().mean(1).view(K, -1))
+        self.aesthetics.setdefault(t, []).append(world.aesthetics(pixels).view(K, -1))
+        if self.random_seed is None:
+            return torch.zeros(len(pixels))
+        return 10 * torch.randn(len(pixels), generator=self.generator)
+
+    def spread(self, of: str) -> dict[int, Estimate]:
+        """Timestep -> standard deviation among the children of one x_t, averaged over prompts."""
+        return {t: estimate(torch.cat(rows, 1).std(0)) for t, rows in getattr(self, of).items()}
+
+
+def candidate_spread(run: Run, prompts: list[str], num_candidates: int, seed: int) -> TrueScorer:
+    """How much candidates that share x_t differ, by the timestep they are judged at (branching at every step)."""
+    scorer = TrueScorer()
+    sample = run.cfg.with_fields(num_candidates=num_candidates, branch_start=0, num_inner_steps=0).sample
+    for start in range(0, len(prompts), BATCH // 2):
+        part = prompts[start : start + BATCH // 2]
+        draws = KeyedDraws(seed, NOISE - 1, torch.arange(start, start + len(part)))
+        cond, text = run.model.cond(part), scorer.encode(part)
+        batch = RolloutBatch(cond, text, draws, run.model.latent_shape, run.model.latent_dtype)
+        rollout_segments(run.policy, run.table, scorer, run.model.decode, batch, sample, run.cfg.model.decode_chunk)
+    return scorer
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+
+def rows_of(run: Run, prompts: list[str], seed: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """(name, pictures, their true scores): the base at several guidance scales, and the run's policy."""
+    own = run.cfg.sample.guidance_scale
+    with run.policy.reference():
+        for g in sorted({*GUIDANCE_SCALES, own}):
+            x = pictures(run, prompts, g, seed)
+            yield f"base, guidance {g:g}" + (" (before)" if g == own else ""), x, true_scores(x, prompts)
+    x = pictures(run, prompts, own, seed)
+    yield f"trained, guidance {own:g} (after)", x, true_scores(x, prompts)
+
+
+def report(run: Run, num_images: int, seed: int = 0) -> tuple[str, dict[str, Any]]:
+    """The table, and its numbers by row and score as (mean, standard error, pictures)."""
+    prompts = prompts_to_test(num_images)
+    columns = ("aesthetics", "layout", "out_of_range")
+    names = ("aesthetics (0-10)", "layout right", "pixels out of range")
+    lines = [[f"{num_images} pictures of {len(set(prompts))} test prompts", *names]]
+    found, numbers, before = {}, {}, ""
+    for name, x, scores in rows_of(run, prompts, seed):
+        found[name] = scores
+        estimates = {c: estimate(scores[c]) for c in scores}
+        numbers[name] = {c: list(e) for c, e in estimates.items()}
+        lines.append([name, *(f"{estimates[c].mean:.3f} ± {estimates[c].error:.3f}" for c in columns)])
+        if name.endswith(")"):
+            write_grid(run.run_dir / "samples" / f"test-{name.split('(')[1][:-1]}.png", grid(x))
+            before = before or name
+    gains = {c: estimate(scores[c] - found[before][c]) for c in scores}
+    numbers["gain"] = {c: list(e) for c, e in gains.items()}
+    lines.append(["after - before, paired", *(f"{gains[c].mean:+.3f} ± {gains[c].error:.3f}" for c in columns)])
+    return markdown(lines), numbers
+
+
+def grid(pixels: Tensor, rows: int = 8, columns: int = 8) -> list[list[Tensor]]:
+    return [list(pixels[r * columns : (r + 1) * columns]) for r in range(rows)]
+
+
+def load_run(run_dir: Path, **changes: Any) -> Run:
+    """A finished run's parts with its trained weights. The run directory must not be in use."""
+    cfg = train.parse(["--config", str(run_dir / "config.yaml"), "--output_dir", str(run_dir)])
+    run = train.build(cfg.with_fields(resume_from_checkpoint="latest", **changes))
+    if run.resume is None:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint: the run has not finished.")
+    from safetensors.torch import load_file
+
+    run.policy.load_state_dict(load_file(run.resume / "trained.safetensors"))
+    return run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("run_dir", type=Path, help="output directory of a run of --model toy")
+    parser.add_argument("--num_images", type=int, default=256, help="pictures of each row")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise they start from")
+    args = parser.parse_args(arguments)
+    try:
+        run = load_run(args.run_dir)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    table, numbers = report(run, args.num_images, args.seed)
+    write_atomically(args.run_dir / "true_scores.json", json.dumps(numbers, indent=1) + "\n")
+    write_atomically(args.run_dir / "true_scores.md", table + "\n")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
