@@ -451,6 +451,12 @@ class RewardRunConfig(LoopConfig):
 class PreferenceConfig(Settings):
     """A run that trains a preference model (train_spm.py)."""
 
+    def __post_init__(self) -> None:
+        _need(
+            self.reward.parameterisation == "pixel" or not self.run.compare_with,
+            "compare_with takes pixel models, which see decoded images; parameterisation=latent has nothing for them.",
+        )
+
     model: ModelConfig = field(default_factory=ModelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)

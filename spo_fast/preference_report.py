@@ -117,6 +117,15 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()) if n else math.nan, error, n)
 
 
+def without_nan(value: Any) -> Any:
+    """NaN as None, which JSON has a word for."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def markdown(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -126,7 +135,7 @@ def markdown(rows: list[list[str]]) -> str:
 def write_report(judgements: Judgements, run_dir: Path) -> str:
     """evaluation.json, evaluation.md and, with matplotlib, evaluation.png; returns the table."""
     table = judgements.table()
-    write_atomically(run_dir / "evaluation.json", json.dumps(judgements.to_json(), indent=1) + "\n")
+    write_atomically(run_dir / "evaluation.json", json.dumps(without_nan(judgements.to_json()), indent=1) + "\n")
     write_atomically(run_dir / "evaluation.md", table)
     try:
         import matplotlib

@@ -29,7 +29,7 @@ from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import TrainedWeights, denoise
 from spo_fast.models.row_cache import Row, RowCache
-from spo_fast.models.sources import Resolved, load_text_encoders
+from spo_fast.models.sources import Resolved, load_text_encoders, load_unet
 from spo_fast.noise import POSTERIOR, RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.pairs import BadRows, PairBatch, PairStream, decode_image, open_pairs, split_by_prompt, to_square
 from spo_fast.pairs import Row as PairRow
@@ -392,8 +392,7 @@ class PreferenceRun:
     def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
-        if cfg.pairs.pairs is None:
-            raise ValueError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
+        assert cfg.pairs.pairs is not None
         self.pairs = cfg.pairs.pairs
         self.device = pick_device(cfg.run.device)
         if cfg.model.mixed_precision == "auto":
@@ -433,21 +432,22 @@ class PreferenceRun:
         if cfg.parameterisation == "pixel":
             assert self.start_path is not None
             return self.pixel_reward(self.start_path, cfg.time_conditioned)
-        dtype = DTYPES[cfg.reward_dtype]
         if cfg.init_path is not None:
-            network = load_latent_reward(cfg.init_path, device=self.device, dtype=dtype).train()
+            network = load_latent_reward(cfg.init_path, device=self.device).train()
         else:
-            projection = None
-            if "text_projection" in resolved.scorer_paths:
-                projection = read_tensors(find_weights(resolved.scorer_paths["text_projection"]))[
-                    "text_projection.weight"
-                ]
-            encoders = load_text_encoders(resolved, dtype)
-            unet, seed = self.model.unet, self.cfg.run.seed
-            network = init_latent_reward(unet, encoders, text_projection=projection, seed=seed, dtype=dtype)
+            path = resolved.scorer_paths.get("text_projection")
+            projection = None if path is None else read_tensors(find_weights(path))["text_projection.weight"]
+            wide = torch.float32  # masters begin with what the files hold, not with its rounding
+            parts = load_unet(resolved, wide).to(self.device), load_text_encoders(resolved, wide)
+            network = init_latent_reward(*parts, text_projection=projection, seed=self.cfg.run.seed)
+        start = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+        for name, p in network.named_parameters():
+            p.data = p.data.to(torch.float32 if name == "logit_scale" else DTYPES[cfg.reward_dtype])
         if cfg.reward_checkpointing:
             network.unet.enable_gradient_checkpointing()
-        return NoisyLatentReward(network, self.model, cfg.train_guidance_scale)
+        reward = NoisyLatentReward(network, self.model, cfg.train_guidance_scale)
+        reward.weights.load_state_dict(start)
+        return reward
 
     def pixel_reward(self, path: str | Path, time_conditioned: bool | None) -> PixelReward:
         """A CLIP from a file, given time conditioning if that is wanted (None: as it is)."""

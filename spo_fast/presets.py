@@ -114,6 +114,7 @@ def toy_preference() -> PreferenceConfig:
             train_batch_size=64,
         ),
         reward=RewardConfig(train_guidance_scale=2.0),
+        pairs=PairsConfig(cache_latents=False),  # its VAE is faster than a file
         run=RewardRunConfig(
             output_dir="runs/toy-spm", num_train_epochs=3, validation_steps=200, checkpointing_steps=100
         ),

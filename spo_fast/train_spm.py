@@ -37,6 +37,8 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
 
 
 def build(cfg: PreferenceConfig) -> Any:
+    if cfg.pairs.pairs is None:
+        raise ValueError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
     resolved = resolve(cfg.model, needed_scorers(cfg))  # all that is missing is named before PyTorch is imported
     from spo_fast.preference_trainer import PreferenceRun
 

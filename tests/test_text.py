@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from spo_fast.models import row_cache, text
+from spo_fast.models import row_cache
 from spo_fast.models.row_cache import fingerprint_files
 from spo_fast.models.text import PromptCache, count_truncated
 

@@ -44,7 +44,7 @@ import pyarrow.parquet as pq  # noqa: E402
 SMALL: dict[str, Any] = {
     **{"model": "toy", "device": "cpu", "train_batch_size": 4, "max_train_steps": 6, "validation_share": 0.2},
     **{"max_validation_pairs": 8, "validation_timesteps": (0, 501), "checkpointing_steps": 2, "validation_steps": 3},
-    **{"lr_scheduler": "constant", "lr_warmup_steps": 0, "num_workers": 2},
+    **{"lr_scheduler": "constant", "lr_warmup_steps": 0, "num_workers": 2, "cache_latents": True},
 }
 STEPS = 6
 
@@ -202,11 +202,13 @@ def test_saved_config_reads_back_as_the_same(whole_run: Path, pairs: Path) -> No
 
 def test_evaluation(whole_run: Path) -> None:
     found = json.loads((whole_run / "evaluation.json").read_text())
-    assert found.keys() == {"accuracy", "log_loss", "calibration_error", "calibration"}
+    assert found.keys() == {"accuracy", "gain", "log_loss", "calibration_error", "calibration"}
     assert found["accuracy"].keys() == {"trained", "initial"}  # it starts from a plain CLIP
     assert found["accuracy"]["trained"].keys() == {"0", "501"}
-    held_out = {e["pairs"] for by_time in found["accuracy"].values() for e in by_time.values()}
+    held_out = {pairs for by_time in found["accuracy"].values() for _, _, pairs in by_time.values()}
     assert len(held_out) == 1 and 1 <= held_out.pop() <= 8
+    for t, (gain, _, _) in found["gain"]["initial"].items():
+        assert gain == pytest.approx(found["accuracy"]["trained"][t][0] - found["accuracy"]["initial"][t][0])
     assert "| t   | pairs | trained " in (whole_run / "evaluation.md").read_text()
     with Image.open(whole_run / "evaluation.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors(256) or []) > 10
@@ -259,6 +261,7 @@ def assert_same_model(a: Path, b: Path) -> None:
     assert (a / "evaluation.json").read_bytes() == (b / "evaluation.json").read_bytes()
 
 
+BF16_UNGUIDED = {"train_guidance_scale": 1.0, "reward_dtype": "bf16"}
 EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
 
 
@@ -266,7 +269,7 @@ EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
     ("killed_after", "settings"),
     [
         (5, {}),  # in the second epoch; a step is repeated
-        (3, {"cache_latents": False, "gradient_accumulation_steps": 2, "reward_dtype": "bf16", "max_train_steps": 4}),
+        (3, {"cache_latents": False, "gradient_accumulation_steps": 2, "max_train_steps": 4, **BF16_UNGUIDED}),
         (3, {"parameterisation": "latent", "max_train_steps": 4, **EIGHT_BIT}),
         pytest.param(1, {"lr_scheduler": "warmup_decay", "lr_warmup_steps": 3}, marks=pytest.mark.slow),
         pytest.param(5, {"parameterisation": "latent", "cache_latents": False}, marks=pytest.mark.slow),
@@ -294,10 +297,11 @@ def test_killed_and_resumed_ends_bit_identical(
 
 
 def test_a_folder_of_images_resumes_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"pairs": folder, "validation_share": 0}
-    whole = trained(tmp_path / "whole", **settings)
-    other = killed(tmp_path / "killed", monkeypatch, 5, **settings)
-    trained(other, resume_from_checkpoint="latest", **settings)
+    settings = {"pairs": folder, "validation_share": 0, "noise": "none", "time_conditioned": False}
+    whole = trained(tmp_path / "whole", **settings, max_train_steps=8)  # an epoch has 6 steps
+    other = killed(tmp_path / "killed", monkeypatch, 7, **settings, max_train_steps=8)
+    trained(other, resume_from_checkpoint="latest", **settings, max_train_steps=8)
+    assert [r["epoch"] for r in facts(whole)] == [0] * 5 + [1] * 3
     assert_same_end(whole, other)
 
 
