@@ -2,6 +2,7 @@
 
     python -m benchmarks.toy quality --seeds 0 1 2     # SPO, and random picks in the preference model's place
     python -m benchmarks.toy spm --seeds 0 1 2         # preference models with and without the timestep, and PickScore
+    python -m benchmarks.toy picture --run runs/demo   # real pictures, the base's and the trained model's, as one PNG
 
 Records go to benchmarks/results/toy_<what>.jsonl; a run whose record is there is not done again.
 """
@@ -27,7 +28,7 @@ from spo_fast.trainer import Run
 
 RESULTS = Path(__file__).parent / "results"
 NUM_IMAGES = 1024
-SPM_PAIRS, SPM_EPOCHS, SPM_HELD_OUT = 8192, 2, 1536
+SPM_PAIRS, SPM_EPOCHS, SPM_HELD_OUT = 8192, 1, 1024
 
 
 def quality(seed: int, random_picks: bool, work_dir: Path) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def quality(seed: int, random_picks: bool, work_dir: Path) -> dict[str, Any]:
     start = time.process_time()
     run.train()
     cpu_s = time.process_time() - start
-    table, numbers = evaluate.report(run, NUM_IMAGES, seed)
+    table, numbers = evaluate.report(run, NUM_IMAGES, seed, scales=())
     print(table)
     record = {"run": name, "seed": seed, "picks": "random" if random_picks else "spm", "scores": numbers}
     if not random_picks:
@@ -57,11 +58,11 @@ def preference_models(seed: int, work_dir: Path) -> dict[str, Any]:
     def command(name: str, *more: str) -> int:
         common = ("--model", "toy", "--pairs", str(pairs), "--seed", str(seed), "--output_dir", str(work_dir / name))
         share = SPM_HELD_OUT / (SPM_PAIRS + SPM_HELD_OUT)
-        size = ("--num_train_epochs", str(SPM_EPOCHS), "--validation_share", str(share))
+        size = ("--num_train_epochs", str(SPM_EPOCHS), "--validation_share", str(share), "--validation_steps", "100000")
         return train_spm.main([*common, *size, "--max_validation_pairs", str(SPM_HELD_OUT), *more])
 
     blind = work_dir / f"blind-{seed}"
-    assert command(blind.name, "--no-time_conditioned", "--validation_steps", "100000") == 0
+    assert command(blind.name, "--no-time_conditioned") == 0
     aware = work_dir / f"aware-{seed}"
     assert command(aware.name, "--compare_with", f"unconditioned={blind / 'preference_model'}") == 0
     report = json.loads((aware / "evaluation.json").read_text())
@@ -136,13 +137,42 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
+def picture(run_dir: Path, path: Path = RESULTS / "toy.png", side: int = 6, zoom: int = 5) -> Path:
+    """Three squares: drawn by the world, by the base model, by the trained model from the same noise."""
+    from PIL import Image, ImageDraw
+
+    run = evaluate.load_run(run_dir)
+    prompts = world.TEST[: side * side]
+    guidance = run.cfg.sample.guidance_scale
+    with run.policy.reference():
+        base = evaluate.pictures(run, prompts, guidance, seed=0)
+    trained = evaluate.pictures(run, prompts, guidance, seed=0)
+    real = world.draw(prompts, torch.Generator().manual_seed(0))
+    cell, margin, top = world.SIZE * zoom + 2, 16, 24
+    width = side * cell
+    sheet = Image.new("RGB", (3 * width + 4 * margin, width + top + margin), "white")
+    for i, (title, pictures) in enumerate((("real", real), ("base model", base), ("after SPO", trained))):
+        left = margin + i * (width + margin)
+        ImageDraw.Draw(sheet).text((left, 6), title, fill="black", font_size=14)
+        for j, x in enumerate(pictures):
+            pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+            tile = Image.fromarray(pixels).resize((world.SIZE * zoom,) * 2, Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + j % side * cell, top + j // side * cell))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.toy", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("quality", "spm"))
+    parser.add_argument("what", choices=("quality", "spm", "picture"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="for picture: a finished toy run")
     args = parser.parse_args()
     if args.what == "quality":
         print(quality_table(quality_records(args.seeds)))
+    elif args.what == "picture":
+        print(picture(args.run))
     else:
         print(spm_table(spm_records(args.seeds)))
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,6 @@ from safetensors.torch import load_file
 
 from spo_fast import train, trainer
 from spo_fast.metrics import read_metrics
-
-if "SPO_FAST_CACHE" not in os.environ:  # the toy's files, made once a session
-    os.environ["SPO_FAST_CACHE"] = tempfile.mkdtemp(prefix="spo_fast-tests-")
-    atexit.register(shutil.rmtree, os.environ["SPO_FAST_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 # 4 steps, 2 of them branching, 2 candidates; threshold -1 keeps every pair: 4 pairs of 2 prompts an iteration

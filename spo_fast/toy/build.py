@@ -24,11 +24,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
-from spo_fast import train_spm
+from spo_fast import train, train_spm
 from spo_fast.checkpoint import versions, write_atomically
 from spo_fast.metrics import ProgressLine
+from spo_fast.preference_report import estimate
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_any_clip, save_clip
-from spo_fast.toy import world
+from spo_fast.toy import evaluate, world
 from spo_fast.toy.pipeline import MAX_LENGTH, SCALING, WEIGHTS, save_pipeline, toy_parts
 
 BATCH = 64
@@ -38,7 +39,7 @@ WARM_UP = 100
 DROP_CAPTION = 0.1
 EMA_DECAY = 0.999
 SAVE_EVERY = 250
-PAIRS, PAIRS_SEED = 24_576, 1000
+PAIRS, PAIRS_SEED = 49_152, 1000
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
 
 
@@ -188,14 +189,14 @@ def png(pixels: Tensor) -> bytes:  # (3, H, W) in [-1, 1]
 
 
 def new_clip(seed: int, vocab_size: int) -> Clip:
-    """An untrained CLIP for 16x16 pictures: 0.2 M parameters, 64 patches of 2x2 pixels."""
+    """An untrained CLIP for 16x16 pictures: 0.2 M parameters, 16 patches of 4x4 pixels."""
     config = ClipConfig(
         text=TowerConfig(width=48, mlp_width=96, num_layers=2, num_heads=4, activation="gelu"),
-        vision=TowerConfig(width=64, mlp_width=128, num_layers=3, num_heads=4, activation="gelu"),
+        vision=TowerConfig(width=72, mlp_width=144, num_layers=3, num_heads=4, activation="gelu"),
         vocab_size=vocab_size,
         max_length=MAX_LENGTH,
         image_size=world.SIZE,
-        patch_size=2,
+        patch_size=4,
         projection_dim=32,
         time_conditioned=False,
     )
@@ -237,6 +238,19 @@ def agreement(pairs: world.LabelledPairs) -> dict[str, float]:
     return found
 
 
+def base_scores(work_dir: Path) -> dict[str, Any]:
+    """True scores of 1,024 pictures of test prompts at each guidance scale: (mean, standard error, pictures)."""
+    spm = work_dir / "spm" / "preference_model" / "model.safetensors"
+    paths = ("--pretrained_model_name_or_path", str(work_dir / "pipeline"), "--spm_path", str(spm))
+    run = train.build(train.parse(["--model", "toy", *paths, "--output_dir", str(work_dir / "base")]))
+    prompts, found = evaluate.prompts_to_test(1024), {}
+    with run.policy.reference():
+        for g in evaluate.GUIDANCE_SCALES:
+            scores = evaluate.true_scores(evaluate.pictures(run, prompts, g, seed=0), prompts)
+            found[f"guidance {g:g}"] = {name: estimate(values) for name, values in scores.items()}
+    return found
+
+
 def assemble(work_dir: Path, output_dir: Path) -> None:
     """The pipeline, both preference models in 16 bits, and the record, put in the place of what was there."""
     draft = work_dir / ".weights"
@@ -247,6 +261,7 @@ def assemble(work_dir: Path, output_dir: Path) -> None:
         clip = load_any_clip(work_dir / name / "preference_model")
         save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
         record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+    record["base"] = base_scores(work_dir)
     record["labels"] = agreement(world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in draft.rglob("*"):
@@ -276,8 +291,9 @@ def main(arguments: list[str] | None = None) -> int:
     untrained = save_clip(new_clip(args.seed, len(tokenizer)), work_dir / "untrained")
     seed = ("--seed", str(args.seed))
     # its PickScore: a plain CLIP on clean images; in_batch_negatives, as CLIP learns what words mean
-    clean = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives", "--num_train_epochs", "4")
-    pickscore = train_preference_model(work_dir, "pickscore", "--init_path", str(untrained), *clean, *seed)
+    clean = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives")
+    longer = ("--num_train_epochs", "4", "--learning_rate", "1e-3", "--init_path", str(untrained))
+    pickscore = train_preference_model(work_dir, "pickscore", *clean, *longer, *seed)
     train_preference_model(work_dir, "spm", "--init_path", str(pickscore), *seed)
     assemble(work_dir, Path(args.output_dir))
     print(f"the toy's weights: {args.output_dir}")

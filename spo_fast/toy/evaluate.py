@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,25 +112,29 @@ def candidate_spread(run: Run, prompts: list[str], num_candidates: int, seed: in
 # ---------------------------------------------------------------------------------------------------- the report
 
 
-def rows_of(run: Run, prompts: list[str], seed: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+def rows_of(
+    run: Run, prompts: list[str], seed: int, scales: Iterable[float]
+) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
     """(name, pictures, their true scores): the base at several guidance scales, and the run's policy."""
     own = run.cfg.sample.guidance_scale
     with run.policy.reference():
-        for g in sorted({*GUIDANCE_SCALES, own}):
+        for g in sorted({*scales, own}):
             x = pictures(run, prompts, g, seed)
             yield f"base, guidance {g:g}" + (" (before)" if g == own else ""), x, true_scores(x, prompts)
     x = pictures(run, prompts, own, seed)
     yield f"trained, guidance {own:g} (after)", x, true_scores(x, prompts)
 
 
-def report(run: Run, num_images: int, seed: int = 0) -> tuple[str, dict[str, Any]]:
+def report(
+    run: Run, num_images: int, seed: int = 0, scales: Iterable[float] = GUIDANCE_SCALES
+) -> tuple[str, dict[str, Any]]:
     """The table, and its numbers by row and score as (mean, standard error, pictures)."""
     prompts = prompts_to_test(num_images)
     columns = ("aesthetics", "layout", "out_of_range")
     names = ("aesthetics (0-10)", "layout right", "pixels out of range")
     lines = [[f"{num_images} pictures of {len(set(prompts))} test prompts", *names]]
     found, numbers, before = {}, {}, ""
-    for name, x, scores in rows_of(run, prompts, seed):
+    for name, x, scores in rows_of(run, prompts, seed, scales):
         found[name] = scores
         estimates = {c: estimate(scores[c]) for c in scores}
         numbers[name] = {c: list(e) for c, e in estimates.items()}
@@ -163,7 +167,7 @@ def load_run(run_dir: Path, **changes: Any) -> Run:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="output directory of a run of --model toy")
-    parser.add_argument("--num_images", type=int, default=256, help="pictures of each row")
+    parser.add_argument("--num_images", type=int, default=128, help="pictures of each row")
     parser.add_argument("--seed", type=int, default=0, help="of the noise they start from")
     args = parser.parse_args(arguments)
     try:

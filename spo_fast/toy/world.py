@@ -235,7 +235,7 @@ def aesthetics(pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) -> (B,) in 0..10
 # ---------------------------------------------------------------------------------------------------- preferences
 
 LAYOUT_WEIGHT = 12.0  # of the share of (first, second, relation) that is right
-AESTHETICS_WEIGHT = 0.4  # of a point of aesthetics
+AESTHETICS_WEIGHT = 0.8  # of a point of aesthetics
 
 
 def corrupted(texts: list[str], generator: torch.Generator) -> list[str]:
