@@ -28,7 +28,7 @@ from spo_fast.trainer import Run
 
 RESULTS = Path(__file__).parent / "results"
 NUM_IMAGES = 1024
-SPM_PAIRS, SPM_EPOCHS, SPM_HELD_OUT = 8192, 1, 1024
+SPM_PAIRS, SPM_HELD_OUT = 8192, 1024
 
 
 def quality(seed: int, random_picks: bool, work_dir: Path) -> dict[str, Any]:
@@ -51,22 +51,25 @@ def quality(seed: int, random_picks: bool, work_dir: Path) -> dict[str, Any]:
 
 
 def preference_models(seed: int, work_dir: Path) -> dict[str, Any]:
-    """Train a conditioned and an un-conditioned model alike; their agreement with the labels beside PickScore's."""
-    pairs = work_dir / f"pairs-{seed}.parquet"
-    build.write_pairs(pairs, SPM_PAIRS + SPM_HELD_OUT, 5000 + seed)
+    """Train a conditioned and an un-conditioned model alike; their agreement with the labels beside PickScore's.
+
+    Held out are pairs of the tuning prompts, which none of them, PickScore included, was trained on.
+    """
+    pairs, held_out = work_dir / f"pairs-{seed}.parquet", work_dir / f"held-out-{seed}.parquet"
+    build.write_pairs(pairs, SPM_PAIRS, 5000 + seed)
+    build.write_pairs(held_out, SPM_HELD_OUT, 6000 + seed, world.TUNE)
 
     def command(name: str, *more: str) -> int:
         common = ("--model", "toy", "--pairs", str(pairs), "--seed", str(seed), "--output_dir", str(work_dir / name))
-        share = SPM_HELD_OUT / (SPM_PAIRS + SPM_HELD_OUT)
-        size = ("--num_train_epochs", str(SPM_EPOCHS), "--validation_share", str(share), "--validation_steps", "100000")
-        return train_spm.main([*common, *size, "--max_validation_pairs", str(SPM_HELD_OUT), *more])
+        held = ("--validation_pairs", str(held_out), "--max_validation_pairs", str(SPM_HELD_OUT))
+        return train_spm.main([*common, *held, "--validation_steps", "100000", *more])
 
     blind = work_dir / f"blind-{seed}"
     assert command(blind.name, "--no-time_conditioned") == 0
     aware = work_dir / f"aware-{seed}"
     assert command(aware.name, "--compare_with", f"unconditioned={blind / 'preference_model'}") == 0
     report = json.loads((aware / "evaluation.json").read_text())
-    return {"run": f"spm-{seed}", "seed": seed, "pairs": SPM_PAIRS, "epochs": SPM_EPOCHS, **report}
+    return {"run": f"spm-{seed}", "seed": seed, "pairs": SPM_PAIRS, "held_out": SPM_HELD_OUT, **report}
 
 
 def recorded(path: Path, runs: dict[str, Callable[[Path], dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -115,21 +118,28 @@ def quality_table(records: list[dict[str, Any]]) -> str:
 
 
 def spm_table(records: list[dict[str, Any]]) -> str:
-    """Agreement with held-out labels: mean and spread over seeds, and what the seeds' paired differences say."""
+    """Agreement with held-out labels: mean and spread over seeds; and what the timestep adds, with a verdict."""
     names = {"trained": "conditioned", "unconditioned": "un-conditioned", "initial": "PickScore"}
-    rows = [["t", *names.values(), "conditioned - un-conditioned", "verdict"]]
+    rows = [["t", *names.values(), "conditioned - un-conditioned", "verdict", "conditioned - PickScore"]]
     for t in records[0]["accuracy"]["trained"]:
         cells = [mean_and_spread([r["accuracy"][n][t][0] for r in records]) for n in names]
-        gain, error = conditioning_gain(records, t)
+        gain, error = gain_over("unconditioned", records, t)
         verdict = "better" if gain > 2 * error else "worse" if gain < -2 * error else "undecided"
-        rows.append([t, *cells, f"{gain:+.3f} ± {error:.3f}", verdict])
+        over_start = "{:+.3f} ± {:.3f}".format(*gain_over("initial", records, t))
+        rows.append([t, *cells, f"{gain:+.3f} ± {error:.3f}", verdict, over_start])
     return markdown(rows)
 
 
-def conditioning_gain(records: list[dict[str, Any]], t: str) -> tuple[float, float]:
-    """Mean over seeds of the paired difference of accuracy at timestep t, and its standard error."""
-    gains = [r["gain"]["unconditioned"][t] for r in records]
-    return sum(g[0] for g in gains) / len(gains), math.sqrt(sum(g[1] ** 2 for g in gains)) / len(gains)
+def gain_over(name: str, records: list[dict[str, Any]], t: str) -> tuple[float, float]:
+    """Mean over seeds of the conditioned model's gain in accuracy, paired, and its standard error.
+
+    The larger of two: of the pairs within seeds, and of the spread between trainings.
+    """
+    gains = [r["gain"][name][t] for r in records]
+    n, mean = len(gains), sum(g[0] for g in gains) / len(gains)
+    within = math.sqrt(sum(g[1] ** 2 for g in gains)) / n
+    between = math.sqrt(sum((g[0] - mean) ** 2 for g in gains) / max(1, n - 1) / n)
+    return mean, max(within, between)
 
 
 def mean_and_spread(values: list[float]) -> str:

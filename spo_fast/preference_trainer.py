@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -28,7 +29,7 @@ from spo_fast.experience import Cond
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import TrainedWeights, denoise
-from spo_fast.models.row_cache import Row, RowCache
+from spo_fast.models.row_cache import Row, RowCache, fingerprint_files
 from spo_fast.models.sources import Resolved, load_text_encoders, load_unet
 from spo_fast.noise import POSTERIOR, RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.pairs import BadRows, PairBatch, PairStream, decode_image, open_pairs, split_by_prompt, to_square
@@ -232,16 +233,24 @@ class LoadedImage:
 class ImageLoader:
     """Pairs of the data set -> Images on the device. VAE posteriors and PickScore features are cached by content."""
 
-    def __init__(self, model: DiffusionModel, cfg: PreferenceConfig, run_dir: Path, labeller: ClipScorer | None):
+    def __init__(
+        self,
+        model: DiffusionModel,
+        cfg: PreferenceConfig,
+        run_dir: Path,
+        labeller: ClipScorer | None,
+        labeller_fingerprint: str,
+        cached: bool,
+    ):
         if model.height != model.width:
             raise ValueError(f"preference models are trained on square images, not {model.width}x{model.height}.")
         self.model, self.labeller, self.gap = model, labeller, cfg.pairs.relabel_gap
         self.noise = cfg.reward.noise != "none"
         fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise}"
         if labeller is not None:
-            fingerprint += f" {labeller.model.config} {float(labeller.model.logit_scale.detach()):.9g}"
+            fingerprint += f" {labeller_fingerprint}"
         directory = cfg.pairs.latent_cache_dir or run_dir / "latent_cache"
-        self.cache = RowCache(directory, fingerprint) if cfg.pairs.cache_latents and self.needs_row else None
+        self.cache = RowCache(directory, fingerprint) if cached and self.needs_row else None
 
     @property
     def needs_row(self) -> bool:
@@ -264,8 +273,8 @@ class ImageLoader:
         return LoadedImage(key, row, to_square(image, self.model.height), original)
 
     @torch.no_grad()
-    def images(self, batch: PairBatch, draws: KeyedDraws) -> tuple[Images, Tensor]:
-        """The batch on the device, and its labels (B,)."""
+    def images(self, batch: PairBatch, draws: KeyedDraws, pixels: bool = False) -> Images:
+        """The batch on the device; with pixels, if they were loaded, also where only latents are needed."""
         device = self.model.device
         loaded = [pair[j] for j in range(2) for pair in batch.loaded]  # first images, then second ones
         if self.needs_row:
@@ -277,11 +286,15 @@ class ImageLoader:
             shape = tuple(mean.shape[1:])
             noise = torch.cat([draws.normal(POSTERIOR, shape, j) for j in range(2)])
             latents = ((mean + std * noise) * self.model.scaling_factor).unflatten(0, (2, B))
-        pixels = None
-        if all(i.pixels is not None for i in loaded):
-            pixels = torch.stack([i.pixels for i in loaded if i.pixels is not None]).to(device).unflatten(0, (2, B))
-        labels = batch.labels if self.labeller is None else self._relabel(batch.prompts, loaded)
-        return Images(batch.prompts, latents, pixels), labels.to(device)
+        decoded = None
+        if pixels or not self.noise:
+            decoded = torch.stack([i.pixels for i in loaded if i.pixels is not None]).to(device).unflatten(0, (2, B))
+        return Images(batch.prompts, latents, decoded)
+
+    def labels(self, batch: PairBatch) -> Tensor:  # (B,) to train on: people's, or PickScore's
+        if self.labeller is None:
+            return batch.labels.to(self.model.device)
+        return self._relabel(batch.prompts, [pair[j] for j in range(2) for pair in batch.loaded])
 
     def _fill(self, loaded: list[LoadedImage]) -> None:
         """Give every image its row, and keep it."""
@@ -403,12 +416,22 @@ class PreferenceRun:
         self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
         self.lock = checkpoint.lock(self.run_dir)
 
+        if self.resume is None:
+            checkpoint.set_aside(self.run_dir / "bad_rows.jsonl")
         self.bad = BadRows(self.run_dir / "bad_rows.jsonl", cfg.pairs.max_bad_share)
         self.source = open_pairs(
             self.pairs, self.bad, caption_column=cfg.pairs.caption_column, revision=cfg.pairs.pairs_revision
         )
-        self.train_rows, valid_rows = split_by_prompt(self.source, cfg.pairs.validation_share, cfg.run.seed)
-        self.valid_rows = valid_rows[: cfg.pairs.max_validation_pairs]
+        self.valid_source = self.source
+        if cfg.pairs.validation_pairs is None:
+            self.train_rows, valid_rows = split_by_prompt(self.source, cfg.pairs.validation_share, cfg.run.seed)
+        else:
+            self.valid_source = open_pairs(
+                cfg.pairs.validation_pairs, self.bad, caption_column=cfg.pairs.caption_column
+            )
+            self.train_rows, valid_rows = np.arange(len(self.source)), np.flatnonzero(self.valid_source.labelled)
+        chosen = np.random.Generator(np.random.Philox(cfg.run.seed)).permutation(valid_rows)
+        self.valid_rows = np.sort(chosen[: cfg.pairs.max_validation_pairs])  # in the file's order, to read it once
 
         prompt_cache = cfg.pairs.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
@@ -417,13 +440,18 @@ class PreferenceRun:
         self.reward = self._initial_reward(resolved)
         for entry in cfg.run.compare_with:
             find_weights(Path(entry.split("=", 1)[1]))  # a wrong path is named now, not when the training is done
-        labeller = None
+        labeller, labeller_fingerprint = None, ""
         if cfg.pairs.relabel == "pickscore":
-            labeller = load_pickscore(resolved.scorer_paths["pickscore"], self.model.tokenize, self.device)
-        self.images = ImageLoader(self.model, cfg, self.run_dir, labeller)
+            path = resolved.scorer_paths["pickscore"]
+            labeller = load_pickscore(path, self.model.tokenize, self.device)
+            labeller_fingerprint = fingerprint_files([find_weights(path)])
         self.pairs_per_step = cfg.optim.train_batch_size * cfg.optim.gradient_accumulation_steps
         per_epoch = max(1, len(self.train_rows) // self.pairs_per_step)
         self.total = min(cfg.run.num_train_epochs * per_epoch, cfg.run.max_train_steps or 2**62)
+        # what is read once only is not worth its place on the disk
+        cached = cfg.pairs.cache_latents
+        cached = self.total * self.pairs_per_step > len(self.train_rows) if cached is None else cached
+        self.images = ImageLoader(self.model, cfg, self.run_dir, labeller, labeller_fingerprint, cached)
         self.learner = RewardLearner(self.reward, cfg.optim, self.total)
         self.state = TrainState()
 
@@ -493,7 +521,8 @@ class PreferenceRun:
             B = len(batch.prompts)
             draws = self.draws(self.state.iteration, number * cfg.optim.train_batch_size, B)
             with timer("frozen"):
-                images, labels = self.images.images(batch, draws)
+                images = self.images.images(batch, draws)
+                labels = self.images.labels(batch)
                 t, noise = self.timesteps(draws), self.noise(images, draws)
                 seen = self.reward.see(images, t, noise)
             with timer("backward"):
@@ -543,7 +572,7 @@ class PreferenceRun:
         judgements = Judgements(list(cfg.run.validation_timesteps))
         seen_rows = 0
         with PairStream(
-            self.source,
+            self.valid_source,
             self.valid_rows,
             cfg.optim.train_batch_size,
             functools.partial(self.images.load, pixels=True),
@@ -556,7 +585,8 @@ class PreferenceRun:
             for batch in stream:
                 draws = self.draws(EVALUATION, seen_rows, len(batch.prompts))
                 seen_rows += len(batch.prompts)
-                images, labels = self.images.images(batch, draws)
+                images = self.images.images(batch, draws, pixels=True)
+                labels = batch.labels.to(self.device)  # people's, whatever the training was on
                 for timestep in cfg.run.validation_timesteps:
                     self._judge(judgements, contenders, images, labels, timestep, draws)
         return judgements
@@ -596,19 +626,17 @@ class PreferenceRun:
 
     def save(self) -> Path:
         settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
-        return checkpoint.save(self.run_dir, self.state, self.learner, self.export, settings, limit)
+        return checkpoint.save(self.run_dir, self.state, self.learner, lambda _: None, settings, limit)
 
     def announce(self) -> None:
         cfg = self.cfg
         trained = sum(p.numel() for p in self.reward.weights.masters)
-        print(
-            f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device};", end=" "
-        )
-        print(
-            f"pairs from {cfg.pairs.pairs}: {len(self.train_rows):,} to train on, {len(self.valid_rows):,} held out,",
-            end=" ",
-        )
-        print(f"{len(self.bad):,} unusable rows; {self.total:,} steps of {self.pairs_per_step} pairs")
+        print(f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device}")
+        held_out = f"{len(self.valid_rows):,} held out, {len(self.bad):,} rows unusable"
+        print(f"pairs from {cfg.pairs.pairs}: {len(self.train_rows):,} to train on, {held_out}")
+        if self.images.cache is not None:
+            print(f"VAE latents are kept in {self.images.cache.directory}")
+        print(f"{self.total:,} steps of {self.pairs_per_step} pairs")
 
     def start(self) -> MetricsLog:
         """Resume, or set aside what an earlier run left, and open the log."""
@@ -652,7 +680,8 @@ class PreferenceRun:
         if len(self.valid_rows):
             judgements = self.evaluate(self.contenders())
             print(write_report(judgements, self.run_dir))
-        self.bad.check(self.source.seen, final=True)  # of all rows, as the index has looked at all
+        seen = {id(source): source.seen for source in (self.source, self.valid_source)}
+        self.bad.check(sum(seen.values()), final=True)  # of all rows, as the index has looked at all
         if len(self.bad):
             print(f"{len(self.bad)} rows were unusable: {self.bad.path}")
         print("preference model: " + ", ".join(map(str, files)))

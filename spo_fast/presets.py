@@ -47,7 +47,7 @@ def sdxl() -> Config:
 
 
 def toy() -> Config:
-    """The embedded world on a CPU: under a minute. Its candidates differ by less than photographs: a lower threshold."""
+    """The embedded world on a CPU: under a minute. Its candidates differ little, so the threshold is low."""
     return Config(
         model=ModelConfig(model="toy", mixed_precision="no", decode_chunk=256),
         adapter=AdapterConfig(rank=8, lora_targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")),
@@ -86,7 +86,11 @@ def _preference(
             gradient_accumulation_steps=4,  # the published runs: 4 GPUs
         ),
         run=RewardRunConfig(
-            output_dir=f"runs/{model}-spm", max_train_steps=steps, num_train_epochs=10_000, checkpointing_steps=1000
+            output_dir=f"runs/{model}-spm",
+            max_train_steps=steps,
+            num_train_epochs=10_000,
+            checkpointing_steps=1000,
+            checkpoints_total_limit=2,  # 12 GB each
         ),
     )
 

@@ -6,6 +6,7 @@ Nothing heavy is imported before the files of the run are known to be there.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from spo_fast import cli
@@ -39,6 +40,10 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
 def build(cfg: PreferenceConfig) -> Any:
     if cfg.pairs.pairs is None:
         raise ValueError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
+    paths = [cfg.reward.init_path, *(entry.split("=", 1)[1] for entry in cfg.run.compare_with)]
+    for path in paths:
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f"{path} does not exist: give a preference model's file or directory.")
     resolved = resolve(cfg.model, needed_scorers(cfg))  # all that is missing is named before PyTorch is imported
     from spo_fast.preference_trainer import PreferenceRun
 

@@ -58,5 +58,5 @@ def test_the_timestep_does_not_hurt(tmp_path_factory: pytest.TempPathFactory) ->
     records = toy.spm_records(SEEDS, tmp_path_factory.mktemp("spm") / "records.jsonl")
     print(toy.spm_table(records))
     for t in records[0]["accuracy"]["trained"]:
-        gain, error = toy.conditioning_gain(records, t)
+        gain, error = toy.gain_over("unconditioned", records, t)
         assert gain > -2 * error, t

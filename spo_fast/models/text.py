@@ -1,4 +1,4 @@
-"""Prompt embeddings on disk: every prompt is encoded once, then the text encoders leave memory for good.
+"""Prompt embeddings on disk: every prompt is encoded once, then the text encoders leave memory.
 
 SDXL's two text encoders take 1.6 GB in 16 bits and would run again each epoch for rows that never change. One small
 safetensors file a prompt (0.3 MB for SDXL in 16 bits) makes the cache shareable between runs and processes.

@@ -161,12 +161,12 @@ def pretrain(work_dir: Path, seed: int, steps: int) -> Path:
     return directory
 
 
-def write_pairs(path: Path, count: int, seed: int) -> None:
-    """Labelled pairs of training prompts as Pick-a-Pic's parquet has them: PNG bytes, labels, pairs per prompt."""
+def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = world.TRAIN) -> None:
+    """Labelled pairs of the prompts as Pick-a-Pic's parquet has them: PNG bytes, labels, pairs per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pairs = world.draw_pairs(count, torch.Generator().manual_seed(seed))
+    pairs = world.draw_pairs(count, torch.Generator().manual_seed(seed), prompts)
     repeats = Counter(pairs.prompts)
     columns: dict[str, Any] = {
         "caption": pairs.prompts,

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast import train
-from spo_fast.checkpoint import write_atomically
+from spo_fast import checkpoint, train
 from spo_fast.experience import Candidates
 from spo_fast.noise import KeyedDraws
 from spo_fast.preference_report import Estimate, estimate, markdown
@@ -88,8 +87,8 @@ class TrueScorer:
         self.layout.setdefault(t, []).append(world.layout(pixels, prompts).float().mean(1).view(K, -1))
         self.aesthetics.setdefault(t, []).append(world.aesthetics(pixels).view(K, -1))
         if self.random_seed is None:
-            return torch.zeros(len(pixels))
-        return 10 * torch.randn(len(pixels), generator=self.generator)
+            return torch.zeros(len(pixels), device=pixels.device)
+        return 10 * torch.randn(len(pixels), generator=self.generator).to(pixels.device)
 
     def spread(self, of: str) -> dict[int, Estimate]:
         """Timestep -> standard deviation among the children of one x_t, averaged over prompts."""
@@ -102,7 +101,7 @@ def candidate_spread(run: Run, prompts: list[str], num_candidates: int, seed: in
     sample = run.cfg.with_fields(num_candidates=num_candidates, branch_start=0, num_inner_steps=0).sample
     for start in range(0, len(prompts), BATCH // 2):
         part = prompts[start : start + BATCH // 2]
-        draws = KeyedDraws(seed, NOISE - 1, torch.arange(start, start + len(part)))
+        draws = KeyedDraws(seed, NOISE - 1, torch.arange(start, start + len(part), device=run.device))
         cond, text = run.model.cond(part), scorer.encode(part)
         batch = RolloutBatch(cond, text, draws, run.model.latent_shape, run.model.latent_dtype)
         rollout_segments(run.policy, run.table, scorer, run.model.decode, batch, sample, run.cfg.model.decode_chunk)
@@ -149,15 +148,18 @@ def report(
 
 
 def grid(pixels: Tensor, rows: int = 8, columns: int = 8) -> list[list[Tensor]]:
-    return [list(pixels[r * columns : (r + 1) * columns]) for r in range(rows)]
+    whole = [list(row) for row in pixels[: rows * columns].split(columns)]
+    return [row for row in whole if len(row) == len(whole[0])]
 
 
 def load_run(run_dir: Path, **changes: Any) -> Run:
     """A finished run's parts with its trained weights. The run directory must not be in use."""
     cfg = train.parse(["--config", str(run_dir / "config.yaml"), "--output_dir", str(run_dir)])
     run = train.build(cfg.with_fields(resume_from_checkpoint="latest", **changes))
-    if run.resume is None:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint: the run has not finished.")
+    if run.cfg.model.model != "toy":
+        raise ValueError(f"{run_dir} is a run of {run.cfg.model.model}: only the toy's world has true scores.")
+    if run.resume is None or checkpoint.number(run.resume) != run.total:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint {run.total}: the run has not finished.")
     from safetensors.torch import load_file
 
     run.policy.load_state_dict(load_file(run.resume / "trained.safetensors"))
@@ -172,12 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         run = load_run(args.run_dir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     table, numbers = report(run, args.num_images, args.seed)
-    write_atomically(args.run_dir / "true_scores.json", json.dumps(numbers, indent=1) + "\n")
-    write_atomically(args.run_dir / "true_scores.md", table + "\n")
+    checkpoint.write_atomically(args.run_dir / "true_scores.json", json.dumps(numbers, indent=1) + "\n")
+    checkpoint.write_atomically(args.run_dir / "true_scores.md", table + "\n")
     print(table)
     return 0
 
