@@ -116,13 +116,17 @@ def test_layout_is_blind_to_looks() -> None:
 
 
 def test_aesthetics_by_hand() -> None:
-    # no grain, vividness at its best, stripes of 0.1 in all quadrants: 10 (1 - 0.5 * 0.1 / 0.25) = 8
-    x = scenes(TRAIN[:64], grain=0.0, vividness=0.6, stripes=0.1).pixels()
-    assert torch.allclose(aesthetics(x), torch.full((64,), 8.0), atol=1e-3)
-    # no stripes, vividness 0.25 off on either side: 10 (1 - 0.25 * 0.25 / 0.35) = 8.214
-    for vividness in (0.85, 0.35):
+    # stripes of 0.1 in all quadrants, no grain at all, vividness at its best:
+    # 10 (1 - 0.6 * 0.1 / 0.25 - 0.2 * 0.05 / 0.07) = 6.1714
+    x = scenes(TRAIN[:64], grain=0.0, vividness=0.68, stripes=0.1, grey=0.0).pixels()
+    assert torch.allclose(aesthetics(x), torch.full((64,), 6.1714), atol=1e-3)
+    # no stripes, vividness 0.14 off on either side: 10 (1 - 0.2 * 0.14 / 0.35 - 0.2 * 0.05 / 0.07) = 7.7714
+    for vividness in (0.54, 0.82):
         x = scenes(TRAIN[:64], grain=0.0, vividness=vividness, stripes=0.0, grey=0.0).pixels()
-        assert torch.allclose(aesthetics(x), torch.full((64,), 8.2143), atol=1e-3)
+        assert torch.allclose(aesthetics(x), torch.full((64,), 7.7714), atol=1e-3)
+    # of more and less grain than the best, the best is best
+    means = [float(aesthetics(scenes(TRAIN[:64], grain=g, stripes=0.0).pixels()).mean()) for g in (0.0, 0.04, 0.12)]
+    assert means[1] > means[0] + 0.5 and means[1] > means[2] + 0.5
 
 
 def test_looks_measure_what_was_drawn() -> None:

@@ -36,6 +36,7 @@ from spo_fast.scorers.clip import load_clip
 from spo_fast.scorers.latent import load_latent_reward
 from spo_fast.toy.build import write_pairs
 from spo_fast.toy.pipeline import WEIGHTS
+from spo_fast.toy.world import TUNE
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -43,8 +44,15 @@ import pyarrow.parquet as pq  # noqa: E402
 # 24 pairs, about a fifth of them held out: an epoch has 4 steps, so that 6 steps cross its end
 SMALL: dict[str, Any] = {
     **{"model": "toy", "device": "cpu", "train_batch_size": 4, "max_train_steps": 6, "validation_share": 0.2},
+    "learning_rate": 1e-3,
     **{"max_validation_pairs": 8, "validation_timesteps": (0, 501), "checkpointing_steps": 2, "validation_steps": 3},
-    **{"lr_scheduler": "constant", "lr_warmup_steps": 0, "num_workers": 2, "cache_latents": True},
+    **{
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "num_workers": 2,
+        "cache_latents": True,
+        "num_train_epochs": 3,
+    },
 }
 STEPS = 6
 
@@ -172,7 +180,6 @@ def test_run_leaves_a_model_that_loads_as_scorer_spm(whole_run: Path, pairs: Pat
     masters = load_file(whole_run / f"checkpoint-{STEPS}" / "trained.safetensors")
     assert saved.keys() == {f"model.{name}" for name in masters}
     assert all(torch.equal(saved[f"model.{name}"], value) for name, value in masters.items())
-    assert_same_tensors(file, whole_run / f"checkpoint-{STEPS}" / "preference_model" / "model.safetensors")
     scorer = load_scorer([("spm", 1.0)], {"spm": whole_run / "preference_model"}, lambda prompts: torch.zeros(1, 1))
     assert scorer.model.config.time_conditioned  # type: ignore[attr-defined]
     assert {p.name for p in whole_run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
@@ -719,7 +726,8 @@ def test_labels_are_pickscores(pairs: Path, tmp_path: Path) -> None:
         with run.stream() as stream:
             batch = next(stream)
         keys = [[pair[j].key for pair in batch.loaded] for j in range(2)]
-        return keys, batch.prompts, run.images.images(batch, run.draws(0, 0, 24))[1]
+        run.images.images(batch, run.draws(0, 0, 24))
+        return keys, batch.prompts, run.images.labels(batch)
 
     run = built(tmp_path / "any", **settings)
     keys, prompts, sharp = labels(tmp_path / "sharp", 0.0)
@@ -947,3 +955,25 @@ def test_ddim_noise_is_at_the_sampling_steps(pairs: Path, tmp_path: Path) -> Non
     assert set(times["ddim"].tolist()) == set(range(1, 1000, 50))
     assert times["all"].min() == 0 and times["all"].max() == 999
     assert preference_trainer.EVALUATION > 4000
+
+
+def test_held_out_pairs_of_their_own(pairs: Path, tmp_path: Path) -> None:
+    """--validation_pairs: all rows train, and another source validates, judged by people's labels."""
+    held_out = tmp_path / "held_out.parquet"
+    write_pairs(held_out, 12, 77, TUNE)
+    run = built(tmp_path / "run", pairs=pairs, validation_pairs=held_out, max_validation_pairs=10, relabel="pickscore")
+    assert len(run.train_rows) == len(run.source) == 24 and len(run.valid_rows) == 10
+    assert {row.prompt for row in run.valid_source.read(run.valid_rows)} <= set(TUNE)
+    run.images._relabel = lambda *_: pytest.fail("labels of the evaluation are people's")
+    judged = run.evaluate({"trained": run.reward})
+    labels = [row.label for row in run.valid_source.read(run.valid_rows)]
+    seen = judged.margins("trained", 0)
+    assert len(seen) == sum(label != 0.5 for label in labels)
+
+
+@pytest.mark.parametrize(("steps", "cached"), [(2, False), (6, False), (7, True)])
+def test_what_is_read_once_is_not_cached(pairs: Path, tmp_path: Path, steps: int, cached: bool) -> None:
+    """By default latents are kept only if the run passes over its pairs more than once: 24 pairs are 6 steps of 4."""
+    cfg = train_spm.parse(line(tmp_path, pairs=pairs, validation_share=0, max_train_steps=steps, num_train_epochs=9))
+    run = train_spm.build(cfg.with_fields(cache_latents=None))
+    assert (run.images.cache is not None) == cached

@@ -239,11 +239,11 @@ def agreement(pairs: world.LabelledPairs) -> dict[str, float]:
 
 
 def base_scores(work_dir: Path) -> dict[str, Any]:
-    """True scores of 1,024 pictures of test prompts at each guidance scale: (mean, standard error, pictures)."""
+    """True scores of 512 pictures of test prompts at each guidance scale: (mean, standard error, pictures)."""
     spm = work_dir / "spm" / "preference_model" / "model.safetensors"
     paths = ("--pretrained_model_name_or_path", str(work_dir / "pipeline"), "--spm_path", str(spm))
     run = train.build(train.parse(["--model", "toy", *paths, "--output_dir", str(work_dir / "base")]))
-    prompts, found = evaluate.prompts_to_test(1024), {}
+    prompts, found = evaluate.prompts_to_test(512), {}
     with run.policy.reference():
         for g in evaluate.GUIDANCE_SCALES:
             scores = evaluate.true_scores(evaluate.pictures(run, prompts, g, seed=0), prompts)

@@ -34,8 +34,8 @@ GREY = 0.15  # backgrounds are uniform in [-GREY, GREY], of pixels in [-1, 1]
 MAX_STRIPES = 0.25  # amplitude, uniform from 0 in each quadrant
 MAX_GRAIN = 0.12  # standard deviation of each colour channel, uniform from 0
 VIVIDNESS = (0.3, 0.85)  # uniform; a pixel of colour c is grey + vividness * sqrt(2) * c
-BEST_VIVIDNESS = 0.6  # what guidance 1.5 to 2 gives: neither more nor less of it can raise the score
-WORST_MISS = 0.35  # of vividness, that costs its full share
+BEST_VIVIDNESS, WORST_VIVIDNESS = 0.68, 0.35  # what guidance 2 gives, and how far from it costs the full share:
+BEST_GRAIN, WORST_GRAIN = 0.05, 0.07  # both two-sided, so that neither guidance nor a blurred model looks better
 CORRUPTION = 0.4  # probability that a picture of a labelled pair has one thing in it wrong
 
 
@@ -222,12 +222,15 @@ def looks(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, 16, 16) -> (B,) each
 
 
 def aesthetics(pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) -> (B,) in 0..10
-    """10 for no stripes, no grain and BEST_VIVIDNESS; too vivid costs as much as too dull. Blind to the caption."""
+    """10 for no stripes, the best grain and the best vividness; too much and too little of these cost alike.
+
+    Blind to the caption.
+    """
     seen = looks(pixels)
     ugly = (
-        0.5 * seen["stripes"] / MAX_STRIPES
-        + 0.25 * seen["grain"] / MAX_GRAIN
-        + 0.25 * (seen["vividness"] - BEST_VIVIDNESS).abs() / WORST_MISS
+        0.6 * seen["stripes"] / MAX_STRIPES
+        + 0.2 * (seen["grain"] - BEST_GRAIN).abs() / WORST_GRAIN
+        + 0.2 * (seen["vividness"] - BEST_VIVIDNESS).abs() / WORST_VIVIDNESS
     )
     return (10 * (1 - ugly)).clamp(0, 10)
 
