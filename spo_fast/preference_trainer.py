@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from spo_fast import checkpoint
-from spo_fast.checkpoint import TrainState
 from spo_fast.config import PreferenceConfig, RewardOptimConfig
 from spo_fast.experience import Cond
-from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
+from spo_fast.metrics import ProgressLine, Timer, gpu_stats
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import TrainedWeights, denoise
 from spo_fast.models.row_cache import Row, RowCache, fingerprint_files
@@ -48,7 +45,7 @@ from spo_fast.scorers.clip import (
 )
 from spo_fast.scorers.clip_scorers import load_pickscore, normalise, preprocess_for_spm_training
 from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
-from spo_fast.trainer import make_optimizer, pick_device
+from spo_fast.trainer import TrainingRun, make_optimizer
 
 EVALUATION = 2**32 - 1  # the iteration whose noise evaluations use; training never gets there
 ENCODE_BATCH = 4  # images through the VAE's encoder at a time, the last batch padded: see models/text.py
@@ -399,28 +396,20 @@ class RewardLearner:
 # ---------------------------------------------------------------------------------------------------- a run
 
 
-class PreferenceRun:
-    """One training run of a preference model: its parts, built from a PreferenceConfig."""
+class PreferenceRun(TrainingRun[PreferenceConfig]):
+    """One training run of a preference model: its parts, built from a PreferenceConfig with pairs."""
 
     def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
+        super().__init__(cfg)
+        cfg = self.cfg
         assert cfg.pairs.pairs is not None
-        self.pairs = cfg.pairs.pairs
-        self.device = pick_device(cfg.run.device)
-        if cfg.model.mixed_precision == "auto":
-            cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
-        self.cfg = cfg
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
-        self.run_dir = Path(cfg.run.output_dir)
-        self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
         self.lock = checkpoint.lock(self.run_dir)
 
         if self.resume is None:
             checkpoint.set_aside(self.run_dir / "bad_rows.jsonl")
         self.bad = BadRows(self.run_dir / "bad_rows.jsonl", cfg.pairs.max_bad_share)
         self.source = open_pairs(
-            self.pairs, self.bad, caption_column=cfg.pairs.caption_column, revision=cfg.pairs.pairs_revision
+            cfg.pairs.pairs, self.bad, caption_column=cfg.pairs.caption_column, revision=cfg.pairs.pairs_revision
         )
         self.valid_source = self.source
         if cfg.pairs.validation_pairs is None:
@@ -453,7 +442,6 @@ class PreferenceRun:
         cached = self.total * self.pairs_per_step > len(self.train_rows) if cached is None else cached
         self.images = ImageLoader(self.model, cfg, self.run_dir, labeller, labeller_fingerprint, cached)
         self.learner = RewardLearner(self.reward, cfg.optim, self.total)
-        self.state = TrainState()
 
     def _initial_reward(self, resolved: Resolved) -> Reward:
         cfg = self.cfg.reward
@@ -624,10 +612,6 @@ class PreferenceRun:
         self.reward.save(directory / "preference_model")
         return [directory / "preference_model"]
 
-    def save(self) -> Path:
-        settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
-        return checkpoint.save(self.run_dir, self.state, self.learner, lambda _: None, settings, limit)
-
     def announce(self) -> None:
         cfg = self.cfg
         trained = sum(p.numel() for p in self.reward.weights.masters)
@@ -637,21 +621,6 @@ class PreferenceRun:
         if self.images.cache is not None:
             print(f"VAE latents are kept in {self.images.cache.directory}")
         print(f"{self.total:,} steps of {self.pairs_per_step} pairs")
-
-    def start(self) -> MetricsLog:
-        """Resume, or set aside what an earlier run left, and open the log."""
-        metrics = self.run_dir / "metrics.jsonl"
-        if self.resume is not None:
-            self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
-            notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
-            print("\n".join(notes))
-        else:
-            checkpoint.set_aside(metrics)
-        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
-        if self.resume is not None:
-            log.truncate_after(self.state.iteration - 1)
-        checkpoint.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
-        return log
 
     def train(self) -> Path:
         """From the first or the resumed step to the last; returns the run directory."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.config import AdamConfig, Config, OptimConfig
+from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig
 from spo_fast.data import TOY_PROMPTS, PromptSampler, count_repeats, load_prompts
 from spo_fast.experience import Candidates, Experience
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
@@ -189,19 +189,56 @@ def prompt_file(cfg: Config) -> str | Path | None:
     return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
 
 
-class Run:
-    """One training run: its parts, built from a Config."""
+C = TypeVar("C", Config, PreferenceConfig)
 
-    def __init__(self, cfg: Config):
+
+class TrainingRun(Generic[C]):
+    """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
+
+    learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
+
+    def __init__(self, cfg: C):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
         self.device = pick_device(cfg.run.device)
         if cfg.model.mixed_precision == "auto":
             cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
-        self.cfg = cfg
+        self.cfg: C = cfg
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
         self.run_dir = Path(cfg.run.output_dir)
         self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
+        self.state = TrainState()
+
+    def start(self) -> MetricsLog:
+        """Resume, or set aside what an earlier run left, and open the log."""
+        notes: list[str] = []
+        if self.resume is not None:
+            self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
+            notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
+        else:
+            checkpoint.set_aside(self.run_dir / "metrics.jsonl")
+        print("".join(note + "\n" for note in notes), end="")
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
+        if self.resume is not None:
+            log.truncate_after(self.state.iteration - 1)
+        checkpoint.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
+        return log
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current iteration."""
+        settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
+        return checkpoint.save(self.run_dir, self.state, self.learner, self.export_beside, settings, limit)
+
+    def export_beside(self, checkpoint_dir: Path) -> None:
+        """Other software's files that go into each checkpoint."""
+
+
+class Run(TrainingRun[Config]):
+    """One run of preference optimisation: its parts, built from a Config."""
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        cfg = self.cfg
         self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir)
@@ -223,7 +260,6 @@ class Run:
         if cfg.run.max_train_steps is not None:
             self.total = min(self.total, cfg.run.max_train_steps)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
-        self.state = TrainState()
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
@@ -284,9 +320,8 @@ class Run:
     def export(self, directory: Path) -> list[Path]:
         return self.model.save(self.policy, directory)
 
-    def save(self) -> Path:
-        settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
-        return checkpoint.save(self.run_dir, self.state, self.learner, self.export, settings, limit)
+    def export_beside(self, checkpoint_dir: Path) -> None:
+        self.export(checkpoint_dir)
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -339,22 +374,6 @@ class Run:
         return score
 
     # ------------------------------------------------------------------------------------------------ the run
-
-    def start(self) -> MetricsLog:
-        """Resume, or set aside what an earlier run left, and open the log."""
-        metrics = self.run_dir / "metrics.jsonl"
-        notes: list[str] = []
-        if self.resume is not None:
-            self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
-            notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
-        else:
-            checkpoint.set_aside(metrics)
-        print("".join(note + "\n" for note in notes), end="")
-        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
-        if self.resume is not None:
-            log.truncate_after(self.state.iteration - 1)
-        checkpoint.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
-        return log
 
     def train(self) -> Path:
         """From the first or the resumed iteration to the last; returns the run directory."""
