@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,22 @@ PAIRS = 4
 ITERATIONS = 4
 
 
-def flags(output_dir: Path, **settings: Any) -> list[str]:
-    """SMALL's command line with some settings changed; a value of None leaves a flag out."""
-    line = []
-    for name, value in {**SMALL, "output_dir": output_dir, **settings}.items():
+def command_line(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags; a value of None leaves one out."""
+    words = []
+    for name, value in settings.items():
         if value is True or value is False:
-            line.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, (tuple, list)):
-            line += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            line += [f"--{name}", str(value)]
-    return line
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def flags(output_dir: Path, **settings: Any) -> list[str]:
+    """SMALL's command line with some settings changed."""
+    return command_line({**SMALL, "output_dir": output_dir, **settings})
 
 
 def run_toy(output_dir: Path, **settings: Any) -> Path:
@@ -70,16 +77,26 @@ def killed_run(output_dir: Path, monkeypatch: pytest.MonkeyPatch, after: int, **
     return output_dir
 
 
-def start(line: list[str], **environment: str) -> subprocess.Popen[str]:
-    """`python -m spo_fast.train` in another process, with as many threads as this one, so that it sums alike."""
+def start(line: list[str], module: str = "spo_fast.train", **environment: str) -> subprocess.Popen[str]:
+    """`python -m module` in another process, with as many threads as this one, so that it sums alike."""
     return subprocess.Popen(
-        [sys.executable, "-m", "spo_fast.train", *line],
+        [sys.executable, "-m", module, *line],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def kill_once_logged(process: subprocess.Popen[str], metrics: Path, records: int) -> None:
+    """SIGKILL a training process as soon as its log has so many records."""
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= records):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 def facts(run_dir: Path) -> list[dict[str, Any]]:

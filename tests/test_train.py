@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from runs import (
     built,
     facts,
     flags,
+    kill_once_logged,
     killed_run,
     run_toy,
     start,
@@ -187,16 +186,9 @@ def test_published_accumulation_keeps_gradients_between_rollouts(tmp_path: Path)
 def test_sigkill_in_another_process(tmp_path: Path) -> None:
     settings = {"checkpointing_steps": 2, "max_prompts": 24, "num_train_epochs": 2}
     out = tmp_path / "killed"
-    process = start(flags(out, **settings))
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 300
     # in the second epoch: what the first has left in memory is gone after the kill
-    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 15):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(read_metrics(metrics)) < 24
+    kill_once_logged(start(flags(out, **settings)), out / "metrics.jsonl", 15)
+    assert len(read_metrics(out / "metrics.jsonl")) < 24
     resumed = start(flags(out, resume_from_checkpoint="latest", **settings))
     output, errors = resumed.communicate()
     assert resumed.returncode == 0, errors

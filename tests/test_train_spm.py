@@ -8,10 +8,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 import yaml
 from golden_replay import load
 from PIL import Image
-from runs import ROOT, Killed, assert_same_end, assert_same_tensors, facts
+from runs import ROOT, Killed, assert_same_end, assert_same_tensors, command_line, facts, kill_once_logged, start
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -58,16 +56,8 @@ STEPS = 6
 
 
 def line(output_dir: Path, **settings: Any) -> list[str]:
-    """SMALL's command line with some settings changed; a value of None leaves a flag out."""
-    words = []
-    for name, value in {**SMALL, "output_dir": output_dir, **settings}.items():
-        if value is True or value is False:
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, tuple):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
+    """SMALL's command line with some settings changed."""
+    return command_line({**SMALL, "output_dir": output_dir, **settings})
 
 
 def trained(output_dir: Path, **settings: Any) -> Path:
@@ -327,26 +317,12 @@ def test_sigkill_in_another_process(tmp_path: Path, parameterisation: str) -> No
     settings = {"pairs": pairs, "parameterisation": parameterisation, "max_train_steps": 60, "checkpointing_steps": 4}
     out = tmp_path / "killed"
 
-    def start(**more: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "spo_fast.train_spm", *line(out, **settings, **more)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # so that it sums alike
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def spm(**more: Any) -> subprocess.Popen[str]:
+        return start(line(out, **settings, **more), "spo_fast.train_spm")
 
-    process = start()
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 30):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(read_metrics(metrics)) < 60
-    resumed = start(resume_from_checkpoint="latest")
+    kill_once_logged(spm(), out / "metrics.jsonl", 30)
+    assert len(read_metrics(out / "metrics.jsonl")) < 60
+    resumed = spm(resume_from_checkpoint="latest")
     output, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     assert "resumed from" in output
