@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch
 
 from benchmarks.records import software
 from spo_fast import train, train_spm
+from spo_fast.metrics import read_metrics
 from spo_fast.preference_report import markdown
 from spo_fast.toy import build, evaluate, world
 from spo_fast.trainer import Run
@@ -69,7 +71,10 @@ def preference_models(seed: int, work_dir: Path) -> dict[str, Any]:
     aware = work_dir / f"aware-{seed}"
     assert command(aware.name, "--compare_with", f"unconditioned={blind / 'preference_model'}") == 0
     report = json.loads((aware / "evaluation.json").read_text())
-    return {"run": f"spm-{seed}", "seed": seed, "pairs": SPM_PAIRS, "held_out": SPM_HELD_OUT, **report}
+    steps = read_metrics(aware / "metrics.jsonl")
+    phases = {k: round(statistics.median(r[k] for r in steps), 2) for k in steps[0] if k.endswith("_ms")}
+    pairs_used = {"pairs": SPM_PAIRS, "held_out": SPM_HELD_OUT}
+    return {"run": f"spm-{seed}", "seed": seed, **pairs_used, **report, "median_step": phases}
 
 
 def recorded(path: Path, runs: dict[str, Callable[[Path], dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -99,7 +104,9 @@ def spm_records(seeds: list[int], path: Path = RESULTS / "toy_spm.jsonl") -> lis
 
 
 def quality_table(records: list[dict[str, Any]]) -> str:
-    rows = [["run", "aesthetics before", "after", "gain", "layout before", "after", "out of range after", "pairs"]]
+    rows = [
+        ["run", "aesthetics before", "after", "gain", "layout before", "after", "out of range after", "pairs", "steps"]
+    ]
     for r in records:
         scores = r["scores"]
         before, after = (next(v for k, v in scores.items() if k.endswith(f"({w})")) for w in ("before", "after"))
@@ -112,8 +119,13 @@ def quality_table(records: list[dict[str, Any]]) -> str:
                 *(f"{scores_['layout'][0]:.3f}" for scores_ in (before, after)),
                 f"{after['out_of_range'][0]:.4f}",
                 str(r["pairs"]),
+                str(r["optimizer_steps"]),
             ]
         )
+    for picks in dict.fromkeys(r["picks"] for r in records):
+        alike = [r for r in records if r["picks"] == picks]
+        aesthetics, layout = ("{:+.3f} ± {:.3f}".format(*gain_in(score, alike)) for score in ("aesthetics", "layout"))
+        rows.append([f"{picks}, {len(alike)} seeds", "", "", aesthetics, "", layout, "", "", ""])
     return markdown(rows)
 
 
@@ -131,11 +143,20 @@ def spm_table(records: list[dict[str, Any]]) -> str:
 
 
 def gain_over(name: str, records: list[dict[str, Any]], t: str) -> tuple[float, float]:
-    """Mean over seeds of the conditioned model's gain in accuracy, paired, and its standard error.
+    """Mean over seeds of the conditioned model's gain in accuracy, paired, and its standard error."""
+    return over_seeds([r["gain"][name][t] for r in records])
 
-    The larger of two: of the pairs within seeds, and of the spread between trainings.
+
+def gain_in(score: str, records: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean over seeds of what training added to a true score, and its standard error."""
+    return over_seeds([r["scores"]["gain"][score] for r in records])
+
+
+def over_seeds(gains: list[list[float]]) -> tuple[float, float]:
+    """Mean of several trainings' (gain, standard error, ...) and its standard error.
+
+    The larger of two: of the pictures or pairs within trainings, and of the spread between trainings.
     """
-    gains = [r["gain"][name][t] for r in records]
     n, mean = len(gains), sum(g[0] for g in gains) / len(gains)
     within = math.sqrt(sum(g[1] ** 2 for g in gains)) / n
     between = math.sqrt(sum((g[0] - mean) ** 2 for g in gains) / max(1, n - 1) / n)
