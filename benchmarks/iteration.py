@@ -290,7 +290,7 @@ class Ours:
         with setup.timer("rollout"):
             experience = self.objective.collect(
                 *(self.policy, setup.table, ScriptedScorer(self.scorer, decisions), self.decode, batch),
-                *(cfg.sample, cfg.model.decode_chunk),
+                *(cfg.sample, cfg.model.images_per_decode),
             )
         self.rolling = False
         experience = experience.select(permutation(len(experience), cfg.run.seed, 0).to(setup.device))

@@ -47,16 +47,20 @@ class ModelConfig:
     Trained weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more training time."""
-    decode_chunk: int = 8
-    """Images decoded and scored at a time, >= 1: memory against launches."""
+    decode_chunk: int | None = None
+    """Images decoded and scored at a time, >= 1: memory against launches. Default: what the device's memory allows."""
 
     def __post_init__(self) -> None:
-        _need(self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk} must be at least 1.")
+        _need(
+            self.decode_chunk is None or self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk} must be at least 1."
+        )
         for name in ("height", "width"):
             size = getattr(self, name)
             _need(size is None or size >= 1, f"{name}={size} must be a positive number of pixels.")
+
+    @property
+    def images_per_decode(self) -> int:
+        return self.decode_chunk or 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,9 @@ class SampleConfig:
     last_step: Literal["compare", "extend"] = "compare"
     """If the last step is a comparison point: compare there and branch once more, or (the published SDXL code) skip
     that comparison and let the group run to the end."""
+    rows_per_forward: int | None = None
+    """UNet rows (candidates times 2 for guidance) in one forward without gradient: memory. Default: all of a step's, or
+    what the device's memory allows."""
 
     def __post_init__(self) -> None:
         _need(self.sample_batch_size >= 1, f"sample_batch_size={self.sample_batch_size} must be at least 1.")
@@ -118,6 +125,10 @@ class SampleConfig:
             0 < self.eta <= 1,
             f"eta={self.eta} must lie in (0, 1]: at eta = 0 a step is deterministic and its log-probability is not "
             "defined. The published runs use 1.",
+        )
+        _need(
+            self.rows_per_forward is None or self.rows_per_forward >= 2,
+            f"rows_per_forward={self.rows_per_forward} must be at least 2: one state and its unconditional half.",
         )
         _need(
             self.threshold < 1,
@@ -169,7 +180,14 @@ class OptimConfig(AdamConfig):
     """balanced: an iteration's pairs are cut into nearly equal optimizer steps, every pair weighs the same and is used
     once. published: slots straddle rollouts, a short one has full weight, as in the published code."""
     states_per_forward: int | None = None
-    """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most."""
+    """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most, or
+    what the device's memory allows."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more training time. Default: only if the
+    device's memory asks for it."""
+    max_nonfinite_steps: int = 10
+    """Stop, with a diagnosis, after so many optimizer steps in a row whose loss or gradient was not finite. Each is
+    skipped and counted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,6 +195,7 @@ class OptimConfig(AdamConfig):
             self.states_per_forward is None or self.states_per_forward >= 2,
             "states_per_forward must be at least 2: the two sides of a pair can have different x_t.",
         )
+        _need(self.max_nonfinite_steps >= 1, "max_nonfinite_steps must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,15 +279,23 @@ class LoopConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LoopConfig):
     validation_prompt: tuple[str, ...] = ()
-    """Prompts of the sample grids made before and after training. Default: the first four prompts."""
+    """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
     num_validation_images: int = 4
     """Images of each validation prompt, from fixed noise."""
-    recipe: Literal["default", "published"] = "default"
-    """published reproduces the published code's accumulation, last step and missing clipping."""
+    validation_steps: int | None = None
+    """Iterations between sample grids during training. Default: one with each checkpoint."""
+    recipe: Literal["default", "published", "fast"] = "default"
+    """published reproduces the published code's accumulation, last step and missing clipping. fast gives up exactness
+    where that is cheap: the tiny VAE, a 16-bit scorer, 8-bit AdamW."""
+    push_to_hub: bool = False
+    """Upload the trained weights, sample grids and model card when the run ends (log in first: `hf auth login`)."""
+    hub_model_id: str | None = None
+    """Repository to upload to. Default: the output directory's name, in your account."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _need(self.num_validation_images >= 0, f"num_validation_images={self.num_validation_images} is negative.")
+        _need(self.validation_steps is None or self.validation_steps >= 1, "validation_steps must be at least 1.")
 
 
 class Settings:

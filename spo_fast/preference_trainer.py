@@ -475,7 +475,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         start = {name: p.detach() for name, p in clip.named_parameters()}
         clip.set_compute_dtype(DTYPES[self.cfg.reward.reward_dtype])
         clip.vision_model.encoder.recompute = self.cfg.reward.reward_checkpointing
-        reward = PixelReward(clip, self.model, self.cfg.reward.train_guidance_scale, self.cfg.model.decode_chunk)
+        reward = PixelReward(clip, self.model, self.cfg.reward.train_guidance_scale, self.cfg.model.images_per_decode)
         reward.weights.load_state_dict(start)  # masters begin with what the file holds, not with its rounding
         return reward
 

@@ -37,7 +37,7 @@ def sd15() -> Config:
 def sdxl() -> Config:
     """SPO with inner steps (MSPO) on SDXL: k = 2, compared every 4 steps."""
     return Config(
-        model=ModelConfig(model="sdxl", mixed_precision="auto", decode_chunk=4),
+        model=ModelConfig(model="sdxl", mixed_precision="auto"),
         adapter=AdapterConfig(rank=64),
         sample=SampleConfig(sample_batch_size=2, num_candidates=2, num_inner_steps=3, threshold=0.4),
         objective=ObjectiveConfig(method="mspo"),
@@ -53,7 +53,7 @@ def toy() -> Config:
         adapter=AdapterConfig(rank=8, lora_targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")),
         sample=SampleConfig(sample_batch_size=16, num_candidates=4, threshold=0.05, guidance_scale=2.0),
         objective=ObjectiveConfig(method="spo"),
-        optim=OptimConfig(learning_rate=1e-3, train_batch_size=16),
+        optim=OptimConfig(learning_rate=5e-4, train_batch_size=16),
         data=DataConfig(max_prompts=96),
         run=RunConfig(output_dir="runs/toy", num_train_epochs=1, num_validation_images=8),
     )

@@ -93,6 +93,17 @@ def _take(x: Tensor, index: Tensor) -> Tensor:  # x (K, B, ...), index (J, B) ->
     return x[index, torch.arange(x.shape[1], device=x.device)]
 
 
+def predict_rows(policy: Any, x: Tensor, t: Tensor, cond: Cond, guided: bool, most: int | None) -> Prediction:
+    """The policy's outputs on x (B, C, H, W) at one timestep, in forwards of at most `most` rows (None: one)."""
+    size = len(x) if most is None else max(1, most // (2 if guided else 1))
+    if size >= len(x):
+        return policy.predict(x, t, cond, guided=guided)
+    rows = torch.arange(len(x), device=x.device).split(size)
+    parts = [policy.predict(x[r], t, cond.select(r), guided=guided) for r in rows]
+    uncond = [part.uncond for part in parts if part.uncond is not None]
+    return Prediction(torch.cat([part.cond for part in parts]), torch.cat(uncond) if uncond else None)
+
+
 @torch.no_grad()
 def rollout_segments(
     policy: Any,
@@ -111,7 +122,7 @@ def rollout_segments(
     branched_text = repeat_text(batch.text, K)
 
     def predict(x: Tensor, i: int, cond: Cond) -> Prediction:
-        return policy.predict(x, table.timesteps[i], cond, guided=g > 1)
+        return predict_rows(policy, x, table.timesteps[i], cond, g > 1, cfg.rows_per_forward)
 
     def step(m: Prediction, x: Tensor, i: int, num_children: int, num_parents: int) -> Tensor:
         drawn = draws.children(i, num_children, num_parents)

@@ -245,6 +245,8 @@ class Run(TrainingRun[Config]):
 
         prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
+        if cfg.optim.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
         self.scorer = load_scorer(
@@ -299,7 +301,7 @@ class Run(TrainingRun[Config]):
                     self.model.decode,
                     self.rollout_batch(batch.indices, iteration),
                 ),
-                *(sample, cfg.model.decode_chunk),
+                *(sample, cfg.model.images_per_decode),
             )
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
@@ -342,8 +344,8 @@ class Run(TrainingRun[Config]):
         images, scores = [], []
         for p, prompt in enumerate(prompts):
             row: list[Tensor] = []
-            for start in range(0, count, self.cfg.model.decode_chunk):
-                size = min(self.cfg.model.decode_chunk, count - start)
+            for start in range(0, count, self.cfg.model.images_per_decode):
+                size = min(self.cfg.model.images_per_decode, count - start)
                 pixels, score = self._validation_images(table, prompt, p * count + start, size)
                 row += list(pixels.float().cpu())
                 scores.append(score)

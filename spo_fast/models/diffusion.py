@@ -45,8 +45,6 @@ class DiffusionModel:
         self.vae.to(device)
         unet: Any = sources.load_unet(resolved, self.dtype)
         self.unet: Any = unet.to(device)
-        if cfg.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
 
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         default: int = self.unet.config.sample_size * factor

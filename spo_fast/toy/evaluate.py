@@ -105,7 +105,9 @@ def candidate_spread(run: Run, prompts: list[str], num_candidates: int, seed: in
         draws = KeyedDraws(seed, NOISE - 1, torch.arange(start, start + len(part), device=run.device))
         cond, text = run.model.cond(part), scorer.encode(part)
         batch = RolloutBatch(cond, text, draws, run.model.latent_shape, run.model.latent_dtype)
-        rollout_segments(run.policy, run.table, scorer, run.model.decode, batch, sample, run.cfg.model.decode_chunk)
+        rollout_segments(
+            run.policy, run.table, scorer, run.model.decode, batch, sample, run.cfg.model.images_per_decode
+        )
     return scorer
 
 
