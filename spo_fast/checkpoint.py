@@ -32,7 +32,8 @@ class TrainState:
 
     iteration: int = 0  # rollouts (with their updates) done
     optimizer_steps: int = 0  # that changed the weights
-    skipped_steps: int = 0  # that fp16 gradients overflowed
+    skipped_steps: int = 0  # whose gradient was not finite (in fp16 now and then one overflows)
+    nonfinite_in_a_row: int = 0  # of them, since the last step that was taken
     slots: int = 0  # accumulation slots since the last optimizer step (recipe published)
     pairs: int = 0  # loss terms used so far
 

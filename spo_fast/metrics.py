@@ -28,7 +28,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-RESERVED = ("iteration", "time", "nonfinite")  # fields the log itself writes
+RESERVED = ("iteration", "time", "nonfinite", "warnings")  # fields the log itself writes
 
 # ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
@@ -37,6 +37,7 @@ class MetricsLog:
     """Appends records to `run_dir`/metrics.jsonl and copies their numbers to a reporter.
 
     report_to: none, tensorboard or wandb. config: the resolved settings, shown by wandb.
+    watch: sees every record before it is written; the warnings it returns go into the record as `warnings`.
     clock: seconds since 1970, written to each record as `time`.
     Made by one process of a run (rank 0).
     """
@@ -47,10 +48,11 @@ class MetricsLog:
         report_to: str = "none",
         config: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
+        watch: Callable[[Mapping[str, Any]], list[str]] = lambda record: [],
     ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.path, self.clock = run_dir / "metrics.jsonl", clock
+        self.path, self.clock, self.watch = run_dir / "metrics.jsonl", clock, watch
         self.reporter = make_reporter(report_to, run_dir, config or {})
         cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
@@ -69,6 +71,8 @@ class MetricsLog:
         record: dict[str, Any] = {"iteration": iteration, "time": round(self.clock(), 3), **finite}
         if nonfinite:
             record["nonfinite"] = nonfinite
+        if warnings := self.watch(record):
+            record["warnings"] = warnings
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         self.reporter.report(iteration, {k: v for k, v in finite.items() if isinstance(v, (int, float))})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -15,10 +18,10 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig
+from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
 from spo_fast.data import TOY_PROMPTS, PromptSampler, count_repeats, load_prompts
-from spo_fast.experience import Candidates, Experience
-from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats
+from spo_fast.experience import Candidates, Experience, Prediction
+from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.models import resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import Policy
@@ -29,6 +32,7 @@ from spo_fast.ops.preference_loss import STATS
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import load_scorer
+from spo_fast.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------- learning
 
@@ -80,6 +84,14 @@ def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Opt
     return kinds[cfg.optimizer](parameters, min_8bit_size=cfg.min_8bit_size, **settings)
 
 
+class LastBatch(NamedTuple):
+    """What the last backward was given, for a diagnosis."""
+
+    experience: Experience
+    m: Prediction
+    loss: Tensor
+
+
 class Learner:
     """The policy and everything that changes it."""
 
@@ -96,6 +108,8 @@ class Learner:
             num_warmup_steps=cfg.optim.lr_warmup_steps,
             num_training_steps=total_iterations,
         )
+        self.last: LastBatch | None = None
+        self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
 
@@ -120,6 +134,7 @@ class Learner:
                     self.scaler.scale(loss).backward()
                 totals = stats if totals is None else totals + stats
                 loss_sum = loss_sum + loss.detach() / slot.weight
+                self.last = LastBatch(e, m.detach(), loss.detach())
             state.slots += 1
             if slot.step:
                 with timed("step"):
@@ -127,24 +142,34 @@ class Learner:
                 norms.append(norm)
                 state.optimizer_steps += took
                 state.skipped_steps += not took
+                state.nonfinite_in_a_row = 0 if took else state.nonfinite_in_a_row + 1
                 state.slots = 0
+                if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
+                    break
         state.pairs += len(experience)
         record = self._log(len(experience), loss_sum, totals, norms)
         self.go_to(self.scheduler.last_epoch + 1)
         return record
 
     def step(self) -> tuple[Tensor, bool]:
-        """One optimizer step on the accumulated gradients: their norm before clipping, and whether it was taken."""
+        """One optimizer step on the accumulated gradients: their norm before clipping, and whether it was taken.
+
+        A gradient that is not finite is dropped, whatever the precision.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.cfg.optim.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, norm)
-        scale = self.scaler.get_scale()  # reads the device in fp16 runs only
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        finite = math.isfinite(norm)  # the one wait for the device in an optimizer step
+        if finite:
+            if self.cfg.optim.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, norm)
+            self.scaler.step(self.optimizer)
+            self.policy.publish()
+        else:
+            names = zip(self.policy.names, self.parameters, strict=True)
+            self.broken = [name for name, p in names if p.grad is not None and not p.grad.isfinite().all()]
+        self.scaler.update()  # lowers the loss scale if unscale_ met what is not finite
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.publish()
-        return norm, self.scaler.get_scale() >= scale
+        return norm, finite
 
     def go_to(self, iteration: int) -> None:
         """Put the learning rate where this run's schedule has it at `iteration`."""
@@ -160,7 +185,8 @@ class Learner:
             record["loss"] = loss_sum / terms
             record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
         if norms:
-            record["grad_norm"] = torch.stack(norms).mean()
+            norm = torch.stack(norms)
+            record["grad_norm"] = norm[norm.isfinite()].mean() if norm.isfinite().any() else norm.mean()
         if self.scaler.is_enabled():
             record["loss_scale"] = self.scaler.get_scale()
         return record
@@ -218,9 +244,11 @@ class TrainingRun(Generic[C]):
         else:
             checkpoint.set_aside(self.run_dir / "metrics.jsonl")
         print("".join(note + "\n" for note in notes), end="")
-        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=self.watch)
         if self.resume is not None:
             log.truncate_after(self.state.iteration - 1)
+            for record in read_metrics(log.path):  # so that it warns as if the run had never stopped
+                self.watch(record)
         checkpoint.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
         return log
 
@@ -231,6 +259,10 @@ class TrainingRun(Generic[C]):
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         """Other software's files that go into each checkpoint."""
+
+    def watch(self, record: Mapping[str, Any]) -> list[str]:
+        """The new warnings that a record of the log gives rise to."""
+        return []
 
 
 class Run(TrainingRun[Config]):
@@ -262,6 +294,7 @@ class Run(TrainingRun[Config]):
         if cfg.run.max_train_steps is not None:
             self.total = min(self.total, cfg.run.max_train_steps)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
+        self.warnings = Watch(cfg)
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
@@ -292,16 +325,11 @@ class Run(TrainingRun[Config]):
         """One iteration of SPO: rollout, reference, updates. Returns what to log."""
         cfg, sample = self.cfg, self.cfg.sample
         batch = self.sampler.batch(iteration)
+        decode = Saturation(self.model.decode)
         with timer("rollout"):
+            inputs = self.rollout_batch(batch.indices, iteration)
             experience = self.objective.collect(
-                *(
-                    self.policy,
-                    self.table,
-                    self.scorer,
-                    self.model.decode,
-                    self.rollout_batch(batch.indices, iteration),
-                ),
-                *(sample, cfg.model.images_per_decode),
+                *(self.policy, self.table, self.scorer, decode, inputs, sample, cfg.model.images_per_decode)
             )
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
@@ -309,21 +337,57 @@ class Run(TrainingRun[Config]):
             experience = self.objective.prepare(
                 self.policy, self.table, experience, sample, self.learner.states_per_forward
             )
+        skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer)
+        if len(experience) == 0 and not experience.scores.isfinite().all():
+            self.state.nonfinite_in_a_row += 1
         most = len(batch.indices) * (sample.num_steps - sample.branch_start)
         scores = experience.scores
         return {
             **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
             **{"valid_share": len(experience) / most, "states": len(experience.states)},
+            **gaps(scores.view(-1, sample.num_candidates, len(batch.indices))),
+            **decode.record(),
             **record,
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
+            **{"nonfinite_steps": self.state.skipped_steps - skipped},
         }
+
+    def diagnosis(self) -> Path:
+        """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = dict(self.learner.policy.state_dict())
+        report: dict[str, Any] = {"state": dataclasses.asdict(self.state), "gradients": self.learner.broken}
+        if self.learner.scaler.is_enabled():
+            report["loss_scale"] = self.learner.scaler.get_scale()
+        broken_weights = [name for name, value in tensors.items() if not value.isfinite().all()]
+        tensors = {}
+        if (last := self.learner.last) is not None:
+            e = last.experience
+            tensors |= {"x_t": e.states.x_t, "x_prev": e.x_prev, "loss": last.loss}
+            for whose, m in (("policy", last.m), ("reference", e.frozen)):
+                if m is not None:
+                    tensors |= {f"{whose}_{k}": v for k, v in m._asdict().items() if v is not None}
+            report["timesteps"] = self.table.timesteps[e.states.rows].tolist()
+        report["weights"] = broken_weights
+        report["finite_share"] = {name: float(value.isfinite().float().mean()) for name, value in tensors.items()}
+        path = self.run_dir / "nonfinite.json"
+        checkpoint.write_atomically(path, json.dumps(report, indent=1) + "\n")
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            path.with_suffix(".safetensors"),
+        )
+        return path
 
     def export(self, directory: Path) -> list[Path]:
         return self.model.save(self.policy, directory)
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         self.export(checkpoint_dir)
+
+    def watch(self, record: Mapping[str, Any]) -> list[str]:
+        return self.warnings.look(record)
 
     # ------------------------------------------------------------------------------------------------ validation
 
@@ -390,7 +454,16 @@ class Run(TrainingRun[Config]):
                 self.state.iteration += 1
                 record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
                 # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
-                progress.update(log.log(iteration, record))
+                record = log.log(iteration, record)
+                for warning in record.get("warnings", ()):
+                    print(f"warning: iteration {iteration}: {warning}.")
+                progress.update(record)
+                if self.state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
+                    raise RunError(
+                        f"{self.state.nonfinite_in_a_row} optimizer steps in a row were not finite; see "
+                        f"{self.diagnosis()}. Lower --learning_rate, or try --mixed_precision bf16 or no; "
+                        "--resume_from_checkpoint latest goes on from the last checkpoint."
+                    )
                 if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:
                     with timer("save"):
                         self.save()
@@ -421,6 +494,30 @@ class Run(TrainingRun[Config]):
 def train(cfg: Config) -> Path:
     """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids."""
     return Run(cfg).train()
+
+
+def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts
+    """How far the best and the worst candidate are apart, and the threshold that would keep a third of the pairs."""
+    gap = (scores.amax(1) - scores.amin(1)).flatten()
+    # softmax([s_w, s_l]) differs by tanh of half the gap
+    return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
+
+
+class Saturation:
+    """A decoder that remembers how colourful its images were: mean over pixels of max - min of R, G, B in [0, 1]."""
+
+    def __init__(self, decode: Any) -> None:
+        self.decode = decode
+        self._means: list[Tensor] = []
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        pixels = self.decode(latents)
+        shown = (pixels.float() / 2 + 0.5).clamp(0, 1)
+        self._means.append((shown.amax(1) - shown.amin(1)).mean((1, 2)))
+        return pixels
+
+    def record(self) -> dict[str, Tensor]:
+        return {"saturation": torch.cat(self._means).mean()} if self._means else {}
 
 
 def write_grid(path: Path, rows: list[list[Tensor]], smallest: int = 96) -> None:

@@ -12,7 +12,7 @@ LAYERS = {
     **dict.fromkeys(("models", "scorers"), 2),
     "rollout": 3,
     "objectives": 4,
-    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs"), 5),
+    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "watch"), 5),
     **dict.fromkeys(("trainer", "preference_report"), 6),
     "preference_trainer": 7,
     "presets": 8,

@@ -1,0 +1,120 @@
+"""Warnings that save a night: what a run's records say when it is going wrong, each with what to do about it.
+
+A watch sees every record that metrics.jsonl gets and nothing else, so a resumed run that feeds it the old records first
+warns exactly as one that was never stopped. Each fault is told once; again only after it had gone away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from spo_fast.config import Config
+
+LN2 = math.log(2)  # the loss of a policy that has not moved: -log sigmoid(0)
+STILL_ITERATIONS, STILL = 50, 5e-4  # the loss sits at ln 2: the mean of so many iterations is so close
+REJECTED_ITERATIONS = 3
+CLAMPED_ITERATIONS, CLAMPED = 3, 0.99
+SATURATION_WINDOW, SATURATION_RISE = 20, 0.25  # iterations averaged; relative to the run's first ones
+
+
+class Watch:
+    """Feed it each record in order; it answers with the warnings that are new."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self._rejected = self._clamped = 0  # records in a row
+        self._losses: deque[float] = deque(maxlen=STILL_ITERATIONS)
+        self._told: set[str] = set()
+        self._first: list[float] = []
+        self._recent: deque[float] = deque(maxlen=SATURATION_WINDOW)
+        self._next_rise = SATURATION_RISE
+
+    def look(self, record: Mapping[str, Any]) -> list[str]:
+        """The new warnings of a record as MetricsLog writes it (None for what is not finite)."""
+        found = {
+            "scores": self._scores(record),
+            "rejected": self._every_pair_rejected(record),
+            "still": self._loss_sits_still(record),
+            "clamped": self._all_clamped(record),
+            "skipped": self._step_skipped(record),
+        }
+        new = [text for name, text in found.items() if text and name not in self._told]
+        self._told = {name for name, text in found.items() if text}
+        rise = self._saturation_climbs(record)  # told at every further rise
+        return [*new, rise] if rise else new
+
+    def _scores(self, record: Mapping[str, Any]) -> str:
+        if "score_mean" not in record.get("nonfinite", {}):
+            return ""
+        return (
+            "the scores are not finite, so no pair can be judged: the decoded images are broken, or the scorer is. An "
+            "SDXL VAE that overflows in fp16 does this: try --mixed_precision bf16, or --scorer_dtype no"
+        )
+
+    def _every_pair_rejected(self, record: Mapping[str, Any]) -> str:
+        self._rejected = self._rejected + 1 if record.get("pairs") == 0 else 0
+        if self._rejected < REJECTED_ITERATIONS or "score_mean" in record.get("nonfinite", {}):
+            return ""
+        text = f"every pair was rejected {REJECTED_ITERATIONS} iterations in a row: nothing is trained."
+        if record.get("third_threshold") is not None:
+            text += (
+                f" The scores of the best and the worst of {self.cfg.sample.num_candidates} candidates differ by "
+                f"{record['score_gap']:.3g} on average; --threshold {record['third_threshold']:.2g} would keep a third "
+                f"of the pairs (now {self.cfg.sample.threshold:g})"
+            )
+        return text
+
+    def _loss_sits_still(self, record: Mapping[str, Any]) -> str:
+        if record.get("loss") is not None:
+            self._losses.append(record["loss"])
+        if len(self._losses) < STILL_ITERATIONS or abs(sum(self._losses) / STILL_ITERATIONS - LN2) > STILL:
+            return ""
+        return (
+            f"the loss has averaged {sum(self._losses) / STILL_ITERATIONS:.4f} over {STILL_ITERATIONS} iterations; a "
+            "policy that has learnt nothing has ln 2 = 0.6931. Raise --learning_rate "
+            f"(now {self.cfg.optim.learning_rate:g}), or give it more pairs a step (--gradient_accumulation_steps)"
+        )
+
+    def _all_clamped(self, record: Mapping[str, Any]) -> str:
+        share = record.get("dead")
+        if share is not None:
+            self._clamped = self._clamped + 1 if share >= CLAMPED else 0
+        if self._clamped < CLAMPED_ITERATIONS:
+            return ""
+        return (
+            "the probability ratios of (nearly) all pairs lie outside the clamp, where the gradient is zero: the "
+            "policy is too far from the reference. Go back to an earlier checkpoint with a lower --learning_rate (now "
+            f"{self.cfg.optim.learning_rate:g}), or widen --clip (now {self.cfg.objective.clip})"
+        )
+
+    def _step_skipped(self, record: Mapping[str, Any]) -> str:
+        normal = 2 if "loss_scale" in record else 0  # fp16 finds its loss scale by overflowing
+        if record.get("nonfinite_steps", 0) <= normal:
+            return ""
+        return (
+            f"{record['nonfinite_steps']} optimizer steps of this iteration had a gradient that was not finite and "
+            f"were skipped. The run stops after {self.cfg.optim.max_nonfinite_steps} in a row"
+        )
+
+    def _saturation_climbs(self, record: Mapping[str, Any]) -> str:
+        value = record.get("saturation")
+        if value is None:
+            return ""
+        if len(self._first) < SATURATION_WINDOW:
+            self._first.append(value)
+        self._recent.append(value)
+        if len(self._recent) < SATURATION_WINDOW:
+            return ""
+        first, now = (sum(v) / len(v) for v in (self._first, self._recent))
+        if now < first * (1 + self._next_rise):
+            return ""
+        while now >= first * (1 + self._next_rise):
+            self._next_rise += SATURATION_RISE
+        return (
+            f"the images' saturation has risen by {now / first - 1:.0%} since the run began ({first:.3f} to "
+            f"{now:.3f}): the scorer may like vivid colours more than people do (reward hacking). Look at the sample "
+            "grids; stop earlier, lower --learning_rate, or mix scorers"
+        )
