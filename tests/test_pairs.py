@@ -877,16 +877,14 @@ print(len(source), len(train), streamed, len(bad), (indexed - before) // 1024, (
 """
 
 
-@pytest.mark.slow
-def test_a_million_rows_in_little_memory(tmp_path):
-    """Indexes 10^6 rows and streams an epoch of a quarter of them, in a process of its own."""
-    rows, files = 1_000_000, 8
-    data = tmp_path / "data"
+def write_rows(data: Path, rows: int, files: int = 8) -> Path:
+    """A directory of small rows, three to a prompt, made in chunks."""
     data.mkdir()
     for i in range(files):
         with pq.ParquetWriter(data / f"part-{i}.parquet", pa.table(columns(1)).schema) as writer:
             for start in range(0, rows // files, 5000):
-                numbers = range(i * rows // files + start, i * rows // files + start + 5000)
+                count = min(5000, rows // files - start)
+                numbers = range(i * rows // files + start, i * rows // files + start + count)
                 images = [IMAGES[k % 64] for k in numbers]
                 chunk = columns(0) | {
                     "caption": [
@@ -894,16 +892,51 @@ def test_a_million_rows_in_little_memory(tmp_path):
                     ],
                     "jpg_0": images,
                     "jpg_1": images,
-                    "label_0": [1.0] * 5000,
-                    "label_1": [0.0] * 5000,
-                    "num_example_per_prompt": [3] * 5000,
+                    "label_0": [1.0] * count,
+                    "label_1": [0.0] * count,
+                    "num_example_per_prompt": [3] * count,
                 }
                 writer.write_table(pa.table(chunk, schema=pa.table(columns(1)).schema), row_group_size=500)
+    return data
+
+
+@pytest.fixture(scope="module")
+def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("million") / "data", 1_000_000)
+
+
+@pytest.mark.slow
+def test_a_million_rows_in_little_memory(million, tmp_path):
+    """Indexes 10^6 rows and streams an epoch of a quarter of them, in a process of its own."""
+    (tmp_path / "data").symlink_to(million)
     out = subprocess.run([sys.executable, "-c", MILLION, tmp_path], capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-2000:]
     indexed, train, streamed, bad, index_mib, peak_mib = map(int, out.stdout.split())
     print(
         f"{indexed} rows indexed in {index_mib} MiB, {streamed} streamed at a peak of {peak_mib} MiB over the imports"
     )
-    assert indexed == rows and bad == 0 and streamed == train >= 200_000
+    assert indexed == 1_000_000 and bad == 0 and streamed == train >= 200_000
     assert peak_mib < 1024
+
+
+TRAIN = """
+import resource, sys
+from spo_fast import train_spm
+assert train_spm.main(sys.argv[1:]) == 0
+print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_training_on_a_million_rows_takes_hardly_more_memory_than_on_a_thousand(million, tmp_path):
+    """The whole trainer with the toy's model, in a process of its own each: what the data adds to the model."""
+    few = write_rows(tmp_path / "few", 1000, files=1)
+    peaks = {}
+    for name, data in (("few", few), ("million", million)):
+        line = ["--model", "toy", "--pairs", str(data), "--output_dir", str(tmp_path / name), "--max_train_steps", "30"]
+        line += ["--train_batch_size", "16", "--max_validation_pairs", "16", "--validation_timesteps", "0"]
+        out = subprocess.run([sys.executable, "-c", TRAIN, *line], capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr[-2000:]
+        peaks[name] = int(out.stdout.split("peak_kib")[1]) // 1024
+    print(f"peak of a training on 1,000 rows {peaks['few']} MiB, on 1,000,000 rows {peaks['million']} MiB")
+    assert peaks["million"] - peaks["few"] < 1024

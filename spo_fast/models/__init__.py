@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 from spo_fast.config import ModelConfig, ScorerConfig
-from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES, ModelSource, Resolved, resolve_all
+from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES, Looked, ModelSource, Resolved, look, resolve_all
 
 
 def _public(kind: str, cfg: ModelConfig) -> ModelSource:
@@ -61,12 +61,21 @@ def scorer_paths(cfg: ScorerConfig) -> dict[str, str | None]:
 
 def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
     """Every file of the run, found (or downloaded) before anything heavy is imported. Raises MissingFilesError."""
-    if model.model == "toy" and None in scorers.values():
-        from spo_fast.toy.pipeline import toy_files
-
-        shipped = toy_files()
-        scorers = {name: path or str(shipped[name]) for name, path in scorers.items()}
-    return resolve_all(MODELS[model.model](model), scorers)
+    return resolve_all(MODELS[model.model](model), _with_shipped(model, scorers))
 
 
-__all__ = ["MODELS", "resolve", "scorer_paths", "scorer_specs"]
+def look_for(model: ModelConfig, scorers: Mapping[str, str | None]) -> list[Looked]:
+    """What the run needs and what of it is on this machine; no network is asked."""
+    return look(MODELS[model.model](model), _with_shipped(model, scorers))
+
+
+def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapping[str, str | None]:
+    if model.model != "toy" or None not in scorers.values():
+        return scorers
+    from spo_fast.toy.pipeline import toy_files
+
+    shipped = toy_files()
+    return {name: path or str(shipped[name]) for name, path in scorers.items()}
+
+
+__all__ = ["MODELS", "look_for", "resolve", "scorer_paths", "scorer_specs"]

@@ -204,6 +204,36 @@ def resolve_all(
     )
 
 
+@dataclass(frozen=True)
+class Looked:
+    """One thing a run needs: where it is on this machine, or why it is not."""
+
+    what: str
+    source: str  # the hub id or path that was asked for
+    file: str  # its file, or "" when several are meant
+    flag: str  # the flag that takes a local path instead
+    path: Path | None
+    why: str  # "" if it is there
+    num_bytes: int | None  # of the files that would be read, if they are there
+
+
+def look(model: ModelSource, scorers: Mapping[str, str | None] | None = None) -> list[Looked]:
+    """What a run needs and what of it is here, without asking the network."""
+    rows = []
+    for need in _needs(model, scorers or {}):
+        found = _find(need, model, download=False)
+        if isinstance(found, Missing):
+            rows.append(Looked(need.what, need.source, need.file, need.flag, None, found.why, None))
+            continue
+        if found.is_file():
+            files = [found]
+        else:
+            files = [found / name for name in select_files(_names(found), need.parts, need.variant)[0]]
+        size = sum(file.stat().st_size for file in files)
+        rows.append(Looked(need.what, need.source, need.file, need.flag, found, "", size))
+    return rows
+
+
 def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]:
     own_vae = model.pretrained_vae_model_name_or_path is None
     needs = [
