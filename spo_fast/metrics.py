@@ -426,6 +426,7 @@ class Timer:
 
     def __init__(self, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
         self.device, self.clock = torch.device(device), clock
+        self.phase = ""  # the innermost one under way; after an exception, the one that raised it
         self._host_ms: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -433,8 +434,10 @@ class Timer:
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the block's time to `phase`, also when it raises; the same phase may be timed many times."""
         measure = self._on_cuda if self.device.type == "cuda" else self._on_host
+        outer, self.phase = self.phase, phase
         with measure(phase):
             yield
+        self.phase = outer
 
     @contextmanager
     def _on_host(self, phase: str) -> Iterator[None]:

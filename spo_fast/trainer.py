@@ -326,10 +326,15 @@ class Run(TrainingRun[Config]):
         cfg, sample = self.cfg, self.cfg.sample
         batch = self.sampler.batch(iteration)
         decode = Saturation(self.model.decode)
+
+        def score(candidates: Candidates) -> Tensor:
+            with timer("score"):  # decoding included; lies inside the rollout
+                return self.scorer(candidates)
+
         with timer("rollout"):
             inputs = self.rollout_batch(batch.indices, iteration)
             experience = self.objective.collect(
-                *(self.policy, self.table, self.scorer, decode, inputs, sample, cfg.model.images_per_decode)
+                *(self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
             )
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
