@@ -107,6 +107,7 @@ def quality_table(records: list[dict[str, Any]]) -> str:
     rows = [
         ["run", "aesthetics before", "after", "gain", "layout before", "after", "out of range after", "pairs", "steps"]
     ]
+    records = sorted(records, key=lambda r: (r["picks"] != "spm", r["seed"]))
     for r in records:
         scores = r["scores"]
         before, after = (next(v for k, v in scores.items() if k.endswith(f"({w})")) for w in ("before", "after"))
