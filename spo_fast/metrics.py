@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,6 +183,7 @@ def split_nonfinite(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 class Reporter(Protocol):
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None: ...
+    def images(self, iteration: int, name: str, path: Path) -> None: ...  # a PNG
     def resume(self, iteration: int) -> None: ...
     def close(self) -> None: ...
 
@@ -191,6 +193,7 @@ class NoReporter:
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None: ...
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None: ...
+    def images(self, iteration: int, name: str, path: Path) -> None: ...  # a PNG
     def resume(self, iteration: int) -> None: ...
     def close(self) -> None: ...
 
@@ -208,10 +211,20 @@ class TensorBoardReporter:
         self._purge_step: int | None = None
 
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, iteration)
+
+    def images(self, iteration: int, name: str, path: Path) -> None:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.array(image.convert("RGB")), iteration, dataformats="HWC")
+
+    @property
+    def writer(self) -> Any:
         if self._writer is None:  # made at the first record, when it is known what a resume purges
             self._writer = self._make_writer(purge_step=self._purge_step)
-        for name, number in numbers.items():
-            self._writer.add_scalar(name, number, iteration)
+        return self._writer
 
     def resume(self, iteration: int) -> None:
         self._purge_step = iteration + 1
@@ -246,6 +259,11 @@ class WandbReporter:
 
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=iteration)
+
+    def images(self, iteration: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(path))}, step=iteration)
 
     def resume(self, iteration: int) -> None: ...
 
