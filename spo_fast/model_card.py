@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spo_fast.checkpoint import write_atomically
 from spo_fast.config import RunError
-from spo_fast.report import RunRecord, sheet_prompts, value
+from spo_fast.report import RunRecord, count_text, sheet_prompts, value
 
 FILES = (
     *("pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "unet/*"),
@@ -55,7 +55,7 @@ def card(run: RunRecord, repository: str | None) -> str:
 # {repository or run.run_dir.resolve().name}
 
 {kind[0].upper() + kind[1:]}, trained on {run.base_model or "the toy model of spo_fast"} by step-by-step preference
-optimisation ({s["method"].upper()}) with spo_fast: {run.pairs:,} pairs in {run.iterations:,} iterations.
+optimisation ({s["method"].upper()}) with spo_fast: {run.pairs:,} pairs in {count_text(run.iterations, "iteration")}.
 
 Method: *Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization*
 (CVPR 2025, [arXiv 2406.04314](https://arxiv.org/abs/2406.04314)).

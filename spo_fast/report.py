@@ -103,7 +103,8 @@ class RunRecord:
             if self.before is not None:
                 gain = self.after - self.before
                 score = f"Validation score {self.before:.4g} before, {self.after:.4g} after ({gain:+.3g})"
-        return f"{score}; {self.pairs:,} pairs in {self.iterations:,} iterations, {duration(self.seconds)}"
+        took = f"{count_text(self.iterations, 'iteration')}, {duration(self.seconds)}"
+        return f"{score}; {count_text(self.pairs, 'pair')} in {took}"
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from the model's preset: name -> (preset's, this run's)."""
@@ -152,6 +153,10 @@ class RunRecord:
         draw = f"num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
         lines += [f'image = pipe("a prompt", {draw}).images[0]']
         return "\n".join(lines)
+
+
+def count_text(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo_fast import metrics
@@ -232,6 +233,52 @@ def test_tensorboard_files_read_back(tmp_path):
             log.log(i, {"loss": i / 4})
     events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(e.step, e.value) for e in events] == [(0, 0.0), (1, 0.25), (2, 0.5)]
+
+
+def a_grid(tmp_path):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    Image.fromarray(pixels).save(tmp_path / "grid.png")
+    return tmp_path / "grid.png", pixels
+
+
+def test_grids_reach_tensorboard(tmp_path, monkeypatch):
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            calls.append(purge_step)
+
+        def add_image(self, *image, dataformats):
+            calls.append((*image, dataformats))
+
+        def close(self): ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    path, pixels = a_grid(tmp_path)
+    with MetricsLog(tmp_path, report_to="tensorboard") as log:
+        log.truncate_after(4)
+        log.reporter.images(5, "samples", path)
+    purged, (name, image, step, layout) = calls
+    assert (purged, name, step, layout) == (5, "samples", 5, "HWC")
+    assert (image == pixels).all()
+
+
+def test_grids_reach_wandb(tmp_path, monkeypatch):
+    logs = []
+    run = types.SimpleNamespace(log=lambda values, step: logs.append((values, step)), finish=lambda: None)
+    module = types.SimpleNamespace(init=lambda **settings: run, Image=lambda path: ("image", path))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    path, _ = a_grid(tmp_path)
+    with MetricsLog(tmp_path, report_to="wandb") as log:
+        log.reporter.images(3, "samples", path)
+    assert logs == [({"samples": ("image", str(path))}, 3)]
+
+
+def test_grids_without_a_reporter_go_nowhere(tmp_path):
+    path, _ = a_grid(tmp_path)
+    with MetricsLog(tmp_path) as log:
+        log.reporter.images(3, "samples", path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
