@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 def write_atomically(path: Path, text: str) -> None:
     """A file that is either the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

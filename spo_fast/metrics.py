@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,6 +187,7 @@ def split_nonfinite(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 class Reporter(Protocol):
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None: ...
+    def images(self, iteration: int, name: str, path: Path) -> None: ...  # a PNG
     def resume(self, iteration: int) -> None: ...
     def close(self) -> None: ...
 
@@ -195,6 +197,7 @@ class NoReporter:
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None: ...
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None: ...
+    def images(self, iteration: int, name: str, path: Path) -> None: ...  # a PNG
     def resume(self, iteration: int) -> None: ...
     def close(self) -> None: ...
 
@@ -212,10 +215,20 @@ class TensorBoardReporter:
         self._purge_step: int | None = None
 
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, iteration)
+
+    def images(self, iteration: int, name: str, path: Path) -> None:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.array(image.convert("RGB")), iteration, dataformats="HWC")
+
+    @property
+    def writer(self) -> Any:
         if self._writer is None:  # made at the first record, when it is known what a resume purges
             self._writer = self._make_writer(purge_step=self._purge_step)
-        for name, number in numbers.items():
-            self._writer.add_scalar(name, number, iteration)
+        return self._writer
 
     def resume(self, iteration: int) -> None:
         self._purge_step = iteration + 1
@@ -250,6 +263,11 @@ class WandbReporter:
 
     def report(self, iteration: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=iteration)
+
+    def images(self, iteration: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(str(path))}, step=iteration)
 
     def resume(self, iteration: int) -> None: ...
 
@@ -420,6 +438,8 @@ def stream_handlers(streams: set[TextIO]) -> list[logging.StreamHandler]:
 class Timer:
     """Milliseconds per phase: `with timer("rollout"): ...`, then read_ms() once an iteration.
 
+    A phase inside another is taken off the outer one's time, so the times add up.
+
     On CUDA a phase lies between two events on the current stream: entering and leaving it never waits for the GPU, and
     the time is the GPU's own, including its gaps while it waits for the host. Elsewhere it is the host's clock.
     """
@@ -427,28 +447,30 @@ class Timer:
     def __init__(self, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
         self.device, self.clock = torch.device(device), clock
         self.phase = ""  # the innermost one under way; after an exception, the one that raised it
+        self._order: dict[str, None] = {}
         self._host_ms: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the block's time to `phase`, also when it raises; the same phase may be timed many times."""
         measure = self._on_cuda if self.device.type == "cuda" else self._on_host
         outer, self.phase = self.phase, phase
-        with measure(phase):
+        self._order.setdefault(phase)
+        with measure(phase, outer):
             yield
         self.phase = outer
 
     @contextmanager
-    def _on_host(self, phase: str) -> Iterator[None]:
+    def _on_host(self, phase: str, outer: str) -> Iterator[None]:
         start = self.clock()
         try:
             yield
         finally:
-            self._host_ms[phase] += 1000 * (self.clock() - start)
+            _add_time(self._host_ms, phase, outer, 1000 * (self.clock() - start))
 
     @contextmanager
-    def _on_cuda(self, phase: str) -> Iterator[None]:
+    def _on_cuda(self, phase: str, outer: str) -> Iterator[None]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(self.device)
         start.record(stream)
@@ -456,17 +478,24 @@ class Timer:
             yield
         finally:
             end.record(torch.cuda.current_stream(self.device))
-            self._events.append((phase, start, end))
+            self._events.append((phase, outer, start, end))
 
     def read_ms(self) -> dict[str, float]:
-        """{"rollout_ms": ...} since the last read, in the order the phases first ended. Waits for the GPU; resets."""
-        totals = dict(self._host_ms)
-        for phase, start, end in self._events:
+        """{"rollout_ms": ...} since the last read, in the order the phases first began. Waits for the GPU; resets."""
+        totals = defaultdict(float, self._host_ms)
+        for phase, outer, start, end in self._events:
             end.synchronize()
-            totals[phase] = totals.get(phase, 0.0) + start.elapsed_time(end)
+            _add_time(totals, phase, outer, start.elapsed_time(end))
         self._host_ms.clear()
         self._events.clear()
-        return {f"{phase}_ms": ms for phase, ms in totals.items()}
+        self.phase = ""
+        return {f"{phase}_ms": totals[phase] for phase in self._order if phase in totals}
+
+
+def _add_time(totals: dict[str, float], phase: str, outer: str, ms: float) -> None:
+    totals[phase] += ms
+    if outer:
+        totals[outer] -= ms
 
 
 def gpu_stats(device_index: int = 0) -> dict[str, float]:

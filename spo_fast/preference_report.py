@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor
 
 from spo_fast.checkpoint import write_atomically
-
-logger = logging.getLogger(__name__)
 
 BINS = 10
 SHOWN = 10  # pairs a bin must have to be drawn
@@ -133,16 +130,10 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def write_report(judgements: Judgements, run_dir: Path) -> str:
-    """evaluation.json, evaluation.md and, with matplotlib, evaluation.png; returns the table."""
+    """evaluation.json, evaluation.md and evaluation.png; returns the table."""
     table = judgements.table()
     write_atomically(run_dir / "evaluation.json", json.dumps(without_nan(judgements.to_json()), indent=1) + "\n")
     write_atomically(run_dir / "evaluation.md", table)
-    try:
-        import matplotlib
-    except ImportError:
-        logger.warning("no evaluation.png: it needs matplotlib, pip install 'spo_fast[plots]'")
-        return table
-    matplotlib.use("agg")
     plot(judgements, run_dir / "evaluation.png")
     return table
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, R
 from spo_fast.data import TOY_PROMPTS, PromptSampler, count_repeats, load_prompts
 from spo_fast.experience import Candidates, Experience, Prediction
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
+from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import Policy
@@ -29,6 +31,7 @@ from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import SPO, make_objective, predict_states
 from spo_fast.ops.preference_loss import STATS
+from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import load_scorer
@@ -274,6 +277,10 @@ class Run(TrainingRun[Config]):
         self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir)
+        # before anything is loaded: nobody should learn after ten hours that nobody was logged in
+        self.repository = (
+            claim_repository(cfg.run.hub_model_id or self.run_dir.resolve().name) if cfg.run.push_to_hub else None
+        )
 
         prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
@@ -295,6 +302,7 @@ class Run(TrainingRun[Config]):
             self.total = min(self.total, cfg.run.max_train_steps)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
+        self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
@@ -328,7 +336,7 @@ class Run(TrainingRun[Config]):
         decode = Saturation(self.model.decode)
 
         def score(candidates: Candidates) -> Tensor:
-            with timer("score"):  # decoding included; lies inside the rollout
+            with timer("score"):  # decoding included
                 return self.scorer(candidates)
 
         with timer("rollout"):
@@ -441,8 +449,29 @@ class Run(TrainingRun[Config]):
         if result is None:
             return None
         images, score = result
-        write_grid(self.run_dir / "samples" / f"{name}.png", images)
+        write_grid(self.run_dir / "samples" / f"{name}.png", images, self.validation_prompts())
         return score
+
+    def show_progress(self, iteration: int, log: MetricsLog, timer: Timer) -> dict[str, float]:
+        """The grid and score of the weights after `iteration`, where they are due: what to log."""
+        done, every = self.state.iteration, self.cfg.run.validation_steps or self.cfg.run.checkpointing_steps
+        if done % every and done != self.total:
+            return {}
+        with timer("validate"):
+            score = self.show(f"step-{done}")
+        if score is None:
+            return {}
+        self.shown[done] = score
+        log.reporter.images(iteration, "samples", self.run_dir / "samples" / f"step-{done}.png")
+        return {"validation_score": score}
+
+    def report(self) -> None:
+        """Write report.html. Training never ends because of it."""
+        try:
+            write_report(self.run_dir)
+        except Exception as error:
+            again = f"python -m spo_fast.report {self.run_dir} makes it later"
+            print(f"no report.html ({type(error).__name__}: {error}); {again}")
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -451,19 +480,23 @@ class Run(TrainingRun[Config]):
         self.announce()
         self.encode_prompts()
         with self.start() as log, ProgressLine(self.total) as progress:
-            before = self.before_score()
+            before = self.before_score(log)
             timer = Timer(self.device)
             while self.state.iteration < self.total:
                 iteration = self.state.iteration
                 record = self.iterate(iteration, timer)
                 self.state.iteration += 1
+                record |= self.show_progress(iteration, log, timer)
                 record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
                 # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
                 record = log.log(iteration, record)
                 for warning in record.get("warnings", ()):
                     print(f"warning: iteration {iteration}: {warning}.")
                 progress.update(record)
-                if self.state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
+                broken = self.state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps
+                if broken or ("validation_score" in record and self.state.iteration < self.total):
+                    self.report()
+                if broken:
                     raise RunError(
                         f"{self.state.nonfinite_in_a_row} optimizer steps in a row were not finite; see "
                         f"{self.diagnosis()}. Lower --learning_rate, or try --mixed_precision bf16 or no; "
@@ -475,25 +508,42 @@ class Run(TrainingRun[Config]):
         self.finish(before)
         return self.run_dir
 
-    def before_score(self) -> float | None:
+    def before_score(self, log: MetricsLog) -> float | None:
         """The validation score before training, kept in the run directory so that a resumed run still has it."""
-        path = self.run_dir / "samples" / "before.txt"
+        samples = self.run_dir / "samples"
+        path = samples / "before.txt"
+        # like the log's records: what this run is about to repeat, and the end that is none any more
+        later = [
+            p for p in samples.glob("step-*.png") if p.stem[5:].isdigit() and int(p.stem[5:]) > self.state.iteration
+        ]
+        for grid in (*later, samples / "after.png"):
+            grid.unlink(missing_ok=True)
         if self.resume is not None:
             return float(path.read_text()) if path.is_file() else None
         score = self.show("before")
         if score is not None:
             checkpoint.write_atomically(path, repr(score))
+            log.reporter.images(0, "samples_before", samples / "before.png")
         return score
 
     def finish(self, before: float | None) -> None:
         """Export the trained weights and show what training did to images from the same noise."""
         files = self.export(self.run_dir)
-        after = self.show("after")
+        samples, after = self.run_dir / "samples", self.shown.get(self.state.iteration)
+        if after is None:  # a finished run, resumed
+            after = self.show("after")
+        else:
+            shutil.copyfile(samples / f"step-{self.state.iteration}.png", samples / "after.png")
         if before is not None and after is not None:
             count, gain = len(self.validation_prompts()) * self.cfg.run.num_validation_images, after - before
             print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({gain:+.3f})")
-            print(f"sample grids: {self.run_dir / 'samples' / 'before.png'}, {self.run_dir / 'samples' / 'after.png'}")
+            print(f"sample grids: {samples / 'before.png'}, {samples / 'after.png'}")
+        self.report()
+        write_card(self.run_dir, self.repository)
+        print(f"what the run did: {self.run_dir / 'report.html'}; model card: {self.run_dir / 'README.md'}")
         print("trained weights: " + ", ".join(str(f) for f in files))
+        if self.repository is not None:
+            print(f"uploaded to {upload(self.run_dir, self.repository)}")
 
 
 def train(cfg: Config) -> Path:
@@ -525,9 +575,13 @@ class Saturation:
         return {"saturation": torch.cat(self._means).mean()} if self._means else {}
 
 
-def write_grid(path: Path, rows: list[list[Tensor]], smallest: int = 96) -> None:
-    """PNG of images (3, H, W) in [-1, 1], one list a row; images under `smallest` pixels are enlarged."""
+def write_grid(path: Path, rows: list[list[Tensor]], prompts: list[str] | None = None, smallest: int = 96) -> None:
+    """PNG of images (3, H, W) in [-1, 1], one list a row; images under `smallest` pixels are enlarged.
+
+    The rows' prompts go into its text chunk "prompts", as a JSON list.
+    """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = torch.stack([torch.stack(row) for row in rows])  # (R, N, 3, H, W)
@@ -535,4 +589,8 @@ def write_grid(path: Path, rows: list[list[Tensor]], smallest: int = 96) -> None
     pixels = pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=1.0)
     sheet = pixels.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(((sheet / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(path)
+    texts = PngInfo()
+    if prompts:
+        texts.add_text("prompts", json.dumps(prompts))
+    image = Image.fromarray(((sheet / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    image.save(path, pnginfo=texts)

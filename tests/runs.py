@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
 from spo_fast import train, trainer
 from spo_fast.metrics import read_metrics
+from spo_fast.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 # 4 steps, 2 of them branching, 2 candidates; threshold -1 keeps every pair: 4 pairs of 2 prompts an iteration
@@ -119,3 +125,21 @@ def assert_same_end(a: Path, b: Path) -> None:
     for file in ("trained.safetensors", "optimizer.safetensors"):
         assert_same_tensors(a / last / file, b / last / file)
     assert facts(a) == facts(b)
+
+
+def leave_run(run_dir: Path, records: list[dict[str, Any]], before: float | None = None, **settings: Any) -> Path:
+    """A run directory as training leaves it: iterations are numbered, times given if they are not there."""
+    (run_dir / "samples").mkdir(parents=True)
+    cfg = PRESETS[settings.pop("model", "toy")]().with_fields(output_dir=str(run_dir), **settings)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(cfg.flat()))
+    lines = [json.dumps({"iteration": i, "time": 0.0, "epoch": 0, **r}) + "\n" for i, r in enumerate(records)]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    if before is not None:
+        (run_dir / "samples" / "before.txt").write_text(repr(before))
+    return run_dir
+
+
+def leave_grid(path: Path, pixels: np.ndarray, prompts: list[str]) -> None:
+    texts = PngInfo()
+    texts.add_text("prompts", json.dumps(prompts))
+    Image.fromarray(pixels).save(path, pnginfo=texts, compress_level=0)

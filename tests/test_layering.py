@@ -12,12 +12,13 @@ LAYERS = {
     **dict.fromkeys(("models", "scorers"), 2),
     "rollout": 3,
     "objectives": 4,
-    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "watch"), 5),
-    **dict.fromkeys(("trainer", "preference_report"), 6),
-    "preference_trainer": 7,
-    "presets": 8,
-    "cli": 9,
-    **dict.fromkeys(("train", "train_spm"), 10),
+    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
+    **dict.fromkeys(("report", "preference_report"), 6),
+    "model_card": 7,
+    "trainer": 8,
+    "preference_trainer": 9,
+    "cli": 10,
+    **dict.fromkeys(("train", "train_spm"), 11),
 }
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
 BESIDE = {"toy", "prompts"}

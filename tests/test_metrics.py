@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo_fast import metrics
@@ -234,6 +235,52 @@ def test_tensorboard_files_read_back(tmp_path):
     assert [(e.step, e.value) for e in events] == [(0, 0.0), (1, 0.25), (2, 0.5)]
 
 
+def a_grid(tmp_path):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    Image.fromarray(pixels).save(tmp_path / "grid.png")
+    return tmp_path / "grid.png", pixels
+
+
+def test_grids_reach_tensorboard(tmp_path, monkeypatch):
+    calls = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            calls.append(purge_step)
+
+        def add_image(self, *image, dataformats):
+            calls.append((*image, dataformats))
+
+        def close(self): ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    path, pixels = a_grid(tmp_path)
+    with MetricsLog(tmp_path, report_to="tensorboard") as log:
+        log.truncate_after(4)
+        log.reporter.images(5, "samples", path)
+    purged, (name, image, step, layout) = calls
+    assert (purged, name, step, layout) == (5, "samples", 5, "HWC")
+    assert (image == pixels).all()
+
+
+def test_grids_reach_wandb(tmp_path, monkeypatch):
+    logs = []
+    run = types.SimpleNamespace(log=lambda values, step: logs.append((values, step)), finish=lambda: None)
+    module = types.SimpleNamespace(init=lambda **settings: run, Image=lambda path: ("image", path))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    path, _ = a_grid(tmp_path)
+    with MetricsLog(tmp_path, report_to="wandb") as log:
+        log.reporter.images(3, "samples", path)
+    assert logs == [({"samples": ("image", str(path))}, 3)]
+
+
+def test_grids_without_a_reporter_go_nowhere(tmp_path):
+    path, _ = a_grid(tmp_path)
+    with MetricsLog(tmp_path) as log:
+        log.reporter.images(3, "samples", path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
     inits, logs = [], []
 
@@ -380,6 +427,27 @@ def test_timer_accumulates_per_phase_and_resets():
     clock.now += 100.0  # between phases: nobody's
     assert timer.read_ms() == {"rollout_ms": 750.0, "backward_ms": 125.0}
     assert timer.read_ms() == {}
+
+
+def test_timer_takes_an_inner_phase_off_the_outer_one():
+    clock = iter([0.0, 1.0, 1.5, 2.0, 2.25, 3.0])
+    timer = Timer(clock=lambda: next(clock))
+    with timer("rollout"):
+        for _ in range(2):
+            with timer("score"):
+                assert timer.phase == "score"
+        assert timer.phase == "rollout"
+    assert timer.phase == ""
+    assert list(timer.read_ms().items()) == [("rollout_ms", 2250.0), ("score_ms", 750.0)]
+
+
+def test_timer_knows_the_phase_that_failed():
+    timer = Timer()
+    with pytest.raises(ValueError), timer("rollout"), timer("score"):
+        raise ValueError
+    assert timer.phase == "score"
+    timer.read_ms()
+    assert timer.phase == ""
 
 
 @pytest.mark.gpu

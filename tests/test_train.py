@@ -27,7 +27,7 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 
-from spo_fast import checkpoint, train, trainer
+from spo_fast import checkpoint, report, train, trainer
 from spo_fast.checkpoint import TrainState
 from spo_fast.metrics import Timer, read_metrics
 from spo_fast.objectives import predict_states
@@ -90,6 +90,100 @@ def test_validation_scores_are_of_the_same_noise(tmp_path: Path, capsys: pytest.
     out = run_toy(tmp_path / "run", learning_rate=1e-30, max_train_steps=1, num_validation_images=1)
     assert (out / "samples" / "before.png").read_bytes() == (out / "samples" / "after.png").read_bytes()
     assert "(+0.000)" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- grids during training
+
+GRIDS = {"num_validation_images": 1, "checkpointing_steps": 2}
+
+
+def samples(run_dir: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (run_dir / "samples").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def shown_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four iterations with a grid after each, a checkpoint every second."""
+    return run_toy(tmp_path_factory.mktemp("shown") / "run", validation_steps=1, **GRIDS)
+
+
+def test_grids_during_training(shown_run: Path) -> None:
+    scores = [r["validation_score"] for r in facts(shown_run)]
+    assert len(set(scores)) == ITERATIONS and all(map(math.isfinite, scores))
+    grids = samples(shown_run)
+    assert grids.keys() == {"before.png", "before.txt", "after.png", *(f"step-{i + 1}.png" for i in range(ITERATIONS))}
+    assert len({grids[f"step-{i + 1}.png"] for i in range(ITERATIONS)} | {grids["before.png"]}) == ITERATIONS + 1
+    assert grids["after.png"] == grids[f"step-{ITERATIONS}.png"]
+    with Image.open(shown_run / "samples" / "step-2.png") as image:
+        assert json.loads(image.text["prompts"]) == built(shown_run / "x").prompts[:4]
+
+
+def test_grids_are_of_the_weights_of_their_iteration(shown_run: Path, tmp_path: Path) -> None:
+    run = built(tmp_path / "run", **GRIDS)
+    run.encode_prompts()
+    assert run.show("before") == float((shown_run / "samples" / "before.txt").read_text())
+    checkpoint.load(shown_run / "checkpoint-2", run.learner, run.cfg.flat())
+    assert run.show("again") == facts(shown_run)[1]["validation_score"]
+    grids = samples(tmp_path / "run")
+    assert grids["again.png"] == samples(shown_run)["step-2.png"]
+    assert grids["before.png"] == samples(shown_run)["before.png"]
+
+
+def test_grids_come_with_checkpoints_and_change_no_number(shown_run: Path, tmp_path: Path) -> None:
+    out = run_toy(tmp_path / "run", num_validation_images=1, checkpointing_steps=3)
+    assert [i for i, r in enumerate(facts(out)) if "validation_score" in r] == [2, 3]
+    assert {"step-3.png", "step-4.png"} == {name for name in samples(out) if name.startswith("step")}
+    without = [{k: v for k, v in r.items() if k != "validation_score"} for r in facts(shown_run)]
+    assert without == [{k: v for k, v in r.items() if k != "validation_score"} for r in facts(out)]
+
+
+def test_killed_and_resumed_has_the_same_grids(
+    shown_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"validation_steps": 1, **GRIDS}
+    killed = killed_run(tmp_path / "run", monkeypatch, 3, **settings)
+    whole = samples(shown_run)
+    assert samples(killed).keys() == whole.keys() - {"step-4.png", "after.png"}
+    assert report.main([str(killed)]) == 0  # of what there is so far
+    # from checkpoint-2 on, and what was drawn after it is another run's
+    (killed / "samples" / "step-3.png").write_bytes(b"drawn by the killed run")
+    run_toy(killed, resume_from_checkpoint="latest", **settings)
+    assert_same_end(shown_run, killed)
+    assert samples(killed) == whole
+
+
+def test_resumed_without_grids_keeps_none_of_what_it_repeats(shown_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shown_run, tmp_path / "run")
+    settings = {**GRIDS, "num_validation_images": 0}
+    run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", **settings)
+    assert samples(copy).keys() == {"before.png", "before.txt", "step-1.png", "step-2.png"}
+    assert [r.get("validation_score") for r in facts(copy)][2:] == [None, None]
+
+
+def test_finished_run_resumed_keeps_its_grids(shown_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shown_run, tmp_path / "run")
+    run_toy(copy, resume_from_checkpoint="latest", validation_steps=1, **GRIDS)
+    assert samples(copy) == samples(shown_run)
+    assert facts(copy) == facts(shown_run)
+
+
+def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(trainer, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
+    run_toy(tmp_path / "run", validation_steps=2, **{**GRIDS, "checkpointing_steps": 4})
+    assert written == [2, 4]
+
+
+def test_a_report_that_fails_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(run_dir: Path) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(trainer, "write_report", fails)
+    out = run_toy(tmp_path / "run", max_train_steps=1, num_validation_images=1)
+    assert (out / LORA).is_file() and (out / "README.md").is_file() and not (out / "report.html").exists()
+    assert f"no report.html (KeyError: 'odd'); python -m spo_fast.report {out}" in capsys.readouterr().out
 
 
 def test_run_prints_no_noise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

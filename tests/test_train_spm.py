@@ -224,15 +224,6 @@ def test_other_models_are_compared(whole_run: Path, pairs: Path, tmp_path: Path)
     assert found["log_loss"]["trained"] != found["log_loss"]["initial"]
 
 
-def test_without_matplotlib_there_is_no_picture(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    out = trained(tmp_path / "run", pairs=pairs, max_train_steps=1)
-    assert (out / "evaluation.md").is_file() and not list(out.glob("*evaluation.png"))
-    assert "spo_fast[plots]" in caplog.text
-
-
 # --------------------------------------------------------------------------------------------------------- resuming
 
 

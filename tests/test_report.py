@@ -1,0 +1,260 @@
+"""report.html: that it loads nothing, stays small, escapes what people wrote and draws the numbers that were logged."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from runs import leave_grid, leave_run
+
+from spo_fast import report
+from spo_fast.presets import PREFERENCE_PRESETS
+
+
+class Page(HTMLParser):
+    """What a page loads or links to, its tags, and the text people see."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[tuple[str, str]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.text = "".join(self.words)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        wanted = ("src", "srcset", "href", "xlink:href", "data", "poster", "action", "background")
+        self.loads += [(name, value or "") for name, value in attrs if name in wanted]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def written(run_dir: Path) -> tuple[str, Page]:
+    html = report.write_report(run_dir).read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def points(html: str, field: str) -> list[np.ndarray]:
+    """(n, 2) SVG coordinates of a curve, an array for each part between gaps."""
+    group = html[html.index(f'id="curve-{field}"') :]
+    path = re.search(r'<path d="([^"]*)"', group).group(1)
+    parts = [re.findall(r"[ML] (\S+) (\S+)", part) for part in re.split("(?=M)", path) if part.strip()]
+    return [np.array(part, dtype=float) for part in parts]
+
+
+def assert_drawn(parts: list[np.ndarray], x: Any, y: Any) -> None:
+    """The points are (x, y) up to a shift and a scale of each axis, y upwards."""
+    drawn = np.concatenate(parts)
+    assert len(drawn) == len(x)
+    for column, values, direction in ((0, np.asarray(x, float), 1), (1, np.asarray(y, float), -1)):
+        slope, shift = np.polyfit(values, drawn[:, column], 1)
+        assert slope * direction > 0
+        np.testing.assert_allclose(drawn[:, column], slope * values + shift, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_curves_are_the_logged_numbers(tmp_path: Path) -> None:
+    loss = [0.693, 0.7, 0.66, 0.68, 0.6]
+    html, page = written(leave_run(tmp_path / "run", [{"loss": v, "grad_norm": 3 - v} for v in loss]))
+    assert_drawn(points(html, "loss"), [1, 2, 3, 4, 5], loss)
+    assert_drawn(points(html, "grad_norm"), [1, 2, 3, 4, 5], [3 - v for v in loss])
+    assert "Loss" in page.text and "Gradient norm" in page.text
+    assert "Accuracy" not in page.text and "Saturation" not in page.text  # not logged
+
+
+def test_validation_scores_begin_before_training(tmp_path: Path) -> None:
+    records = [{}, {"validation_score": 2.0}, {}, {"validation_score": 4.5}]
+    html, page = written(leave_run(tmp_path / "run", [{"pairs": 3, "rollout_ms": 30e3, **r} for r in records], 1.5))
+    assert_drawn(points(html, "validation_score"), [0, 2, 4], [1.5, 2.0, 4.5])
+    assert "Validation score 1.5 before, 4.5 after (+3); 12 pairs in 4 iterations, 2 min 0 s." in page.text
+
+
+def test_long_curves_are_means_and_bands(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=3000)
+    html, _ = written(leave_run(tmp_path / "run", [{"loss": v} for v in values]))
+    tens, x = values.reshape(300, 10), np.arange(1, 3001).reshape(300, 10)
+    assert_drawn(points(html, "loss"), x.mean(1), tens.mean(1))
+    found = report.binned(np.arange(1.0, 3001), values)
+    np.testing.assert_allclose(found, (x.mean(1), tens.mean(1), tens.min(1), tens.max(1)))
+    assert "PolyCollection" in html  # the band
+    assert len(html) < 1_000_000
+
+
+def test_null_is_a_gap(tmp_path: Path) -> None:
+    loss = [1.0, 2.0, None, 4.0, 3.0]
+    records = [{"loss": v, "margin": None} | ({"nonfinite": {"loss": "nan"}} if v is None else {}) for v in loss]
+    html, page = written(leave_run(tmp_path / "run", [*records, {}]))
+    parts = points(html, "loss")
+    assert [len(part) for part in parts] == [2, 2]
+    assert_drawn(parts, [1, 2, 4, 5], [1.0, 2.0, 4.0, 3.0])
+    assert "Margin" not in page.text  # never a number
+    assert "loss was not finite (iteration 3)" in page.text
+
+
+def test_spikes_do_not_flatten_a_curve(tmp_path: Path) -> None:
+    norms = [1.0 + i % 2 for i in range(200)]
+    norms[77] = 5000.0
+    html, page = written(leave_run(tmp_path / "run", [{"grad_norm": v} for v in norms]))
+    y = points(html, "grad_norm")[0][:, 1]
+    assert abs(y[0] - y[1]) > 30  # of about 140 units
+    assert "from 1 to 5e+03: spikes are cut off" in page.text
+
+
+def test_phases_are_stacked(tmp_path: Path) -> None:
+    html, page = written(leave_run(tmp_path / "run", [{"rollout_ms": 3000.0, "step_ms": 1000.0}] * 3))
+    heights = [np.ptp(np.concatenate(points(html, name))[:, 1]) for name in ("rollout_ms", "step_ms")]
+    assert heights[0] == pytest.approx(3 * heights[1], rel=1e-3)
+    assert "rollout" in page.text and "rollout_ms" not in page.text
+
+
+def test_epochs_are_marked(tmp_path: Path) -> None:
+    html, _ = written(leave_run(tmp_path / "run", [{"loss": 0.1 * i, "epoch": i // 3} for i in range(9)]))
+    assert html.count('id="epoch"') == 2
+    html, _ = written(leave_run(tmp_path / "many", [{"loss": 0.1 * i, "epoch": i // 3} for i in range(300)]))
+    assert html.count('id="epoch"') <= report.MAX_EPOCH_MARKS
+
+
+@pytest.mark.parametrize("records", [[], [{"loss": 0.5, "rollout_ms": 5.0}], [{"loss": None}], [{}, {}]])
+def test_short_logs(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    html, page = written(leave_run(tmp_path / "run", records))
+    assert f"No validation score yet; 0 pairs in {len(records)} iteration" in page.text
+    assert ("<svg" in html) == any(value is not None for r in records for value in r.values())
+    assert ("Nothing was logged yet" in page.text) == ("<svg" not in html)
+
+
+def test_no_log_at_all(tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "run", [])
+    (run / "metrics.jsonl").unlink()
+    assert "Nothing was logged yet" in written(run)[1].text
+
+
+# --------------------------------------------------------------------------------------------------- the page as such
+
+
+def test_page_loads_nothing_and_escapes(tmp_path: Path) -> None:
+    bad = '<script>alert("1")</script> & <img src=http://x/y.png onerror=z>'
+    warned = [{"loss": 0.6, "warnings": [f"look {bad}"]}] * 3
+    run = leave_run(tmp_path / "a<i>b&c", warned, 1.0, validation_prompt=(bad,), hub_model_id='"><b>')
+    for name in ("before", "after"):
+        leave_grid(run / "samples" / f"{name}.png", np.full((20, 40, 3), 99, np.uint8), [bad])
+    html, page = written(run)
+    assert not {"script", "link", "iframe", "object", "embed", "i", "base"} & set(page.tags)
+    assert page.tags.count("img") == 2 and page.tags.count("html") == 1
+    assert page.loads and all(value.startswith("data:image/" if name == "src" else "#") for name, value in page.loads)
+    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+    assert page.text.count(bad) >= 4  # heading, table, all settings, warning
+    assert f"look {bad} (iteration 1 and 2 later)" in page.text
+    assert "a<i>b&c" in page.text and html.lower().count("</html>") == 1
+    assert 'name="viewport"' in html and "color-scheme: light dark" in html
+
+
+@pytest.mark.parametrize(("prompts", "size"), [(2, 1024), (4, 400), (40, 64)])
+def test_stays_under_ten_megabytes(tmp_path: Path, prompts: int, size: int) -> None:
+    """Noise, which no format compresses, in as many grids as are shown."""
+    records = [{"validation_score": 0.1 * i} for i in range(6)]
+    run = leave_run(tmp_path / "run", records, 0.0)
+    pixels = np.random.default_rng(0).integers(0, 256, (prompts * size, 4 * size, 3), np.uint8)
+    for name in ("before", *(f"step-{i}" for i in range(1, 7)), "after"):
+        leave_grid(run / "samples" / f"{name}.png", pixels, [f"prompt {i}" for i in range(prompts)])
+    html, page = written(run)
+    assert len(html.encode()) < 10_000_000
+    assert page.tags.count("img") == min(prompts, 16) * 6
+    assert ("16 of 40 prompts" in page.text) == (prompts == 40)
+
+
+def test_grids_show_their_own_rows(tmp_path: Path) -> None:
+    """Each prompt's block holds that prompt's row of each grid, in order."""
+    import base64
+    import io
+
+    run = leave_run(tmp_path / "run", [{"validation_score": 1.25}] * 3, 0.5)
+    for k, name in enumerate(("before", "step-2", "step-3", "after")):
+        pixels = np.zeros((20, 30, 3), np.uint8)
+        pixels[:10], pixels[10:] = 10 + k, 100 + k
+        leave_grid(run / "samples" / f"{name}.png", pixels, ["first", "second"])
+    html, page = written(run)
+    colours = []
+    for _, source in page.loads:
+        if source.startswith("data:"):
+            image = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+            assert image.size == (30, 10)
+            colours.append(np.asarray(image.convert("RGB")).mean())
+    # step-3 is what after shows
+    np.testing.assert_allclose(colours, [10, 11, 13, 100, 101, 103], atol=1)
+    assert page.text.index("first") < page.text.index("second")
+    assert page.text.count("before: 0.5") == page.text.count("iteration 2: 1.25") == page.text.count("after: 1.25") == 2
+    assert "3 of 3 grids" in page.text
+
+
+def test_grids_during_are_spread_and_the_latest_is_there(tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "run", [{}] * 100)
+    for n in range(10, 101, 10):
+        leave_grid(run / "samples" / f"step-{n}.png", np.zeros((8, 8, 3), np.uint8), ["p"])
+    leave_grid(run / "samples" / "before.png", np.zeros((8, 8, 3), np.uint8), ["another prompt"])
+    shown, count = report.grids(report.RunRecord.read(run))
+    assert [label for label, _ in shown] == ["before", "iteration 30", "iteration 60", "iteration 80", "iteration 100"]
+    assert count == 11
+    assert "another prompt" not in written(run)[1].text  # it cannot stand beside the others
+
+
+def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "run", [], model="sdxl", learning_rate=3e-5, validation_prompt=("a cat", "a dog"))
+    html, page = written(run)
+    assert report.RunRecord.read(run).changed() == {
+        "learning_rate": (1e-5, 3e-5),
+        "validation_prompt": ([], ["a cat", "a dog"]),
+    }
+    assert "<td><code>learning_rate</code></td><td>1e-05</td><td>3e-05</td>" in html
+    assert "<td>none</td><td>a cat, a dog</td>" in html
+    assert "All as in the preset" in written(leave_run(tmp_path / "other", []))[1].text
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"model": "toy"}, 'StableDiffusionXLPipeline.from_pretrained(toy_files()["model"], **settings)'),
+        ({"model": "sd15"}, 'StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5"'),
+        (
+            {"model": "sdxl", "pretrained_model_name_or_path": "/m/x.safetensors"},
+            'StableDiffusionXLPipeline.from_single_file("/m/x.safetensors"',
+        ),
+        ({"model": "sdxl", "full_finetune": True}, 'UNet2DConditionModel.from_pretrained("W", subfolder="unet"'),
+    ],
+)
+def test_loading_is_python(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
+    code = report.RunRecord.read(leave_run(tmp_path / "run", [], **settings)).loading("W")
+    compile(code, "snippet", "exec")
+    assert line in code
+    assert ('pipe.load_lora_weights("W")' in code) != settings.get("full_finetune", False)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = leave_run(tmp_path / "run", [{"loss": 1.0}])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 1, "lo')  # killed while it wrote
+    assert report.main([str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "in 1 iteration," in (run / "report.html").read_text()
+    assert not list(run.glob(".*tmp"))
+
+
+def test_other_directories_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(tmp_path)]) == 1
+    assert re.fullmatch(r"error: .* holds no run: it has no config.yaml. .*--output_dir.\n", capsys.readouterr().err)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(PREFERENCE_PRESETS["toy"]().flat()))
+    assert report.main([str(tmp_path)]) == 1
+    assert "no run of spo_fast.train" in capsys.readouterr().err
