@@ -186,6 +186,11 @@ class Batch(NamedTuple):
     last_in_epoch: bool
 
 
+def prompt_file(cfg: Config) -> str | Path | None:
+    """The prompts given, else the built-in ones: the toy knows only its own world's."""
+    return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
+
+
 class PromptSampler:
     """Which prompts an iteration uses: a pure function of the iteration number, so there is no state to save.
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
+from spo_fast.choices import choose, found_device, out_of_memory, pick_device
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
-from spo_fast.data import TOY_PROMPTS, PromptSampler, count_repeats, load_prompts
+from spo_fast.data import PromptSampler, count_repeats, load_prompts, prompt_file
 from spo_fast.experience import Candidates, Experience, Prediction
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
@@ -198,24 +199,9 @@ class Learner:
 # ---------------------------------------------------------------------------------------------------- a run
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N; a CUDA device becomes the current one. Raises ValueError if it is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is unknown. Use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices.")
-        torch.cuda.set_device(device)  # Triton launches on the current device
-    elif device.type != "cpu":
-        raise ValueError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
-    return device
-
-
-def prompt_file(cfg: Config) -> str | Path | None:
-    """The prompts given, else the built-in ones: the toy knows only its own world's."""
-    return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
+def is_out_of_memory(error: Exception) -> bool:
+    """A CUDA device's memory, or a CPU's, is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 C = TypeVar("C", Config, PreferenceConfig)
@@ -272,10 +258,11 @@ class Run(TrainingRun[Config]):
     """One run of preference optimisation: its parts, built from a Config."""
 
     def __init__(self, cfg: Config):
-        super().__init__(cfg)
-        cfg = self.cfg
-        self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
+        self.found = found_device(pick_device(cfg.run.device))
+        cfg, self.choices = choose(cfg, self.found, resolved)
+        super().__init__(cfg)
+        self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
         self.lock = checkpoint.lock(self.run_dir)
         # before anything is loaded: nobody should learn after ten hours that nobody was logged in
         self.repository = (
@@ -307,6 +294,7 @@ class Run(TrainingRun[Config]):
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
         cfg, trained = self.cfg, sum(p.numel() for p in self.learner.parameters)
+        print("".join(f"chosen: {choice}\n" for choice in self.choices), end="")
         repeats = count_repeats(self.prompts)
         cut = count_truncated(self.model.tokenizers[0], self.prompts)
         print(
@@ -314,8 +302,11 @@ class Run(TrainingRun[Config]):
             end="",
         )
         print(f"{trained:,} trained weights, {self.policy.dtype} on {self.device}".replace("torch.", ""))
-        print(f"{len(self.prompts)} prompts, {repeats} repeated, {cut} cut at the tokenizer's length; ", end="")
+        print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
         print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
+        if cut:
+            limit = self.model.tokenizers[0].model_max_length
+            print(f"warning: {cut} prompts are longer than {limit} tokens; what lies beyond is not read.")
 
     def encode_prompts(self) -> None:
         """All prompts through the text encoders once; they leave memory afterwards."""
@@ -477,11 +468,19 @@ class Run(TrainingRun[Config]):
 
     def train(self) -> Path:
         """From the first or the resumed iteration to the last; returns the run directory."""
+        timer = Timer(self.device)
+        try:
+            return self._train(timer)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(out_of_memory(self.cfg, timer.phase, self.found, self.model.resolved)) from error
+
+    def _train(self, timer: Timer) -> Path:
         self.announce()
         self.encode_prompts()
         with self.start() as log, ProgressLine(self.total) as progress:
             before = self.before_score(log)
-            timer = Timer(self.device)
             while self.state.iteration < self.total:
                 iteration = self.state.iteration
                 record = self.iterate(iteration, timer)

@@ -1,0 +1,197 @@
+"""What a run chooses by itself for the device it finds, each choice with its reason and the flag that overrides it.
+
+Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once. The
+least that fits is done: batches stay whole while the predicted peak (costs.py) leaves room, then are halved; activations
+are recomputed only when no batch fits without. The run's saved settings hold what was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spo_fast.config import Config
+from spo_fast.costs import Costs, predict, states_per_forward
+from spo_fast.models.sources import Resolved
+
+GIB = 2**30
+SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
+CONTEXT = GIB // 2  # the CUDA context
+DECODE_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    flag: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"--{self.flag} {self.value}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What choices depend on."""
+
+    name: str
+    type: str  # cuda or cpu
+    memory_bytes: int | None  # None: not planned with
+
+    @property
+    def usable_bytes(self) -> int | None:
+        return None if self.memory_bytes is None else int(SHARE * self.memory_bytes) - CONTEXT
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; a CUDA device becomes the current one. Raises ValueError if it is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown. Use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices.")
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    elif device.type != "cpu":
+        raise ValueError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def found_device(device: torch.device) -> Device:
+    """A device as choices see it. A CPU's memory is not planned with: what does not fit is swapped, not refused."""
+    if device.type != "cuda":
+        return Device("CPU", device.type, None)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.name, "cuda", properties.total_memory)
+
+
+def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tuple[Config, list[Choice]]:
+    """cfg with every open setting filled in, and why. Settings that were given are not touched."""
+    choices: list[Choice] = []
+
+    def take(flag: str, value: Any, reason: str) -> None:
+        nonlocal cfg
+        cfg = cfg.with_fields(**{flag: value})
+        choices.append(Choice(flag, value, reason))
+
+    if cfg.model.mixed_precision == "auto":
+        on_gpu = device.type == "cuda"
+        take(
+            "mixed_precision",
+            *(("fp16", "a GPU; the published runs used it") if on_gpu else ("no", "float32 is fastest on a CPU")),
+        )
+    open_settings = [
+        flag
+        for flag in ("rows_per_forward", "decode_chunk", "states_per_forward", "gradient_checkpointing")
+        if cfg.flat()[flag] is None
+    ]
+    if not open_settings:
+        return cfg, choices
+    whole = {
+        "rows_per_forward": rows_of_a_step(cfg),
+        "decode_chunk": min(DECODE_CHUNK, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
+        "states_per_forward": states_per_forward(cfg),
+        "gradient_checkpointing": False,
+    }
+    cfg = cfg.with_fields(**{flag: whole[flag] for flag in open_settings})
+    if device.usable_bytes is None:
+        choices += [Choice(flag, whole[flag], "memory is not planned on a CPU") for flag in open_settings]
+        return cfg, choices
+    costs = _memoised(resolved, device)
+    cfg = _fit(cfg, set(open_settings), costs, device.usable_bytes)
+    peaks, flat = costs(cfg).peaks, cfg.flat()
+    for flag in open_settings:
+        peak = max(peaks[phase] for phase in PHASES_OF[flag])
+        how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
+        if flag == "gradient_checkpointing":
+            how = "needed to fit" if flat[flag] else "not needed"
+        room = f"{' and '.join(PHASES_OF[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
+        choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
+    return cfg, choices
+
+
+PHASES_OF: dict[str, tuple[str, ...]] = {
+    "rows_per_forward": ("rollout",),
+    "decode_chunk": ("decode and score",),
+    "states_per_forward": ("reference", "backward"),
+    "gradient_checkpointing": ("backward",),
+}
+"""The phases whose memory a setting decides."""
+
+
+def rows_of_a_step(cfg: Config) -> int:
+    """UNet rows of a whole step of the rollout: every candidate of every prompt, twice for guidance."""
+    return cfg.sample.sample_batch_size * cfg.sample.num_candidates * (2 if cfg.sample.guidance_scale > 1 else 1)
+
+
+def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: int) -> Config:
+    """Halve what may be halved until the phases it decides fit, or it is as small as it can be."""
+
+    def halved(cfg: Config, flag: str, least: int) -> Config:
+        value = cfg.flat()[flag]
+        while value > least and max(costs(cfg).peaks[phase] for phase in PHASES_OF[flag]) > usable:
+            value = max(least, value // 2)
+            cfg = cfg.with_fields(**{flag: value})
+        return cfg
+
+    for flag, least in (("rows_per_forward", 2), ("decode_chunk", 1)):
+        if flag in may:
+            cfg = halved(cfg, flag, least)
+    plain = halved(cfg, "states_per_forward", 2) if "states_per_forward" in may else cfg
+    if "gradient_checkpointing" not in may or costs(plain).peaks["backward"] <= usable:
+        return plain
+    cfg = cfg.with_fields(gradient_checkpointing=True)
+    return halved(cfg, "states_per_forward", 2) if "states_per_forward" in may else cfg
+
+
+def _memoised(resolved: Resolved | None, device: Device) -> Callable[[Config], Costs]:
+    seen: dict[Config, Costs] = {}
+
+    def costs(cfg: Config) -> Costs:
+        if cfg not in seen:
+            seen[cfg] = predict(cfg, resolved, device.type)
+        return seen[cfg]
+
+    return costs
+
+
+# ---------------------------------------------------------------------------------------------------- out of memory
+
+KNOBS: dict[str, tuple[str, ...]] = {  # a timer's phase -> what lowers its memory, the cheapest first
+    "rollout": ("rows_per_forward",),
+    "score": ("decode_chunk",),
+    "validate": ("decode_chunk", "rows_per_forward"),
+    "reference": ("states_per_forward",),
+    "backward": ("states_per_forward", "gradient_checkpointing"),
+}
+
+
+def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | None = None) -> str:
+    """What to tell somebody whose device has no memory left in a phase of the trainer's timer."""
+    flat, least = cfg.flat(), {"rows_per_forward": 2, "decode_chunk": 1, "states_per_forward": 2}
+    advice = []
+    for flag in KNOBS.get(phase, ()):
+        if flag == "gradient_checkpointing":
+            if not flat[flag]:
+                advice.append(("--gradient_checkpointing", cfg.with_fields(gradient_checkpointing=True), flag))
+        elif (value := flat[flag]) is not None and value > least[flag]:
+            lower = max(least[flag], value // 2)
+            advice.append((f"--{flag} {lower} (now {value})", cfg.with_fields(**{flag: lower}), flag))
+    where = f"out of memory on {device.name}" + (f" in the phase {phase!r}" if phase else "")
+    if not advice:
+        return (
+            f"{where}. Free the device of other programs, or try --scorer_dtype bf16, --optimizer adamw8bit, a lower "
+            "--rank or --resolution; --dry_run predicts what each needs."
+        )
+    costs = _memoised(resolved, device)
+
+    def gib(cfg: Config, flag: str) -> str:
+        return f"{max(costs(cfg).peaks[p] for p in PHASES_OF[flag]) / GIB:.1f}"
+
+    lines = [f"{text} (predicted {gib(cfg, flag)} -> {gib(lower, flag)} GiB)" for text, lower, flag in advice]
+    has = f", which has {device.memory_bytes / GIB:.1f} GiB" if device.memory_bytes else ""
+    return f"{where}{has}. Try " + ", or ".join(lines) + ". Nothing is lost before the last checkpoint."

@@ -1,0 +1,208 @@
+"""What a run chooses for the device it finds, what a dry run prints, and what is said when memory runs out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, SMALL, built, command_line, flags
+
+from spo_fast import choices, dry_run, train, trainer
+from spo_fast.choices import GIB, Choice, Device, choose, out_of_memory
+from spo_fast.costs import predict
+from spo_fast.metrics import read_metrics
+from spo_fast.presets import PRESETS
+
+MIB = 2**20
+OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "gradient_checkpointing")
+
+
+def gpu(memory_bytes: float) -> Device:
+    return Device("a pretended GPU", "cuda", int(memory_bytes))
+
+
+def toy_on(memory_mib: float, **settings: object) -> tuple[trainer.Config, dict[str, Choice]]:
+    """The toy's choices on a GPU with so much memory besides what is set aside."""
+    size = (memory_mib * MIB + choices.CONTEXT) / choices.SHARE
+    cfg = PRESETS["toy"]().with_fields(mixed_precision="auto", decode_chunk=None, **settings)
+    chosen, found = choose(cfg, gpu(size))
+    return chosen, {choice.flag: choice for choice in found}
+
+
+def test_everything_stays_whole_where_there_is_room() -> None:
+    cfg, found = toy_on(100_000)
+    assert set(found) == {*OPEN, "mixed_precision"}
+    assert cfg.sample.rows_per_forward == 16 * 4 * 2 and cfg.model.decode_chunk == 8
+    assert cfg.optim.states_per_forward == 32 and cfg.optim.gradient_checkpointing is False
+    assert cfg.model.mixed_precision == "fp16"
+
+
+def test_less_memory_means_smaller_batches_that_fit() -> None:
+    whole, _ = toy_on(100_000)
+    floor = predict(
+        whole.with_fields(rows_per_forward=2, states_per_forward=2, decode_chunk=1, gradient_checkpointing=True)
+    ).peak
+    seen = []
+    for room in (2.0, 1.3, 1.02):
+        cfg, found = toy_on(room * floor / MIB)
+        assert predict(cfg).peak <= room * floor
+        seen.append((cfg.sample.rows_per_forward, cfg.optim.states_per_forward, cfg.optim.gradient_checkpointing))
+        assert "GiB predicted" in found["rows_per_forward"].reason
+    assert seen == sorted(seen, key=lambda s: (-s[0], -s[1])) and seen[0] != seen[-1]
+
+
+def test_activations_are_recomputed_only_if_no_batch_fits_without() -> None:
+    whole, _ = toy_on(100_000)
+    plain = predict(whole.with_fields(states_per_forward=2)).peaks["backward"]
+    assert toy_on(1.01 * plain / MIB)[0].optim.gradient_checkpointing is False
+    cfg, found = toy_on(0.97 * plain / MIB)
+    assert cfg.optim.gradient_checkpointing is True and "needed" in found["gradient_checkpointing"].reason
+
+
+def test_what_was_given_is_not_chosen() -> None:
+    given = {"rows_per_forward": 64, "states_per_forward": 8, "gradient_checkpointing": False}
+    cfg, found = toy_on(1, **given)
+    assert set(found) == {"mixed_precision", "decode_chunk"}
+    assert (cfg.sample.rows_per_forward, cfg.optim.states_per_forward) == (64, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_published_presets_fit_24_80_and_141_gb(model: str) -> None:
+    states = []
+    for memory in (24, 80, 141):
+        device = gpu(memory * 1e9)
+        cfg, found = choose(PRESETS[model](), device)
+        print(f"{model}, {memory} GB:", *found, f"peak {predict(cfg).peak / GIB:.1f} GiB", sep="\n  ")
+        assert predict(cfg).peak <= (device.usable_bytes or 0)
+        states.append(cfg.optim.states_per_forward)
+        if memory == 141:
+            assert cfg.optim.gradient_checkpointing is False
+    assert states == sorted(states)
+
+
+def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train.main(flags(out, max_train_steps=1)) == 0
+    printed = capsys.readouterr().out
+    for flag in ("rows_per_forward 8", "states_per_forward 4", "gradient_checkpointing False"):
+        assert re.search(rf"--{flag}: .+", printed), printed
+    assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
+
+
+# ------------------------------------------------------------------------------------------------- the dry run
+
+
+def dry(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "spo_fast.train", "--dry_run", *arguments],
+        **{"cwd": ROOT, "capture_output": True, "text": True},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def test_toy_dry_run_says_all_and_writes_nothing(tmp_path: Path) -> None:
+    done = dry(*flags(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
+    for title in ("settings", "chosen", "files", "steps", "FLOPs", "memory", "time"):
+        assert f"== {title}" in text
+    assert f"{SMALL['max_prompts']} prompts x 2 epochs in batches of 2: 4 iterations" in text
+    assert "spm/model.safetensors" in text and "--spm_path" in text and "learning_rate: 0.001" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_missing_models_names_them_and_counts_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # at 64 px: counted in a second or two
+    cfg = train.parse(["--model", "sd15", "--resolution", "64", "--sample_batch_size", "1", "--device", "cpu"])
+    text = dry_run.report(cfg)
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in text and "no: " in text
+    assert "--spm_path" in text and "sd-v1-5_step-aware_preference_model.bin" in text
+    assert "rollout (130 samples)" in text  # a tenth of the published 1,300
+
+
+def test_flops_of_the_run_are_the_iterations_and_the_prompts(tmp_path: Path) -> None:
+    cfg = built(tmp_path / "run").cfg
+    costs = predict(cfg, device_type="cpu")
+    text = dry_run.flops_table(costs, 4, 4)
+    whole = (sum(costs.flops(1.0).values()) * 4 + 4 * costs.flops_per_prompt) / 1e12
+    assert f"{whole:,.4g}" in text.splitlines()[-1]
+
+
+def test_time_is_estimated_from_measurements_only(tmp_path: Path) -> None:
+    costs = predict(PRESETS["toy"](), device_type="cpu")
+    path = tmp_path / "measured.jsonl"
+    device = Device("a card", "cuda", 10 * GIB)
+    assert "no iteration was ever measured on a card" in dry_run.time_estimate(costs, device, 100, path)
+    flops = sum(costs.flops(0.5).values())
+    records = [
+        {"what": "twice as large", "device": "a card", "flops": 2 * flops, "seconds": 6.0},
+        {"what": "far", "device": "a card", "flops": 100 * flops, "seconds": 1.0},
+        {"what": "another", "device": "another card", "flops": flops, "seconds": 1.0},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    text = dry_run.time_estimate(costs, device, 100, path)
+    assert "about 5 min 0 s" in text and "twice as large" in text  # 100 iterations of 3 s
+
+
+# ------------------------------------------------------------------------------------------------- out of memory
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ("rollout", ["--rows_per_forward 4 (now 8)"]),
+        ("score", ["--decode_chunk 4 (now 8)"]),
+        ("backward", ["--states_per_forward 2 (now 4)", "--gradient_checkpointing"]),
+        ("step", ["--optimizer adamw8bit"]),
+    ],
+)
+def test_out_of_memory_says_which_phase_and_what_to_lower(tmp_path: Path, phase: str, words: list[str]) -> None:
+    cfg = built(tmp_path / "run", decode_chunk=8).cfg
+    text = out_of_memory(cfg, phase, gpu(8 * GIB))
+    assert repr(phase) in text and "\n" not in text
+    for word in words:
+        assert word in text
+    predicted = [float(x) for x in re.findall(r"predicted ([\d.]+) -> ", text)]
+    assert len(predicted) == len(words) or phase == "step"
+
+
+def test_a_run_without_memory_ends_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third iteration's backward finds no memory; the checkpoints before it stand, and a resumed run goes on."""
+    whole = trainer.predict_states
+    calls = []
+
+    def predict_states(*args: object) -> object:
+        calls.append(1)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return whole(*args)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "predict_states", predict_states)
+        assert train.main(flags(out, checkpointing_steps=1)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory") and error.count("\n") == 1
+    assert "'backward'" in error and "--states_per_forward 2 (now 4)" in error
+    done = len(read_metrics(out / "metrics.jsonl"))
+    assert (out / f"checkpoint-{done}").is_dir() and not math.isnan(done)
+    assert train.main([*command_line({"config": out / "config.yaml", "output_dir": out}), "--states_per_forward", "2",
+                       "--resume_from_checkpoint", "latest"]) == 0  # fmt: skip
+
+
+def test_memory_of_a_cpu_that_is_full(tmp_path: Path) -> None:
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried")
+    assert trainer.is_out_of_memory(error) and not trainer.is_out_of_memory(RuntimeError("shape mismatch"))
