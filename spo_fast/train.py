@@ -10,23 +10,33 @@ from typing import Any
 
 from spo_fast import cli
 from spo_fast.config import Config
-from spo_fast.models import resolve, scorer_paths
-from spo_fast.presets import PRESETS, published
+from spo_fast.models import find_lora, resolve, scorer_paths
+from spo_fast.presets import PRESETS, RECIPES
+
+ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
+EXAMPLES = [
+    "--model toy --output_dir runs/toy",
+    "--model sdxl --prompts my_prompts.txt --output_dir runs/sdxl",
+    "--config runs/sdxl/config.yaml --resume_from_checkpoint latest",
+]
 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
-    about = "Step-by-step preference optimisation of a text-to-image diffusion model."
-    parser = cli.build_parser(Config, "python -m spo_fast.train", about)
-    cfg, given = cli.parse(
-        parser, PRESETS, arguments, lambda cfg, source: published(cfg) if source.get("recipe") == "published" else cfg
-    )
+    parser = cli.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
+
+    def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+        return RECIPES[source.get("recipe", "default")](given)
+
+    cfg, given = cli.parse(parser, PRESETS, arguments, recipe)
     if cfg.data.prompts is not None and "max_prompts" not in given:
         cfg = cfg.with_fields(max_prompts=None)  # the toy preset's limit is meant for the built-in list
     return cfg
 
 
 def build(cfg: Config) -> Any:
+    if cfg.adapter.lora_path is not None:
+        find_lora(cfg.adapter.lora_path)
     resolve(cfg.model, scorer_paths(cfg.scorer))  # everything missing is named at once, before PyTorch is imported
     from spo_fast.trainer import Run
 
@@ -34,7 +44,7 @@ def build(cfg: Config) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return cli.main(lambda: build(parse(arguments)))
+    return cli.main(lambda: build(parse(arguments)), arguments)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,8 @@ class TrainingRun(Generic[C]):
             self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
             notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
         else:
+            if self.cfg.run.resume_from_checkpoint is not None:  # the word latest: a path without one is an error
+                notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
             checkpoint.set_aside(self.run_dir / "metrics.jsonl")
         print("".join(note + "\n" for note in notes), end="")
         log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat())
