@@ -79,7 +79,7 @@ def build_parser(
         prog,
         description,
         usage=f"{prog} --model {{{','.join(presets)}}} [--flag value ...]",
-        epilog="examples:\n" + "\n".join(f"  {prog} {line}" for line in examples),
+        epilog="examples:\n" + "\n".join(f"  {prog} \\\n      {line}" for line in examples),
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(

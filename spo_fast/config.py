@@ -167,7 +167,7 @@ class ModelConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section):
     rank: Count = 4
-    """LoRA rank."""
+    """Rank of the LoRA matrices."""
     lora_alpha: Positive | None = None
     """LoRA alpha; the update is scaled by alpha / rank. Default: the rank (scale 1), as published."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")

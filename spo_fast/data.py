@@ -37,7 +37,7 @@ def load_prompts(path: str | Path | None, column: str | None = None) -> list[str
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(
-            f"{path}: cannot read prompts from a {path.suffix or 'nameless'} file. Give one of {', '.join(READERS)}."
+            f"{path}: cannot read prompts from a {path.suffix or 'nameless'} file. Use {', '.join(READERS)}."
         )
     if not path.is_file():
         what = "is a folder, not a file of prompts" if path.is_dir() else "does not exist"

@@ -263,8 +263,12 @@ def _check_file(file: Path, need: _Need) -> None:
 
 def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing:
     if need.file:
-        file = directory / need.file
-        return file if file.is_file() else _lacks(need, why + need.file)
+        # the published name, or those of a model trained here (preference_model/)
+        for file in (directory / name for name in (need.file, "model.safetensors", "pytorch_model.bin")):
+            if file.is_file():
+                _check_file(file, need)
+                return file
+        return _lacks(need, f"{why}{need.file} or model.safetensors")
     chosen, lacking = select_files(_names(directory), need.parts, need.variant)
     if lacking:
         return _lacks(need, why + ", ".join(lacking))
