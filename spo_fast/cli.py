@@ -176,8 +176,9 @@ def read_yaml(path: str, known: Mapping[str, Kind]) -> dict[str, Any]:
 
 
 def _yaml_tree(path: str) -> yaml.Node | None:
-    if Path(path).is_dir():
-        raise ValueError(f"--config {path} is a directory. Give a YAML file, such as the config.yaml of a run.")
+    if not Path(path).is_file():
+        what = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"--config {path} {what}. Give a YAML file, such as the config.yaml of a run.")
     try:
         return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
@@ -186,7 +187,7 @@ def _yaml_tree(path: str) -> yaml.Node | None:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line} is not YAML: {error.problem}. Mend this line.") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {error}.") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def _yaml_text(label: str, kind: Kind, node: yaml.Node) -> Any:

@@ -177,11 +177,16 @@ def chosen_column(path: Path, where: str, present: Iterable[str], column: str | 
     for name in wanted:
         if name in present:
             return name
-    found = ", ".join(" ".join(str(name)[:40].split()) for name in present[:8])  # one line, whatever is in the file
+    found = ", ".join(map(in_line, present[:8])) or "none"
     raise ValueError(
-        f"{path}, {where}: no column {' or '.join(wanted)}; found {found or 'none'}. "
+        f"{path}, {where}: no column {' or '.join(map(in_line, wanted))}; found {found}. "
         "Name the prompts' column by --caption_column, or rename it."
     )
+
+
+def in_line(name: object) -> str:
+    """A name out of a file, which may hold anything, as part of a message of one line."""
+    return " ".join(str(name)[:40].split())
 
 
 # ---- the order of prompts --------------------------------------------------------------------------------------------

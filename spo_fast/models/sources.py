@@ -269,14 +269,14 @@ def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing
                 _check_file(file, need)
                 return file
         return _lacks(need, f"{why}{need.file} or model.safetensors")
+    if need.kind and (directory / "unet" / "config.json").is_file():
+        _check_directory_kind(directory, need.kind)  # before what is missing: another kind has other parts
     chosen, lacking = select_files(_names(directory), need.parts, need.variant)
     if lacking:
         return _lacks(need, why + ", ".join(lacking))
     for name in chosen:  # one that was cut short is named now, not after minutes of loading the others
         if name.endswith(".safetensors"):
             read_header(directory / name)
-    if need.kind:
-        _check_directory_kind(directory, need.kind)
     return directory
 
 
