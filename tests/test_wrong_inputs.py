@@ -96,8 +96,11 @@ class Place:
 class Bomb:
     """What an attacker would put into a pickle."""
 
+    def __init__(self, path: Path):
+        self.path = str(path)
+
     def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/never",)
+        return os.mkdir, (self.path,)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +226,10 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     ),
     "SPM cut short": (lambda p: ["--spm_path", p.cut(SPM, "model.safetensors")], ["was cut short", "bytes of"]),
     "SPM is text": (lambda p: ["--spm_path", p.file("a.safetensors", "hello")], ["is no .safetensors file"]),
-    "pickle that runs code": (lambda p: ["--spm_path", p.pickle(Bomb())], ["spm.bin cannot be read", "run code"]),
+    "pickle that runs code": (
+        lambda p: ["--spm_path", p.pickle(Bomb(p.path / "never"))],
+        ["spm.bin cannot be read", "run code"],
+    ),
     "pickle of a list": (lambda p: ["--spm_path", p.pickle([1, 2])], ["spm.bin", "state dict"]),
     "not a pickle": (lambda p: ["--spm_path", p.file("spm.bin", b"\x80\x02}q")], ["spm.bin cannot be read"]),
     "SPM without its config": (
@@ -327,7 +333,7 @@ def test_files(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> N
     for words in says:
         assert words in error
     assert not (place.path / "run" / "checkpoint-1").exists()
-    assert not Path("/tmp/never").exists()
+    assert not (place.path / "never").exists()
 
 
 # numbers: every field that is one, from its own annotation's point of view and from the command line's
