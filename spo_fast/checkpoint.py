@@ -15,15 +15,17 @@ import platform
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spo_fast.config import RunError
+from spo_fast.files import read_json, read_tensors
 
 
 @dataclass
@@ -88,10 +90,14 @@ def write_atomically(path: Path, text: str) -> None:
 def lock(run_dir: Path) -> Any:
     """Hold the run directory for this process; the returned file keeps the lock while it is open.
 
-    Raises RuntimeError if another process holds it: two runs would write over each other.
+    Raises RuntimeError if another process holds it: two runs would write over each other. OSError if nothing can be
+    written there.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / ".lock").open("w")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise OSError(f"cannot write to {run_dir} ({error.strerror}). Choose another --output_dir.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -195,6 +201,7 @@ FIXED = (
     "rank",
     "lora_alpha",
     "lora_targets",
+    "lora_path",
     "full_finetune",
     "optimizer",
     "min_8bit_size",
@@ -212,9 +219,12 @@ class MismatchError(RunError):
 def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState, list[str]]:
     """Put a checkpoint's weights, optimizer state and gradients into the learner; returns the counters and what to say.
 
-    Learning rate, betas, weight decay and schedule are this run's. Raises MismatchError if a setting of FIXED changed.
+    Learning rate, betas, weight decay and schedule are this run's. Raises MismatchError if a setting of FIXED changed
+    or the checkpoint is damaged.
     """
-    record = json.loads((path / "state.json").read_text())
+    record = _read(path, read_json, "state.json")
+    if not {"settings", "state", "optimizer", "scaler"} <= record.keys():
+        raise MismatchError(f"{path / 'state.json'} is not of a checkpoint that this version wrote.")
     changed = differences(record["settings"], settings)
     fixed = [changed[name] for name in FIXED if name in changed]
     if fixed:
@@ -222,15 +232,15 @@ def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState
             f"{path} cannot go on with other settings ({'; '.join(fixed)}): use those it was saved with."
         )
     state = TrainState(**record["state"])
-    learner.policy.load_state_dict(load_file(path / "trained.safetensors"))
-    tensors = load_file(path / "optimizer.safetensors")
+    learner.policy.load_state_dict(_read(path, read_tensors, "trained.safetensors"))
+    tensors = _read(path, read_tensors, "optimizer.safetensors")
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict(unflatten_optimizer(tensors, record["optimizer"], groups))
     learner.go_to(state.iteration)
     if learner.scaler.is_enabled():
         learner.scaler.load_state_dict(record["scaler"])
     if (path / "gradients.safetensors").is_file():
-        gradients = load_file(path / "gradients.safetensors")
+        gradients = _read(path, read_tensors, "gradients.safetensors")
         for name, p in zip(learner.policy.names, learner.policy.masters, strict=True):
             p.grad = gradients[name].to(p.device) if name in gradients else None
     # what was saved after it belongs to another continuation: out of the way of "latest", but kept
@@ -242,6 +252,15 @@ def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState
     if any(name in changed for name in REORDERS):
         notes.append("iterations now mean other data: some of it is repeated or left out in this epoch")
     return state, notes
+
+
+def _read(path: Path, reader: Callable[[Path], Any], name: str) -> Any:
+    try:
+        return reader(path / name)
+    except (ValueError, OSError) as error:
+        others = sorted((c for c in checkpoints(path.parent) if c.resolve() != path.resolve()), key=number)
+        instead = f"Resume from {others[-1]}" if others else "Start again"
+        raise MismatchError(f"{path} is damaged: {error} {instead}.") from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

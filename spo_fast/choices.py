@@ -1,8 +1,8 @@
 """What a run chooses by itself for the device it finds, each choice with its reason and the flag that overrides it.
 
-Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once. The
-least that fits is done: batches stay whole while the predicted peak (costs.py) leaves room, then are halved; activations
-are recomputed only when no batch fits without. The run's saved settings hold what was chosen.
+Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once.
+Batches stay whole while the predicted peak (costs.py) leaves room, then are halved until they fit; activations are
+recomputed only when no batch fits without. The run's saved settings hold what was chosen.
 """
 
 from __future__ import annotations
@@ -168,6 +168,11 @@ KNOBS: dict[str, tuple[str, ...]] = {  # a timer's phase -> what lowers its memo
     "reference": ("states_per_forward",),
     "backward": ("states_per_forward", "gradient_checkpointing"),
 }
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A CUDA device's memory, or a CPU's, is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | None = None) -> str:

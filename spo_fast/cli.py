@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import dis
+import functools
 import os
 import sys
-import types
-import typing
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from spo_fast.config import RunError, Settings
+from spo_fast.config import Kind, Range, RunError, Settings, did_you_mean
 
+PACKAGE = Path(__file__).parent
 TITLES = {
     "model": "model",
     "adapter": "what is trained",
@@ -29,103 +30,175 @@ TITLES = {
     "pairs": "preference pairs",
     "run": "run",
 }
-# diffusers' shorthands, each after the field it belongs to
-SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "height": ("resolution", {"type": int, "help": "Height and width in pixels of a square image."}),
-    "optimizer": ("use_8bit_adam", {"action": "store_true", "help": "The same as --optimizer adamw8bit."}),
+# diffusers' shorthands, each after the field it belongs to: name, what it takes, help
+SHORTHANDS = {
+    "height": ("resolution", Kind(int, Range(1), (), False, False), "Height and width in pixels of a square image."),
+    "optimizer": ("use_8bit_adam", Kind(bool, None, (), False, False), "The same as --optimizer adamw8bit."),
 }
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
+NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def build_parser(settings: type[Settings], prog: str, description: str) -> argparse.ArgumentParser:
-    """One flag a config field, grouped by section; help is the field's docstring."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+class UsageError(ValueError):
+    """The command line itself is wrong: exit status 2, as argparse has it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are exceptions of one line, with the nearest flag; help fits 80 columns."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=8)
+        super().__init__(prog, description=description, formatter_class=layout, allow_abbrev=False, **options)
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="On an error show the whole traceback."
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')} (--help lists all flags)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+            self.error(f"unknown argument {name!r:.60}.{did_you_mean(name, self._option_string_actions)}")
+        return known
+
+
+def known_names(settings: type[Settings]) -> dict[str, Kind]:
+    """Every name a YAML file may have."""
+    return settings.kinds() | {name: kind for name, kind, _ in SHORTHANDS.values()}
+
+
+def build_parser(
+    presets: Mapping[str, Callable[[], Settings]], prog: str, description: str, examples: list[str]
+) -> Parser:
+    """One flag a config field, grouped by section; help is the field's docstring, its range and its defaults."""
+    made = {name: preset() for name, preset in presets.items()}
+    settings = type(next(iter(made.values())))
+    parser = Parser(
+        prog,
+        description,
+        usage=f"{prog} --model {{{','.join(presets)}}} [--flag value ...]",
+        epilog="examples:\n" + "\n".join(f"  {prog} \\\n      {line}" for line in examples),
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", help="YAML file with the same names as the flags; flags override it")
-    docs = settings.docs()
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the same names as the flags, which override it"
+    )
+    docs, kinds = settings.docs(), settings.kinds()
+    defaults = {name: cfg.flat() for name, cfg in made.items()}
     for section, cls in settings.sections().items():
         group = parser.add_argument_group(TITLES[section])
-        hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            group.add_argument(
-                f"--{field.name}", help=docs[field.name].replace("%", "%%"), **_argument(hints[field.name])
-            )
+            values = {preset: flat[field.name] for preset, flat in defaults.items()}
+            notes = [] if field.name == "model" else [shown_defaults(values, "Default: " in docs[field.name])]
+            add_flag(group, field.name, kinds[field.name], docs[field.name], notes)
             if field.name in SHORTHANDS:
-                name, options = SHORTHANDS[field.name]
-                group.add_argument(f"--{name}", **options)
+                name, kind, text = SHORTHANDS[field.name]
+                add_flag(group, name, kind, text, [])
     return parser
 
 
-def _argument(hint: Any) -> dict[str, Any]:
-    """argparse settings of a field's type. Fields that may be None take the word none."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    optional = origin in (types.UnionType, typing.Union) and type(None) in args
-    if optional:
-        hint = next(a for a in args if a is not type(None))
-        origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return {"choices": args}
-    if origin is tuple:
-        return {"nargs": "*", "type": args[0]}
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-
-    def convert(text: str) -> Any:
-        return None if optional and text.lower() == "none" else hint(text)
-
-    convert.__name__ = hint.__name__  # argparse names it in errors
-    return {"type": convert, "metavar": hint.__name__.upper()}
+def add_flag(group: Any, name: str, kind: Kind, text: str, notes: list[str]) -> None:
+    """The values stay text here: `converted` reads them, as it does those of a YAML file."""
+    options: dict[str, Any] = {
+        "metavar": f"{{{','.join(kind.choices)}}}" if kind.choices else kind.base.__name__.upper()
+    }
+    if kind.many:
+        options["nargs"] = "*"
+    elif kind.base is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    notes = [note for note in (str(kind.range or ""), *notes) if note]
+    text += f" ({'; '.join(notes)})" if notes else ""
+    group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
 
 
-def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
-    """A flat mapping of setting names. Unknown names raise ValueError with the nearest known one."""
+def shown_defaults(values: Mapping[str, Any], documented: bool) -> str:
+    """One preset's value if all are alike, else each preset's. documented: the help says already what none means."""
+    texts = {preset: shown(value) for preset, value in values.items()}
+    if len(set(texts.values())) > 1:
+        return "default: " + ", ".join(f"{preset} {text}" for preset, text in texts.items())
+    text = next(iter(texts.values()))
+    return "" if documented and text == "none" else f"default: {text}"
+
+
+def shown(value: Any) -> str:
+    """A setting as it is written on a command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return {None: "none", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------- reading values
+
+
+def converted(label: str, kind: Kind, text: Any) -> Any:
+    """A setting's text (a list of them for a setting of many) in its type. ValueError begins with the label."""
+    if kind.many:
+        value: Any = tuple(_converted(label, kind, one) for one in text)
+    elif text is None or (kind.optional and str(text).lower() == "none"):
+        value = None
+    else:
+        value = _converted(label, kind, text)
+    kind.check(label, value)
+    return value
+
+
+def _converted(label: str, kind: Kind, text: str) -> Any:
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: expected lines such as 'learning_rate: 1e-5', found a {type(loaded).__name__}")
-    for name in loaded:
+        if kind.base is bool:
+            return {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[text.lower()]
+        return kind.base(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{label}={text!r:.60} is not {NAMES[kind.base]}.") from None
+
+
+def read_yaml(path: str, known: Mapping[str, Kind]) -> dict[str, Any]:
+    """A flat mapping of setting names to values. Raises ValueError naming the line of what is wrong in it.
+
+    Values are read as the text that stands there, so that no is not false where a setting has a choice of that name,
+    and 1e-5 is a number.
+    """
+    values: dict[str, Any] = {}
+    root = _yaml_tree(path)
+    if root is None:
+        return values
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}: expected lines such as 'learning_rate: 1e-5', not a list or a single value.")
+    for key, node in root.value:
+        name, label = str(key.value), f"{path}, line {key.start_mark.line + 1}: "
         if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(
-                f"{path}: unknown setting {name!r}." + (f" Did you mean {nearest[0]!r}?" if nearest else "")
-            )
-    return loaded
+            raise ValueError(f"{label}unknown setting {name!r:.60}.{did_you_mean(name, known)}")
+        if name in values:
+            raise ValueError(f"{label}{name} stands there a second time. Delete one.")
+        values[name] = converted(label + name, known[name], _yaml_text(label + name, known[name], node))
+    return values
 
 
-def _from_yaml(settings: type[Settings], path: str, name: str, value: Any) -> Any:
-    """A YAML value in the field's type, checked as the command line would."""
-    if name in (shorthand for shorthand, _ in SHORTHANDS.values()):
-        return value
-    hint = typing.get_type_hints(settings.sections()[settings.section_of(name)])[name]
-    if value is None:
-        if type(None) not in typing.get_args(hint):
-            raise ValueError(f"{path}: {name} has no value")
-        return None
-    options = _argument(hint)
-    if "choices" in options:
-        value = (
-            {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
-        )  # YAML reads no as false
-        if value not in options["choices"]:
-            raise ValueError(f"{path}: {name}: {value!r} is none of {', '.join(options['choices'])}")
-        return value
+def _yaml_tree(path: str) -> yaml.Node | None:
+    if not Path(path).is_file():
+        what = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"--config {path} {what}. Give a YAML file, such as the config.yaml of a run.")
     try:
-        if "nargs" in options:
-            return tuple(options["type"](str(v)) for v in (value if isinstance(value, list) else [value]))
-        if "action" in options:
-            if not isinstance(value, bool):
-                raise ValueError(f"{path}: {name}: {value!r} must be true or false")
-            return value
-        return options["type"](str(value))
-    except ValueError as error:
-        if str(error).startswith(path):
-            raise
-        kind = options.get("metavar", "NUMBER").lower()
-        raise ValueError(f"{path}: {name}: {value!r} is no {kind}") from error
+        return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line} is not YAML: {error.problem}. Mend this line.") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+
+
+def _yaml_text(label: str, kind: Kind, node: yaml.Node) -> Any:
+    """A node's text, None where YAML has null; a list of texts for settings of many."""
+    nodes = node.value if kind.many and isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(one, yaml.ScalarNode) for one in nodes):
+        raise ValueError(f"{label} must be {'a list of plain values' if kind.many else 'one plain value'}.")
+    texts = [None if one.tag == "tag:yaml.org,2002:null" else str(one.value) for one in nodes]
+    if kind.many and None in texts:
+        raise ValueError(f"{label} has no value.")
+    return texts if kind.many else texts[0]
 
 
 def _expanded(values: dict[str, Any]) -> dict[str, Any]:
@@ -133,59 +206,115 @@ def _expanded(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if values.pop("use_8bit_adam", False):
         values.setdefault("optimizer", "adamw8bit")
-    if resolution := values.pop("resolution", None):
+    if "resolution" in values:
+        resolution = values.pop("resolution")
         values = {"height": resolution, "width": resolution, **values}
     return values
 
 
 def parse(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     presets: Mapping[str, Callable[[], Settings]],  # by the value of --model
     arguments: list[str] | None,
-    recipe: Callable[[Any, dict[str, Any]], Any],  # (settings, what a source gives) -> settings that go with it
+    recipe: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
 ) -> tuple[Any, set[str]]:
     """The resolved settings, flags over file over preset, and the names that were given.
 
-    Raises ValueError for settings that do not fit together.
+    recipe: (all given up to a source, that source) -> settings that go with it; what the source itself says wins.
+    Raises ValueError for settings that do not fit together, UsageError for flags that there are not.
     """
     settings = type(next(iter(presets.values()))())
-    flags: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(arguments)).items()
-    }
-    path = flags.pop("config", None)
-    saved: dict[str, Any] = {}
-    if path:
-        known = [*settings.docs(), *(name for name, _ in SHORTHANDS.values())]
-        saved = {name: _from_yaml(settings, path, name, value) for name, value in read_yaml(path, known).items()}
-    model = flags.get("model", saved.get("model"))
-    if model is None:
+    known = known_names(settings)
+    texts = vars(parser.parse_args(arguments))
+    for action in ("debug", "dry_run"):  # what to do, not settings of the run
+        texts.pop(action, None)
+    path = texts.pop("config", None)
+    try:
+        flags = {
+            name: text if isinstance(text, bool) else converted(f"--{name}", known[name], text)
+            for name, text in texts.items()
+        }
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    saved = read_yaml(path, known) if path else {}
+    values: dict[str, Any] = {}
+    for source in ({name: value for name, value in saved.items() if name not in flags}, flags):
+        own = _expanded(source)
+        values |= recipe({**values, **own, "model": flags.get("model", saved.get("model"))}, own) | own
+    if "model" not in values:
         parser.error(f"--model is needed: {', '.join(presets)}")
-    cfg = presets[model]()
-    for source in (saved, flags):  # each over the one before; a recipe comes before its own source's other settings
-        cfg = recipe(cfg, source)
-        cfg = cfg.with_fields(**_expanded(source))
-    return cfg, set(saved) | set(flags)
+    return presets[values["model"]]().with_fields(**values), set(saved) | set(flags)
 
 
-def main(build: Callable[[], Any]) -> int:
-    """Build a run (an object with train() and run_dir) and train it. Returns the exit status; errors are one line."""
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def main(build: Callable[[], Any], arguments: list[str] | None = None) -> int:
+    """Build a run (an object with train() and run_dir) and train it. Returns the exit status; see `guarded`."""
+
+    def work() -> None:
+        run = build()
+        from spo_fast.checkpoint import checkpoints, number
+
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            last = max(checkpoints(run.run_dir), key=number, default=None)
+            goes_on = (
+                f"--resume_from_checkpoint latest goes on from {last}" if last else "no checkpoint was written yet"
+            )
+            raise KeyboardInterrupt(goes_on) from None
+
+    return guarded(work, arguments)
+
+
+def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
+    """Do a command's work and return its exit status: 0, 130 after Ctrl-C, 2 for wrong usage, 1 for other errors.
+
+    An error is one line on stderr (a table of missing files some more); --debug adds the traceback.
+    """
     # OpenMP threads that spin while they wait make a shared CPU several times slower; read when PyTorch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        run = build()
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    from spo_fast.checkpoint import checkpoints, number
-
-    try:
-        run.train()
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        last = max(checkpoints(run.run_dir), key=number, default=None)
-        goes_on = f"--resume_from_checkpoint latest goes on from {last}" if last else "no checkpoint was written yet"
-        print(f"stopped; {goes_on}", file=sys.stderr)
+        work()
+    except KeyboardInterrupt as error:
+        print("; ".join(["stopped", *map(str, error.args)]), file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {told(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def told(error: Exception) -> str:
+    """What a user needs to know of an error."""
+    from safetensors import SafetensorError
+
+    from spo_fast.models.sources import MissingFilesError
+
+    if isinstance(error, MissingFilesError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if "No space left on device" in text:
+        return f"{text}. Free some space, or keep fewer checkpoints (--checkpoints_total_limit)."
+    foreseen = isinstance(error, (RunError, UsageError, OSError, ImportError, SafetensorError))
+    if foreseen or (isinstance(error, (ValueError, RuntimeError)) and raised_here(error)):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(PACKAGE)), frames[-1])
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"unexpected {type(error).__name__} at {where}: {text}. Repeat with --debug for the traceback and report it."
+
+
+def raised_here(error: Exception) -> bool:
+    """By a `raise` of this package, which names fault and remedy, and not by something that it called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    return Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]

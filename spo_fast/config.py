@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import functools
+import math
+import re
+import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,8 +31,112 @@ def _need(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# ------------------------------------------------------------------------------------------------ what a field may hold
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number may lie, both for its check and for --help. NaN and infinity never do."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "[]"
+    """Which of the limits belong to it: [ or ( and ] or )."""
+    why: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.ends[0] == "(" else value >= self.low
+        below = value < self.high if self.ends[1] == ")" else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+        return f"{'above' if self.ends[0] == '(' else 'at least'} {self.low}"
+
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, ends="(]")]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, "[)")]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field takes, read off its annotation."""
+
+    base: type
+    range: Range | None
+    choices: tuple[str, ...]
+    optional: bool
+    many: bool
+
+    @classmethod
+    def of(cls, hint: Any) -> Kind:
+        optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        if optional:
+            hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        many = typing.get_origin(hint) is tuple
+        if many:
+            hint = typing.get_args(hint)[0]
+        bounds = None
+        if typing.get_origin(hint) is Annotated:
+            hint, bounds = typing.get_args(hint)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        return cls(str if choices else hint, bounds, choices, optional, many)
+
+    def check(self, label: str, value: Any) -> None:
+        """Raise ValueError, beginning with the label, unless the field may hold the value."""
+        if value is None:
+            _need(self.optional, f"{label} has no value.")
+            return
+        for one in value if self.many else (value,):
+            self._check_one(label, one)
+
+    def _check_one(self, label: str, value: Any) -> None:
+        if self.choices:
+            known = ", ".join(self.choices)
+            near = did_you_mean(value, self.choices)
+            _need(value in self.choices, f"{label}={value!r:.60} is none of {known}.{near}")
+        elif self.base is str:
+            _need(self.many or value != "", f"{label} is empty. Give a value, or leave it out.")
+            broken = re.search("[\0\ud800-\udfff]", value)
+            _need(not broken, f"{label}={value!r:.60} holds a character that no text or path may have.")
+        elif self.base is not bool:
+            _need(math.isfinite(value), f"{label}={value} is not a finite number.")
+            why = f": {self.range.why}" if self.range and self.range.why else ""
+            _need(self.range is None or value in self.range, f"{label}={value!s:.60} must be {self.range}{why}.")
+            _need(abs(value) < 2**63 or self.base is float, f"{label}={value!s:.60} is too large a number.")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A sentence that names the nearest known name, or nothing if none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+@functools.cache
+def kinds_of(section: type) -> dict[str, Kind]:
+    """A section's fields."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {f.name: Kind.of(hints[f.name]) for f in dataclasses.fields(section)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class Section:
+    """Settings of one concern. Each field is checked by its annotation; what concerns several is checked below."""
+
+    def __post_init__(self) -> None:
+        for name, kind in kinds_of(type(self)).items():  # type: ignore[arg-type]  # mypy takes a class for its instance
+            kind.check(name, getattr(self, name))
+
+
+# ---------------------------------------------------------------------------------------------- preference optimisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
     model: Literal["toy", "sd15", "sdxl"] = "toy"
     """Architecture: sd15 (512 px), sdxl (1024 px) or the embedded toy, a tiny SDXL pipeline that runs on a CPU."""
     pretrained_model_name_or_path: str | None = None
@@ -38,25 +147,17 @@ class ModelConfig:
     """Hub revision (branch, tag or commit) of the model."""
     variant: str | None = None
     """Hub file variant of the model, such as fp16."""
-    height: int | None = None
+    height: Count | None = None
     """Image height in pixels, a multiple of the VAE's factor (8). Default: the architecture's own size."""
-    width: int | None = None
+    width: Count | None = None
     """Image width in pixels, likewise."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp64"] = "auto"
     """Compute type of UNet and VAE: no = float32, fp16, bf16, fp64 (for checks); auto = fp16 on a GPU, no on a CPU.
     Trained weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
-    decode_chunk: int | None = None
-    """Images decoded and scored at a time, >= 1: memory against launches. Default: what the device's memory allows."""
-
-    def __post_init__(self) -> None:
-        _need(
-            self.decode_chunk is None or self.decode_chunk >= 1, f"decode_chunk={self.decode_chunk} must be at least 1."
-        )
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            _need(size is None or size >= 1, f"{name}={size} must be a positive number of pixels.")
+    decode_chunk: Count | None = None
+    """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 
     @property
     def images_per_decode(self) -> int:
@@ -64,20 +165,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    rank: int = 4
-    """LoRA rank, >= 1."""
-    lora_alpha: float | None = None
+class AdapterConfig(Section):
+    rank: Count = 4
+    """Rank of the LoRA matrices."""
+    lora_alpha: Positive | None = None
     """LoRA alpha; the update is scaled by alpha / rank. Default: the rank (scale 1), as published."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names (endings) of the linear layers that get a LoRA."""
     full_finetune: bool = False
     """Train every UNet weight instead of a LoRA; keeps a frozen copy as the reference."""
+    lora_path: str | None = None
+    """Start from these LoRA weights, which are the reference then: a pytorch_lora_weights.safetensors of diffusers (or
+    its directory) of the same base model, rank, lora_alpha and lora_targets. Default: a new LoRA."""
 
     def __post_init__(self) -> None:
-        _need(self.rank >= 1, f"rank={self.rank} must be at least 1.")
-        _need(self.alpha > 0, f"lora_alpha={self.lora_alpha} must be above 0: it scales the LoRA.")
+        super().__post_init__()
         _need(len(self.lora_targets) > 0, "lora_targets is empty: nothing would be trained.")
+        _need(
+            self.lora_path is None or not self.full_finetune,
+            "lora_path starts a LoRA, but full_finetune trains none: leave one of them out.",
+        )
 
     @property
     def alpha(self) -> float:
@@ -85,91 +192,68 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    sample_batch_size: int = 10
+class SampleConfig(Section):
+    sample_batch_size: Count = 10
     """Prompts of one rollout on each rank."""
-    num_steps: int = 20
+    num_steps: Annotated[int, Range(1, 1000)] = 20
     """DDIM steps."""
-    eta: float = 1.0
-    """DDIM's noise level in (0, 1]; 0 has no log-probabilities."""
-    guidance_scale: float = 5.0
+    eta: Annotated[float, Range(0, 1, "(]", why="at 0 a step is deterministic and has no log-probability")] = 1.0
+    """DDIM's noise level; 0 has no log-probabilities."""
+    guidance_scale: NotNegative = 5.0
     """Classifier-free guidance, in sampling and in training. At 1 or below the unconditional half is not evaluated."""
-    num_candidates: int = 4
-    """k: candidates x_{t-1} drawn at each branching step, >= 2."""
-    num_inner_steps: int = 0
+    num_candidates: Annotated[int, Range(2, why="two or more are needed to compare")] = 4
+    """k: candidates x_{t-1} drawn at each branching step."""
+    num_inner_steps: Whole = 0
     """MSPO: steps that candidates go on by themselves after they part, before they are compared. 0 is SPO."""
-    branch_start: int = 4
-    """Index of the first branching step. 4 of 20 is t = 751: above it there is no detail to compare."""
-    threshold: float = 0.3
+    branch_start: Whole = 4
+    """First branching step, an index below num_steps. 4 of 20 is t = 751: above it there is no detail to compare."""
+    threshold: Annotated[float, Range(-1, 1, "[)", why="probabilities differ by less than 1")] = 0.3
     """A pair is kept if softmax([s_w, s_l]) differs by more than this: s_w - s_l > 2 artanh(threshold)."""
     next_start: Literal["random", "winner", "loser"] = "random"
     """Which candidate the next step starts from. The paper's ablation: random is far better."""
     last_step: Literal["compare", "extend"] = "compare"
     """If the last step is a comparison point: compare there and branch once more, or (the published SDXL code) skip
     that comparison and let the group run to the end."""
-    rows_per_forward: int | None = None
+    rows_per_forward: Annotated[int, Range(2, why="one state and its unconditional half")] | None = None
     """UNet rows (candidates times 2 for guidance) in one forward without gradient: memory. Default: all of a step's, or
     what the device's memory allows."""
 
     def __post_init__(self) -> None:
-        _need(self.sample_batch_size >= 1, f"sample_batch_size={self.sample_batch_size} must be at least 1.")
-        _need(1 <= self.num_steps <= 1000, f"num_steps={self.num_steps} must lie in 1 to 1000.")
-        _need(self.num_candidates >= 2, f"num_candidates={self.num_candidates}: two or more are needed to compare.")
-        _need(self.num_inner_steps >= 0, f"num_inner_steps={self.num_inner_steps} must be 0 (SPO) or more (MSPO).")
+        super().__post_init__()
         _need(
-            0 <= self.branch_start < self.num_steps,
+            self.branch_start < self.num_steps,
             f"branch_start={self.branch_start} leaves no steps to branch (num_steps={self.num_steps}). "
             f"Use a value from 0 to {self.num_steps - 1}; the published runs use 4 of 20.",
-        )
-        _need(
-            0 < self.eta <= 1,
-            f"eta={self.eta} must lie in (0, 1]: at eta = 0 a step is deterministic and its log-probability is not "
-            "defined. The published runs use 1.",
-        )
-        _need(
-            self.rows_per_forward is None or self.rows_per_forward >= 2,
-            f"rows_per_forward={self.rows_per_forward} must be at least 2: one state and its unconditional half.",
-        )
-        _need(
-            self.threshold < 1,
-            f"threshold={self.threshold}: probabilities differ by less than 1, no pair would be kept.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamConfig:
+class AdamConfig(Section):
     """What the optimizers of all trainers share."""
 
-    learning_rate: float = 6e-5
-    """Peak learning rate."""
+    learning_rate: Positive = 6e-5
+    """Peak learning rate, per optimizer step."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """torch AdamW, or bitsandbytes' 8-bit AdamW with resident or paged state (resident after a resume)."""
-    min_8bit_size: int = 4096
-    """8-bit optimizers keep the state of smaller tensors in float32."""
-    adam_beta1: float = 0.9
+    min_8bit_size: Whole = 4096
+    """Elements: 8-bit optimizers keep the state of smaller tensors in float32."""
+    adam_beta1: Share = 0.9
     """AdamW's first decay."""
-    adam_beta2: float = 0.999
+    adam_beta2: Share = 0.999
     """AdamW's second decay."""
-    adam_weight_decay: float = 1e-4
+    adam_weight_decay: NotNegative = 1e-4
     """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Positive = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: float | None = None
+    max_grad_norm: Positive | None = None
     """Clip norm. None reproduces the published SPO runs, whose clipping never took effect."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Whole = 0
     """Iterations of warm-up (schedules other than constant)."""
-    train_batch_size: int = 10
+    train_batch_size: Count = 10
     """Pairs of one accumulation slot: an optimizer step sees train_batch_size x gradient_accumulation_steps pairs."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
     many pairs a step."""
-
-    def __post_init__(self) -> None:
-        _need(0 < self.learning_rate < float("inf"), f"learning_rate={self.learning_rate} must be above 0.")
-        _need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be above 0, or none.")
-        _need(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must not be negative.")
-        _need(self.train_batch_size >= 1, f"train_batch_size={self.train_batch_size} must be at least 1.")
-        _need(self.gradient_accumulation_steps >= 1, "gradient_accumulation_steps must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,44 +263,29 @@ class OptimConfig(AdamConfig):
     accumulation: Literal["balanced", "published"] = "balanced"
     """balanced: an iteration's pairs are cut into nearly equal optimizer steps, every pair weighs the same and is used
     once. published: slots straddle rollouts, a short one has full weight, as in the published code."""
-    states_per_forward: int | None = None
+    states_per_forward: Annotated[int, Range(2, why="the two sides of a pair can have different x_t")] | None = None
     """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most, or
     what the device's memory allows."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more training time. Default: only if the
     device's memory asks for it."""
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: Count = 10
     """Stop, with a diagnosis, after so many optimizer steps in a row whose loss or gradient was not finite. Each is
     skipped and counted."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _need(
-            self.states_per_forward is None or self.states_per_forward >= 2,
-            "states_per_forward must be at least 2: the two sides of a pair can have different x_t.",
-        )
-        _need(self.max_nonfinite_steps >= 1, "max_nonfinite_steps must be at least 1.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section):
     method: Literal["spo", "mspo"] = "spo"
     """Which objective trains the model."""
-    beta: float = 10.0
+    beta: Positive = 10.0
     """Strength of the preference in the loss."""
-    clip: float | None = 0.1
-    """Probability ratios are clamped to [1 - clip, 1 + clip], 0 < clip < 1; none turns the clamp off."""
-
-    def __post_init__(self) -> None:
-        _need(self.beta > 0, f"beta={self.beta} must be above 0.")
-        _need(
-            self.clip is None or 0 < self.clip < 1,
-            f"clip={self.clip} must lie between 0 and 1; none turns the clamp off.",
-        )
+    clip: Annotated[float, Range(0, 1, "()", why="none turns the clamp off")] | None = 0.1
+    """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorerConfig:
+class ScorerConfig(Section):
     scorer: tuple[str, ...] = ("spm",)
     """Scorers: spm, pickscore; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum."""
     spm_path: str | None = None
@@ -227,40 +296,41 @@ class ScorerConfig:
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers; the published code uses float32 (no)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(len(self.scorer) > 0, "scorer is empty: name one, such as spm.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     prompts: str | None = None
     """Prompt file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in list."""
     caption_column: str | None = None
     """Column or key that holds the prompt. Default: the first of caption, prompt, text."""
     shuffle: bool = True
     """A new prompt order each epoch."""
-    max_prompts: int | None = None
+    max_prompts: Count | None = None
     """Use only the first so many prompts. The toy preset's limit is for the built-in list only."""
     prompt_cache_dir: str | None = None
     """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
 
-    def __post_init__(self) -> None:
-        _need(self.max_prompts is None or self.max_prompts >= 1, f"max_prompts={self.max_prompts} must be at least 1.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(Section):
     """What the runs of all trainers share."""
 
     output_dir: str = "runs/spo"
     """Everything the run writes."""
-    seed: int = 42
-    """Of all randomness, 0 to 2^32 - 1."""
-    num_train_epochs: int = 10
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42
+    """Of all randomness."""
+    num_train_epochs: Count = 10
     """Passes over the data."""
-    max_train_steps: int | None = None
+    max_train_steps: Count | None = None
     """Stop after so many iterations, whatever the epochs. SPO: one rollout and its updates each; preference models: one
     optimizer step each."""
-    checkpointing_steps: int = 100
+    checkpointing_steps: Count = 100
     """Iterations between checkpoints; there is one at the end of the run as well."""
-    checkpoints_total_limit: int | None = None
+    checkpoints_total_limit: Count | None = None
     """Checkpoints kept; the oldest are deleted."""
     resume_from_checkpoint: str | None = None
     """The word latest, or the path of a checkpoint."""
@@ -269,20 +339,14 @@ class LoopConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
-        _need(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2^32).")
-        for name in ("num_train_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit"):
-            value = getattr(self, name)
-            _need(value is None or value >= 1, f"{name}={value} must be at least 1.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LoopConfig):
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
-    num_validation_images: int = 4
+    num_validation_images: Whole = 4
     """Images of each validation prompt, from fixed noise."""
-    validation_steps: int | None = None
+    validation_steps: Count | None = None
     """Iterations between sample grids during training. Default: one with each checkpoint."""
     recipe: Literal["default", "published", "fast"] = "default"
     """published reproduces the published code's accumulation, last step and missing clipping. fast gives up exactness
@@ -291,11 +355,6 @@ class RunConfig(LoopConfig):
     """Upload the trained weights, sample grids and model card when the run ends (log in first: `hf auth login`)."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the output directory's name, in your account."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _need(self.num_validation_images >= 0, f"num_validation_images={self.num_validation_images} is negative.")
-        _need(self.validation_steps is None or self.validation_steps >= 1, "validation_steps must be at least 1.")
 
 
 class Settings:
@@ -314,6 +373,11 @@ class Settings:
             for section in cls.sections().values()
             for f in dataclasses.fields(section)
         }
+
+    @classmethod
+    def kinds(cls) -> dict[str, Kind]:
+        """Flat field name -> what it may hold."""
+        return {name: kind for section in cls.sections().values() for name, kind in kinds_of(section).items()}
 
     @classmethod
     def section_of(cls, name: str) -> str:
@@ -372,7 +436,7 @@ class Config(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(Section):
     parameterisation: Literal["pixel", "latent"] = "pixel"
     """pixel: the step-aware preference model (SPM), a CLIP that sees the decoded x0 estimate. latent: the latent reward
     model of LPO, the diffusion UNet's own encoder, which sees x_t and needs no VAE."""
@@ -389,7 +453,7 @@ class RewardConfig:
     text_projection_path: str | None = None
     """latent, SD-1.5: local CLIP ViT-L/14, whose text projection the model starts with. Default:
     openai/clip-vit-large-patch14 from the hub."""
-    train_guidance_scale: float = 5.0
+    train_guidance_scale: NotNegative = 5.0
     """pixel: classifier-free guidance of the x0 estimate. latent: of the reward model's visual feature (LPO: 7.5)."""
     in_batch_negatives: bool = False
     """Let each prompt choose among all images of the batch as well, as CLIP is trained; the published SPM does not."""
@@ -399,6 +463,7 @@ class RewardConfig:
     """Recompute the vision tower's activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _need(
             self.noise != "none" or not self.time_conditioned,
             "noise=none trains on clean images: there is no timestep. Add --no-time_conditioned.",
@@ -410,7 +475,7 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig:
+class PairsConfig(Section):
     pairs: str | None = None
     """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
     .csv or .tsv of prompt, image_0, image_1, label_0, label_1."""
@@ -418,17 +483,17 @@ class PairsConfig:
     """Hub revision (branch, tag or commit) of the pairs."""
     caption_column: str | None = None
     """Column that holds the prompt. Default: caption or prompt."""
-    validation_share: float = 0.02
+    validation_share: Share = 0.02
     """Share of the prompts held out, with all their pairs."""
     validation_pairs: str | None = None
     """Another source of pairs to hold out, in place of a share of the prompts."""
-    max_validation_pairs: int = 512
+    max_validation_pairs: Count = 512
     """Held-out pairs used in an evaluation."""
-    max_bad_share: float = 0.01
+    max_bad_share: Share = 0.01
     """Stop when more than this share of the rows is unusable. They are counted and named in bad_rows.jsonl."""
     relabel: Literal["none", "pickscore"] = "none"
     """pickscore: labels come from PickScore's opinion of the two original images, as the published SDXL run has it."""
-    relabel_gap: float = 0.1
+    relabel_gap: Share = 0.1
     """Relabelled pairs whose probabilities differ by no more than this are ties."""
     pickscore_path: str | None = None
     """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
@@ -439,43 +504,34 @@ class PairsConfig:
     """Where they are kept. Default: latent_cache in the output directory."""
     prompt_cache_dir: str | None = None
     """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
-    num_workers: int = 4
+    num_workers: Count = 4
     """Threads that read and decode images."""
-
-    def __post_init__(self) -> None:
-        for name in ("validation_share", "max_bad_share", "relabel_gap"):
-            _need(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1).")
-        _need(self.max_validation_pairs >= 1, "max_validation_pairs must be at least 1.")
-        _need(self.num_workers >= 1, "num_workers must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptimConfig(AdamConfig):
     lr_scheduler: Literal["warmup_decay", "constant", "constant_with_warmup", "linear", "cosine"] = "warmup_decay"
     """warmup_decay: logarithmic warm-up, then linear decay to zero at lr_decay_steps (DeepSpeed's WarmupDecayLR)."""
-    lr_decay_steps: int | None = None
+    lr_decay_steps: Count | None = None
     """Where warmup_decay reaches zero. Default: 4 times the steps, as in the published run on 4 GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRunConfig(LoopConfig):
-    validation_steps: int = 1000
+    validation_steps: Count = 1000
     """Iterations between evaluations on held-out pairs; there is one after training as well."""
-    validation_timesteps: tuple[int, ...] = (0, 251, 501, 701, 951)
+    validation_timesteps: tuple[Annotated[int, Range(0, 999)], ...] = (0, 251, 501, 701, 951)
     """Noise levels of the evaluation; at 0 a pixel model sees the images themselves."""
     compare_with: tuple[str, ...] = ()
     """Other preference models (files or directories) to evaluate beside the trained one, as name=path."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _need(self.validation_steps >= 1, "validation_steps must be at least 1.")
-        _need(
-            len(self.validation_timesteps) > 0 and all(0 <= t < 1000 for t in self.validation_timesteps),
-            "validation_timesteps must be one or more of 0 to 999.",
-        )
+        _need(len(self.validation_timesteps) > 0, "validation_timesteps is empty: give one or more of 0 to 999.")
         names = ["trained", "initial", *(entry.split("=", 1)[0] for entry in self.compare_with)]
+        paths = [entry.partition("=")[2] for entry in self.compare_with]
         _need(
-            all("=" in entry for entry in self.compare_with) and "" not in names and len(set(names)) == len(names),
+            all(paths) and "" not in names and len(set(names)) == len(names),
             "compare_with: write name=path, each name once, and neither trained nor initial.",
         )
 

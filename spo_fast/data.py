@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # torch is imported where it is used: listing prompts needs only the standard library
     from torch import Tensor
+
+    from spo_fast.config import Config
 
 BUILTIN_PROMPTS = Path(__file__).parent / "prompts" / "builtin.txt"
 TOY_PROMPTS = BUILTIN_PROMPTS.with_name("toy.txt")  # the training prompts of toy/world.py
@@ -40,7 +43,7 @@ def load_prompts(path: str | Path | None, column: str | None = None) -> list[str
         )
     if not path.is_file():
         what = "is a folder, not a file of prompts" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}. Give a file of prompts, or leave it unset for the built-in ones.")
+        raise FileNotFoundError(f"{path} {what}. Give a file of prompts, or leave --prompts out for the built-in ones.")
     try:
         prompts = [checked_prompt(path, where, value) for where, value in reader(path, column)]
     except UnicodeDecodeError as error:
@@ -49,7 +52,7 @@ def load_prompts(path: str | Path | None, column: str | None = None) -> list[str
         ) from error
     if not prompts:
         raise ValueError(
-            f"{path}: no prompts in it. Put in at least one, or leave the file unset for the built-in ones."
+            f"{path}: no prompts in it. Put in at least one, or leave --prompts out for the built-in ones."
         )
     return prompts
 
@@ -60,6 +63,8 @@ def checked_prompt(path: Path, where: str, value: Any) -> str:
         raise ValueError(f"{path}, {where}: a prompt must be a string, found {value!r:.80}. Mend or delete this entry.")
     if not value.strip():
         raise ValueError(f"{path}, {where}: the prompt is empty. Mend or delete this entry.")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{path}, {where}: {value!r:.80} is not valid Unicode. Mend or delete this entry.")
     return value.strip()
 
 
@@ -73,7 +78,9 @@ def count_repeats(prompts: list[str]) -> int:
 
 def read_text(path: Path, column: str | None) -> Iterator[Located]:
     if column is not None:
-        raise ValueError(f"{path}: a text file has no columns, but column {column!r} was asked for. Leave it unset.")
+        raise ValueError(
+            f"{path}: a text file has no columns, but column {column!r} was asked for. Leave --caption_column out."
+        )
     for number, line in enumerate(read_lines(path), 1):
         if line.strip() and not line.startswith("#"):
             yield f"line {number}", line
@@ -127,7 +134,7 @@ def read_parquet(path: Path, column: str | None) -> Iterator[Located]:
             column = chosen_column(path, "schema", file.schema_arrow.names, column)
             # this column only: Pick-a-Pic's files hold the images too, gigabytes of them
             values = file.read(columns=[column]).column(0).to_pylist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error}). Copy or download it again.") from error
     yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
 
@@ -155,6 +162,8 @@ def parse_json(path: Path, text: str, first_line: int) -> Any:
         raise ValueError(
             f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}. Mend this line."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise ValueError(f"{path}, from line {first_line} on: not JSON that can be read: {error}.") from error
 
 
 def pick_field(path: Path, entries: Iterable[Located], column: str | None) -> Iterator[Located]:
@@ -170,10 +179,16 @@ def chosen_column(path: Path, where: str, present: Iterable[str], column: str | 
     for name in wanted:
         if name in present:
             return name
+    found = ", ".join(map(in_line, present[:8])) or "none"
     raise ValueError(
-        f"{path}, {where}: no column {' or '.join(wanted)}; found {', '.join(map(str, present)) or 'none'}. "
-        "Name the prompts' column, or rename it."
+        f"{path}, {where}: no column {' or '.join(map(in_line, wanted))}; found {found}. "
+        "Name the prompts' column by --caption_column, or rename it."
     )
+
+
+def in_line(name: object) -> str:
+    """A name out of a file, which may hold anything, as part of a message of one line."""
+    return " ".join(str(name)[:40].split())
 
 
 # ---- the order of prompts --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,12 @@ def time_estimate(costs: Costs, device: Device, iterations: int, path: Path = ME
     seconds = nearest["seconds"] * flops / nearest["flops"] * iterations
     return (
         f"about {duration(seconds)} at {SHARES[-1]:.0%} of the pairs kept, if FLOPs run as fast as in the iteration "
-        f"measured on {device.name} ({nearest['what']}: {nearest['seconds']:.3g} s for {nearest['flops'] / 1e12:.3g} TFLOP)"
+        f"measured on {device.name}: {nearest['what']}, {nearest['seconds']:.3g} s for "
+        f"{nearest['flops'] / 1e12:.3g} TFLOP"
     )
 
 
-def columns(rows: list[tuple[str, ...]]) -> str:
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -43,7 +43,7 @@ from spo_fast.scorers.clip import (
     save_clip,
     unit,
 )
-from spo_fast.scorers.clip_scorers import load_pickscore, normalise, preprocess_for_spm_training
+from spo_fast.scorers.clip_scorers import check_vocabulary, load_pickscore, normalise, preprocess_for_spm_training
 from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
 from spo_fast.trainer import TrainingRun, make_optimizer
 
@@ -467,7 +467,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
 
     def pixel_reward(self, path: str | Path, time_conditioned: bool | None) -> PixelReward:
         """A CLIP from a file, given time conditioning if that is wanted (None: as it is)."""
-        clip = load_any_clip(path, device=self.device)
+        clip = check_vocabulary(load_any_clip(path, device=self.device), self.model.tokenize, path)
         if time_conditioned and not clip.config.time_conditioned:
             clip = init_identity_time_conditioning(clip, self.cfg.run.seed)
         elif time_conditioned is False and clip.config.time_conditioned:

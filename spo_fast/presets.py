@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from spo_fast.config import (
     AdapterConfig,
@@ -62,10 +62,32 @@ def toy() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {"toy": toy, "sd15": sd15, "sdxl": sdxl}
 
 
-def published(cfg: Config) -> Config:
+def published(given: Mapping[str, Any]) -> dict[str, Any]:
     """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
-    last_step = "extend" if cfg.model.model in ("sdxl", "toy") else "compare"
-    return cfg.with_fields(accumulation="published", max_grad_norm=None, last_step=last_step, recipe="published")
+    last_step = "extend" if given["model"] in ("sdxl", "toy") else "compare"
+    return {"accumulation": "published", "max_grad_norm": None, "last_step": last_step}
+
+
+TINY_VAES = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+
+
+def fast(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Inexact, for less time and memory: a tiny VAE shows candidates to the scorer, which computes in bf16 (fp16 could
+    overflow), and AdamW keeps 8-bit state. The toy's own VAE is tiny already; a VAE that was given stays.
+    """
+    vae = "pretrained_vae_model_name_or_path"
+    settings = {"scorer_dtype": "bf16", "optimizer": "adamw8bit"}
+    if given.get(vae) is None and given["model"] in TINY_VAES:
+        settings[vae] = TINY_VAES[given["model"]]
+    return settings
+
+
+# by the value of --recipe: all settings given so far, the model's name among them -> the recipe's own
+RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "default": lambda given: {},
+    "published": published,
+    "fast": fast,
+}
 
 
 # ---------------------------------------------------------------------------------------------------- preference models
@@ -125,23 +147,20 @@ def toy_preference() -> PreferenceConfig:
     )
 
 
-def latent_recipe(cfg: PreferenceConfig) -> PreferenceConfig:
+def latent_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """What LPO's training of its latent reward model does otherwise (8 GPUs: 128 pairs a step, SDXL 32)."""
-    size = {"sd15": (16, 8, 4000, 500), "sdxl": (4, 8, 8000, 1000)}.get(cfg.model.model)
-    cfg = cfg.with_fields(
-        parameterisation="latent", noise="ddim", shared_noise=False, train_guidance_scale=7.5, relabel="none"
-    )
+    size = {"sd15": (16, 8, 4000, 500), "sdxl": (4, 8, 8000, 1000)}.get(given["model"])
+    settings: dict[str, Any] = {
+        **{"parameterisation": "latent", "noise": "ddim", "shared_noise": False, "train_guidance_scale": 7.5},
+        **{"relabel": "none"},
+    }
     if size is None:
-        return cfg
+        return settings
     batch, accumulation, steps, warmup = size
-    return cfg.with_fields(
-        learning_rate=1e-5,
-        train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        max_train_steps=steps,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=steps,
-    )
+    return settings | {
+        **{"learning_rate": 1e-5, "train_batch_size": batch, "gradient_accumulation_steps": accumulation},
+        **{"max_train_steps": steps, "lr_warmup_steps": warmup, "lr_decay_steps": steps},
+    }
 
 
 PREFERENCE_PRESETS: dict[str, Callable[[], PreferenceConfig]] = {

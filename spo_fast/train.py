@@ -9,32 +9,60 @@ import sys
 from typing import Any
 
 from spo_fast import cli
-from spo_fast.config import Config
-from spo_fast.models import resolve, scorer_paths
-from spo_fast.presets import PRESETS, published
+from spo_fast.config import Config, RunError
+from spo_fast.models import find_lora, resolve, scorer_paths
+from spo_fast.presets import PRESETS, RECIPES
+
+ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
+EXAMPLES = [
+    "--model toy --output_dir runs/toy",
+    "--model sdxl --prompts my_prompts.txt --output_dir runs/sdxl",
+    "--config runs/sdxl/config.yaml --resume_from_checkpoint latest",
+]
 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
-    about = "Step-by-step preference optimisation of a text-to-image diffusion model."
-    parser = cli.build_parser(Config, "python -m spo_fast.train", about)
-    cfg, given = cli.parse(
-        parser, PRESETS, arguments, lambda cfg, source: published(cfg) if source.get("recipe") == "published" else cfg
+    parser = cli.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Print what the run would need and cost; load and write nothing."
     )
+
+    def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+        return RECIPES[source.get("recipe", "default")](given)
+
+    cfg, given = cli.parse(parser, PRESETS, arguments, recipe)
     if cfg.data.prompts is not None and "max_prompts" not in given:
         cfg = cfg.with_fields(max_prompts=None)  # the toy preset's limit is meant for the built-in list
     return cfg
 
 
 def build(cfg: Config) -> Any:
+    if cfg.adapter.lora_path is not None:
+        find_lora(cfg.adapter.lora_path)
     resolve(cfg.model, scorer_paths(cfg.scorer))  # everything missing is named at once, before PyTorch is imported
+    from spo_fast.choices import found_device, is_out_of_memory, out_of_memory, pick_device
     from spo_fast.trainer import Run
 
-    return Run(cfg)
+    try:
+        return Run(cfg)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(out_of_memory(cfg, "load", found_device(pick_device(cfg.run.device)))) from error
+
+
+def dry_run(cfg: Config) -> None:
+    from spo_fast.dry_run import report
+
+    print(report(cfg))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return cli.main(lambda: build(parse(arguments)))
+    words = sys.argv[1:] if arguments is None else arguments
+    if "--dry_run" in words:
+        return cli.guarded(lambda: dry_run(parse(words)), words)
+    return cli.main(lambda: build(parse(arguments)), arguments)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,20 @@ from spo_fast.config import PreferenceConfig
 from spo_fast.models import resolve
 from spo_fast.presets import PREFERENCE_PRESETS, latent_recipe
 
+ABOUT = "Train a (step-aware) preference model on pairs of images."
+EXAMPLES = [
+    "--model sd15 --pairs pickapic/ --output_dir runs/spm",
+    "--model sdxl --pairs pickapic/ --parameterisation latent",
+    "--config runs/spm/config.yaml --resume_from_checkpoint latest",
+]
+
 
 def parse(arguments: list[str] | None = None) -> PreferenceConfig:
     """The resolved PreferenceConfig of a command line. Raises ValueError for settings that do not fit together."""
-    about = "Train a (step-aware) preference model on pairs of images."
-    parser = cli.build_parser(PreferenceConfig, "python -m spo_fast.train_spm", about)
+    parser = cli.build_parser(PREFERENCE_PRESETS, "python -m spo_fast.train_spm", ABOUT, EXAMPLES)
 
-    def recipe(cfg: PreferenceConfig, source: dict[str, Any]) -> PreferenceConfig:
-        return latent_recipe(cfg) if source.get("parameterisation") == "latent" else cfg
+    def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+        return latent_recipe(given) if source.get("parameterisation") == "latent" else {}
 
     return cli.parse(parser, PREFERENCE_PRESETS, arguments, recipe)[0]
 
@@ -39,7 +45,7 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
 
 def build(cfg: PreferenceConfig) -> Any:
     if cfg.pairs.pairs is None:
-        raise ValueError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
+        raise cli.UsageError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
     paths = [cfg.reward.init_path, *(entry.split("=", 1)[1] for entry in cfg.run.compare_with)]
     for path in paths:
         if path is not None and not Path(path).exists():
@@ -51,7 +57,7 @@ def build(cfg: PreferenceConfig) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return cli.main(lambda: build(parse(arguments)))
+    return cli.main(lambda: build(parse(arguments)), arguments)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.choices import choose, found_device, out_of_memory, pick_device
+from spo_fast.choices import choose, found_device, is_out_of_memory, out_of_memory, pick_device
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
 from spo_fast.data import PromptSampler, count_repeats, load_prompts, prompt_file
 from spo_fast.experience import Candidates, Experience, Prediction
@@ -199,11 +199,6 @@ class Learner:
 # ---------------------------------------------------------------------------------------------------- a run
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """A CUDA device's memory, or a CPU's, is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
 C = TypeVar("C", Config, PreferenceConfig)
 
 
@@ -231,6 +226,8 @@ class TrainingRun(Generic[C]):
             self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
             notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
         else:
+            if self.cfg.run.resume_from_checkpoint is not None:  # the word latest: a path without one is an error
+                notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
             checkpoint.set_aside(self.run_dir / "metrics.jsonl")
         print("".join(note + "\n" for note in notes), end="")
         log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=self.watch)

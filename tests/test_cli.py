@@ -1,22 +1,29 @@
-"""The command line: which setting wins, what errors say, and what a fresh process prints."""
+"""The command line: which setting wins, what --help says, the same run again. Errors: test_wrong_inputs.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from runs import ROOT, assert_same_tensors, flags, run_toy, start
+from runs import PAIRS, ROOT, SMALL, assert_same_end, assert_same_tensors, built, facts, flags, run_toy, start
+from safetensors.torch import load_file
 
-from spo_fast import train
+from spo_fast import train, train_spm
 from spo_fast.config import Config
+from spo_fast.models.clip_tokenizer import END, clip_tokenizer
 from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES
-from spo_fast.presets import PRESETS
+from spo_fast.presets import PREFERENCE_PRESETS, PRESETS
+from spo_fast.scorers import make_tiny_spm
 
 
 def parse(*arguments: str) -> Config:
@@ -84,12 +91,6 @@ def test_shorthands(tmp_path: Path) -> None:
     assert parse("--config", file, "--resolution", "512").model.width == 512
 
 
-def test_abbreviated_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse("--model", "toy", "--learning", "1e-5")
-    assert end.value.code == 2 and "--learning" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("model", "last_step"), [("sd15", "compare"), ("sdxl", "extend"), ("toy", "extend")])
 def test_published_recipe(model: str, last_step: str) -> None:
     cfg = parse("--model", model, "--recipe", "published")
@@ -117,92 +118,214 @@ def test_published_settings() -> None:
     assert (sdxl.optim.train_batch_size, sdxl.optim.gradient_accumulation_steps) == (2, 2)
 
 
-def test_every_field_is_documented_and_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    names = [f.name for cls in Config.sections().values() for f in dataclasses.fields(cls)]
-    assert len(set(names)) == len(names)
-    assert set(Config.docs()) == set(names)
-    assert all(len(text) > 10 for text in Config.docs().values())
+# ---------------------------------------------------------------------------------------------------------- help
+
+
+def help_of(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Flag -> what --help says of it, at 80 columns; the epilog under ""."""
     with pytest.raises(SystemExit) as end:
-        parse("--help")
+        main(["--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"--{name} " in shown or f"--{name}," in shown or f"--{name}\n" in shown for name in names)
-    assert "==SUPPRESS==" not in shown and "(default" not in shown
+    assert max(map(len, shown.splitlines())) <= 80 and "==SUPPRESS==" not in shown
+    body, _, epilog = shown.partition("\nexamples:\n")
+    entries = re.split(r"^  (?=-)", body, flags=re.MULTILINE)[1:]
+    return {
+        "": epilog,
+        **{re.search(r"--([a-z]\w*)", e)[1]: " ".join(e.replace("-\n        ", "-").split()) for e in entries},  # type: ignore[index]
+    }
 
 
-# -------------------------------------------------------------------------------------------------------- errors
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr a bad command line ends with."""
-    try:
-        code = train.main(list(arguments))
-    except SystemExit as end:  # argparse
-        code = end.code if isinstance(end.code, int) else 1
-    captured = capsys.readouterr()
-    assert code in (1, 2)
-    assert "Traceback" not in captured.err
-    *usage, message = captured.err.strip().split("\n")
-    assert not usage or usage[0].startswith("usage:")
-    return message
+def as_typed(value: Any) -> str:
+    """A setting as one would type it, written here again."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(str(v) for v in value) if value else "none"
+    return "none" if value is None else {"True": "on", "False": "off"}.get(str(value), str(value))
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
-    [
-        ("--eta 0", "eta=0.0 must lie in (0, 1]"),
-        ("--branch_start 20", "branch_start=20 leaves no steps to branch (num_steps=20)"),
-        ("--num_steps 4", "leaves no steps to branch (num_steps=4)"),
-        ("--num_steps 1001 --branch_start 2", "num_steps=1001"),
-        ("--threshold 1", "threshold=1.0"),
-        ("--num_candidates 1", "num_candidates=1"),
-        ("--clip 1", "clip=1.0"),
-        ("--rank 0", "rank=0"),
-        ("--learning_rate 0", "learning_rate=0.0"),
-        ("--learning_rate abc", "abc"),
-        ("--optimizer adam", "adamw8bit"),
-        ("--scorer spn", "unknown scorer 'spn'. Known: spm, pickscore"),
-        ("--scorer spm:high", "must be a number"),
-        ("--seed -1", "seed=-1"),
-        ("--prompts nowhere.txt", "nowhere.txt does not exist"),
-        ("--device tpu", "tpu"),
-        ("--config nowhere.yaml", "nowhere.yaml"),
-        ("--resume_from_checkpoint nowhere", "nowhere is no checkpoint"),
-        ("--lora_targets nothing", "'nothing'"),
-    ],
+    ("main", "presets"), [(train.main, PRESETS), (train_spm.main, PREFERENCE_PRESETS)], ids=["train", "train_spm"]
 )
-def test_bad_settings_end_with_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, says: str
+def test_help_shows_every_flags_defaults(
+    main: Any, presets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert says in fails(capsys, "--model", "toy", "--output_dir", str(tmp_path / "run"), *setting.split())
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = help_of(main, capsys)
+    made = {name: preset() for name, preset in presets.items()}
+    names = [f.name for cls in type(made["toy"]).sections().values() for f in dataclasses.fields(cls)]
+    assert set(shown) == {"", "help", "debug", "config", "resolution", "use_8bit_adam", *names}
+    for name in set(names) - {"model"}:
+        values = {preset: as_typed(cfg.flat()[name]) for preset, cfg in made.items()}
+        if len(set(values.values())) > 1:
+            expected = "default: " + ", ".join(f"{preset} {value}" for preset, value in values.items()) + ")"
+        elif "none" not in values.values() or "Default: " not in shown[name]:
+            expected = f"default: {values['toy']})"
+        else:
+            expected = "Default: "  # in words
+        assert expected in shown[name], (name, expected, shown[name])
+    assert shown[""].count("python -m spo_fast.") == 3
 
 
-def test_odd_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "height=0" in fails(capsys, "--model", "toy", "--output_dir", str(tmp_path / "run"), "--height", "0")
+def test_help_shows_ranges(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = help_of(train.main, capsys)
+    for name, said in {
+        **{
+            "eta": "(in (0, 1]; default: 1.0)",
+            "num_candidates": "(at least 2;",
+            "learning_rate": "(above 0; default: toy",
+        },
+        **{"clip": "(in (0, 1); default: 0.1)", "threshold": "(in [-1, 1); default: toy 0.05, sd15 0.3, sdxl 0.4)"},
+    }.items():
+        assert said in shown[name]
 
 
-def test_no_model_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "toy, sd15, sdxl" in fails(capsys)
+@pytest.mark.parametrize("module", ["spo_fast.train", "spo_fast.train_spm"])
+def test_help_does_not_import_torch(module: str) -> None:
+    code = (
+        f"import sys; from {module} import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: sys.exit(sorted({'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stderr.strip() == "[]", done.stderr
+
+
+def test_every_field_is_documented() -> None:
+    names = [f.name for cls in Config.sections().values() for f in dataclasses.fields(cls)]
+    assert len(set(names)) == len(names)
+    assert set(Config.docs()) == set(names) == set(Config.kinds())
+    assert all(len(text) > 10 for text in Config.docs().values())
+
+
+# -------------------------------------------------------------------------------------------------- the same run again
+
+
+def test_yaml_and_flags_are_the_same_run(tmp_path: Path) -> None:
+    settings = {**SMALL, "num_train_epochs": 1, "learning_rate": 2e-3, "rank": 3, "lora_targets": ["to_q", "to_v"]}
+    by_flags = run_toy(tmp_path / "flags", **settings)
+    file = written(tmp_path / "c.yaml", **settings, output_dir=str(tmp_path / "yaml"))
+    assert train.main(["--config", file]) == 0
+    assert_same_end(by_flags, tmp_path / "yaml")
+    assert_same_tensors(*(d / "pytorch_lora_weights.safetensors" for d in (by_flags, tmp_path / "yaml")))
+    other = run_toy(tmp_path / "other", **{**settings, "learning_rate": 3e-3})
+    assert facts(other) != facts(by_flags)  # the comparison can fail
+
+
+def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
+    """config.yaml holds every setting: the preset under it may change, the run does not."""
+    first = run_toy(tmp_path / "first", num_train_epochs=1, recipe="published", train_batch_size=1, clip="none")
+    saved = yaml.safe_load((first / "config.yaml").read_text())
+    assert saved.keys() == Config().flat().keys()
+    assert train.main(["--config", str(first / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    assert_same_end(first, tmp_path / "again")
+    again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    assert again == {**saved, "output_dir": str(tmp_path / "again")}
+
+
+# ------------------------------------------------------------------------------------------------------------- fast
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("learning_rte: 1e-5", "Did you mean 'learning_rate'?"),
-        ("completely_unheard_of: 1", "unknown setting 'completely_unheard_of'"),
-        ("rank: many", "rank: 'many' is no int"),
-        ("shuffle: 3", "shuffle: 3 must be true or false"),
-        ("optimizer: sgd", "'sgd' is none of adamw"),
-        ("rank:", "rank has no value"),
-        ("- a\n- b", "found a list"),
-        ("eta: 0", "eta=0.0 must lie in"),
-        ("a: [", "c.yaml"),
-    ],
+    ("model", "vae"), [("sd15", "madebyollin/taesd"), ("sdxl", "madebyollin/taesdxl"), ("toy", None)]
 )
-def test_bad_yaml_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(text)
-    assert says in fails(capsys, "--model", "toy", "--config", str(file))
+def test_fast_recipe(model: str, vae: str | None, tmp_path: Path) -> None:
+    cfg = parse("--model", model, "--recipe", "fast")
+    assert cfg.run.recipe == "fast"
+    assert (cfg.scorer.scorer_dtype, cfg.optim.optimizer) == ("bf16", "adamw8bit")
+    assert cfg.model.pretrained_vae_model_name_or_path == vae
+    # what is given beside it wins, and a VAE given anywhere stays
+    cfg = parse("--model", model, "--recipe", "fast", "--optimizer", "adamw", "--scorer_dtype", "no")
+    assert (cfg.scorer.scorer_dtype, cfg.optim.optimizer) == ("no", "adamw")
+    file = written(tmp_path / "c.yaml", model=model, pretrained_vae_model_name_or_path="my/vae", scorer_dtype="no")
+    cfg = parse("--config", file, "--recipe", "fast")
+    assert cfg.model.pretrained_vae_model_name_or_path == "my/vae"
+    assert cfg.scorer.scorer_dtype == "bf16"  # a flag over the file
+    file = written(tmp_path / "d.yaml", model=model, recipe="fast")
+    assert parse("--config", file, "--optimizer", "adamw").optim.optimizer == "adamw"
+    assert parse("--config", file, "--recipe", "default").optim.optimizer == "adamw"
+
+
+def test_fast_recipe_asks_for_the_tiny_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spo_fast.models import MODELS
+    from spo_fast.models.sources import MissingFilesError, resolve_all
+
+    cfg = parse("--model", "sd15", "--recipe", "fast")
+    source = dataclasses.replace(MODELS["sd15"](cfg.model), cache_dir=str(tmp_path))
+    with pytest.raises(MissingFilesError) as error:
+        resolve_all(source, download=False)
+    assert ("madebyollin/taesd", "--pretrained_vae_model_name_or_path") in {
+        (m.source, m.flag) for m in error.value.missing
+    }
+
+
+def test_fast_recipe_runs(tmp_path: Path) -> None:
+    """A VAE of TAESD's class in its own repository's layout, and the toy with its own."""
+    from diffusers import AutoencoderTiny
+    from tiny import make_tiny_sd15
+
+    run = run_toy(tmp_path / "toy", recipe="fast", max_train_steps=2)
+    assert len(facts(run)) == 2
+    channels = (8, 8, 8, 8)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    tiny.save_pretrained(tmp_path / "taesd")
+    make_tiny_spm(tmp_path / "spm", vocab_size=len(clip_tokenizer(END, 16, merges=())))
+    parts = {
+        "pretrained_model_name_or_path": make_tiny_sd15(tmp_path / "m"),
+        "pretrained_vae_model_name_or_path": tmp_path / "taesd",
+        "spm_path": tmp_path / "spm",
+    }
+    run = run_toy(tmp_path / "run", model="sd15", recipe="fast", resolution=64, max_train_steps=2, **parts)
+    assert len(facts(run)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ from a LoRA
+
+
+def test_exported_lora_is_read_back_as_it_was(tmp_path: Path) -> None:
+    """The weights a run ends with are those that another starts from, and they are its reference."""
+    first = run_toy(tmp_path / "first", max_train_steps=1, lora_alpha=2.0)
+    run = built(tmp_path / "second", lora_path=first, lora_alpha=2.0)
+    end = load_file(first / "checkpoint-1" / "trained.safetensors")
+    start = run.policy.state_dict()
+    assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in end)
+    fresh = built(tmp_path / "third", lora_alpha=2.0)
+    assert not all(torch.equal(fresh.policy.state_dict()[name], end[name]) for name in end)
+
+    x = torch.randn(2, *run.model.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond, t = run.model.cond(["a", "b"]), torch.tensor(500)
+    with torch.no_grad():
+        now = run.policy.predict(x, t, cond, guided=False).cond
+        base = fresh.policy.predict(x, t, cond, guided=False).cond
+        assert not torch.equal(now, base)
+        run.policy.load_state_dict({name: v + 1 for name, v in end.items()})
+        with run.policy.reference():
+            assert torch.equal(run.policy.predict(x, t, cond, guided=False).cond, now)
+        assert not torch.equal(run.policy.predict(x, t, cond, guided=False).cond, now)
+    assert all(torch.equal(v, end[name] + 1) for name, v in run.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_run_from_a_lora_starts_at_ratio_one(tmp_path: Path, precision: str) -> None:
+    first = run_toy(tmp_path / "first", max_train_steps=1)
+    settings = {"train_batch_size": PAIRS, "mixed_precision": precision}
+    run = run_toy(tmp_path / "run", lora_path=first, max_train_steps=2, **settings)
+    before, after = facts(run)
+    assert before["log_ratio_best"] == 0 and before["log_ratio_worst"] == 0
+    assert after["log_ratio_best"] != 0
+
+
+def test_run_from_a_lora_resumes(tmp_path: Path) -> None:
+    start = {"lora_path": run_toy(tmp_path / "first", max_train_steps=1), "max_train_steps": 2}
+    whole = run_toy(tmp_path / "whole", **start, checkpointing_steps=1)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-2")
+    assert_same_end(whole, run_toy(tmp_path / "cut", **start, resume_from_checkpoint="latest"))
 
 
 # -------------------------------------------------------------------------------------------------- fresh processes

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT, SMALL, built, command_line, flags
+from spo_fast.costs import predict
 
 from spo_fast import choices, dry_run, train, trainer
-from spo_fast.choices import GIB, Choice, Device, choose, out_of_memory
-from spo_fast.costs import predict
+from spo_fast.choices import GIB, Choice, Device, choose, is_out_of_memory, out_of_memory
 from spo_fast.metrics import read_metrics
 from spo_fast.presets import PRESETS
 
@@ -205,4 +205,4 @@ def test_a_run_without_memory_ends_with_advice(
 
 def test_memory_of_a_cpu_that_is_full(tmp_path: Path) -> None:
     error = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried")
-    assert trainer.is_out_of_memory(error) and not trainer.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "spo_fast"
 LAYERS = {
     "ops": 0,
-    **dict.fromkeys(("schedule", "experience", "noise", "config"), 1),
+    **dict.fromkeys(("schedule", "experience", "noise", "config", "files"), 1),
     **dict.fromkeys(("models", "scorers"), 2),
     "rollout": 3,
     "objectives": 4,

@@ -169,6 +169,9 @@ def test_directory_of_the_other_kind_or_another_class(tiny: dict[str, Path], tmp
     with pytest.raises(ValueError, match="VQModel; a VAE must be one of AutoencoderKL, AutoencoderTiny"):
         load_vae(resolve("sd15", path), torch.float32)
     (path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors is no .safetensors file"):
+        resolve("sd15", path)  # before anything is loaded
+    save_file({"conv_in.weight": torch.zeros(1)}, path / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(OSError, match="cannot load UNet2DConditionModel from .*unet"):
         load_unet(resolve("sd15", path), torch.float32)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
-from spo_fast.config import ModelConfig, ScorerConfig
-from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES, Looked, ModelSource, Resolved, look, resolve_all
+from spo_fast.config import ModelConfig, ScorerConfig, did_you_mean
+from spo_fast.models.lora import find_lora
+from spo_fast.models.sources import DEFAULTS, Looked, ModelSource, Resolved, look, resolve_all
 
 
 def _public(kind: str, cfg: ModelConfig) -> ModelSource:
@@ -39,17 +41,25 @@ MODELS: dict[str, Callable[[ModelConfig], ModelSource]] = {
 }
 
 
+SCORER_NAMES = ("spm", "pickscore")
+
+
 def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
     """("spm:1", "pickscore:0.5") -> [("spm", 1.0), ("pickscore", 0.5)]; a missing weight is 1."""
     specs = []
     for name in names:
         name, _, weight = name.partition(":")
-        if name not in SCORER_SOURCES:
-            raise ValueError(f"unknown scorer {name!r}. Known: {', '.join(SCORER_SOURCES)}.")
+        if name not in SCORER_NAMES:
+            hint = did_you_mean(name, SCORER_NAMES)
+            raise ValueError(f"unknown scorer {name!r:.60}. Known: {', '.join(SCORER_NAMES)}.{hint}")
         try:
             specs.append((name, float(weight or 1)))
         except ValueError:
-            raise ValueError(f"scorer {name}:{weight}: the weight after the colon must be a number") from None
+            specs.append((name, math.nan))
+        if not math.isfinite(specs[-1][1]):
+            raise ValueError(
+                f"scorer {name}:{weight!s:.60}: the weight after the colon must be a number, as in {name}:0.5"
+            )
     return specs
 
 
@@ -78,4 +88,4 @@ def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapp
     return {name: path or str(shipped[name]) for name, path in scorers.items()}
 
 
-__all__ = ["MODELS", "look_for", "resolve", "scorer_paths", "scorer_specs"]
+__all__ = ["MODELS", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from spo_fast.config import ModelConfig
 from spo_fast.experience import Cond
+from spo_fast.files import read_json
 from spo_fast.models import sources
 from spo_fast.models.policy import Policy
 from spo_fast.models.row_cache import fingerprint_files
@@ -105,7 +105,7 @@ class DiffusionModel:
     def _forces_zeros(self) -> bool:
         """SDXL's unconditional embeddings are zeros, not those of the empty prompt, if its model_index.json says so."""
         index = self.resolved.config_dir / "model_index.json"
-        settings = json.loads(index.read_text()) if index.is_file() else {}
+        settings = read_json(index) if index.is_file() else {}
         return self.kind == "sdxl" and bool(settings.get("force_zeros_for_empty_prompt", True))
 
     # ------------------------------------------------------------------------------------------------ images

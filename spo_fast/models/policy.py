@@ -1,4 +1,5 @@
-"""The trained network: a frozen base plus a LoRA, the reference being the same network with the LoRA off.
+"""The trained network: a frozen base plus a LoRA, the reference being the same network with the LoRA off (or, if the
+run started from a given LoRA, with that one).
 
 Compute runs in one type throughout (no autocast); trained weights have float32 masters when that type has 16 bits, and
 gradients are added up in the masters, so that neither small updates nor accumulation are lost to rounding.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
+from spo_fast.models.lora import read_lora
 
 
 class TrainedWeights:
@@ -77,22 +79,22 @@ class Policy(TrainedWeights):
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # PEFT draws its initial weights from the global generator
-                unet.add_adapter(
-                    LoraConfig(
-                        r=adapter.rank,
-                        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
-                        init_lora_weights="gaussian",
-                        target_modules=list(adapter.lora_targets),
-                    )
-                )
+                _add_lora(unet, adapter)
         named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError(f"no layer of the UNet is called {', '.join(adapter.lora_targets)}: nothing to train")
         # PEFT draws in the network's type (and may keep the values in another): masters start from 16-bit values then,
         # as in the published runs
         for _, p in named:
             p.data = p.data.to(unet.dtype)
         super().__init__(named)
+        self._start: list[Tensor] | None = None
+        if adapter.lora_path is not None:
+            self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
+            self._start = [p.detach().clone() for p in self._weights]
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for p, value in zip(self._weights, values, strict=True):
+            p.copy_(value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +116,7 @@ class Policy(TrainedWeights):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, `predict` is the frozen network."""
+        """Inside, `predict` is the network that training started from."""
         if self._frozen_copy is not None:
             trained, self.unet = self.unet, self._frozen_copy
             try:
@@ -122,11 +124,33 @@ class Policy(TrainedWeights):
             finally:
                 self.unet = trained
             return
+        if self._start is not None:
+            now = [p.detach().clone() for p in self._weights]
+            self._fill(self._start)
+            try:
+                yield
+            finally:
+                self._fill(now)
+            return
         self.unet.disable_adapters()
         try:
             yield
         finally:
             self.unet.enable_adapters()
+
+
+def _add_lora(unet: Any, adapter: AdapterConfig) -> None:
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
+        init_lora_weights="gaussian",
+        target_modules=list(adapter.lora_targets),
+    )
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:  # no such layer, or one of a kind that takes no LoRA
+        names = " ".join(adapter.lora_targets)
+        raise ValueError(f"--lora_targets {names} fits no layer of the UNet ({error}). Try to_q to_k to_v.") from error
 
 
 def denoise(

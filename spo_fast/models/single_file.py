@@ -6,12 +6,12 @@ Such a file has weights only: settings come from a directory in diffusers layout
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from spo_fast.files import read_header, read_json, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +25,6 @@ TEXT_PREFIXES = {
 }
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VAE_LAYERS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest is the VAE's training loss
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of a .safetensors file, read without loading it (or torch)."""
-    with path.open("rb") as f:
-        head = f.read(8)
-        size = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        text = f.read(size) if 0 < size < 100_000_000 else b""
-    try:
-        header = json.loads(text)
-    except ValueError:
-        raise ValueError(f"{path} is no .safetensors file, or was cut short; download or convert it again.") from None
-    header.pop("__metadata__", None)
-    return header
 
 
 def check_model_file(path: Path, kind: str, with_vae: bool) -> None:
@@ -62,14 +48,6 @@ def check_vae_file(path: Path) -> None:
         raise ValueError(f"{path} holds no VAE: no tensor is named decoder.* or {VAE_PREFIX}decoder.*")
 
 
-def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names start with prefix, without it; the rest of the file is not read."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as f:
-        return {n.removeprefix(prefix): f.get_tensor(n) for n in f.keys() if n.startswith(prefix)}  # noqa: SIM118
-
-
 def _check_size(path: Path, part: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], cls: Any) -> None:
     """diffusers' converters leave what they do not know uninitialised, silently: compare the sizes before."""
     import torch
@@ -89,8 +67,8 @@ def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Modul
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    tensors = _read_tensors(path, UNET_PREFIX)
-    config = json.loads((config_dir / "unet" / "config.json").read_text())
+    tensors = read_tensors(path, UNET_PREFIX)
+    config = read_json(config_dir / "unet" / "config.json")
     _check_size(path, "UNet", tensors, config, UNet2DConditionModel)
     tensors = convert_ldm_unet_checkpoint({UNET_PREFIX + n: t for n, t in tensors.items()}, config)
     return _from_state_dict(UNet2DConditionModel, config, tensors, dtype)
@@ -104,11 +82,11 @@ def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     prefix = VAE_PREFIX if any(n.startswith(VAE_PREFIX) for n in read_header(path)) else ""
-    tensors = {n: t for n, t in _read_tensors(path, prefix).items() if n.startswith(VAE_LAYERS)}
+    tensors = {n: t for n, t in read_tensors(path, prefix).items() if n.startswith(VAE_LAYERS)}
     ldm = any(n.startswith("decoder.mid.") for n in tensors)  # against diffusers' decoder.mid_block.
     beside = path.parent / "config.json"  # a file out of a diffusers directory has its settings beside it
     config_file = beside if beside.is_file() and not ldm else config_dir / "vae" / "config.json"
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     cls = getattr(diffusers, vae_class(config, path))
     _check_size(path, "VAE", tensors, config, cls)
     convert = convert_ldm_vae_checkpoint if ldm else _modern_names
@@ -148,7 +126,7 @@ def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: tor
     """Own mapping: diffusers' picks the encoder by its width, which two encoders of one width defeat."""
     from transformers import CLIPTextConfig
 
-    tensors = _read_tensors(path, prefix)
+    tensors = read_tensors(path, prefix)
     tensors = openclip_to_transformers(tensors) if prefix.endswith(".model.") else _transformers_text(tensors)
     config = CLIPTextConfig.from_pretrained(config_dir)
     with no_progress_bar():

@@ -7,10 +7,9 @@ from the disk only: the text encoders can be loaded, used and dropped before the
 
 from __future__ import annotations
 
-import difflib
 import functools
 import http.client
-import json
+import os
 import re
 import threading
 import urllib.error
@@ -20,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo_fast.config import did_you_mean
+from spo_fast.files import read_header, read_json
 from spo_fast.models.clip_tokenizer import clip_tokenizer
 from spo_fast.models.single_file import (
     TEXT_PREFIXES,
@@ -261,7 +262,7 @@ def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]
 
 
 def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
-    local = Path(need.source).expanduser()
+    local = Path(os.path.expanduser(need.source))  # Path's own raises for a user that is none
     if local.is_file():
         _check_file(local, need)
         return local
@@ -279,6 +280,8 @@ def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
 
 def _check_file(file: Path, need: _Need) -> None:
     if need.file or need.parts == ("clip-alone",):
+        if file.suffix == ".safetensors":
+            read_header(file)
         return  # the scorers read their own formats
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: only .safetensors is read as a single file (a .ckpt is a pickle); convert it first.")
@@ -290,13 +293,20 @@ def _check_file(file: Path, need: _Need) -> None:
 
 def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing:
     if need.file:
-        file = directory / need.file
-        return file if file.is_file() else _lacks(need, why + need.file)
-    _, lacking = select_files(_names(directory), need.parts, need.variant)
+        # the published name, or those of a model trained here (preference_model/)
+        for file in (directory / name for name in (need.file, "model.safetensors", "pytorch_model.bin")):
+            if file.is_file():
+                _check_file(file, need)
+                return file
+        return _lacks(need, f"{why}{need.file} or model.safetensors")
+    if need.kind and (directory / "unet" / "config.json").is_file():
+        _check_directory_kind(directory, need.kind)  # before what is missing: another kind has other parts
+    chosen, lacking = select_files(_names(directory), need.parts, need.variant)
     if lacking:
         return _lacks(need, why + ", ".join(lacking))
-    if need.kind:
-        _check_directory_kind(directory, need.kind)
+    for name in chosen:  # one that was cut short is named now, not after minutes of loading the others
+        if name.endswith(".safetensors"):
+            read_header(directory / name)
     return directory
 
 
@@ -311,9 +321,7 @@ def _names(directory: Path) -> set[str]:
 
 
 def _unknown(noun: str, name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {noun} {name!r}; known: {', '.join(known)}.{hint}"
+    return f"unknown {noun} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}"
 
 
 # ---------------------------------------------------------------------------------------------- files of a layout
@@ -375,7 +383,7 @@ def _weight_files(names: Collection[str], folder: str, stem: str, variant: str |
 
 
 def _check_directory_kind(directory: Path, kind: str) -> None:
-    config = json.loads((directory / "unet" / "config.json").read_text())
+    config = read_json(directory / "unet" / "config.json")
     found = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
     if found != kind:
         raise ValueError(f"{directory} holds a UNet of kind {found}, but kind {kind} was asked for: use {found}.")
@@ -411,11 +419,15 @@ def _knock(url: str, answered: threading.Event) -> None:
 
 def _find_in_cache(need: _Need, cache_dir: str | None) -> Path | Missing:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     # one file tells the snapshot's folder; snapshot_download(local_files_only=True) would not, for it refuses a
     # snapshot without the duplicates that were never wanted
     for name in [need.file] if need.file else ["unet/config.json", "vae/config.json", "config.json"]:
-        file = try_to_load_from_cache(need.source, name, cache_dir=cache_dir, revision=need.revision)
+        try:
+            file = try_to_load_from_cache(need.source, name, cache_dir=cache_dir, revision=need.revision)
+        except HFValidationError:
+            return _lacks(need, "no such path, and no hub id")
         if isinstance(file, str):
             snapshot = Path(file).parents[name.count("/")]
             return _find_in_directory(snapshot, need, why="the hub cache lacks ")
@@ -467,7 +479,7 @@ def load_vae(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
         return _frozen(vae_from_file(path, _config_dir(resolved.source), dtype))
     borrowed = resolved.vae_path is not None
     folder = "" if borrowed and (path / "config.json").is_file() else "vae"
-    config = json.loads((path / folder / "config.json").read_text())
+    config = read_json(path / folder / "config.json")
     cls = getattr(diffusers, vae_class(config, path))
     return _frozen(_from_directory(cls, path, folder, dtype, None if borrowed else resolved.source.variant))
 
@@ -516,7 +528,7 @@ def vae_files(resolved: Resolved) -> list[Path]:
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:
     """The published scheduler's settings as its JSON has them; nothing heavy is imported."""
-    return json.loads((resolved.config_dir / "scheduler" / "scheduler_config.json").read_text())
+    return read_json(resolved.config_dir / "scheduler" / "scheduler_config.json")
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -524,7 +536,7 @@ def _tokenizer(directory: Path) -> Any:
 
     if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings = read_json(directory / "tokenizer_config.json")
     return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from spo_fast.config import did_you_mean
 from spo_fast.scorers.clip_scorers import ClipScorer, Tokenize, load_pickscore, load_spm, make_tiny_spm
 from spo_fast.scorers.weighted import WeightedSum
 
@@ -66,8 +66,7 @@ def load_scorer(
         raise ValueError(f"No scorer given. Known: {', '.join(SCORERS)}.")
     for name, _ in specs:
         if name not in SCORERS:
-            nearest = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"Unknown scorer {name!r}. Known: {', '.join(SCORERS)}. Did you mean {nearest!r}?")
+            raise ValueError(f"Unknown scorer {name!r}. Known: {', '.join(SCORERS)}.{did_you_mean(name, SCORERS)}")
         if name not in paths:
             raise ValueError(
                 f"Scorer {name!r} has no weights: give a local file or directory for it (paths has {sorted(paths)})."

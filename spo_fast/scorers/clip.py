@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from spo_fast.files import read_json
+from spo_fast.files import read_tensors as read_safetensors
 
 TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding, fixed in the published model
 
@@ -449,12 +451,12 @@ def find_weights(path: Path) -> Path:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
+        return read_safetensors(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler makes of bytes that are no file of tensors
         raise ValueError(
             f"{file} cannot be read as a file of tensors alone. Pickles that hold anything else are refused, since "
             "loading one can run code: if you trust it, load it yourself and save its state dict as .safetensors."
@@ -469,7 +471,7 @@ def read_hf_config(directory: Path) -> dict[str, Any] | None:
     file = directory / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text())
+    config = read_json(file)
     return config if {"text_config", "vision_config"} <= config.keys() else None
 
 
@@ -558,10 +560,10 @@ def check_tensors(model: Clip, tensors: Mapping[str, Tensor], name: str) -> None
     report = ". ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in found if keys)
     time_keys = ("t_embedder", "adaLN_modulation")
     if any(part in key for key in missing for part in time_keys):
-        report += ". A CLIP without a timestep cannot score as a step-aware one"
+        report += ". A CLIP without a timestep cannot score as a step-aware one: use it as --scorer pickscore"
         report += " (to start training one: init_identity_time_conditioning)"
     if any(part in key for key in unexpected for part in time_keys):
-        report += ". This is a step-aware model: load it as scorer spm"
+        report += ". This is a step-aware model: use it as --scorer spm"
     expected = SPM_FILES if model.config.time_conditioned else PLAIN_FILES
     raise ValueError(f"{name} does not fit the network of {len(wanted)} tensors. {report}. Expected {expected}.")
 

@@ -144,14 +144,27 @@ def load_spm(
     path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClipScorer:
     """The step-aware preference model, e.g. sdxl_step-aware_preference_model.bin (strict: see load_clip)."""
-    return ClipScorer(load_clip(path, time_conditioned=True, device=device, dtype=dtype), tokenize, dtype=dtype)
+    clip = load_clip(path, time_conditioned=True, device=device, dtype=dtype)
+    return ClipScorer(check_vocabulary(clip, tokenize, path), tokenize, dtype=dtype)
 
 
 def load_pickscore(
     path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClipScorer:
     """yuvalkirstain/PickScore_v1: a plain ViT-H/14, blind to the timestep (an ablation of the SPO paper)."""
-    return ClipScorer(load_clip(path, time_conditioned=False, device=device, dtype=dtype), tokenize, dtype=dtype)
+    clip = load_clip(path, time_conditioned=False, device=device, dtype=dtype)
+    return ClipScorer(check_vocabulary(clip, tokenize, path), tokenize, dtype=dtype)
+
+
+def check_vocabulary(clip: Clip, tokenize: Tokenize, path: str | Path) -> Clip:
+    """The same model. Raises ValueError if it was trained with another tokenizer, whose ids mean other words."""
+    tokens = int(tokenize([""]).max()) + 1  # the end token is the last
+    if tokens != clip.config.vocab_size:
+        raise ValueError(
+            f"{path} knows {clip.config.vocab_size} tokens, but the diffusion model's tokenizer has {tokens}: "
+            "it belongs to another --model. Give that model's preference model (--spm_path, --pickscore_path)."
+        )
+    return clip
 
 
 # ------------------------------------------------------------------------------------------------------------- stand-in

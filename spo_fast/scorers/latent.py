@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spo_fast.files import read_json
 from spo_fast.scorers.clip import ClipConfig, TextTower, TowerConfig, read_tensors, unit, write_model
 
 GUIDANCE_SCALE = 7.5  # of the published models, in their training and in LPO; no checkpoint holds it
@@ -325,7 +326,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist. Expected {LRM_FILES}.")
     config = file.with_name("config.json")
-    return read_tensors(file), json.loads(config.read_text()) if config.is_file() else {}
+    return read_tensors(file), read_json(config) if config.is_file() else {}
 
 
 def _read_published(directory: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -342,5 +343,5 @@ def _read_published(directory: Path) -> tuple[dict[str, Tensor], dict[str, dict[
             names = ", ".join(file.name for file in files)
             raise ValueError(f"{directory / part} has {len(files)} files of weights, one is wanted: {names}.")
         tensors |= {f"{part}.{key}": value for key, value in read_tensors(files[0]).items()}
-        configs[part] = json.loads((directory / part / "config.json").read_text())
+        configs[part] = read_json(directory / part / "config.json")
     return tensors, configs

@@ -6,7 +6,6 @@ stands beside them: what guidance alone would have given.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast import checkpoint, train
+from spo_fast import checkpoint, cli, train
 from spo_fast.experience import Candidates
 from spo_fast.noise import KeyedDraws
 from spo_fast.preference_report import Estimate, estimate, markdown
@@ -157,6 +156,8 @@ def grid(pixels: Tensor, rows: int = 8, columns: int = 8) -> list[list[Tensor]]:
 
 def load_run(run_dir: Path, **changes: Any) -> Run:
     """A finished run's parts with its trained weights. The run directory must not be in use."""
+    if not (run_dir / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run_dir} is no run's directory: it has no config.yaml.")
     cfg = train.parse(["--config", str(run_dir / "config.yaml"), "--output_dir", str(run_dir)])
     run = train.build(cfg.with_fields(resume_from_checkpoint="latest", **changes))
     if run.cfg.model.model != "toy":
@@ -170,21 +171,22 @@ def load_run(run_dir: Path, **changes: Any) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.evaluate", description=__doc__.split("\n")[0])
+    return cli.guarded(lambda: evaluate(arguments), arguments)
+
+
+def evaluate(arguments: list[str] | None) -> None:
+    parser = cli.Parser("python -m spo_fast.toy.evaluate", __doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="output directory of a run of --model toy")
     parser.add_argument("--num_images", type=int, default=128, help="pictures of each row")
     parser.add_argument("--seed", type=int, default=0, help="of the noise they start from")
     args = parser.parse_args(arguments)
-    try:
-        run = load_run(args.run_dir)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.num_images < 1:
+        parser.error(f"--num_images={args.num_images} must be at least 1.")
+    run = load_run(args.run_dir)
     table, numbers = report(run, args.num_images, args.seed)
     checkpoint.write_atomically(args.run_dir / "true_scores.json", json.dumps(numbers, indent=1) + "\n")
     checkpoint.write_atomically(args.run_dir / "true_scores.md", table + "\n")
     print(table)
-    return 0
 
 
 if __name__ == "__main__":

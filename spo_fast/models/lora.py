@@ -1,0 +1,92 @@
+"""A LoRA file of diffusers, to start a run from: found, and checked against the network that is to take it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo_fast.files import read_header, read_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spo_fast.config import AdapterConfig
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def find_lora(path: str | Path) -> Path:
+    """The file that --lora_path names. Raises FileNotFoundError, or ValueError for one that is damaged."""
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--lora_path {path}: there is no {file}. Give a {LORA_FILE} or its directory.")
+    read_header(file)
+    return file
+
+
+def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, Tensor]:
+    """The file's tensors by the names of the UNet's own LoRA, which it fits. Raises ValueError saying what differs."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    file = find_lora(path)
+    tensors = read_tensors(file)
+    layers = {name.removeprefix("unet."): value for name, value in tensors.items() if name.startswith("unet.")}
+    if not layers or len(layers) < len(tensors):
+        odd = next((name for name in tensors if not name.startswith("unet.")), "nothing")
+        raise ValueError(
+            f"--lora_path {file} is no LoRA of a UNet in diffusers' names: it holds {odd}. Only unet.* is trained."
+        )
+    # PEFT's names have the adapter's in them
+    found = {
+        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value
+        for name, value in convert_unet_state_dict_to_peft(layers).items()
+    }
+    _check(f"--lora_path {file}", found, _alpha(file), unet, adapter)
+    return found
+
+
+def _check(label: str, found: dict[str, Tensor], alpha: float | None, unet: Any, adapter: AdapterConfig) -> None:
+    modules = {name for name, _ in unet.named_modules()}
+    own = {name: p.shape for name, p in unet.named_parameters() if ".lora_" in name}
+    layers = {name: name.split(".lora_")[0] for name in found}
+    if odd := [name for name, layer in layers.items() if layer not in modules]:
+        raise ValueError(f"{label} belongs to another base model: this one has no layer {layers[odd[0]]}.")
+    if (ranks := {value.shape[0] for name, value in found.items() if ".lora_A." in name}) != {adapter.rank}:
+        shown = ", ".join(map(str, sorted(ranks))) or "none"
+        raise ValueError(f"{label} has rank {shown}, but --rank is {adapter.rank}: use the same.")
+    for name in found.keys() & own.keys():
+        if found[name].shape != own[name]:
+            raise ValueError(
+                f"{label} belongs to another base model: {name} has shape {tuple(found[name].shape)}, "
+                f"here it is {tuple(own[name])}."
+            )
+    if found.keys() != own.keys():
+        targets = sorted({_ending(layer) for layer in layers.values()})
+        raise ValueError(
+            f"{label} is on other layers than --lora_targets {' '.join(adapter.lora_targets)}: "
+            f"use --lora_targets {' '.join(targets)}, or another file."
+        )
+    if (alpha or adapter.rank) != adapter.alpha:  # diffusers takes a missing alpha for the rank
+        raise ValueError(
+            f"{label} has alpha {alpha or adapter.rank:g}, but here it is {adapter.alpha:g}: "
+            f"use --lora_alpha {alpha or adapter.rank:g}."
+        )
+
+
+def _ending(layer: str) -> str:
+    """down_blocks.0.attn1.to_out.0 -> to_out.0, as --lora_targets has it."""
+    parts = layer.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def _alpha(file: Path) -> float | None:
+    """The alpha that diffusers writes beside the tensors."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as f:
+        text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        return json.loads(text).get("unet.lora_alpha")
+    except (ValueError, AttributeError):
+        return None
