@@ -116,7 +116,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 
 PHASES_OF: dict[str, tuple[str, ...]] = {
     "rows_per_forward": ("rollout",),
-    "decode_chunk": ("decode and score",),
+    "decode_chunk": ("score",),
     "states_per_forward": ("reference", "backward"),
     "gradient_checkpointing": ("backward",),
 }

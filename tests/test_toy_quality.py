@@ -40,7 +40,7 @@ def test_layout_stays(runs: list[dict[str, Any]]) -> None:
 def test_random_picks_raise_nothing(runs: list[dict[str, Any]]) -> None:
     """On average: one training on noise drifts either way by more than its pictures' standard error."""
     random_runs, spm_runs = of(runs, "random"), of(runs, "spm")
-    assert all(r["optimizer_steps"] >= 0.75 * s["optimizer_steps"] for r, s in zip(random_runs, spm_runs, strict=True))
+    assert all(r["optimizer_steps"] >= 0.7 * s["optimizer_steps"] for r, s in zip(random_runs, spm_runs, strict=True))
     gain, error = toy.gain_in("aesthetics", random_runs)
     assert gain < 3 * error
 

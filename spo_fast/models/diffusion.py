@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ class DiffusionModel:
 
         self.vae: Any = sources.load_vae(resolved, self.dtype)
         config: Any = self.vae.config
-        if self.kind == "sdxl" and self.dtype == torch.float16 and config.get("force_upcast", False):
-            self.vae = sources.load_vae(resolved, torch.float32)  # SDXL's own VAE overflows in float16
+        if (upcast := vae_dtype(self.kind, self.dtype, config)) != self.dtype:
+            self.vae = sources.load_vae(resolved, upcast)
         self.vae.to(device)
         unet: Any = sources.load_unet(resolved, self.dtype)
         self.unet: Any = unet.to(device)
@@ -79,12 +79,7 @@ class DiffusionModel:
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:
             ids = (rows.to(self.device) for rows in self.token_ids(prompts))
-            hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]
-            if self.kind == "sd15":
-                return {"prompt_embeds": hidden[0].last_hidden_state}
-            # SDXL reads the layer before the last of both encoders, and the second's pooled projection
-            embeds = torch.cat([out.hidden_states[-2] for out in hidden], dim=-1)
-            return {"prompt_embeds": embeds, "text_embeds": hidden[-1].text_embeds}
+            return embeddings(self.kind, encoders, ids)
 
         return encode
 
@@ -112,7 +107,7 @@ class DiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        return decode(self.vae, latents)
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (N, 3, H, W) in [-1, 1] -> (N, C, h, w) each
@@ -195,6 +190,25 @@ class DiffusionModel:
         }
         save_file(kohya, directory / "lora_kohya.safetensors", metadata=metadata)
         return [directory / "pytorch_lora_weights.safetensors", directory / "lora_kohya.safetensors"]
+
+
+def embeddings(kind: str, encoders: Sequence[Any], ids: Iterable[Tensor]) -> dict[str, Tensor]:
+    """What the UNet is told of P prompts: (P, L, D) prompt_embeds, and SDXL's (P, D') text_embeds."""
+    hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]
+    if kind == "sd15":
+        return {"prompt_embeds": hidden[0].last_hidden_state}
+    # SDXL reads the layer before the last of both encoders, and the second's pooled projection
+    embeds = torch.cat([out.hidden_states[-2] for out in hidden], dim=-1)
+    return {"prompt_embeds": embeds, "text_embeds": hidden[-1].text_embeds}
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
+    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+
+def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.dtype:
+    """The VAE computes in the run's type, but SDXL's own VAE, which overflows in float16, in float32."""
+    return torch.float32 if kind == "sdxl" and dtype == torch.float16 and config.get("force_upcast") else dtype
 
 
 def _check_scheduler(config: dict[str, Any]) -> None:

@@ -1,0 +1,622 @@
+"""What a run costs, counted before it starts: FLOPs and bytes of its own code on fake tensors, no weights, no network.
+
+A fake tensor has a shape, a type and a storage that takes no memory. The rollout, the reference and a training step run
+on such tensors as they would run on real ones, while one mode adds up the products and another the bytes of the
+storages that are alive. A network runs once for each shape it meets; a later call repeats what the first one took. So a
+prediction takes as long as the Python of a few forwards (SDXL: about 20 s on a core), whatever the batch.
+
+Not counted: what a kernel allocates inside itself (cuDNN's and cuBLAS's workspaces), the CUDA context (about 0.5 GB)
+and what the allocator cannot reuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from spo_fast.config import AdamConfig, Config
+from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
+from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
+from spo_fast.models.diffusion import DTYPES, decode, embeddings, vae_dtype
+from spo_fast.models.policy import Policy, TrainedWeights
+from spo_fast.models.single_file import read_header, text_class, vae_class
+from spo_fast.models.sources import CONFIGS, TEXT_PARTS, Resolved, vae_files
+from spo_fast.models.text import ENCODE_BATCH
+from spo_fast.noise import KeyedDraws, permutation
+from spo_fast.objectives import make_objective, predict_states
+from spo_fast.rollout import RolloutBatch, rollout_segments, segments
+from spo_fast.schedule import StepTable
+from spo_fast.scorers import ClipScorer, WeightedSum
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config
+
+PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
+"""The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
+
+CUDA_BLOCK = 512  # bytes: PyTorch's CUDA allocator gives out multiples of it
+
+TIME_CONDITIONED = {"spm": True, "pickscore": False}
+VIT_H = ClipConfig(
+    text=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu"),
+    vision=TowerConfig(width=1280, mlp_width=5120, num_layers=32, num_heads=16, activation="gelu"),
+    **{"vocab_size": 49408, "max_length": 77, "image_size": 224, "patch_size": 14, "projection_dim": 1024},
+    time_conditioned=False,
+)
+VAES: Mapping[str, dict[str, Any]] = {  # what the configs of known ids say otherwise than the architecture's own
+    "madebyollin/sdxl-vae-fp16-fix": {"force_upcast": False},
+    "madebyollin/taesd": {"_class_name": "AutoencoderTiny"},
+    "madebyollin/taesdxl": {"_class_name": "AutoencoderTiny"},
+}
+
+# ---------------------------------------------------------------------------------------------------- counting
+
+
+class LiveStorage(TorchDispatchMode):
+    """Bytes of the tensor storages that came into being inside the block and are still alive, real or fake.
+
+    with LiveStorage() as live: ...; live.peak_bytes. `count` adds what existed before. `phase` keeps peaks apart and
+    serves as the trainer's timer. block: storages take multiples of so many bytes.
+    """
+
+    def __init__(self, block: int = 1):
+        super().__init__()
+        self.block = block
+        self.current_bytes = 0
+        self.peaks: dict[str, int] = {}  # phase -> most bytes alive in it
+        self.phase_name = ""
+        self._alive: dict[int, weakref.ref] = {}  # address of the storage -> what tells its end
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peaks.values(), default=0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, peaks go to this name and no other."""
+        outer, self.phase_name = self.phase_name, name
+        self.note(self.current_bytes)
+        try:
+            yield
+        finally:
+            self.phase_name = outer
+
+    def note(self, live_bytes: int) -> None:
+        """So many bytes were alive at some time of this phase."""
+        self.peaks[self.phase_name] = max(self.peaks.get(self.phase_name, 0), live_bytes)
+
+    def rise(self, function: Callable[[], Any]) -> tuple[Any, int]:
+        """What the call returns, and how many bytes above the present ones it needs on its way."""
+        start, outer = self.current_bytes, self.peaks.pop(self.phase_name, 0)
+        self.note(start)
+        result = function()
+        rise = self.peaks[self.phase_name] - start
+        self.note(outer)
+        return result, rise
+
+    def count(self, tensors: Iterable[Tensor]) -> int:
+        """Count these from now on as well, weights from before the block say; returns the bytes this adds."""
+        before = self.current_bytes
+        for tensor in tensors:
+            self._add(tensor.untyped_storage())
+        return self.current_bytes - before
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, -(-storage.nbytes() // self.block) * self.block
+        if address not in self._alive:
+            self._alive[address] = weakref.ref(storage, lambda _: self._remove(address, size))
+            self.current_bytes += size
+            self.note(self.current_bytes)
+
+    def _remove(self, address: int, size: int) -> None:
+        del self._alive[address]
+        self.current_bytes -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        new = [s for s in _storages(out) if s._cdata not in self._alive]
+        if new:  # a view of a weight from before the block is not new
+            old = {s._cdata for s in _storages((args, kwargs))}
+            for storage in new:
+                if storage._cdata not in old:
+                    self._add(storage)
+        return out
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    leaves = [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+_aten = torch.ops.aten
+FLOPS = {  # FlopCounterMode does not know the CPU's fused attention, and its module hooks keep gradients alive
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g.shape, q.shape, k.shape, v.shape
+    ),
+}
+
+
+class CountFlops(TorchDispatchMode):
+    """FLOPs (2 x MAC) of matrix products, convolutions and attention, by PyTorch's formulas."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in FLOPS:
+            self.total += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------- the answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """One iteration in which every pair is kept, and what is held throughout."""
+
+    samples: Mapping[str, int]
+    """Part -> UNet rows (a guided state is two), images decoded, images scored (by each scorer)."""
+    full_flops: Mapping[str, int]
+    """Part (rollout, decode, score, reference, policy) -> FLOPs; policy is its forward and backward."""
+    flops_per_prompt: int
+    """Of the prompt encoders and the scorers' text towers, once for each prompt of the run."""
+    resident: Mapping[str, int]
+    """Part -> bytes held through the training."""
+    gradients: int
+    """Bytes of the float32 gradients, which the backward's and the step's transients include."""
+    transient: Mapping[str, int]
+    """Phase -> most bytes alive at once besides the resident ones."""
+
+    def flops(self, valid_share: float = 1.0) -> dict[str, float]:
+        """FLOPs of an iteration that keeps this share of its pairs, by part."""
+        kept = {"reference", "policy"}
+        return {part: n * (valid_share if part in kept else 1) for part, n in self.full_flops.items()}
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Phase -> bytes. The optimizer has no state yet when prompts are encoded."""
+        held = sum(self.resident.values())
+        early = {"encode prompts": held - self.resident["optimizer state"]}
+        return {phase: early.get(phase, held) + n for phase, n in self.transient.items()}
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "cuda") -> Costs:
+    """The costs of cfg's run on a device of this type. Architectures are read from the resolved files' configs.
+
+    resolved=None: the published architectures, and the shipped toy. Memory is that of the first iteration if it keeps
+    every pair. One that keeps a few can have up to 1.5 times longer slots; states_per_forward bounds what they take.
+    """
+    if resolved is None and cfg.model.model == "toy":
+        resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
+    key = (cfg.adapter, cfg.scorer, cfg.optim.gradient_checkpointing)
+    networks = _networks(
+        replace(cfg.model, decode_chunk=None), *key, None if resolved is None else _Same(resolved), device_type
+    )
+    return networks.costs(cfg)
+
+
+def largest(
+    cfg: Config, memory_bytes: int, field: str, resolved: Resolved | None = None, device_type: str = "cuda"
+) -> int | None:
+    """The largest value of rows_per_forward, states_per_forward or decode_chunk whose phases fit, None if none does."""
+    phases, low, high = {
+        "rows_per_forward": (("rollout",), 2, 2 * cfg.sample.num_candidates * cfg.sample.sample_batch_size),
+        "states_per_forward": (("reference", "backward"), 2, states_per_forward(cfg)),
+        "decode_chunk": (("score",), 1, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
+    }[field]
+
+    def fits(value: int) -> bool:
+        peaks = predict(cfg.with_fields(**{field: value}), resolved, device_type).peaks
+        return max(peaks[phase] for phase in phases) <= memory_bytes
+
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def states_per_forward(cfg: Config) -> int:
+    """UNet states in one forward of training; two a term at most."""
+    return cfg.optim.states_per_forward or 2 * cfg.optim.train_batch_size
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class _Same:
+    """Resolved holds a dict: hashed by what it says."""
+
+    resolved: Resolved
+
+    def __hash__(self) -> int:
+        return hash(repr(self.resolved))
+
+
+@functools.lru_cache(maxsize=1)  # settings of memory and batches change, the networks and what they took stay
+def _networks(model: Any, adapter: Any, scorer: Any, checkpointing: Any, same: _Same | None, device: str) -> Networks:
+    cfg = Config(model=model, adapter=adapter, scorer=scorer).with_fields(gradient_checkpointing=checkpointing)
+    return Networks(cfg, None if same is None else same.resolved, device)
+
+
+class Networks:
+    """A run's networks as fake tensors, and what each took at the shapes it has met."""
+
+    def __init__(self, cfg: Config, resolved: Resolved | None, device_type: str):
+        from diffusers import UNet2DConditionModel
+
+        self.block, self.cuda = (CUDA_BLOCK if device_type == "cuda" else 1), device_type == "cuda"
+        source = resolved.source if resolved else MODELS[cfg.model.model](cfg.model)
+        self.kind, self.config_dir = source.kind, resolved.config_dir if resolved else CONFIGS / source.kind
+        auto = "fp16" if self.cuda else "no"
+        self.dtype = DTYPES[auto if cfg.model.mixed_precision == "auto" else cfg.model.mixed_precision]
+        self.latent_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.mode = FakeTensorMode()
+        self.live = LiveStorage(self.block)
+        self.tally: dict[str, Counter[str]] = {}
+        self._seen: dict[Any, tuple[int, int, list[Any], Any]] = {}
+
+        vae_config = _vae_config(self.kind, resolved, source.pretrained_vae_model_name_or_path)
+        self.vae = self._fake(_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
+        self.vae.decode = self._once(self.vae.decode, "decode")
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(_read(self.config_dir / "unet"))
+            self.policy = Policy(unet, cfg.adapter, seed=0)
+        for network in filter(None, (unet, self.policy._frozen_copy)):
+            self._fake(network, self.dtype)
+            network.forward = self._once(network.forward)
+        with self.mode:  # masters and hooks again, for the fake weights
+            TrainedWeights.__init__(self.policy, [(n, p) for n, p in unet.named_parameters() if p.requires_grad])
+        if cfg.optim.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+
+        self.text_encoders = self._text_encoders()
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        sizes = (size or unet.config.sample_size * factor for size in (cfg.model.height, cfg.model.width))
+        self.latent_shape = (unet.config.in_channels, *(size // factor for size in sizes))
+        self.scorers = {
+            name: self._scorer(name, resolved, DTYPES[cfg.scorer.scorer_dtype])
+            for name, _ in scorer_specs(cfg.scorer.scorer)
+        }
+
+    # ------------------------------------------------------------------------------------------------ building
+
+    def _fake(self, module: nn.Module, dtype: torch.dtype | None = None) -> Any:
+        """The meta module with fake weights on the CPU, of this type or their own (fake weights cannot be cast)."""
+        with self.mode:
+            for part in module.modules():
+                for name, p in part.named_parameters(recurse=False):
+                    part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype), p.requires_grad)
+                for name, b in part.named_buffers(recurse=False):
+                    part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        return module.eval()
+
+    def _scorer(self, name: str, resolved: Resolved | None, dtype: torch.dtype) -> ClipScorer:
+        path = resolved.scorer_paths.get(name) if resolved else None
+        if path is None:
+            with torch.device("meta"):
+                clip = Clip(replace(VIT_H, time_conditioned=TIME_CONDITIONED[name]))
+        else:
+            file = find_weights(Path(path))
+            hf_config, aware = read_hf_config(file.parent), TIME_CONDITIONED[name]
+            clip = load_clip(_shapes(file), time_conditioned=aware, hf_config=hf_config, device="meta", name=str(file))
+        clip = self._fake(clip.set_compute_dtype(dtype))
+        with self.mode:
+            scorer = ClipScorer(clip, lambda prompts: torch.zeros(len(prompts), 0), dtype=dtype)
+        scorer.score_pixels = self._once(scorer.score_pixels, "score")  # type: ignore[method-assign]
+        return scorer
+
+    def _text_encoders(self) -> list[Any]:
+        from transformers import CLIPTextConfig
+
+        encoders = []
+        for _, part in TEXT_PARTS[self.kind]:
+            with torch.device("meta"):
+                encoder = text_class(self.config_dir / part)(CLIPTextConfig.from_pretrained(self.config_dir / part))
+            encoders.append(self._fake(encoder, self.dtype))
+        return encoders
+
+    # ------------------------------------------------------------------------------------------------ running
+
+    def _once(self, function: Callable[..., Any], part: str | None = None) -> Callable[..., Any]:
+        """The function, run once for each set of shapes without gradient; with gradient it is left alone."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return function(*args, **kwargs)
+            name = part or self.live.phase_name
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            key = (id(function), name, *((x.shape, x.dtype) for x in tensors))
+            return self._run(key, name, len(tensors[0]), lambda: function(*args, **kwargs))
+
+        return call
+
+    def _run(self, key: Any, part: str, samples: int, function: Callable[[], Any]) -> Any:
+        """function(), or what it left behind when this key was first met: its outputs, peak and FLOPs."""
+        if key in self._seen:
+            rise, flops, shapes, tree = self._seen[key]
+            self.live.note(self.live.current_bytes + rise)
+            out = pytree.tree_unflatten([torch.empty(shape, dtype=dtype) for shape, dtype in shapes], tree)
+        else:
+            with CountFlops() as counter:
+                out, rise = self.live.rise(function)
+            leaves, tree = pytree.tree_flatten(out)
+            flops = counter.total
+            self._seen[key] = rise, flops, [(x.shape, x.dtype) for x in leaves], tree
+        self.tally.setdefault(part, Counter()).update(samples=samples, flops=flops)
+        return out
+
+    def costs(self, cfg: Config) -> Costs:
+        """Every phase of one iteration in the trainer's order, on fake tensors."""
+        plan, masters = _plan(cfg), self.policy.masters
+        guided, objective = cfg.sample.guidance_scale > 1, make_objective(cfg.objective)
+        self.tally, self.live = {}, LiveStorage(self.block)
+        with self.mode, self.live as live:
+            embedded = self._encode_prompts()
+            # the trainer keeps its last micro-batch for a diagnosis, and gradients where slots straddle rollouts
+            last = self._batch(self._experience(plan, self._cond(embedded, 1)), plan.pairs, plan.states, guided)
+            leftover = self._gradients() if plan.straddles else []
+            with live.phase("rollout"):
+                experience = self._collect(cfg, plan, self._cond(embedded, cfg.sample.sample_batch_size))
+            del embedded
+            with live.phase("reference"):
+                size = states_per_forward(cfg)
+                experience = objective.prepare(self.policy, self._table(cfg), experience, cfg.sample, size)
+            part = self._batch(experience, plan.slot_pairs, plan.slot_states, guided)
+            e = self._batch(part, plan.pairs, plan.states, guided)
+            with live.phase("backward"):
+                m = self._backward(cfg, plan, e)
+            del last
+            with live.phase("step"):
+                live.note(live.current_bytes + self._step_bytes(cfg.optim))
+            for weight in (*masters, *self.policy._weights):
+                weight.grad = None
+            del leftover, part, e, m
+        resident = self._resident(cfg)
+        encoders = sum(self._bytes(encoder.parameters()) for encoder in self.text_encoders)
+        samples, flops = ({part: n[what] for part, n in self.tally.items()} for what in ("samples", "flops"))
+        per_prompt = flops.pop("encode prompts") // samples.pop("encode prompts")
+        # the update ran one micro-batch; all take in proportion to their states
+        rows = samples["reference"]
+        flops["policy"], samples["policy"] = flops["policy"] * rows // samples["policy"], rows
+        return Costs(
+            samples=samples,
+            full_flops=flops,
+            flops_per_prompt=per_prompt,
+            resident=resident,
+            gradients=self._bytes(masters),
+            transient={p: live.peaks[p] + (encoders if p == "encode prompts" else 0) for p in PHASES},
+        )
+
+    @torch.no_grad()
+    def _encode_prompts(self) -> dict[str, Tensor]:
+        """Rows of prompt embeddings; the encoders are in memory for this phase only."""
+        with self.live.phase("encode prompts"):
+            lengths = [encoder.config.max_position_embeddings for encoder in self.text_encoders]
+            ids = [torch.zeros(ENCODE_BATCH, length, dtype=torch.int64) for length in lengths]
+            run = functools.partial(embeddings, self.kind, self.text_encoders, ids)
+            embedded = self._run("text", "encode prompts", ENCODE_BATCH, run)
+            for name, scorer in self.scorers.items():
+                rows = torch.zeros(ENCODE_BATCH, scorer.model.config.max_length, dtype=torch.int64)
+                self._run(("text", name), "encode prompts", 0, functools.partial(scorer.encode_ids, rows))
+        return embedded
+
+    def _cond(self, embedded: dict[str, Tensor], num_prompts: int) -> Cond:
+        """As DiffusionModel.cond makes it."""
+        cond, uncond = (
+            {name: torch.empty(n, *rows.shape[1:], dtype=self.dtype) for name, rows in embedded.items()}
+            for n in (num_prompts, 1)
+        )
+        if self.kind == "sdxl":
+            uncond["time_ids"] = torch.empty(1, 6, dtype=self.dtype)
+            cond["time_ids"] = uncond["time_ids"].expand(num_prompts, -1)
+        return Cond(cond, uncond)
+
+    def _table(self, cfg: Config) -> StepTable:
+        steps = cfg.sample.num_steps
+        return StepTable(torch.empty(steps, dtype=torch.int64), torch.empty(steps, 5, dtype=torch.float64))
+
+    def _collect(self, cfg: Config, plan: Plan, cond: Cond) -> Experience:
+        """The experience of a rollout that keeps every pair."""
+        B, specs = cfg.sample.sample_batch_size, scorer_specs(cfg.scorer.scorer)
+        scorers = [self.scorers[name] for name, _ in specs]
+        scorer: Any = scorers[0] if [w for _, w in specs] == [1] else WeightedSum(scorers, [w for _, w in specs])
+        features = tuple(torch.empty(B, s.model.config.projection_dim) for s in scorers)
+        text = features if isinstance(scorer, WeightedSum) else features[0]
+
+        def score(candidates: Candidates) -> Tensor:
+            with self.live.phase("score"):
+                return scorer(candidates)
+
+        draws = KeyedDraws(0, 0, torch.empty(B, dtype=torch.int64))
+        batch = RolloutBatch(cond, text, draws, self.latent_shape, self.latent_dtype)
+        kept = rollout_segments(
+            *(self.policy, self._table(cfg), score, functools.partial(decode, self.vae), batch),
+            *(cfg.sample, cfg.model.images_per_decode),
+        )
+        return replace(self._experience(plan, cond), scores=kept.scores)  # kept.compact reads the device
+
+    def _latents(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, *self.latent_shape, dtype=self.latent_dtype)
+
+    def _states(self, number: int) -> States:
+        rows, prompts = torch.zeros(2, number, dtype=torch.int64)
+        return States(self._latents(number), rows, prompts)
+
+    def _experience(self, plan: Plan, cond: Cond) -> Experience:
+        index = torch.zeros(plan.all_pairs, 2, 1, dtype=torch.int64)
+        x_prev = self._latents(plan.all_pairs, 2, 1)
+        return Experience(self._states(plan.all_states), x_prev, index, cond, torch.empty(0))
+
+    def _batch(self, experience: Experience, pairs: int, states: int, guided: bool) -> Experience:
+        """As Experience.select(slice(pairs)): states and predictions are copies, children a view."""
+        out = [torch.empty(states, *self.latent_shape, dtype=self.dtype) for _ in range(1 + guided)]
+        return replace(
+            experience,
+            states=self._states(states),
+            x_prev=experience.x_prev[:pairs],
+            index=torch.zeros_like(experience.index[:pairs]),
+            frozen=Prediction(out[0], out[1] if guided else None),
+        )
+
+    def _backward(self, cfg: Config, plan: Plan, e: Experience) -> list[Tensor]:
+        """The largest micro-batch: what the trainer holds of it besides the gradients."""
+        guided, objective, table = cfg.sample.guidance_scale > 1, make_objective(cfg.objective), self._table(cfg)
+
+        def run() -> list[Tensor]:
+            m = predict_states(self.policy, table, e, e.states, guided)
+            objective.loss(m, table, e, cfg.sample, 1.0)[0].backward()
+            return [half.detach() for half in m if half is not None]
+
+        if plan.accumulates:
+            self._gradients()
+        key = ("backward", plan.pairs, plan.states, guided, plan.accumulates)
+        m = self._run(key, "policy", plan.states * (1 + guided), run)
+        self._gradients()
+        return m
+
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of all masters, those that are there kept."""
+        for master in self.policy.masters:
+            master.grad = torch.empty_like(master) if master.grad is None else master.grad
+        return [master.grad for master in self.policy.masters if master.grad is not None]
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def _bytes(self, tensors: Any) -> int:
+        return sum(-(-t.nbytes // self.block) * self.block for t in tensors)
+
+    def _resident(self, cfg: Config) -> dict[str, int]:
+        policy, trained = self.policy, {id(p) for p in self.policy._weights}
+        full = cfg.adapter.full_finetune
+        copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if m is not p]
+        rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
+        held = {
+            "UNet": self._bytes(rest),
+            "LoRA": 0 if full else self._bytes(policy._weights),
+            "float32 masters": self._bytes(copies),
+            "optimizer state": sum(self._bytes(state) for state in _optimizer_state(policy.masters, cfg.optim)),
+            "reference copy": self._bytes(policy._frozen_copy.parameters()) if full else 0,
+            "VAE": self._bytes(self.vae.parameters()),
+            **{f"scorer {name}": self._bytes(s.model.parameters()) for name, s in self.scorers.items()},
+        }
+        return {part: n for part, n in held.items() if n or part == "optimizer state"}
+
+    def _step_bytes(self, cfg: AdamConfig) -> int:
+        """What torch's AdamW allocates in a step: for all weights at once on CUDA, for each in turn on a CPU."""
+        if cfg.optimizer != "adamw":
+            return 0
+        sizes = [self._bytes([master]) for master in self.policy.masters]
+        return sum(sizes) if self.cuda else 2 * max(sizes)
+
+
+@dataclass(frozen=True)
+class _State:
+    nbytes: int
+
+
+def _optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[list[_State]]:
+    """Two moments a weight; in 8 bits with a float32 scale for each 256 weights."""
+    for master in masters:
+        if cfg.optimizer == "adamw" or master.numel() < cfg.min_8bit_size:
+            yield [_State(master.nbytes)] * 2
+        else:
+            yield [_State(master.numel())] * 2 + [_State(4 * -(-master.numel() // 256))] * 2
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many pairs and UNet states an iteration that keeps every pair has, and its largest micro-batch."""
+
+    all_pairs: int
+    all_states: int
+    pairs: int
+    states: int
+    slot_pairs: int  # of the slot that has it
+    slot_states: int
+    accumulates: bool  # an optimizer step sees several micro-batches
+    straddles: bool  # gradients can outlive an iteration
+
+
+def _plan(cfg: Config) -> Plan:
+    """The first iteration's terms in its order, cut as trainer.slots and Experience.micro_batches cut them."""
+    optim, B = cfg.optim, cfg.sample.sample_batch_size
+    # both sides of a pair share their x_t in a segment's first step only
+    terms = [2 - (i == first) for first, end in segments(cfg.sample) for i in range(first, end) for _ in range(B)]
+    shuffled = [terms[n] for n in permutation(len(terms), cfg.run.seed, 0).tolist()]
+    published, N = optim.accumulation == "published", len(terms)
+    if published:
+        slots = [shuffled[i : i + optim.train_batch_size] for i in range(0, N, optim.train_batch_size)]
+    else:
+        steps = max(1, round(N / (optim.train_batch_size * optim.gradient_accumulation_steps)))
+        slots = [shuffled[i * N // steps : (i + 1) * N // steps] for i in range(steps)]
+    batches = [(batch, slot) for slot in slots for batch in _packed(slot, states_per_forward(cfg))]
+    batch, slot = max(batches, key=lambda both: sum(both[0]))
+    straddles = published and optim.gradient_accumulation_steps > 1
+    sizes = (len(terms), sum(terms), len(batch), sum(batch), len(slot), sum(slot))
+    return Plan(*sizes, accumulates=straddles or len(batches) > len(slots), straddles=straddles)
+
+
+def _packed(slot: list[int], most: int) -> list[list[int]]:
+    """Consecutive terms in batches of at most `most` states."""
+    batches: list[list[int]] = [[]]
+    for states in slot:
+        if batches[-1] and sum(batches[-1]) + states > most:
+            batches.append([])
+        batches[-1].append(states)
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------- configs
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def _vae_config(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, Any]:
+    files = [] if resolved is None else [file for file in vae_files(resolved) if file.name == "config.json"]
+    if files:
+        return json.loads(files[0].read_text())
+    return _read(CONFIGS / kind / "vae") | ({} if resolved else VAES.get(name or "", {}))
+
+
+def _vae(config: dict[str, Any]) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, vae_class(config, Path("the VAE")))
+    with torch.device("meta"):
+        return cls.from_config({name: config[name] for name in config if name in cls._get_init_keys(cls)})
+
+
+def _shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights as meta tensors: only shapes are read."""
+    if file.suffix == ".safetensors":
+        return {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(file).items()}
+    return torch.load(file, map_location="meta", mmap=True, weights_only=True)

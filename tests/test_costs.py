@@ -1,0 +1,348 @@
+"""Counted costs against measured ones: whole iterations of real networks, published numbers, sums made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import built
+from tiny import make_tiny_sd15, make_tiny_sdxl
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spo_fast import costs
+from spo_fast.config import Config
+from spo_fast.costs import Costs, CountFlops, LiveStorage, largest, predict
+from spo_fast.models import resolve, scorer_paths
+from spo_fast.models.clip_tokenizer import END, clip_tokenizer
+from spo_fast.presets import PRESETS
+from spo_fast.scorers import ClipScorer, make_tiny_spm
+from spo_fast.trainer import Run
+
+# the toy at its own size, its batches smaller than the preset's
+TOY: dict[str, Any] = {
+    **{"sample_batch_size": 8, "max_prompts": 16, "num_candidates": 3, "decode_chunk": 16, "train_batch_size": 8},
+    **{"resolution": 16},
+}
+
+# ------------------------------------------------------------------------------------------------- a real iteration
+
+
+@dataclass(frozen=True)
+class Measured:
+    cfg: Config
+    resident: int
+    transient: dict[str, int]  # phase -> bytes
+    rows: int  # through the UNet without gradient
+    images: int  # decoded
+
+    @property
+    def peak(self) -> int:
+        return self.resident + max(self.transient.values())
+
+
+def weights(run: Run) -> list[torch.Tensor]:
+    """What the run holds before its first step: each tensor once."""
+    scorers: list[ClipScorer] = list(getattr(run.scorer, "scorers", [run.scorer]))
+    networks: list[Any] = [run.model.unet, run.model.vae, *(s.model for s in scorers), run.policy._frozen_copy]
+    found = [t for n in networks if n is not None for t in (*n.parameters(), *n.buffers())]
+    return list({id(t): t for t in [*found, *run.policy.masters]}.values())
+
+
+def moments(run: Run) -> int:
+    """Bytes of the optimizer's tensors, those that its states share counted once."""
+    tensors = [t for s in run.learner.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def measure(output_dir: Path, **settings: Any) -> Measured:
+    """The second of two iterations (the optimizer has its state then), every pair kept: threshold -1."""
+    run = built(output_dir, **{**TOY, **settings})
+    run.encode_prompts()
+    rows, images = [], []
+    run.model.unet.register_forward_pre_hook(
+        lambda _, args: rows.append(0 if torch.is_grad_enabled() else len(args[0]))
+    )
+    decode = run.model.decode
+    run.model.decode = lambda x: images.append(len(x)) or decode(x)  # type: ignore[method-assign, func-returns-value]
+    with LiveStorage() as live:
+        held = live.count(weights(run))
+        run.iterate(1, live.phase)  # type: ignore[arg-type]  # a timer
+        live.peaks.clear()
+        rows.clear(), images.clear()
+        run.iterate(0, live.phase)  # type: ignore[arg-type]
+    held += moments(run)
+    transient = {phase: peak - held for phase, peak in live.peaks.items() if phase}
+    return Measured(run.cfg, held, transient, sum(rows), sum(images))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "no guidance": {"guidance_scale": 1.0},
+    "bf16": {"mixed_precision": "bf16", "scorer_dtype": "bf16"},
+    "inner steps": {"num_inner_steps": 1},
+    "small pieces": {"states_per_forward": 3, "rows_per_forward": 4, "decode_chunk": 2, "num_inner_steps": 1},
+    "8-bit, two scorers": {
+        **{"optimizer": "adamw8bit", "min_8bit_size": 1024},
+        **{"scorer": ("spm:1", "pickscore:0.5"), "train_batch_size": 4},
+    },
+    "full": {"full_finetune": True, "mixed_precision": "bf16"},
+    "half the batch": {"sample_batch_size": 4, "train_batch_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    return {name: measure(tmp_path_factory.mktemp("run") / "run", **s) for name, s in SETTINGS.items()}
+
+
+@pytest.fixture(scope="module")
+def predicted(measured: dict[str, Measured]) -> dict[str, Costs]:
+    return {name: predict(real.cfg, device_type="cpu") for name, real in measured.items()}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_predicted_memory_is_what_an_iteration_takes(name, measured, predicted):
+    """The requirement is 15 %; the tracker sees the same operations in both, so a miss of 5 % is a fault."""
+    real, counted = measured[name], predicted[name]
+    assert sum(counted.resident.values()) == pytest.approx(real.resident, rel=0.01)
+    assert set(real.transient) == set(counted.transient) - {"encode prompts"}
+    for phase, taken in real.transient.items():
+        assert counted.transient[phase] == pytest.approx(taken, rel=0.05), phase
+    assert counted.peak == pytest.approx(real.peak, rel=0.05)
+
+
+def test_settings_move_the_measured_and_the_predicted_peaks_alike(measured, predicted):
+    for name, phase, low, high in (
+        ("checkpointing", "backward", 0.2, 0.5),
+        ("no guidance", "backward", 0.4, 0.6),
+        ("no guidance", "rollout", 0.4, 0.6),
+        ("half the batch", "backward", 0.4, 0.6),
+        ("half the batch", "rollout", 0.4, 0.6),
+        ("small pieces", "rollout", 0.05, 0.3),
+        ("bf16", "backward", 0.4, 0.6),
+    ):
+        real, counted = (of[name].transient[phase] / of["plain"].transient[phase] for of in (measured, predicted))
+        assert low < real < high and counted == pytest.approx(real, rel=0.05), (name, phase)
+
+
+def test_calls_are_those_of_a_run(measured, predicted):
+    for name, real in measured.items():
+        samples = predicted[name].samples
+        # the reference of a full fine-tuning is another module
+        reference = 0 if real.cfg.adapter.full_finetune else samples["reference"]
+        assert real.rows == samples["rollout"] + reference
+        assert real.images == samples["decode"]
+        assert samples["score"] == samples["decode"] * len(real.cfg.scorer.scorer)
+
+
+def test_gradients_that_straddle_rollouts_are_counted(tmp_path):
+    """3 slots of 8 pairs an iteration, a step every 2: one iteration in two begins with gradients."""
+    settings = {"accumulation": "published", "gradient_accumulation_steps": 2, "sample_batch_size": 12}
+    real = measure(tmp_path / "run", **settings)
+    predicted = predict(real.cfg, device_type="cpu")
+    for phase, taken in real.transient.items():
+        assert predicted.transient[phase] == pytest.approx(taken, rel=0.05), phase
+    assert predicted.gradients > 0.1 * real.transient["score"]  # they would be missed
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_other_directories_bring_their_own_sizes(kind, tmp_path):
+    """Tiny pipelines with a VAE that enlarges, a SPM in a file of its own: read from their configs and headers."""
+    make = {"sd15": make_tiny_sd15, "sdxl": make_tiny_sdxl}[kind]
+    spm = make_tiny_spm(tmp_path / "spm", vocab_size=len(clip_tokenizer(END, 16, merges=())), max_length=16)
+    own = {"model": kind, "pretrained_model_name_or_path": make(tmp_path / kind), "resolution": 64}
+    own["spm_path"] = spm / "model.safetensors"
+    real = measure(tmp_path / "run", **own, sample_batch_size=2, train_batch_size=4)
+    predicted = predict(real.cfg, resolve(real.cfg.model, scorer_paths(real.cfg.scorer)), "cpu")
+    assert sum(predicted.resident.values()) == pytest.approx(real.resident, rel=0.01)
+    for phase, taken in real.transient.items():
+        assert predicted.transient[phase] == pytest.approx(taken, rel=0.1), phase
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "checkpointing", "full"])
+def test_predicted_memory_is_what_the_gpu_allocates(name, tmp_path):
+    settings = {**SETTINGS[name], "mixed_precision": "fp16", "sample_batch_size": 16, "train_batch_size": 32}
+    run = built(tmp_path / "run", **{**TOY, **settings, "max_prompts": 32, "device": "cuda"})
+    run.encode_prompts()
+    with LiveStorage(costs.CUDA_BLOCK) as live:
+        live.count(weights(run))
+        run.iterate(1, live.phase)  # type: ignore[arg-type]
+        torch.cuda.synchronize()
+        # what libraries keep for themselves: workspaces of cuBLAS and the like
+        libraries = torch.cuda.memory_allocated() - live.current_bytes
+    torch.cuda.reset_peak_memory_stats()
+    run.iterate(0, LiveStorage().phase)  # type: ignore[arg-type]  # not entered: a timer that does nothing
+    real = torch.cuda.max_memory_allocated() - libraries
+    assert predict(run.cfg, device_type="cuda").peak == pytest.approx(real, rel=0.15)
+
+
+# ------------------------------------------------------------------------------------------------- published numbers
+
+TERA = 1e12
+
+
+@pytest.mark.slow
+def test_sdxl_costs_what_was_published():
+    """PERFORMANCE.md: counted on meta tensors by other means. 140 and 16 are the published run's calls."""
+    cfg = PRESETS["sdxl"]()
+    c = predict(cfg)
+    assert (c.samples["rollout"], c.samples["decode"], c.samples["score"]) == (140, 16, 16)
+    assert c.samples["reference"] == c.samples["policy"] == 2 * 56  # 8 pairs share x_t, 24 do not
+    each = {part: n / c.samples[part] / TERA for part, n in c.full_flops.items()}
+    assert each["rollout"] == pytest.approx(6.927, rel=0.01)
+    assert each["reference"] == pytest.approx(6.761, rel=0.01)
+    assert each["policy"] - each["rollout"] == pytest.approx(8.023, rel=0.01)
+    assert each["decode"] == pytest.approx(10.47, rel=0.01)
+    assert each["score"] == pytest.approx(0.335, rel=0.01)
+    assert c.flops_per_prompt / TERA == pytest.approx(0.013 + 0.098 + 0.047, rel=0.02)
+    gib = {part: n / 2**30 for part, n in c.resident.items()}
+    assert gib["UNet"] == pytest.approx(2_567_463_684 * 2 / 2**30, rel=1e-3)
+    assert gib["LoRA"] + gib["float32 masters"] + gib["optimizer state"] == pytest.approx(
+        92_897_280 * (2 + 4 + 8) / 2**30, rel=1e-3
+    )
+    assert gib["scorer spm"] == pytest.approx(1.3062e9 * 4 / 2**30, rel=1e-3)
+    # 5.1 GiB of saved activations a row, 1.5 GiB a decoded image
+    assert c.transient["backward"] / 8 / 2**30 == pytest.approx(5.3, rel=0.05)
+    assert c.transient["score"] / 4 / 2**30 == pytest.approx(1.5, rel=0.05)
+    small = predict(cfg.with_fields(rows_per_forward=2, states_per_forward=2, decode_chunk=1))
+    assert {p for p in costs.PHASES if small.transient[p] < 0.6 * c.transient[p]} == {
+        "rollout",
+        "score",
+        "backward",
+        "reference",
+    }
+
+
+@pytest.mark.slow
+def test_sd15_costs_what_was_published():
+    c = predict(PRESETS["sd15"]())
+    assert (c.samples["rollout"], c.samples["decode"], c.samples["score"]) == (1300, 640, 640)
+    assert c.samples["reference"] == 2 * 160
+    each = {part: n / c.samples[part] / TERA for part, n in c.full_flops.items()}
+    assert each["reference"] == pytest.approx(0.803, rel=0.01)
+    assert each["policy"] - each["rollout"] == pytest.approx(0.973, rel=0.01)
+    assert each["decode"] == pytest.approx(2.51, rel=0.01)
+    half = c.flops(valid_share=0.5)
+    assert half["rollout"] == c.full_flops["rollout"] and half["policy"] == c.full_flops["policy"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tera"), [("sd15", 0.141), ("sdxl", 0.565)])
+def test_the_tiny_vae_costs_what_was_published(kind, tera):
+    vae = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}[kind]
+    cfg = PRESETS[kind]().with_fields(pretrained_vae_model_name_or_path=vae, sample_batch_size=1, num_steps=6, rank=1)
+    c = predict(cfg)
+    assert c.full_flops["decode"] / c.samples["decode"] / TERA == pytest.approx(tera, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------- proportion
+
+
+def test_flops_and_memory_grow_in_proportion_to_the_rows(tmp_path):
+    cfg = built(tmp_path / "run", **TOY).cfg
+    at = {n: predict(cfg.with_fields(sample_batch_size=n, train_batch_size=n), device_type="cpu") for n in (4, 8, 12)}
+    for part in at[4].samples:
+        # a step-aware scorer computes its timestep's modulation once a call, whatever the images: a little less
+        assert at[12].full_flops[part] == pytest.approx(3 * at[4].full_flops[part], rel=0.01 if part == "score" else 0)
+    for phase in ("rollout", "reference", "backward"):
+        one, two, three = (at[n].transient[phase] for n in (4, 8, 12))
+        assert three - two == pytest.approx(two - one, rel=0.01) and two > 1.8 * one
+
+
+# ------------------------------------------------------------------------------------------------- the trackers
+
+
+def test_live_storage_counts_what_is_alive():
+    before = torch.zeros(1000)
+    with LiveStorage() as live:
+        assert live.count([before, before]) == 4000
+        a = torch.zeros(250)  # 1000 bytes
+        view = a[:10].view(2, 5)
+        before.t().add_(1)  # a view of what was there already
+        assert live.current_bytes == 5000
+        with live.phase("inner"):
+            b = a.double() + 1  # 2000 and 2000 bytes, the first gone again
+            assert live.peaks["inner"] == 9000 and live.current_bytes == 7000
+        del a
+        assert live.current_bytes == 7000  # view holds it
+        del view, b
+        assert live.current_bytes == 4000
+    assert live.peaks == {"": 5000, "inner": 9000} and live.peak_bytes == 9000
+    with LiveStorage(block=512) as live:
+        x = torch.zeros(1)
+        assert live.current_bytes == 512 and x is not None
+
+
+def test_live_storage_sees_what_a_backward_holds():
+    layer = nn.Linear(100, 100, bias=False)
+    with LiveStorage() as live:
+        x = torch.zeros(10, 100)
+        y = layer(x).relu().sum()
+        assert live.current_bytes == 4000 + 4000 + 4  # x, and relu's result, which the graph holds
+        y.backward()
+        assert live.current_bytes == 4000 + 4 + 40_000  # the graph is gone, the weight has a gradient
+        # at the end: x, relu's gradient, the weight's, the sum and its gradient
+        assert live.peak_bytes == 4000 + 4000 + 40_000 + 4 + 4
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_attention_is_not_materialised(fake):
+    """4096 x 4096 weights would take 64 MiB; queries, keys, values and the result are 1 MiB each."""
+    with FakeTensorMode() if fake else torch.no_grad(), LiveStorage() as live, CountFlops() as flops:
+        q, k, v = (torch.zeros(1, 1, 4096, 64) for _ in range(3))
+        out = F.scaled_dot_product_attention(q, k, v)
+    assert out.shape == q.shape and live.peak_bytes < 5 << 20
+    assert flops.total == 2 * (2 * 4096 * 4096 * 64)
+
+
+def test_flops_are_twice_the_products():
+    with FakeTensorMode(), CountFlops() as flops:
+        x = torch.zeros(3, 5, 8, 8, requires_grad=True)
+        y = F.conv2d(x, torch.zeros(7, 5, 3, 3), padding=1)
+        conv = 2 * 3 * 7 * 64 * 5 * 9
+        assert flops.total == conv
+        z = F.linear(y.flatten(1), torch.zeros(2, 448))
+        linear = 2 * 3 * 448 * 2
+        assert flops.total == conv + linear
+        z.sum().backward()  # frozen weights: one product each, for the inputs
+        assert flops.total == 2 * (conv + linear)
+
+
+# ------------------------------------------------------------------------------------------------- advice
+
+
+@pytest.mark.parametrize(
+    ("field", "phases"),
+    [
+        ("rows_per_forward", ("rollout",)),
+        ("states_per_forward", ("reference", "backward")),
+        ("decode_chunk", ("score",)),
+    ],
+)
+def test_largest_is_the_largest_that_fits(field, phases, tmp_path):
+    cfg = built(tmp_path / "run", **{**TOY, "decode_chunk": None}).cfg
+
+    def peak(value: int) -> int:
+        peaks = predict(cfg.with_fields(**{field: value}), device_type="cpu").peaks
+        return max(peaks[phase] for phase in phases)
+
+    memory = (peak(6) + peak(8)) // 2
+    value = largest(cfg, memory, field, device_type="cpu")
+    assert value in (6, 7) and peak(value) <= memory < peak(8)
+    assert largest(cfg, peak(2) // 2, field, device_type="cpu") is None
+    most = largest(cfg, 1 << 40, field, device_type="cpu")
+    assert most == {"rows_per_forward": 48, "states_per_forward": 16, "decode_chunk": 24}[field]
+
+
+def test_auto_precision_is_the_devices():
+    cfg = PRESETS["toy"]().with_fields(mixed_precision="auto", sample_batch_size=2, train_batch_size=2)
+    cpu, cuda = (predict(cfg, device_type=device) for device in ("cpu", "cuda"))
+    assert "float32 masters" in cuda.resident and "float32 masters" not in cpu.resident
+    assert cuda.transient["backward"] < 0.7 * cpu.transient["backward"]
