@@ -29,8 +29,18 @@ class Choice:
     value: Any
     reason: str
 
-    def __str__(self) -> str:
-        return f"--{self.flag} {self.value}: {self.reason}"
+    @property
+    def words(self) -> str:
+        """As it is written on the command line."""
+        if isinstance(self.value, bool):
+            return f"--{'' if self.value else 'no-'}{self.flag}"
+        return f"--{self.flag} {self.value}"
+
+
+def listed(choices: list[Choice]) -> str:
+    """A line a reason."""
+    reasons = dict.fromkeys(choice.reason for choice in choices)
+    return "\n".join(f"{' '.join(c.words for c in choices if c.reason == reason)}: {reason}" for reason in reasons)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from spo_fast.choices import GIB, Device, choose, found_device, pick_device
+from spo_fast.choices import GIB, Device, choose, found_device, listed, pick_device
 from spo_fast.config import Config
 from spo_fast.costs import Costs, predict
 from spo_fast.data import PromptSampler, load_prompts, prompt_file
@@ -36,7 +36,7 @@ def report(cfg: Config, device: Device | None = None) -> str:
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
         "settings (flags over file over preset)": yaml.safe_dump(cfg.flat(), sort_keys=False).rstrip(),
-        f"chosen for this device ({device.name}{memory})": "\n".join(map(str, choices)) or "nothing: all was given",
+        f"chosen for this device ({device.name}{memory})": listed(choices) or "nothing: all was given",
         "files": files_table(looked),
         "steps": f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of "
         f"{cfg.sample.sample_batch_size}: {total:,} iterations, "

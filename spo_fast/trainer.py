@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.choices import choose, found_device, is_out_of_memory, out_of_memory, pick_device
+from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
 from spo_fast.data import PromptSampler, count_repeats, load_prompts, prompt_file
 from spo_fast.experience import Candidates, Experience, Prediction
@@ -291,7 +292,8 @@ class Run(TrainingRun[Config]):
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
         cfg, trained = self.cfg, sum(p.numel() for p in self.learner.parameters)
-        print("".join(f"chosen: {choice}\n" for choice in self.choices), end="")
+        if self.choices:
+            print(f"chosen for this device ({self.found.name}):\n{textwrap.indent(listed(self.choices), '  ')}")
         repeats = count_repeats(self.prompts)
         cut = count_truncated(self.model.tokenizers[0], self.prompts)
         print(
