@@ -3,17 +3,16 @@
 A fake tensor has a shape, a type and a storage that takes no memory. The rollout, the reference and a training step run
 on such tensors as they would run on real ones, while one mode adds up the products and another the bytes of the
 storages that are alive. A network runs once for each shape it meets; a later call repeats what the first one took. So a
-prediction takes as long as the Python of a few forwards (SDXL: about 20 s on a core), whatever the batch.
+prediction takes as long as the Python of a few forwards (SDXL: about 15 s on a core), whatever the batch.
 
-Not counted: what a kernel allocates inside itself (cuDNN's and cuBLAS's workspaces), the CUDA context (about 0.5 GB)
-and what the allocator cannot reuse.
+Not counted: what a kernel allocates inside itself (cuDNN's and cuBLAS's workspaces), the CUDA context (about 0.5 GB),
+what the allocator cannot reuse, and the validation's sampling (num_validation_images at a time, or a decode_chunk).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,11 +29,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from spo_fast.config import AdamConfig, Config
 from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
+from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, decode, embeddings, vae_dtype
 from spo_fast.models.policy import Policy, TrainedWeights
-from spo_fast.models.single_file import read_header, text_class, vae_class
-from spo_fast.models.sources import CONFIGS, TEXT_PARTS, Resolved, vae_files
+from spo_fast.models.single_file import text_class, vae_class
+from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
 from spo_fast.models.text import ENCODE_BATCH
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import make_objective, predict_states
@@ -55,11 +55,7 @@ VIT_H = ClipConfig(
     **{"vocab_size": 49408, "max_length": 77, "image_size": 224, "patch_size": 14, "projection_dim": 1024},
     time_conditioned=False,
 )
-VAES: Mapping[str, dict[str, Any]] = {  # what the configs of known ids say otherwise than the architecture's own
-    "madebyollin/sdxl-vae-fp16-fix": {"force_upcast": False},
-    "madebyollin/taesd": {"_class_name": "AutoencoderTiny"},
-    "madebyollin/taesdxl": {"_class_name": "AutoencoderTiny"},
-}
+TINY_VAES = ("madebyollin/taesd", "madebyollin/taesdxl")
 
 # ---------------------------------------------------------------------------------------------------- counting
 
@@ -209,33 +205,17 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
     """
     if resolved is None and cfg.model.model == "toy":
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
-    key = (cfg.adapter, cfg.scorer, cfg.optim.gradient_checkpointing)
-    networks = _networks(
-        replace(cfg.model, decode_chunk=None), *key, None if resolved is None else _Same(resolved), device_type
-    )
-    return networks.costs(cfg)
+    # settings of memory and batches may change: the networks and what they took are kept
+    global _latest
+    model = replace(cfg.model, decode_chunk=None)
+    key = (model, cfg.adapter, cfg.scorer, resolved, device_type)
+    if _latest is None or _latest[0] != key:
+        _latest = None  # the old ones go first
+        _latest = key, Networks(cfg, resolved, device_type)
+    return _latest[1].costs(cfg)
 
 
-def largest(
-    cfg: Config, memory_bytes: int, field: str, resolved: Resolved | None = None, device_type: str = "cuda"
-) -> int | None:
-    """The largest value of rows_per_forward, states_per_forward or decode_chunk whose phases fit, None if none does."""
-    phases, low, high = {
-        "rows_per_forward": (("rollout",), 2, 2 * cfg.sample.num_candidates * cfg.sample.sample_batch_size),
-        "states_per_forward": (("reference", "backward"), 2, states_per_forward(cfg)),
-        "decode_chunk": (("score",), 1, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
-    }[field]
-
-    def fits(value: int) -> bool:
-        peaks = predict(cfg.with_fields(**{field: value}), resolved, device_type).peaks
-        return max(peaks[phase] for phase in phases) <= memory_bytes
-
-    if not fits(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+_latest: tuple[Any, Networks] | None = None
 
 
 def states_per_forward(cfg: Config) -> int:
@@ -244,22 +224,6 @@ def states_per_forward(cfg: Config) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- networks
-
-
-@dataclass(frozen=True)
-class _Same:
-    """Resolved holds a dict: hashed by what it says."""
-
-    resolved: Resolved
-
-    def __hash__(self) -> int:
-        return hash(repr(self.resolved))
-
-
-@functools.lru_cache(maxsize=1)  # settings of memory and batches change, the networks and what they took stay
-def _networks(model: Any, adapter: Any, scorer: Any, checkpointing: Any, same: _Same | None, device: str) -> Networks:
-    cfg = Config(model=model, adapter=adapter, scorer=scorer).with_fields(gradient_checkpointing=checkpointing)
-    return Networks(cfg, None if same is None else same.resolved, device)
 
 
 class Networks:
@@ -283,15 +247,15 @@ class Networks:
         self.vae = self._fake(_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
         self.vae.decode = self._once(self.vae.decode, "decode")
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(_read(self.config_dir / "unet"))
-            self.policy = Policy(unet, cfg.adapter, seed=0)
+            unet: Any = UNet2DConditionModel.from_config(read_json(self.config_dir / "unet" / "config.json"))
+            self.policy = Policy(unet, replace(cfg.adapter, lora_path=None), seed=0)
         for network in filter(None, (unet, self.policy._frozen_copy)):
             self._fake(network, self.dtype)
             network.forward = self._once(network.forward)
         with self.mode:  # masters and hooks again, for the fake weights
             TrainedWeights.__init__(self.policy, [(n, p) for n, p in unet.named_parameters() if p.requires_grad])
-        if cfg.optim.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            if cfg.adapter.lora_path is not None:
+                self.policy._start = [torch.empty_like(p) for p in self.policy._weights]
 
         self.text_encoders = self._text_encoders()
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -374,6 +338,10 @@ class Networks:
         plan, masters = _plan(cfg), self.policy.masters
         guided, objective = cfg.sample.guidance_scale > 1, make_objective(cfg.objective)
         self.tally, self.live = {}, LiveStorage(self.block)
+        for master in masters:
+            master.grad = None  # of the prediction before
+        recompute = "enable" if cfg.optim.gradient_checkpointing else "disable"
+        getattr(self.policy.unet, f"{recompute}_gradient_checkpointing")()
         with self.mode, self.live as live:
             embedded = self._encode_prompts()
             # the trainer keeps its last micro-batch for a diagnosis, and gradients where slots straddle rollouts
@@ -392,8 +360,6 @@ class Networks:
             del last
             with live.phase("step"):
                 live.note(live.current_bytes + self._step_bytes(cfg.optim))
-            for weight in (*masters, *self.policy._weights):
-                weight.grad = None
             del leftover, part, e, m
         resident = self._resident(cfg)
         encoders = sum(self._bytes(encoder.parameters()) for encoder in self.text_encoders)
@@ -493,7 +459,7 @@ class Networks:
 
         if plan.accumulates:
             self._gradients()
-        key = ("backward", plan.pairs, plan.states, guided, plan.accumulates)
+        key = ("backward", plan.pairs, plan.states, guided, plan.accumulates, bool(cfg.optim.gradient_checkpointing))
         m = self._run(key, "policy", plan.states * (1 + guided), run)
         self._gradients()
         return m
@@ -506,8 +472,11 @@ class Networks:
 
     # ------------------------------------------------------------------------------------------------ weights
 
-    def _bytes(self, tensors: Any) -> int:
-        return sum(-(-t.nbytes // self.block) * self.block for t in tensors)
+    def _rounded(self, num_bytes: int) -> int:
+        return -(-num_bytes // self.block) * self.block
+
+    def _bytes(self, tensors: Iterable[Tensor]) -> int:
+        return sum(self._rounded(t.nbytes) for t in tensors)
 
     def _resident(self, cfg: Config) -> dict[str, int]:
         policy, trained = self.policy, {id(p) for p in self.policy._weights}
@@ -518,8 +487,8 @@ class Networks:
             "UNet": self._bytes(rest),
             "LoRA": 0 if full else self._bytes(policy._weights),
             "float32 masters": self._bytes(copies),
-            "optimizer state": sum(self._bytes(state) for state in _optimizer_state(policy.masters, cfg.optim)),
-            "reference copy": self._bytes(policy._frozen_copy.parameters()) if full else 0,
+            "optimizer state": sum(map(self._rounded, _optimizer_state(policy.masters, cfg.optim))),
+            "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),
             **{f"scorer {name}": self._bytes(s.model.parameters()) for name, s in self.scorers.items()},
         }
@@ -533,18 +502,12 @@ class Networks:
         return sum(sizes) if self.cuda else 2 * max(sizes)
 
 
-@dataclass(frozen=True)
-class _State:
-    nbytes: int
-
-
-def _optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[list[_State]]:
-    """Two moments a weight; in 8 bits with a float32 scale for each 256 weights."""
+def _optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:
+    """Bytes of each tensor: two moments a weight; in 8 bits with a float32 scale for each 256 weights."""
     for master in masters:
-        if cfg.optimizer == "adamw" or master.numel() < cfg.min_8bit_size:
-            yield [_State(master.nbytes)] * 2
-        else:
-            yield [_State(master.numel())] * 2 + [_State(4 * -(-master.numel() // 256))] * 2
+        n = master.numel()
+        eight_bit = cfg.optimizer != "adamw" and n >= cfg.min_8bit_size
+        yield from (n, n, 4 * -(-n // 256), 4 * -(-n // 256)) if eight_bit else (master.nbytes, master.nbytes)
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -596,23 +559,21 @@ def _packed(slot: list[int], most: int) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------- configs
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
 def _vae_config(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, Any]:
     files = [] if resolved is None else [file for file in vae_files(resolved) if file.name == "config.json"]
     if files:
-        return json.loads(files[0].read_text())
-    return _read(CONFIGS / kind / "vae") | ({} if resolved else VAES.get(name or "", {}))
+        return read_json(files[0])
+    if resolved is None and name in TINY_VAES:
+        return {"_class_name": "AutoencoderTiny"}  # the class's own defaults
+    fixed = {"force_upcast": False} if name == DEFAULTS["sdxl"].pretrained_vae_model_name_or_path else {}
+    return read_json(CONFIGS / kind / "vae" / "config.json") | fixed
 
 
 def _vae(config: dict[str, Any]) -> Any:
     import diffusers
 
-    cls = getattr(diffusers, vae_class(config, Path("the VAE")))
     with torch.device("meta"):
-        return cls.from_config({name: config[name] for name in config if name in cls._get_init_keys(cls)})
+        return getattr(diffusers, vae_class(config, Path("the VAE"))).from_config(config)
 
 
 def _shapes(file: Path) -> dict[str, Tensor]:
