@@ -300,6 +300,8 @@ def told(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "No space left on device" in text:
         return f"{text}. Free some space, or keep fewer checkpoints (--checkpoints_total_limit)."
+    if type(error).__name__ == "OutOfMemoryError":  # what the trainer of policies does not explain itself
+        return f"{text} Lower --train_batch_size (--gradient_accumulation_steps makes up for it) or --decode_chunk."
     foreseen = isinstance(error, (RunError, UsageError, OSError, ImportError, SafetensorError))
     if foreseen or (isinstance(error, (ValueError, RuntimeError)) and raised_here(error)):
         return text

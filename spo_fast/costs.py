@@ -31,7 +31,7 @@ from spo_fast.config import AdamConfig, Config
 from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
 from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
-from spo_fast.models.diffusion import DTYPES, decode, embeddings, vae_dtype
+from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
 from spo_fast.models.policy import Policy, TrainedWeights
 from spo_fast.models.single_file import text_class, vae_class
 from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
@@ -41,7 +41,7 @@ from spo_fast.objectives import make_objective, predict_states
 from spo_fast.rollout import RolloutBatch, rollout_segments, segments
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import ClipScorer, WeightedSum
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config, read_tensors
 
 PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
 """The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
@@ -259,8 +259,9 @@ class Networks:
 
         self.text_encoders = self._text_encoders()
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        sizes = (size or unet.config.sample_size * factor for size in (cfg.model.height, cfg.model.width))
-        self.latent_shape = (unet.config.in_channels, *(size // factor for size in sizes))
+        height, width = (size or unet.config.sample_size * factor for size in (cfg.model.height, cfg.model.width))
+        check_size(height, width, factor)
+        self.latent_shape = (unet.config.in_channels, height // factor, width // factor)
         self.scorers = {
             name: self._scorer(name, resolved, DTYPES[cfg.scorer.scorer_dtype])
             for name, _ in scorer_specs(cfg.scorer.scorer)
@@ -580,4 +581,7 @@ def _shapes(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights as meta tensors: only shapes are read."""
     if file.suffix == ".safetensors":
         return {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(file).items()}
-    return torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    try:
+        return torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    except Exception:  # an older format, or no file of tensors: then this says so
+        return read_tensors(file)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -14,11 +13,12 @@ from spo_fast.choices import GIB, Device, choose, found_device, listed, pick_dev
 from spo_fast.config import Config
 from spo_fast.costs import Costs, predict
 from spo_fast.data import PromptSampler, load_prompts, prompt_file
-from spo_fast.models import look_for, resolve, scorer_paths
+from spo_fast.metrics import read_metrics
+from spo_fast.models import find_lora, look_for, resolve, scorer_paths
 from spo_fast.models.sources import Looked
 
-MEASURED = Path(__file__).parent / "measured.jsonl"
-"""Whole iterations that were timed: device, model, size, FLOPs of the iteration by our count, its median seconds."""
+TIMED = ("rollout", "score", "reference", "backward", "step")
+COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
 SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run
 
 
@@ -27,6 +27,8 @@ def report(cfg: Config, device: Device | None = None) -> str:
     if device is None:
         device = found_device(pick_device(cfg.run.device))
     looked = look_for(cfg.model, scorer_paths(cfg.scorer))
+    if cfg.adapter.lora_path is not None:
+        find_lora(cfg.adapter.lora_path)
     resolved = None if any(row.path is None for row in looked) else resolve(cfg.model, scorer_paths(cfg.scorer))
     cfg, choices = choose(cfg, device, resolved)
     prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
@@ -42,8 +44,9 @@ def report(cfg: Config, device: Device | None = None) -> str:
         f"{cfg.sample.sample_batch_size}: {total:,} iterations, "
         f"{pairs_of(cfg) * int(total):,} pairs if every one is kept",
         "FLOPs, counted (2 x multiply-add)": flops_table(costs, int(total), len(prompts)),
+        "disk": disk_text(cfg, costs, int(total)),
         "memory, predicted from the shapes": memory_table(costs, device),
-        "time": time_estimate(costs, device, int(total)),
+        "time": time_estimate(cfg, costs, device, int(total)),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in parts.items())
 
@@ -73,6 +76,17 @@ def flops_table(costs: Costs, iterations: int, prompts: int) -> str:
     return columns(rows)
 
 
+def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
+    """A checkpoint holds masters, optimizer state, and the LoRA in two formats; a full fine-tune its UNet."""
+    checkpoint = 3 * costs.gradients + costs.resident["optimizer state"]
+    written = -(-iterations // cfg.run.checkpointing_steps)
+    kept = min(written, cfg.run.checkpoints_total_limit or written)
+    return (
+        f"a checkpoint every {cfg.run.checkpointing_steps} iterations, {size_text(checkpoint)} each; {kept} of "
+        f"{written} kept (--checkpoints_total_limit): {size_text(kept * checkpoint)} at most"
+    )
+
+
 def memory_table(costs: Costs, device: Device) -> str:
     held = [("held throughout", "")] + [(part, size_text(n)) for part, n in costs.resident.items()]
     peaks = [("peak of a phase", "")] + [(phase, size_text(n)) for phase, n in costs.peaks.items()]
@@ -83,21 +97,37 @@ def memory_table(costs: Costs, device: Device) -> str:
     return f"{text}\n\n{size_text(costs.peak)} of {size_text(device.usable_bytes)} usable: {verdict}"
 
 
-def time_estimate(costs: Costs, device: Device, iterations: int, path: Path = MEASURED) -> str:
-    """From a measured iteration on this device, scaled by counted FLOPs; says so, or says that there is none."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    here = [r for r in records if r["device"] == device.name]
-    if not here:
-        return f"no iteration was ever measured on {device.name}: no estimate"
-    flops = sum(costs.flops(SHARES[-1]).values())
-    # the record whose iteration is nearest in size
-    nearest = min(here, key=lambda r: abs(math.log(r["flops"] / flops)))
-    seconds = nearest["seconds"] * flops / nearest["flops"] * iterations
+def time_estimate(cfg: Config, costs: Costs, device: Device, iterations: int) -> str:
+    """From the runs beside the output directory that had the same costs on this device; says so if there is none."""
+    measured = [
+        m for run in Path(cfg.run.output_dir).parent.glob("*/config.yaml") if (m := iteration_of(run, cfg, device))
+    ]
+    if not measured:
+        return (
+            f"no iteration with these settings was ever measured on this {device.name} (no such run in "
+            f"{Path(cfg.run.output_dir).parent}): no estimate"
+        )
+    run, seconds, share, count = max(measured, key=lambda m: m[3])
+    scaled = seconds * sum(costs.flops(SHARES[-1]).values()) / sum(costs.flops(share).values())
     return (
-        f"about {duration(seconds)} at {SHARES[-1]:.0%} of the pairs kept, if FLOPs run as fast as in the iteration "
-        f"measured on {device.name}: {nearest['what']}, {nearest['seconds']:.3g} s for "
-        f"{nearest['flops'] / 1e12:.3g} TFLOP"
+        f"about {duration(scaled * iterations)} at {SHARES[-1]:.0%} of the pairs kept: {run} took {seconds:.3g} s an "
+        f"iteration (median of {count}) at {share:.0%}, scaled by the FLOPs"
     )
+
+
+def iteration_of(config: Path, cfg: Config, device: Device) -> tuple[Path, float, float, int] | None:
+    """(run directory, median seconds, mean valid share, iterations) of a run whose iterations cost what cfg's do."""
+    metrics = config.with_name("metrics.jsonl")
+    try:
+        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        same = all(saved[name] == value for name, value in cfg.flat().items() if cfg.section_of(name) in COST_SECTIONS)
+        records = [r for r in read_metrics(metrics) if r.get("device") == device.name][1:] if same else []
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run of ours, or a damaged one
+        return None
+    if not records:  # the first iteration warms up
+        return None
+    seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in TIMED) / 1000 for r in records]
+    return config.parent, statistics.median(seconds), statistics.fmean(r["valid_share"] for r in records), len(records)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> str:
@@ -116,8 +146,3 @@ def size_text(num_bytes: float) -> str:
 def duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-def as_record(what: str, device: Device, costs: Costs, valid_share: float, seconds: float) -> dict[str, Any]:
-    """A line of measured.jsonl: an iteration that took so long on this device."""
-    return {"what": what, "device": device.name, "flops": sum(costs.flops(valid_share).values()), "seconds": seconds}

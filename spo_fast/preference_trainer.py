@@ -401,7 +401,9 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
 
     def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
         super().__init__(cfg)
-        cfg = self.cfg
+        if cfg.model.mixed_precision == "auto":
+            cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
+        self.cfg = cfg
         assert cfg.pairs.pairs is not None
         self.lock = checkpoint.lock(self.run_dir)
 

@@ -454,7 +454,7 @@ def use_html(run: RunRecord) -> str:
         )
     return (
         f"<p>{files}</p><pre>{escape(run.loading(str(run.run_dir)))}</pre>"
-        f"<p>Everything lies in <code>{escape(str(run.run_dir.resolve()))}</code>: metrics.jsonl (all numbers), "
+        f"<p>Everything lies in <code>{escape(str(run.run_dir))}</code>: metrics.jsonl (all numbers), "
         "samples/, checkpoint-*/ (to resume from), config.yaml; the weights are there when the run has ended.</p>"
     )
 

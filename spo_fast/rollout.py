@@ -184,11 +184,16 @@ def branching_rollout(
 
 
 @torch.no_grad()
-def sample_latents(policy: Any, table: StepTable, cond: Cond, guidance_scale: float, x: Tensor) -> Tensor:
-    """Plain sampling from the noise x (B, C, H, W) with a deterministic table (eta = 0): final latents."""
+def sample_latents(
+    policy: Any, table: StepTable, cond: Cond, guidance_scale: float, x: Tensor, most_rows: int | None = None
+) -> Tensor:
+    """Plain sampling from the noise x (B, C, H, W) with a deterministic table (eta = 0): final latents.
+
+    most_rows: UNet rows in one forward, as rows_per_forward.
+    """
     quiet = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
     for i in range(table.num_steps):
-        cond_out, uncond_out = policy.predict(x, table.timesteps[i], cond, guided=guidance_scale > 1)
+        cond_out, uncond_out = predict_rows(policy, x, table.timesteps[i], cond, guidance_scale > 1, most_rows)
         rows = torch.full((x.shape[0],), i, device=x.device)
         arguments = (cond_out, uncond_out, x, rows, table.coefficients, guidance_scale)
         x = transition(*arguments, noise=quiet, want_x0=False)[1][0]

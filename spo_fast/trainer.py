@@ -128,7 +128,7 @@ class Learner:
         timed = timer or (lambda name: contextlib.nullcontext())
         totals: Tensor | None = None
         loss_sum: Tensor | float = 0.0
-        norms = []
+        norms, used = [], 0
         guided = self.cfg.sample.guidance_scale > 1
         for slot in slots(len(experience), self.cfg.optim, state.slots):
             part = experience.select(slot.terms)
@@ -141,6 +141,7 @@ class Learner:
                 loss_sum = loss_sum + loss.detach() / slot.weight
                 self.last = LastBatch(e, m.detach(), loss.detach())
             state.slots += 1
+            used = slot.terms.stop
             if slot.step:
                 with timed("step"):
                     norm, took = self.step()
@@ -151,8 +152,8 @@ class Learner:
                 state.slots = 0
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
-        state.pairs += len(experience)
-        record = self._log(len(experience), loss_sum, totals, norms)
+        state.pairs += used
+        record = self._log(used, loss_sum, totals, norms)
         self.go_to(self.scheduler.last_epoch + 1)
         return record
 
@@ -163,7 +164,7 @@ class Learner:
         """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        finite = math.isfinite(norm)  # the one wait for the device in an optimizer step
+        finite = math.isfinite(norm)  # waits for the device, once an optimizer step
         if finite:
             if self.cfg.optim.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, norm)
@@ -172,7 +173,8 @@ class Learner:
         else:
             names = zip(self.policy.names, self.parameters, strict=True)
             self.broken = [name for name, p in names if p.grad is not None and not p.grad.isfinite().all()]
-        self.scaler.update()  # lowers the loss scale if unscale_ met what is not finite
+        # a norm can overflow where no gradient has: the scale falls then too
+        self.scaler.update(None if finite or not self.scaler.is_enabled() else self.scaler.get_scale() / 2)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite
 
@@ -212,8 +214,6 @@ class TrainingRun(Generic[C]):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
         self.device = pick_device(cfg.run.device)
-        if cfg.model.mixed_precision == "auto":
-            cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
         self.cfg: C = cfg
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
         self.run_dir = Path(cfg.run.output_dir)
@@ -256,12 +256,15 @@ class Run(TrainingRun[Config]):
     """One run of preference optimisation: its parts, built from a Config."""
 
     def __init__(self, cfg: Config):
-        resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
-        self.found = found_device(pick_device(cfg.run.device))
-        cfg, self.choices = choose(cfg, self.found, resolved)
         super().__init__(cfg)
         self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
+        resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir)
+        self.found = found_device(self.device)
+        if self.found.memory_bytes is not None:
+            print("predicting what fits into memory ...", flush=True)
+        cfg, self.choices = choose(cfg, self.found, resolved)
+        self.cfg = cfg
         # before anything is loaded: nobody should learn after ten hours that nobody was logged in
         self.repository = (
             claim_repository(cfg.run.hub_model_id or self.run_dir.resolve().name) if cfg.run.push_to_hub else None
@@ -305,7 +308,7 @@ class Run(TrainingRun[Config]):
         print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
         if cut:
             limit = self.model.tokenizers[0].model_max_length
-            print(f"warning: {cut} prompts are longer than {limit} tokens; what lies beyond is not read.")
+            print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
     def encode_prompts(self) -> None:
         """All prompts through the text encoders once; they leave memory afterwards."""
@@ -426,7 +429,9 @@ class Run(TrainingRun[Config]):
         draws = KeyedDraws(self.cfg.run.seed, 2**32 - 1, index)
         x = draws.latents(self.model.latent_shape, self.model.latent_dtype)
         prompts = [prompt] * size
-        latents = sample_latents(self.policy, table, self.model.cond(prompts), self.cfg.sample.guidance_scale, x)
+        sample = self.cfg.sample
+        cond = self.model.cond(prompts)
+        latents = sample_latents(self.policy, table, cond, sample.guidance_scale, x, sample.rows_per_forward)
         pixels = self.model.decode(latents)
         now = torch.zeros((), dtype=torch.int64, device=self.device)
         text = self.scorer.encode(prompts)
@@ -477,14 +482,24 @@ class Run(TrainingRun[Config]):
 
     def _train(self, timer: Timer) -> Path:
         self.announce()
-        self.encode_prompts()
-        with self.start() as log, ProgressLine(self.total) as progress:
-            before = self.before_score(log)
+        with timer("encode prompts"):
+            self.encode_prompts()
+        with self.start() as log:
+            with timer("validate"):
+                before = self.before_score(log)
+            timer.read_ms()  # the first iteration's record has its own times only
+            self._loop(log, timer)
+        self.finish(before)
+        return self.run_dir
+
+    def _loop(self, log: MetricsLog, timer: Timer) -> None:
+        with ProgressLine(self.total) as progress:
             while self.state.iteration < self.total:
                 iteration = self.state.iteration
                 record = self.iterate(iteration, timer)
                 self.state.iteration += 1
                 record |= self.show_progress(iteration, log, timer)
+                record["device"] = self.found.name
                 record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
                 # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
                 record = log.log(iteration, record)
@@ -495,16 +510,15 @@ class Run(TrainingRun[Config]):
                 if broken or ("validation_score" in record and self.state.iteration < self.total):
                     self.report()
                 if broken:
+                    what = "optimizer steps" if self.learner.broken else "iterations' scores"
                     raise RunError(
-                        f"{self.state.nonfinite_in_a_row} optimizer steps in a row were not finite; see "
-                        f"{self.diagnosis()}. Lower --learning_rate, or try --mixed_precision bf16 or no; "
-                        "--resume_from_checkpoint latest goes on from the last checkpoint."
+                        f"{self.state.nonfinite_in_a_row} {what} in a row were not finite; see {self.diagnosis()}. "
+                        "Go on from the last checkpoint with a lower --learning_rate (--resume_from_checkpoint "
+                        "latest), or start anew in another --output_dir with --mixed_precision bf16 or no."
                     )
                 if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:
                     with timer("save"):
                         self.save()
-        self.finish(before)
-        return self.run_dir
 
     def before_score(self, log: MetricsLog) -> float | None:
         """The validation score before training, kept in the run directory so that a resumed run still has it."""

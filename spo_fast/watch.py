@@ -91,7 +91,7 @@ class Watch:
         )
 
     def _step_skipped(self, record: Mapping[str, Any]) -> str:
-        normal = 2 if "loss_scale" in record else 0  # fp16 finds its loss scale by overflowing
+        normal = 5 if "loss_scale" in record else 0  # fp16 finds its loss scale by overflowing
         if record.get("nonfinite_steps", 0) <= normal:
             return ""
         return (
@@ -109,10 +109,9 @@ class Watch:
         if len(self._recent) < SATURATION_WINDOW:
             return ""
         first, now = (sum(v) / len(v) for v in (self._first, self._recent))
-        if now < first * (1 + self._next_rise):
+        if first <= 0 or now < first * (1 + self._next_rise):  # pictures without any colour: nothing to compare with
             return ""
-        while now >= first * (1 + self._next_rise):
-            self._next_rise += SATURATION_RISE
+        self._next_rise = SATURATION_RISE * (1 + (now / first - 1) // SATURATION_RISE)
         return (
             f"the images' saturation has risen by {now / first - 1:.0%} since the run began ({first:.3f} to "
             f"{now:.3f}): the scorer may like vivid colours more than people do (reward hacking). Look at the sample "

@@ -372,7 +372,7 @@ def test_module_in_a_fresh_process(tmp_path: Path) -> None:
     assert errors == ""
     lines = output.splitlines()
     assert [line.split()[0] for line in lines] == [
-        *("spo", "4", "encoded", "1/2", "2/2", "score", "sample", "trained"),
+        *("chosen", "--rows_per_forward", "spo", "4", "encoded", "1/2", "2/2", "score", "sample", "what", "trained"),
     ], output
     here = run_toy(tmp_path / "here", **settings)
     name = "pytorch_lora_weights.safetensors"

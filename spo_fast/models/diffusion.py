@@ -49,9 +49,7 @@ class DiffusionModel:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         default: int = self.unet.config.sample_size * factor
         self.height, self.width = cfg.height or default, cfg.width or default
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size % factor:
-                raise ValueError(f"{name}={size} must be a multiple of {factor}, the VAE's factor.")
+        check_size(self.height, self.width, factor)
         self.latent_shape = (self.unet.config.in_channels, self.height // factor, self.width // factor)
 
     @property
@@ -209,6 +207,13 @@ def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W)
 def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.dtype:
     """The VAE computes in the run's type, but SDXL's own VAE, which overflows in float16, in float32."""
     return torch.float32 if kind == "sdxl" and dtype == torch.float16 and config.get("force_upcast") else dtype
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raises ValueError for images the VAE cannot make."""
+    for name, size in (("height", height), ("width", width)):
+        if size % factor:
+            raise ValueError(f"{name}={size} must be a multiple of {factor}, the VAE's factor.")
 
 
 def _check_scheduler(config: dict[str, Any]) -> None:
