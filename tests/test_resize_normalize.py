@@ -91,7 +91,7 @@ def test_any_strides_are_read_in_place(backend):
             want = resize_normalize(x.contiguous(), 24, MEAN, STD)
             assert max_error(resize_normalize(x, 24, MEAN, STD), want) <= (1e-5 if backend == "eager" else 0)
         flipped = resize_normalize(wide.flip(3), 24, MEAN, STD).flip(3)  # and the crop is centred
-        assert max_error(flipped, resize_normalize(wide, 24, MEAN, STD)) < 1e-5
+        assert max_error(flipped, resize_normalize(wide, 24, MEAN, STD)) < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

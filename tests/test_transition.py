@@ -68,8 +68,6 @@ def max_error(x, y):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("guidance", [2.3, None])
 def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("the interpreter misrounds bf16 stores")
     latent = torch.float64 if dtype == torch.float64 else torch.float32
@@ -106,8 +104,6 @@ def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_children", [0, 1, 3])
 def test_transition_matches_float64_with_supplied_noise(backend, dtype, shape, num_children):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
     latent = torch.float64 if dtype == torch.float64 else torch.float32
     cond, uncond, _, _, x_t, _, _, rows = case(shape, dtype, latent)
     noise = randn(max(num_children, 1), *shape, seed=7, dtype=latent)
