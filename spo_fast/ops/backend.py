@@ -149,6 +149,12 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
             for backend in BACKENDS:
                 reason = why_not(op.name, backend, device_type)
                 if backend == chosen:
-                    reason = "chosen: forced" if backend == _forced else f"chosen: {op.why}"
-                rows.append((op.name, device_type, backend, reason or "available"))
+                    order = op.order.get(device_type, ("eager",))
+                    if backend == _forced:
+                        reason = "chosen: forced"
+                    elif backend == order[0]:
+                        reason = f"chosen: {op.why}"
+                    else:
+                        reason = f"chosen: {' and '.join(order[: order.index(backend)])} cannot run"
+                rows.append((op.name, device_type, backend, reason or f"available, {chosen} goes before"))
     return rows
