@@ -50,6 +50,16 @@ class AttentionShape:
     width: int  # of a head
 
 
+@dataclass(frozen=True)
+class ScorerShape:
+    """One call of ops.resize_normalize."""
+
+    name: str
+    images: int  # N
+    pixels: int  # height and width
+    side: int  # of the scorer's input
+
+
 def step_shapes(size: str) -> list[StepShape]:
     """K = 4 and K = 2 children of the published batches, and the x0 estimate of all candidates."""
     if size == "tiny":
@@ -68,6 +78,18 @@ def ratio_shapes(size: str) -> list[RatioShape]:
     if size == "tiny":
         return [RatioShape("tiny", 2, 4, TINY_LATENTS)]
     return [RatioShape(kind, 8, 16, LATENTS[kind]) for kind in KINDS]
+
+
+def scorer_shapes(size: str) -> list[ScorerShape]:
+    """A chunk of decoded candidates and a large one, to the 224 pixels of the step-aware model."""
+    if size == "tiny":
+        return [ScorerShape("tiny", 2, 64, 32)]
+    return [
+        ScorerShape("sdxl N=16", 16, 1024, 224),
+        ScorerShape("sdxl N=64", 64, 1024, 224),
+        ScorerShape("sd15 N=16", 16, 512, 224),
+        ScorerShape("sd15 N=64", 64, 512, 224),
+    ]
 
 
 def attention_shapes(size: str) -> list[AttentionShape]:

@@ -94,6 +94,19 @@ SPO_API int spo_log_ratio_backward(int m_dtype, int x_dtype,
                                    void *grad_uncond,          /* (U, n) out, m_dtype, or NULL */
                                    void *stream);
 
+/* A scorer's input: pixels resized bicubically (a = -0.75, no antialias) to (resized_h, resized_w), of which the square of
+ * `size` at (top, left) is kept, then y = (clamp(x / 2 + 1/2, 0, 1) - mean_c) / std_c, in one read. Computed in float32;
+ * nothing outside the square is. strides, mean and std_dev are read on the host, on CUDA too. */
+SPO_API int spo_resize_normalize(int pixel_dtype, int out_dtype,
+                                 const void *pixels,      /* (N, 3, H, W), any strides */
+                                 const int64_t *strides,  /* (4) in elements */
+                                 int64_t N, int64_t H, int64_t W,
+                                 int64_t resized_h, int64_t resized_w, int64_t top, int64_t left, int64_t size,
+                                 const double *mean,      /* (3) */
+                                 const double *std_dev,   /* (3) */
+                                 void *out,               /* (N, 3, size, size) out, out_dtype */
+                                 void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import pytest
 import torch
 from golden_replay import conditioning, load, networks, policy, spm, table
+from torch import Tensor
 
+from benchmarks.timing import capture
 from spo_fast.config import SampleConfig
 from spo_fast.experience import Cond
 from spo_fast.noise import KeyedDraws
 from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.ops.preference_loss import preference_loss
+from spo_fast.ops.resize_normalize import resize_normalize
 from spo_fast.ops.transition import log_ratio, transition
 from spo_fast.rollout import RolloutBatch, rollout_segments
+from spo_fast.scorers.clip_scorers import CLIP_MEAN, CLIP_STD
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 
 
 def to_cuda(cond: Cond) -> Cond:
@@ -49,6 +58,99 @@ def test_rollout_never_waits_for_the_gpu(backend):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert s.valid.shape == (16, 2) and bool(s.x_prev.isfinite().all())
+
+
+# ---------------------------------------------------------------------------------------------------- graph capture
+
+
+@dataclass(frozen=True)
+class Captured:
+    """An op as it is captured: `call` on inputs that `make` draws from a seed, outputs and gradients in a list."""
+
+    op: str
+    make: Callable[[int], Sequence[Tensor]]
+    call: Callable[..., Sequence[Tensor]]
+    tolerance: float
+    """Against eager, of the largest value."""
+
+
+def randn(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return [torch.randn(shape, device=DEVICE, generator=generator) for shape in shapes]
+
+
+ROWS = (4, 9, 19)
+LATENT = (3, 4, 16, 16)
+
+
+def keys_of(seed: int) -> Tensor:
+    return torch.tensor([[1, seed, p, 4, 0] for p in range(3)], device=DEVICE)
+
+
+def capture_transition(cond: Tensor, uncond: Tensor, x_t: Tensor, keys: Tensor, rows: Tensor, steps: Tensor):
+    return transition(cond, uncond, x_t, rows, steps, 5.0, num_children=4, keys=keys)
+
+
+def capture_log_ratio(cond: Tensor, uncond: Tensor, f_cond: Tensor, f_uncond: Tensor, x_t: Tensor, x_prev, rows, steps):
+    policy = (cond.detach().requires_grad_(), uncond.detach().requires_grad_())
+    out = log_ratio(*policy, f_cond, f_uncond, x_t, x_prev, torch.arange(3, device=DEVICE), rows, steps, 5.0)
+    return [*(o.detach() for o in out), *torch.autograd.grad((out[0] + 2 * out[1]).sum(), policy)]
+
+
+def capture_preference_loss(ratio: Tensor, weight: Tensor):
+    ratio = ratio.detach().requires_grad_()
+    loss, stats = preference_loss(ratio, weight, 10.0, 0.1)
+    return [loss.detach(), stats, *torch.autograd.grad(loss, ratio)]
+
+
+def capture_resize_normalize(pixels: Tensor):
+    return [resize_normalize(pixels, 32, CLIP_MEAN, CLIP_STD, torch.float32)]
+
+
+def steps_of(seed: int) -> list[Tensor]:  # other rows each time
+    return [torch.tensor(ROWS, device=DEVICE) - seed, table().coefficients.to(DEVICE)]
+
+
+CAPTURED = {
+    "transition": Captured(
+        "transition", lambda s: [*randn(s, *[LATENT] * 3), keys_of(s), *steps_of(s)], capture_transition, 1e-5
+    ),
+    "log_ratio": Captured("log_ratio", lambda s: [*randn(s, *[LATENT] * 6), *steps_of(s)], capture_log_ratio, 1e-5),
+    "preference_loss": Captured(
+        "preference_loss",
+        lambda s: [0.05 * randn(s, (7, 2, 1))[0], torch.full((7,), 1 / 7, device=DEVICE)],
+        capture_preference_loss,
+        1e-5,
+    ),
+    "resize_normalize": Captured(
+        "resize_normalize", lambda s: randn(s, (2, 3, 70, 61)), capture_resize_normalize, 1e-4
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["c", "triton"])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_three_replays_with_changed_inputs_equal_eager(name, backend):
+    op = CAPTURED[name]
+    if backend not in available_backends(op.op, DEVICE):
+        pytest.skip(f"{name} has no backend {backend} here")
+    inputs = op.make(0)
+    with use_backend(backend):
+        captured = capture(lambda: op.call(*inputs))
+    before: list[Tensor] = []
+    for seed in (1, 2, 3):
+        for place, value in zip(inputs, op.make(seed), strict=True):
+            place.copy_(value)
+        captured.graph.replay()
+        with use_backend(backend):
+            uncaptured = op.call(*inputs)
+        with use_backend("eager"):
+            want = op.call(*inputs)
+        for got, same, exact in zip(captured.outputs, uncaptured, want, strict=True):
+            assert torch.equal(got, same)  # the same kernels on the same inputs
+            assert (got - exact).abs().max() <= op.tolerance * exact.abs().max().clamp_min(1)
+        assert not before or not torch.equal(before[0], captured.outputs[0])  # and the inputs did arrive
+        before = [o.clone() for o in captured.outputs]
 
 
 @pytest.mark.parametrize("backend", ["c", "triton"])

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,8 @@ import torch
 
 BACKENDS = ("eager", "triton", "c")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton's default changes in 3.10; ours, a * b + c in one rounding, must not change with it
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,15 @@ def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) 
             )
         return forced
     order = OPS[name].order.get(device_type, ("eager",))
-    # Triton takes Python scalars as float32, so float64 is left to the others
+    # no GPU kernel is tuned for float64: it is left to the others unless Triton is forced
     return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
+
+
+def two_floats(x: float) -> tuple[float, float]:
+    """The two float32 whose sum is x to 48 bits: Triton takes Python numbers as float32."""
+    x = float(x)  # a number that torch.compile would keep symbolic becomes a constant
+    high = struct.unpack("f", struct.pack("f", x))[0]
+    return high, x - high if math.isfinite(x) else 0.0
 
 
 @torch.compiler.assume_constant_result
@@ -138,6 +149,12 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
             for backend in BACKENDS:
                 reason = why_not(op.name, backend, device_type)
                 if backend == chosen:
-                    reason = "chosen: forced" if backend == _forced else f"chosen: {op.why}"
-                rows.append((op.name, device_type, backend, reason or "available"))
+                    order = op.order.get(device_type, ("eager",))
+                    if backend == _forced:
+                        reason = "chosen: forced"
+                    elif backend == order[0]:
+                        reason = f"chosen: {op.why}"
+                    else:
+                        reason = f"chosen: {' and '.join(order[: order.index(backend)])} cannot run"
+                rows.append((op.name, device_type, backend, reason or f"available, {chosen} goes before"))
     return rows

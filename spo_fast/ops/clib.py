@@ -2,7 +2,7 @@
 
 They know nothing of torch, so one build serves every version. Outputs come from torch's allocator; on CUDA the kernels
 are launched on the current stream, without synchronisation, so a CUDA graph can capture them (call once before, so that
-CUDA has loaded the kernel). Tensors must be contiguous and on one device. No gradients here.
+CUDA has loaded the kernel). Tensors must be contiguous (but for pixels) and on one device. No gradients here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ ARGUMENTS = {
     "spo_transition": [_INT] * 2 + [_POINTER] * 4 + _TABLE + [_POINTER] * 2 + [_INT64] * 3 + [_POINTER] * 3,
     "spo_log_ratio_forward": _LOG_RATIO + [_POINTER] * 3,
     "spo_log_ratio_backward": _LOG_RATIO + [_POINTER] * 5,
+    "spo_resize_normalize": [_INT] * 2 + [_POINTER] * 2 + [_INT64] * 8 + [_POINTER] * 3,
     "spo_philox": [_POINTER] * 3,
     "spo_set_num_threads": [_INT],
     "spo_abi_version": [],
@@ -164,6 +166,30 @@ def log_ratio_backward(
     return grad_cond, grad_uncond
 
 
+def resize_normalize(
+    pixels: Tensor,  # (N, 3, H, W) float32, float64, bfloat16 or float16, any strides
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:  # (N, 3, size, size) dtype
+    """The scorer's input (resize_normalize.py). Raises ValueError for wrong shapes or dtypes."""
+    from spo_fast.ops.resize_normalize import resized_and_crop
+
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in DTYPE_CODES:
+        raise ValueError(f"pixels are {tuple(pixels.shape)} {pixels.dtype}, expected (N, 3, H, W) of a float type")
+    H, W = pixels.shape[-2:]
+    out = pixels.new_empty((len(pixels), 3, size, size), dtype=dtype)
+    _call(
+        "spo_resize_normalize",
+        pixels.device,
+        *(DTYPE_CODES[pixels.dtype], DTYPE_CODES[dtype], _pointer(pixels), (_INT64 * 4)(*pixels.stride())),
+        *(len(pixels), H, W, *resized_and_crop(H, W, size), size),
+        *((_DOUBLE * 3)(*mean), (_DOUBLE * 3)(*std), _pointer(out)),
+    )
+    return out
+
+
 def _log_ratio_arguments(
     cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale
 ) -> tuple:
@@ -213,7 +239,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call(name: str, device: torch.device, *arguments: int | float | None) -> None:
+def _call(name: str, device: torch.device, *arguments: Any) -> None:
     library = load(device.type)
     if library is None:
         raise RuntimeError(f"{name} on {device}: {why_missing(device.type)}")
