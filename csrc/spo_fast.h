@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define SPO_API __attribute__((visibility("default")))
-#define SPO_ABI_VERSION 1 /* raise it with every change of a signature or a meaning; clib.py refuses any other */
+#define SPO_ABI_VERSION 2 /* raise it with every change of a signature or a meaning; clib.py refuses any other */
 
 enum { SPO_FLOAT32 = 0, SPO_FLOAT64 = 1, SPO_BFLOAT16 = 2, SPO_FLOAT16 = 3 };
 
@@ -93,6 +93,16 @@ SPO_API int spo_log_ratio_backward(int m_dtype, int x_dtype,
                                    void *grad_cond,            /* (U, n) out, m_dtype */
                                    void *grad_uncond,          /* (U, n) out, m_dtype, or NULL */
                                    void *stream);
+
+/* out = weight + delta, summed in float32 and rounded stochastically to dtype (bfloat16, float16; float32 is not
+ * rounded), as merge.h says, with the bits of key (seed, iteration and three more). out must not overlap the others. */
+SPO_API int spo_merge(int dtype,
+                      const void *weight,  /* (n) */
+                      const float *delta,  /* (n) */
+                      const int64_t *key,  /* (5), on the device */
+                      int64_t n,
+                      void *out,           /* (n) out, dtype */
+                      void *stream);
 
 #ifdef __cplusplus
 }
