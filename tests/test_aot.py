@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from spo_fast.ops import preference_loss, transition
+from spo_fast.ops import lora_linear, merge_lora, preference_loss, transition
 from spo_fast.ops.backend import INTERPRET
 
 triton = pytest.importorskip("triton")
@@ -24,8 +25,16 @@ POINTERS = {  # what each argument points to
     **dict.fromkeys(("x_t_ptr", "x_prev_ptr", "noise_ptr", "x0_ptr", "child_ptr", "out_ptr"), "*fp32"),
     **dict.fromkeys(("grad_log_ratio_ptr", "grad_kl_ptr"), "*fp32"),
     **dict.fromkeys(("log_ratio_ptr", "weight_ptr", "loss_ptr", "grad_ptr", "stats_ptr"), "*fp32"),
+    **dict.fromkeys(("down_ptr", "up_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
+    "key_ptr": "*i64",
 }
-SCALARS = {"guidance": "fp32", "beta": "fp32", "low": "fp32", "high": "fp32"}  # all others are 32-bit counts
+SCALARS = {
+    "scale": "fp32",
+    "guidance": "fp32",
+    "beta": "fp32",
+    "low": "fp32",
+    "high": "fp32",
+}  # all others are 32-bit counts
 KERNELS = {
     "transition, keyed": (
         transition._transition_kernel,
@@ -39,6 +48,24 @@ KERNELS = {
     "log_ratio backward": (transition._log_ratio_backward_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
     "preference_loss, pairs": (preference_loss._preference_loss_kernel, {"K": 2, "S": 1, "BLOCK": 256}),
     "preference_loss, four of three": (preference_loss._preference_loss_kernel, {"K": 4, "S": 3, "BLOCK": 64}),
+    **{
+        f"lora_linear, {tokens} tokens, rank {rank}, {str(dtype)[6:]}": (
+            lora_linear._down_up_kernel,
+            {"HAS_BIAS": True, "R": lora_linear._padded(rank), **lora_linear._down_up_blocks(tokens, rank, dtype)},
+        )
+        for tokens, rank, dtype in (
+            *((tokens, rank, torch.bfloat16) for tokens, rank in ((32768, 64), (616, 64), (32768, 4), (32768, 128))),
+            (32768, 64, torch.float32),
+        )
+    },
+    **{
+        f"lora_linear, gradients, rank {rank}, {str(dtype)[6:]}": (
+            lora_linear._outer_kernel,
+            {"R": lora_linear._padded(rank), **lora_linear._outer_blocks(dtype)},
+        )
+        for rank, dtype in ((64, torch.bfloat16), (4, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
+    },
+    "merge_lora": (merge_lora._merge_kernel, {"BLOCK": merge_lora.GROUPS}),
 }
 
 
@@ -73,7 +100,8 @@ def resources(ptx: str, architecture: int) -> str:
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills(name, architecture):
     kernel, constants = KERNELS[name]
-    for m_type in ("*bf16", "*fp32") if "preference" not in name else ("*fp32",):
+    one = {"preference_loss": "*fp32", "bfloat16": "*bf16", "float32": "*fp32"}  # blocks chosen for one type
+    for m_type in next(((t,) for word, t in one.items() if word in name), ("*bf16", "*fp32")):
         compiled = compile_for(kernel, constants, architecture, m_type)
         assert compiled.asm["cubin"]
         report = resources(compiled.asm["ptx"], architecture)
