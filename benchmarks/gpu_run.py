@@ -73,20 +73,24 @@ def stage_graph(c: Context) -> None:
 
 
 def stage_ops(c: Context) -> None:
-    from benchmarks import bench_preference_loss, bench_transition
+    from benchmarks import bench_lora_linear, bench_merge_lora, bench_preference_loss, bench_transition
 
     modes = ("default",) if c.device == "cuda" else ()
     bench_transition.run(c.records, c.size, c.device, modes=modes)
     bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
+    bench_merge_lora.run(c.records, c.size, c.device, modes=modes)
+    bench_lora_linear.run(c.records, c.size, c.device, modes=modes)
 
 
 def stage_ops_autotuned(c: Context) -> None:
     """Only if asked for: each compilation takes long."""
-    from benchmarks import bench_preference_loss, bench_transition
+    from benchmarks import bench_lora_linear, bench_merge_lora, bench_preference_loss, bench_transition
 
     modes = ("max-autotune-no-cudagraphs",) if c.device == "cuda" else ()
     bench_transition.run(c.records, c.size, c.device, modes=modes)
     bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
+    bench_merge_lora.run(c.records, c.size, c.device, modes=modes)
+    bench_lora_linear.run(c.records, c.size, c.device, modes=modes)
 
 
 def stage_ceilings(c: Context) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bench_preference_loss, bench_transition
+from benchmarks import bench_lora_linear, bench_merge_lora, bench_preference_loss, bench_transition
 from benchmarks.gpu_run import summary
 from benchmarks.records import Records, read
 from spo_fast.ops.backend import available_backends
@@ -15,7 +15,10 @@ SIZE = "full" if DEVICE == "cuda" else "tiny"
 MODES = ("default",) if DEVICE == "cuda" else ()
 
 
-@pytest.mark.parametrize("bench", [bench_transition, bench_preference_loss], ids=["transition", "preference_loss"])
+BENCHES = [bench_transition, bench_preference_loss, bench_merge_lora, bench_lora_linear]
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=[b.__name__.split("bench_")[1] for b in BENCHES])
 def test_op_table(bench, tmp_path, capsys):
     records = Records(tmp_path / "records.jsonl", "ops", DEVICE, SIZE)
     bench.run(records, SIZE, DEVICE, modes=MODES)
