@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.records import table
-from spo_fast.ops import preference_loss, resize_normalize, transition
+from spo_fast.ops import lora_linear, merge_lora, preference_loss, resize_normalize, transition
 from spo_fast.ops.backend import INTERPRET
 
 ARCHITECTURES = [80, 89, 90, 100]
@@ -29,10 +31,13 @@ POINTERS = {  # what each argument points to
     **dict.fromkeys(("x_t_ptr", "x_prev_ptr", "noise_ptr", "x0_ptr", "child_ptr", "out_ptr"), "*fp32"),
     **dict.fromkeys(("grad_log_ratio_ptr", "grad_kl_ptr"), "*fp32"),
     **dict.fromkeys(("log_ratio_ptr", "weight_ptr", "loss_ptr", "grad_ptr", "stats_ptr"), "*fp32"),
+    **dict.fromkeys(("down_ptr", "up_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
+    "key_ptr": "*i64",
 }
 # all other scalars are 32-bit counts
 SCALARS = {
     **dict.fromkeys(("guidance", "guidance_low", "beta", "low", "high", "beta_low", "low_low", "high_low"), "fp32"),
+    "scale": "fp32",
     **dict.fromkeys(("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b"), "fp32"),
 }
 KERNELS = {
@@ -49,6 +54,24 @@ KERNELS = {
     "preference_loss, pairs": (preference_loss._preference_loss_kernel, {"K": 2, "S": 1, "BLOCK": 256}),
     "preference_loss, four of three": (preference_loss._preference_loss_kernel, {"K": 4, "S": 3, "BLOCK": 64}),
     "resize_normalize": (resize_normalize._resize_normalize_kernel, {"BLOCK": resize_normalize.BLOCK}),
+    "merge_lora": (merge_lora._merge_kernel, {"BLOCK": merge_lora.GROUPS}),
+    **{
+        f"lora_linear, {tokens} tokens, rank {rank}, {str(dtype)[6:]}": (
+            lora_linear._down_up_kernel,
+            {"HAS_BIAS": True, "R": lora_linear._padded(rank), **lora_linear._down_up_blocks(tokens, rank, dtype)},
+        )
+        for tokens, rank, dtype in (
+            *((tokens, rank, torch.bfloat16) for tokens, rank in ((32768, 64), (616, 64), (32768, 4), (32768, 128))),
+            (32768, 64, torch.float32),
+        )
+    },
+    **{
+        f"lora_linear, gradients, rank {rank}, {str(dtype)[6:]}": (
+            lora_linear._outer_kernel,
+            {"R": lora_linear._padded(rank), **lora_linear._outer_blocks(dtype)},
+        )
+        for rank, dtype in ((64, torch.bfloat16), (4, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
+    },
 }
 
 
@@ -103,6 +126,9 @@ def resources(name: str, architecture: int, m_type: str) -> Resources:
 
 def pointer_types(name: str) -> tuple[str, ...]:
     kernel, constants = KERNELS[name]
+    for dtype in ("bfloat16", "float32"):  # blocks chosen for one type
+        if name.endswith(dtype):
+            return ({"bfloat16": "*bf16", "float32": "*fp32"}[dtype],)
     free = [n for n in kernel.arg_names if n.endswith("_ptr") and n not in POINTERS and n not in constants]
     return ("*bf16", "*fp32") if free else ("*fp32",)
 

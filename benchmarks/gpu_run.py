@@ -72,23 +72,26 @@ def stage_graph(c: Context) -> None:
     bench_graph.run(c.records, c.size, c.device)
 
 
-def stage_ops(c: Context) -> None:
-    from benchmarks import bench_preference_loss, bench_resize_normalize, bench_transition
+OPS = ("transition", "preference_loss", "resize_normalize", "merge_lora", "lora_linear")
+"""benchmarks/bench_<op>.py, each with run(records, size, device, modes=)."""
 
-    modes = ("default",) if c.device == "cuda" else ()
-    bench_transition.run(c.records, c.size, c.device, modes=modes)
-    bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
-    bench_resize_normalize.run(c.records, c.size, c.device, modes=modes)
+
+def stage_ops(c: Context) -> None:
+    for op in OPS:
+        bench_op(c, op, "default")
 
 
 def stage_ops_autotuned(c: Context) -> None:
     """Only if asked for: each compilation takes long."""
-    from benchmarks import bench_preference_loss, bench_resize_normalize, bench_transition
+    for op in OPS:
+        bench_op(c, op, "max-autotune-no-cudagraphs")
 
-    modes = ("max-autotune-no-cudagraphs",) if c.device == "cuda" else ()
-    bench_transition.run(c.records, c.size, c.device, modes=modes)
-    bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
-    bench_resize_normalize.run(c.records, c.size, c.device, modes=modes)
+
+def bench_op(c: Context, op: str, mode: str) -> None:
+    import importlib
+
+    bench = importlib.import_module(f"benchmarks.bench_{op}")
+    bench.run(c.records, c.size, c.device, modes=(mode,) if c.device == "cuda" else ())
 
 
 def stage_ceilings(c: Context) -> None:

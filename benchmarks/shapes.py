@@ -60,6 +60,18 @@ class ScorerShape:
     side: int  # of the scorer's input
 
 
+@dataclass(frozen=True)
+class LoraShape:
+    """One adapted layer of an attention: to_q, to_k, to_v, to_out.0."""
+
+    name: str
+    batch: int  # both guidance halves
+    tokens: int
+    columns: int  # I, in
+    rows: int  # O, out
+    rank: int
+
+
 def step_shapes(size: str) -> list[StepShape]:
     """K = 4 and K = 2 children of the published batches, and the x0 estimate of all candidates."""
     if size == "tiny":
@@ -103,6 +115,19 @@ def attention_shapes(size: str) -> list[AttentionShape]:
         AttentionShape("sd15 self 64x64", 80, 8, 4096, 4096, 40),
         AttentionShape("sd15 self 32x32", 80, 8, 1024, 1024, 80),
         AttentionShape("sd15 cross 64x64", 80, 8, 4096, 77, 40),
+    ]
+
+
+def lora_layer_shapes(size: str) -> list[LoraShape]:
+    """The layers on a micro-batch of four states: both resolutions with most of the work, and the text's keys."""
+    if size == "tiny":
+        return [LoraShape("tiny", 2, 20, 32, 48, 4)]
+    return [
+        LoraShape("sdxl 32x32", 8, 1024, 1280, 1280, 64),
+        LoraShape("sdxl 64x64", 8, 4096, 640, 640, 64),
+        LoraShape("sdxl text", 8, 77, 2048, 1280, 64),
+        LoraShape("sd15 64x64", 8, 4096, 320, 320, 4),
+        LoraShape("sd15 text", 8, 77, 768, 320, 4),
     ]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from benchmarks import bench_preference_loss, bench_resize_normalize, bench_transition
-from benchmarks.gpu_run import summary
+from benchmarks.gpu_run import OPS, summary
 from benchmarks.records import Records, read
 from spo_fast.ops.backend import available_backends
 
@@ -15,14 +16,7 @@ SIZE = "full" if DEVICE == "cuda" else "tiny"
 MODES = ("default",) if DEVICE == "cuda" else ()
 
 
-BENCHES = [
-    bench_transition,
-    bench_preference_loss,
-    bench_resize_normalize,
-]
-
-
-@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__.removeprefix("benchmarks.bench_"))
+@pytest.mark.parametrize("bench", [importlib.import_module(f"benchmarks.bench_{op}") for op in OPS], ids=OPS)
 def test_op_table(bench, tmp_path, capsys):
     records = Records(tmp_path / "records.jsonl", "ops", DEVICE, SIZE)
     bench.run(records, SIZE, DEVICE, modes=MODES)

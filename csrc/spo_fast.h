@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define SPO_API __attribute__((visibility("default")))
-#define SPO_ABI_VERSION 1 /* raise it with every change of a signature or a meaning; clib.py refuses any other */
+#define SPO_ABI_VERSION 2 /* raise it with every change of a signature or a meaning; clib.py refuses any other */
 
 enum { SPO_FLOAT32 = 0, SPO_FLOAT64 = 1, SPO_BFLOAT16 = 2, SPO_FLOAT16 = 3 };
 
@@ -106,6 +106,16 @@ SPO_API int spo_resize_normalize(int pixel_dtype, int out_dtype,
                                  const double *std_dev,   /* (3) */
                                  void *out,               /* (N, 3, size, size) out, out_dtype */
                                  void *stream);
+
+/* out = weight + delta, summed in float32 and rounded stochastically to dtype (bfloat16, float16; float32 is not
+ * rounded), as merge.h says, with the bits of key (seed, iteration and three more). out must not overlap the others. */
+SPO_API int spo_merge(int dtype,
+                      const void *weight,  /* (n) */
+                      const float *delta,  /* (n) */
+                      const int64_t *key,  /* (5), on the device */
+                      int64_t n,
+                      void *out,           /* (n) out, dtype */
+                      void *stream);
 
 #ifdef __cplusplus
 }

@@ -39,6 +39,7 @@ def test_import_is_light():
 
 CUDA_KERNELS = {  # source: kernels in it, one a combination of types
     "transition": 3 * 4 * 2,  # three, for four types of network outputs and two of latents
+    "merge": 3,  # one, for three types of weights
     "resize_normalize": 4 * 4,  # one, for the types of pixels and of outputs
 }
 

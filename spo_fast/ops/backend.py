@@ -118,17 +118,23 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def library_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `spo_fast::name`; `fake` gives the outputs' shapes.
+def library_op(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutates_args: tuple[str, ...] = (),
+) -> Any:
+    """Register `spo_fast::name`; `fake` gives the outputs' shapes, `mutates_args` names what it writes into.
 
     Triton ops are `triton_op`s on a GPU, so that Inductor sees their kernels; C calls and the interpreter's kernels are
     opaque to it: `custom_op`.
     """
     if name.endswith("_triton") and not INTERPRET:
         # triton_op reads the schema from the function's annotations
-        op: Any = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=())
+        op: Any = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=mutates_args)
     else:
-        op = torch.library.custom_op(f"spo_fast::{name}", function, mutates_args=(), schema=schema)
+        op = torch.library.custom_op(f"spo_fast::{name}", function, mutates_args=mutates_args, schema=schema)
     op.register_fake(fake)
     return op
 

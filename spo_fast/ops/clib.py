@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1  # SPO_ABI_VERSION of csrc/spo_fast.h
+ABI_VERSION = 2  # SPO_ABI_VERSION of csrc/spo_fast.h
 LIBRARIES = {"cpu": "libspo_fast_cpu.so", "cuda": "libspo_fast_cuda.so"}
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 LATENT_DTYPES = (torch.float32, torch.float64)
@@ -29,6 +29,7 @@ ARGUMENTS = {
     "spo_log_ratio_forward": _LOG_RATIO + [_POINTER] * 3,
     "spo_log_ratio_backward": _LOG_RATIO + [_POINTER] * 5,
     "spo_resize_normalize": [_INT] * 2 + [_POINTER] * 2 + [_INT64] * 8 + [_POINTER] * 3,
+    "spo_merge": [_INT] + [_POINTER] * 3 + [_INT64] + [_POINTER] * 2,
     "spo_philox": [_POINTER] * 3,
     "spo_set_num_threads": [_INT],
     "spo_abi_version": [],
@@ -190,6 +191,27 @@ def resize_normalize(
     return out
 
 
+def merge(
+    weight: Tensor,  # any shape, float32, bfloat16 or float16
+    delta: Tensor,  # same shape, float32
+    key: Tensor,  # (5,) int64
+    out: Tensor,  # same shape and dtype as weight: written
+) -> None:
+    """out = weight + delta, rounded stochastically; ValueError for wrong shapes, dtypes, devices or strides."""
+    for name, tensor, dtype in (
+        ("weight", weight, weight.dtype),
+        ("delta", delta, torch.float32),
+        ("out", out, weight.dtype),
+    ):
+        _check(name, tensor, weight.shape, dtype, weight)
+    _check("key", key, (5,), torch.int64, weight)
+    _call(
+        "spo_merge",
+        weight.device,
+        *(DTYPE_CODES[weight.dtype], _pointer(weight), _pointer(delta), _pointer(key), weight.numel(), _pointer(out)),
+    )
+
+
 def _log_ratio_arguments(
     cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale
 ) -> tuple:
@@ -225,7 +247,7 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
     if tensor.dtype != dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, x_t on {like.device}: move it there")
+        raise ValueError(f"{name} is on {tensor.device}, the others on {like.device}: move it there")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}): call .contiguous() first")
 
