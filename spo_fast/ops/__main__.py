@@ -1,6 +1,6 @@
 """`python -m spo_fast.ops`: op | device | backend | reason, for this machine."""
 
-from spo_fast.ops import preference_loss, transition  # noqa: F401  (importing registers the ops)
+from spo_fast.ops import geglu, group_norm_silu, preference_loss, transition  # noqa: F401  (registers the ops)
 from spo_fast.ops.backend import table
 
 
