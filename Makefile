@@ -15,7 +15,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_transition.py tests/test_preference_loss.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_transition.py tests/test_preference_loss.py \
+		tests/test_group_norm_silu.py tests/test_geglu.py
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks/

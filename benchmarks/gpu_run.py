@@ -89,6 +89,14 @@ def stage_ops_autotuned(c: Context) -> None:
     bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
 
 
+def stage_layer(c: Context) -> None:
+    """An op of the networks' layers; c.job is "ops/geglu"."""
+    import importlib
+
+    bench = importlib.import_module(f"benchmarks.bench_{c.job.split('/')[1]}")
+    bench.run(c.records, c.size, c.device, modes=("default",) if c.device == "cuda" else ())
+
+
 def stage_ceilings(c: Context) -> None:
     from benchmarks import bench_libraries
 
@@ -156,7 +164,11 @@ def iteration_jobs(kind: str) -> dict[str, Job]:
 STAGES: dict[str, dict[str, Job]] = {
     "tests": {"tests": Job(stage_tests, 120, 20)},
     "graph": {"graph": Job(stage_graph, 90, 25)},
-    "ops": {"ops": Job(stage_ops, 180, 40)},
+    "ops": {
+        "ops": Job(stage_ops, 180, 40),
+        "ops/group_norm_silu": Job(stage_layer, 240, 60),
+        "ops/geglu": Job(stage_layer, 120, 40),
+    },
     "ceilings": {"ceilings": Job(stage_ceilings, 40, 12)},
     "libraries": {"libraries": Job(stage_libraries, 120, 25)},
     "sd15": iteration_jobs("sd15"),

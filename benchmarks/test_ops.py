@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bench_preference_loss, bench_transition
+from benchmarks import bench_geglu, bench_group_norm_silu, bench_preference_loss, bench_transition
 from benchmarks.gpu_run import summary
 from benchmarks.records import Records, read
 from spo_fast.ops.backend import available_backends
@@ -15,7 +15,15 @@ SIZE = "full" if DEVICE == "cuda" else "tiny"
 MODES = ("default",) if DEVICE == "cuda" else ()
 
 
-@pytest.mark.parametrize("bench", [bench_transition, bench_preference_loss], ids=["transition", "preference_loss"])
+BENCHES = {
+    "transition": bench_transition,
+    "preference_loss": bench_preference_loss,
+    "group_norm_silu": bench_group_norm_silu,
+    "geglu": bench_geglu,
+}
+
+
+@pytest.mark.parametrize("bench", BENCHES.values(), ids=BENCHES)
 def test_op_table(bench, tmp_path, capsys):
     records = Records(tmp_path / "records.jsonl", "ops", DEVICE, SIZE)
     bench.run(records, SIZE, DEVICE, modes=MODES)

@@ -121,8 +121,9 @@ def time_case(case: Case, records: Records, device: str, tb_per_s: float | None,
             if device == "cuda":
                 calls = [functools.partial(fn, *x) for x in inputs]
                 values |= {f"graph_{k}": v for k, v in measure_in_graph(calls, rep_ms).items()}
+                values["tb_per_s"] = case.bytes_moved / values["graph_p50_ms"] / 1e9
                 if tb_per_s:
-                    values["bandwidth_share"] = case.bytes_moved / values["graph_p50_ms"] / 1e9 / tb_per_s
+                    values["bandwidth_share"] = values["tb_per_s"] / tb_per_s
             written.append(records.write(case.name, contender=name, **common, **values))
         except Exception as error:
             records.failed(case.name, error, contender=name, **common)

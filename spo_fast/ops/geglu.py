@@ -3,8 +3,9 @@
 gelu(g) = g Phi(g), Phi(g) = (1 + erf(g / sqrt 2)) / 2; the backward computes it again from h, the only tensor saved:
     dL/da = dy gelu(g),   dL/dg = dy a (Phi(g) + g phi(g)),   phi(g) = exp(-g^2 / 2) / sqrt(2 pi)
 
-# 3 D elements moved a row forward (h read, y written), 5 D backward (h and dy read, dh written); memory-bound. At SDXL's
-# (8, 4096, 2 x 2560) in 16 bits 503 MB and 839 MB: 117 us and 195 us of 4.3 TB/s. Eager writes and reads gelu(g) besides.
+# 3 D elements moved a row forward (h read, y written), 5 D backward (h and dy read, dh written); memory-bound. At
+# SDXL's (8, 4096, 2 x 2560) in 16 bits 503 MB and 839 MB: 117 us and 195 us of 4.3 TB/s. Eager writes and reads
+# gelu(g) besides.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ backend.register(
     backend.Op(
         "geglu",
         order={"cpu": ("eager",), "cuda": ("eager", "triton")},
-        why="the definition on a CPU; on CUDA not measured yet, so PyTorch's own stays first",
-        absent={"c": "TODO"},
+        why="the definition on a CPU; on CUDA it awaits measurement, so PyTorch's stays first",
+        absent={
+            "c": "at the toy's size a C call costs as much as eager; on CUDA C++ could move no fewer bytes than Triton"
+        },
     )
 )
 
@@ -118,7 +121,7 @@ _triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 def geglu(h: Tensor) -> Tensor:  # h (..., 2D) any float type -> (..., D)
-    """a gelu(g), (a, g) = h.chunk(2, -1), in float32 inside a kernel. Raises ValueError unless the last size is even."""
+    """a gelu(g), (a, g) = h.chunk(2, -1), inside a kernel in float32. Raises ValueError if the last size is odd."""
     if h.ndim == 0 or h.shape[-1] % 2:
         raise ValueError(f"h is {tuple(h.shape)}: its last size must be even, a's channels and then g's")
     if backend.choose("geglu", h) == "triton":

@@ -1,4 +1,4 @@
-"""Group norm, then SiLU: y = silu(z), z = (x - mean) rstd w + b, with mean and variance over a group's channels and pixels.
+"""Group norm, then SiLU: y = silu(z), z = (x - mean) rstd w + b, mean and variance over a group's channels and pixels.
 
 A UNet's ResNet blocks and a VAE's have it before every convolution; a transformer's input has it without SiLU. The
 affine weights are frozen, so the backward gives dx only:
@@ -25,8 +25,9 @@ from spo_fast.ops.backend import launch, library_op
 backend.register(
     backend.Op(
         "group_norm_silu",
-        order={"cpu": ("c", "eager"), "cuda": ("eager", "triton")},
-        why="on a CPU as measured (benchmarks/LOG.md); on CUDA not measured yet, so PyTorch's own stays first",
+        # C is the faster one for channels-last on a CPU, PyTorch for NCHW and small tensors, which is what runs there
+        order={"cpu": ("eager", "c"), "cuda": ("eager", "triton")},
+        why="on a CPU as measured for NCHW (benchmarks/LOG.md); on CUDA it awaits measurement: PyTorch's is first",
         absent={"c cuda": "bound by memory: Triton's kernels already read and write as little as CUDA C++ could"},
     )
 )
@@ -128,9 +129,7 @@ if triton is not None:
         tl.store(out + 1, squares, mask=channel < C)
 
     @triton.jit
-    def _combine_kernel(
-        partial_ptr, mean_ptr, rstd_ptr, C, S, chunk, num_chunks, group_size, eps, BLOCK: tl.constexpr
-    ):
+    def _combine_kernel(partial_ptr, mean_ptr, rstd_ptr, C, S, chunk, num_chunks, group_size, eps, BLOCK: tl.constexpr):
         """mean and rstd of one group from the moments of its channels' chunks: two passes over those."""
         sample = tl.program_id(0) // (C // group_size)
         group = tl.program_id(0) % (C // group_size)
