@@ -116,7 +116,7 @@ if triton is not None:
             x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
             rows = tl.minimum(end - first, BLOCK_S).to(tl.float32)
             tile_mean = tl.sum(x, 0) / rows
-            # twice: a sum of 32 values of 1000 is rounded by more than a std of 0.01 can bear
+            # twice: near 1000 the rounding of one sum costs as much again as the rounding of the mean itself
             tile_mean += tl.sum(tl.where(mask, x - tile_mean[None, :], 0.0), 0) / rows
             deviation = tl.where(mask, x - tile_mean[None, :], 0.0)
             total = count + rows
