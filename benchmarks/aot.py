@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.records import table
-from spo_fast.ops import lora_linear, merge_lora, preference_loss, resize_normalize, transition
+from spo_fast.ops import geglu, group_norm_silu, lora_linear, merge_lora, preference_loss, resize_normalize, transition
 from spo_fast.ops.backend import INTERPRET
 
 ARCHITECTURES = [80, 89, 90, 100]
@@ -33,11 +33,12 @@ POINTERS = {  # what each argument points to
     **dict.fromkeys(("log_ratio_ptr", "weight_ptr", "loss_ptr", "grad_ptr", "stats_ptr"), "*fp32"),
     **dict.fromkeys(("down_ptr", "up_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
     "key_ptr": "*i64",
+    **dict.fromkeys(("partial_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"), "*fp32"),
 }
 # all other scalars are 32-bit counts
 SCALARS = {
     **dict.fromkeys(("guidance", "guidance_low", "beta", "low", "high", "beta_low", "low_low", "high_low"), "fp32"),
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "eps"), "fp32"),
     **dict.fromkeys(("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b"), "fp32"),
 }
 KERNELS = {
@@ -54,6 +55,9 @@ KERNELS = {
     "preference_loss, pairs": (preference_loss._preference_loss_kernel, {"K": 2, "S": 1, "BLOCK": 256}),
     "preference_loss, four of three": (preference_loss._preference_loss_kernel, {"K": 4, "S": 3, "BLOCK": 64}),
     "resize_normalize": (resize_normalize._resize_normalize_kernel, {"BLOCK": resize_normalize.BLOCK}),
+    "geglu": (geglu._geglu_kernel, {"BLOCK": geglu.BLOCK}),
+    "geglu backward": (geglu._geglu_backward_kernel, {"BLOCK": geglu.BLOCK}),
+    "group_norm_silu combine": (group_norm_silu._combine_kernel, {"BLOCK": group_norm_silu.PARTS}),
     "merge_lora": (merge_lora._merge_kernel, {"BLOCK": merge_lora.GROUPS}),
     **{
         f"lora_linear, {tokens} tokens, rank {rank}, {str(dtype)[6:]}": (
@@ -73,6 +77,14 @@ KERNELS = {
         for rank, dtype in ((64, torch.bfloat16), (4, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
     },
 }
+for _layout, _last in (("channels-last", True), ("NCHW", False)):
+    _tile = group_norm_silu._constants(_last)
+    KERNELS |= {
+        f"group_norm_silu moments, {_layout}": (group_norm_silu._moments_kernel, _tile),
+        f"group_norm_silu, {_layout}": (group_norm_silu._normalise_kernel, {"SILU": True, **_tile}),
+        f"group_norm_silu sums, {_layout}": (group_norm_silu._grad_sums_kernel, {"SILU": True, **_tile}),
+        f"group_norm_silu backward, {_layout}": (group_norm_silu._grad_input_kernel, {"SILU": True, **_tile}),
+    }
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,13 @@ class Resources:
     spills: int  # bytes stored and loaded, and the stack
 
 
-def compile_for(kernel: Any, constants: dict[str, Any], architecture: int, m_type: str) -> Any:
-    """The compiled kernel for one architecture; m_type is what pointers of no fixed type point to."""
+def compile_for(
+    kernel: Any, constants: dict[str, Any], architecture: int, m_type: str, divisible: Sequence[str] = ()
+) -> Any:
+    """The compiled kernel for one architecture; m_type is what pointers of no fixed type point to.
+
+    divisible: counts that are multiples of 16 at the real shapes; Triton then knows it of them and of all pointers.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -98,15 +115,18 @@ def compile_for(kernel: Any, constants: dict[str, Any], architecture: int, m_typ
             return "constexpr"
         return (POINTERS.get(name) or m_type) if name.endswith("_ptr") else SCALARS.get(name, "i32")
 
-    source = ASTSource(kernel, {name: type_of(name) for name in kernel.arg_names}, constants)
+    names = kernel.arg_names
+    known = [i for i, name in enumerate(names) if divisible and (name.endswith("_ptr") or name in divisible)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in known}
+    source = ASTSource(kernel, {name: type_of(name) for name in names}, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
 
 
-def resources(name: str, architecture: int, m_type: str) -> Resources:
+def resources(name: str, architecture: int, m_type: str, divisible: Sequence[str] = ()) -> Resources:
     """Compiles kernel `name` of KERNELS, and asks ptxas about it."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    compiled = compile_for(*KERNELS[name], architecture, m_type)
+    compiled = compile_for(*KERNELS[name], architecture, m_type, divisible)
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx)
     assert target is not None and compiled.asm["cubin"]

@@ -125,8 +125,9 @@ def time_case(case: Case, records: Records, device: str, tb_per_s: float | None,
                 values |= {f"graph_{k}": v for k, v in measure_in_graph(calls, rep_ms).items()}
                 if case.flops:
                     values["tflop_per_s"] = case.flops / values["graph_p50_ms"] / 1e9
+                values["tb_per_s"] = case.bytes_moved / values["graph_p50_ms"] / 1e9
                 if tb_per_s:
-                    values["bandwidth_share"] = case.bytes_moved / values["graph_p50_ms"] / 1e9 / tb_per_s
+                    values["bandwidth_share"] = values["tb_per_s"] / tb_per_s
             written.append(records.write(case.name, contender=name, **common, **values))
         except Exception as error:
             records.failed(case.name, error, contender=name, **common)

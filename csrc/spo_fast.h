@@ -117,6 +117,28 @@ SPO_API int spo_merge(int dtype,
                       void *out,           /* (n) out, dtype */
                       void *stream);
 
+/* Group norm with frozen weights, then SiLU if `silu`, of x (N, C, S) or, with channels_last, (N, S, C); S pixels:
+ * z = (x - mean) rstd weight + bias, y = z sigmoid(z), over the C / num_groups channels and S pixels of each group.
+ * Everything is of `dtype` but mean and rstd: float32, or float64 for float64. CPU library only. */
+SPO_API int spo_group_norm_silu_forward(int dtype, const void *x,
+                                        const void *weight, /* (C) */
+                                        const void *bias,   /* (C) */
+                                        int64_t N, int64_t C, int64_t S, int64_t num_groups, int channels_last,
+                                        double eps, int silu,
+                                        void *y,            /* as x, out */
+                                        void *mean,         /* (N, num_groups) out */
+                                        void *rstd,         /* (N, num_groups) out */
+                                        void *stream);
+
+/* grad_x = rstd (t - mean(t) - x_hat mean(t x_hat)), t = weight dL/dz, means over a group. CPU library only. */
+SPO_API int spo_group_norm_silu_backward(int dtype, const void *x, const void *weight, const void *bias,
+                                         const void *mean, const void *rstd,
+                                         const void *grad_y, /* as x */
+                                         int64_t N, int64_t C, int64_t S, int64_t num_groups, int channels_last,
+                                         int silu,
+                                         void *grad_x,       /* as x, out */
+                                         void *stream);
+
 #ifdef __cplusplus
 }
 #endif

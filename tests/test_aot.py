@@ -9,7 +9,7 @@ from spo_fast.ops.backend import INTERPRET
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the kernels by Python")
 
-from benchmarks.aot import ARCHITECTURES, KERNELS, SCALARS, compile_for, main, survey  # noqa: E402  (needs Triton)
+from benchmarks.aot import ARCHITECTURES, KERNELS, SCALARS, compile_for, main, resources, survey  # noqa: E402  (needs Triton)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -20,6 +20,20 @@ def test_compiles_without_spills(name, architecture):
     for r in found:
         assert r.spills == 0 and 0 < r.registers <= 255, r
         assert r.shared <= 99 * 1024, r  # a block's share on the cards with the least of it (sm_86, 89)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("m_type", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith(("geglu", "group_norm_silu"))])
+def test_real_shapes_move_16_bytes_at_a_time(name, m_type, architecture):
+    """C and D are multiples of 16 in every model and S from 8x8 on: loads are wide, and half a multiprocessor's
+    threads or more find registers."""
+    divisible = ("C", "S", "D", "chunk")
+    found = resources(name, architecture, m_type, divisible)
+    assert found.spills == 0
+    if "combine" not in name:  # it reads interleaved pairs
+        assert "ld.global.v4.b32" in compile_for(*KERNELS[name], architecture, m_type, divisible).asm["ptx"]
+        assert found.registers <= 128
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -15,6 +15,8 @@ from spo_fast.config import SampleConfig
 from spo_fast.experience import Cond
 from spo_fast.noise import KeyedDraws
 from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.ops.geglu import geglu
+from spo_fast.ops.group_norm_silu import group_norm_silu
 from spo_fast.ops.lora_linear import lora_linear
 from spo_fast.ops.merge_lora import merge_lora
 from spo_fast.ops.preference_loss import preference_loss
@@ -271,3 +273,66 @@ def test_a_captured_lora_layer_follows_its_inputs(backend, dtype):
             with use_backend("eager"):
                 for g, want in zip(got, step(), strict=True):
                     assert (g - want).abs().max() <= tolerance * want.abs().max()
+
+
+POINTWISE = {  # function of x, x's shape and layout
+    "group_norm_silu": (
+        lambda x: group_norm_silu(x, torch.ones_like(x[0, :, 0, 0]), torch.full_like(x[0, :, 0, 0], 0.1), 32),
+        *((2, 320, 24, 20), torch.channels_last),
+    ),
+    "geglu": (geglu, (2, 96, 2560), torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("op", POINTWISE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_captured_forward_and_backward_equal_eager_on_changed_inputs(op, dtype):
+    if "triton" not in available_backends(op, "cuda"):
+        pytest.skip("triton cannot run here")
+    function, shape, layout = POINTWISE[op]
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, device="cuda", generator=generator).to(dtype).contiguous(memory_format=layout)
+    x.requires_grad_()
+    grad_y = torch.randn_like(function(x))
+
+    def step():
+        y = function(x)
+        return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
+
+    with use_backend("triton"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    previous = None
+    for seed in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
+        graph.replay()
+        with use_backend("eager"):
+            for got, want in zip(captured, step(), strict=True):
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        assert previous is None or not torch.equal(previous, captured[0])
+        previous = captured[0].clone()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_of_more_than_2_to_the_31_elements(layout):
+    """A VAE's (17, 128, 1024, 1024): 32-bit offsets would wrap. The last sample alone must give the same bits."""
+    if "triton" not in available_backends("group_norm_silu", "cuda") or torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs Triton and 24 GiB of free memory")
+    x = torch.empty(17, 128, 1024, 1024, device="cuda", dtype=torch.float16, memory_format=layout).normal_()
+    x.requires_grad_()
+    weight, bias = torch.ones(128, device="cuda", dtype=x.dtype), torch.zeros(128, device="cuda", dtype=x.dtype)
+    last = x.detach()[16:].clone(memory_format=layout).requires_grad_()
+    with use_backend("triton"):
+        y, alone = group_norm_silu(x, weight, bias, 32), group_norm_silu(last, weight, bias, 32)
+        assert torch.equal(y[16:], alone)
+        (grad,) = torch.autograd.grad(y, x, y.detach())
+        (grad_alone,) = torch.autograd.grad(alone, last, alone.detach())
+    assert torch.equal(grad[16:], grad_alone)

@@ -36,7 +36,10 @@ class Op:
     why: str
     """Where the order comes from."""
     absent: Mapping[str, str] = field(default_factory=dict)
-    """backend -> why this op has no such implementation."""
+    """backend, or "backend device" -> why this op has no such implementation."""
+
+    def why_absent(self, backend: str, device_type: str) -> str | None:
+        return self.absent.get(backend) or self.absent.get(f"{backend} {device_type}")
 
 
 OPS: dict[str, Op] = {}
@@ -53,8 +56,8 @@ def register(op: Op) -> Op:
 def why_not(name: str, backend: str, device_type: str) -> str | None:
     """None if `backend` can run op `name` on this device type here, else the reason in words."""
     op = OPS[name]
-    if backend in op.absent:
-        return op.absent[backend]
+    if op.why_absent(backend, device_type) is not None:
+        return op.why_absent(backend, device_type)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -76,7 +79,8 @@ def available_backends(name: str, device_type: str = "cpu") -> list[str]:
 def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) -> str:
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
-    if forced is not None and forced not in OPS[name].absent:  # an op that has no such backend keeps its own choice
+    # an op that has no such backend keeps its own choice
+    if forced is not None and OPS[name].why_absent(forced, device_type) is None:
         reason = why_not(name, forced, device_type)
         if reason is not None:
             raise RuntimeError(

@@ -23,6 +23,7 @@ LATENT_DTYPES = (torch.float32, torch.float64)
 
 _INT, _INT64, _DOUBLE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _TABLE = [_POINTER, _INT64, _DOUBLE]  # table, num_rows, guidance
+_GROUP_NORM = [_INT64] * 4 + [_INT]  # N, C, S, num_groups, channels_last
 _LOG_RATIO = [_INT] * 2 + [_POINTER] * 8 + _TABLE + [_INT64] * 3  # dtypes, tensors, U, T, n
 ARGUMENTS = {
     "spo_transition": [_INT] * 2 + [_POINTER] * 4 + _TABLE + [_POINTER] * 2 + [_INT64] * 3 + [_POINTER] * 3,
@@ -30,10 +31,13 @@ ARGUMENTS = {
     "spo_log_ratio_backward": _LOG_RATIO + [_POINTER] * 5,
     "spo_resize_normalize": [_INT] * 2 + [_POINTER] * 2 + [_INT64] * 8 + [_POINTER] * 3,
     "spo_merge": [_INT] + [_POINTER] * 3 + [_INT64] + [_POINTER] * 2,
+    "spo_group_norm_silu_forward": [_INT] + [_POINTER] * 3 + _GROUP_NORM + [_DOUBLE, _INT] + [_POINTER] * 4,
+    "spo_group_norm_silu_backward": [_INT] + [_POINTER] * 6 + _GROUP_NORM + [_INT] + [_POINTER] * 2,
     "spo_philox": [_POINTER] * 3,
     "spo_set_num_threads": [_INT],
     "spo_abi_version": [],
 }
+CPU_ONLY = {"spo_group_norm_silu_forward", "spo_group_norm_silu_backward"}
 
 
 def load(device_type: str) -> ctypes.CDLL | None:
@@ -68,7 +72,8 @@ def _open(device_type: str) -> tuple[ctypes.CDLL | None, str]:
             f"{path} has interface version {version}, this Python code needs {ABI_VERSION}: `pip install .` again",
         )
     for name, argtypes in ARGUMENTS.items():
-        getattr(library, name).argtypes = argtypes
+        if device_type == "cpu" or name not in CPU_ONLY:
+            getattr(library, name).argtypes = argtypes
     library.spo_error_string.restype = ctypes.c_char_p
     return library, ""
 
@@ -210,6 +215,43 @@ def merge(
         weight.device,
         *(DTYPE_CODES[weight.dtype], _pointer(weight), _pointer(delta), _pointer(key), weight.numel(), _pointer(out)),
     )
+
+
+def group_norm_silu_forward(
+    x: Tensor,  # (N, C, H, W) float32, float64, bfloat16 or float16; NCHW, or channels-last if said so
+    weight: Tensor,  # (C,) same dtype
+    bias: Tensor,  # (C,)
+    num_groups: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+    y: Tensor,  # as x, out
+    mean: Tensor,  # (N, num_groups) float32, or float64 for float64, out
+    rstd: Tensor,  # likewise
+) -> None:
+    """Group norm, then SiLU if asked. The caller has checked shapes and layouts (ops/group_norm_silu.py)."""
+    tensors = (_pointer(t) for t in (x, weight, bias))
+    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
+    outputs = (_pointer(t) for t in (y, mean, rstd))
+    _call("spo_group_norm_silu_forward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, eps, silu, *outputs)
+
+
+def group_norm_silu_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor,  # as x
+    num_groups: int,
+    channels_last: bool,
+    silu: bool,
+    grad_x: Tensor,  # as x, out
+) -> None:
+    """The gradient with respect to x; the caller has checked shapes and layouts."""
+    tensors = (_pointer(t) for t in (x, weight, bias, mean, rstd, grad_y))
+    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
+    _call("spo_group_norm_silu_backward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, silu, _pointer(grad_x))
 
 
 def _log_ratio_arguments(
