@@ -15,7 +15,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_transition.py tests/test_preference_loss.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_transition.py tests/test_preference_loss.py \
+		tests/test_resize_normalize.py tests/test_lora_linear.py tests/test_merge_lora.py \
+		tests/test_group_norm_silu.py tests/test_geglu.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_golden.py -k 'ddim or loss'
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks/

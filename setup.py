@@ -1,15 +1,17 @@
 """Runs CMake and packs the C libraries; everything else is in pyproject.toml.
 
-Environment: SPO_FAST_CUDA=0 builds the CPU library only, =1 makes a missing nvcc an error (default: CUDA if nvcc is
-found); SPO_FAST_CUDA_ARCHITECTURES="90" builds for fewer cards, quicker; CMAKE_ARGS is passed on.
+Environment: SPO_FAST_BUILD_CUDA=0 builds the CPU library only, =1 makes a missing nvcc an error (default: CUDA if nvcc
+is found); SPO_FAST_CUDA_ARCHS="90" builds for fewer cards, quicker; CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,16 +42,23 @@ def cmake_executable() -> str:
 
 def cmake_options() -> list[str]:
     """-D options from the environment."""
-    switch = os.environ.get("SPO_FAST_CUDA", "")
+    switch = os.environ.get("SPO_FAST_BUILD_CUDA", "")
     if switch not in CUDA_SWITCH:
-        raise RuntimeError(
-            f"SPO_FAST_CUDA={switch!r} is unknown: use 0 (CPU only), 1 (nvcc required) or leave it unset"
+        raise SystemExit(
+            f"SPO_FAST_BUILD_CUDA={switch!r} is unknown: use 0 (CPU only), 1 (nvcc required) or leave it unset"
         )
-    options = [f"-DSPO_FAST_CUDA={CUDA_SWITCH[switch]}"]
-    architectures = os.environ.get("SPO_FAST_CUDA_ARCHITECTURES")
+    options = [f"-DSPO_FAST_BUILD_CUDA={CUDA_SWITCH[switch]}"]
+    architectures = os.environ.get("SPO_FAST_CUDA_ARCHS")
     if architectures:
-        options.append(f"-DSPO_FAST_CUDA_ARCHITECTURES={architectures}")
+        options.append(f"-DSPO_FAST_CUDA_ARCHS={';'.join(architectures.replace(',', ';').split())}")
     return options + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+
+
+def run(what: str, command: list[str]) -> None:
+    """A failed CUDA compile ends the installation: falling back to the CPU library would show only much later."""
+    if subprocess.run(command).returncode != 0:
+        way_out = "" if what == "the CPU library" else "; SPO_FAST_BUILD_CUDA=0 builds without CUDA"
+        raise SystemExit(f"spo_fast: {what} failed, the reason stands above{way_out}")
 
 
 def build_libraries(target: Path) -> None:
@@ -57,8 +66,10 @@ def build_libraries(target: Path) -> None:
     # A fresh folder each time: a CMake cache remembers the cmake of a build environment that pip has deleted.
     with tempfile.TemporaryDirectory(prefix="spo_fast-build-") as build:
         cmake = cmake_executable()
-        subprocess.run([cmake, "-S", str(ROOT), "-B", build, *cmake_options()], check=True)
-        subprocess.run([cmake, "--build", build, "--parallel", str(os.cpu_count() or 1)], check=True)
+        parallel = ["--parallel", str(os.cpu_count() or 1)]
+        run("configuring", [cmake, "-S", str(ROOT), "-B", build, *cmake_options()])
+        run("the CPU library", [cmake, "--build", build, *parallel, "--target", "spo_fast_cpu"])
+        run("the CUDA library", [cmake, "--build", build, *parallel])
         target.mkdir(parents=True, exist_ok=True)
         for old in target.glob("libspo_fast_*.so"):
             old.unlink()
@@ -90,4 +101,17 @@ class PlatformDistribution(Distribution):
         return True
 
 
-setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildWithCMake, "bdist_wheel": PlatformWheel})
+def outside_the_source() -> dict[str, dict[str, str]]:
+    """Where setuptools keeps its files while it builds: not in the source tree, which may be read-only."""
+    if "sdist" in sys.argv:  # packs what egg_info leaves in the tree
+        return {}
+    scratch = tempfile.mkdtemp(prefix="spo_fast-setup-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return {"egg_info": {"egg_base": scratch}, "build": {"build_base": scratch}}
+
+
+setup(
+    distclass=PlatformDistribution,
+    cmdclass={"build_py": BuildWithCMake, "bdist_wheel": PlatformWheel},
+    options=outside_the_source(),
+)

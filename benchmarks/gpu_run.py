@@ -72,21 +72,32 @@ def stage_graph(c: Context) -> None:
     bench_graph.run(c.records, c.size, c.device)
 
 
-def stage_ops(c: Context) -> None:
-    from benchmarks import bench_preference_loss, bench_transition
+OPS = ("transition", "preference_loss", "resize_normalize", "merge_lora", "lora_linear")
+LAYER_OPS = ("group_norm_silu", "geglu")  # each in a job of its own
+"""benchmarks/bench_<op>.py, each with run(records, size, device, modes=)."""
 
-    modes = ("default",) if c.device == "cuda" else ()
-    bench_transition.run(c.records, c.size, c.device, modes=modes)
-    bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
+
+def stage_ops(c: Context) -> None:
+    for op in OPS:
+        bench_op(c, op, "default")
 
 
 def stage_ops_autotuned(c: Context) -> None:
     """Only if asked for: each compilation takes long."""
-    from benchmarks import bench_preference_loss, bench_transition
+    for op in OPS:
+        bench_op(c, op, "max-autotune-no-cudagraphs")
 
-    modes = ("max-autotune-no-cudagraphs",) if c.device == "cuda" else ()
-    bench_transition.run(c.records, c.size, c.device, modes=modes)
-    bench_preference_loss.run(c.records, c.size, c.device, modes=modes)
+
+def bench_op(c: Context, op: str, mode: str) -> None:
+    import importlib
+
+    bench = importlib.import_module(f"benchmarks.bench_{op}")
+    bench.run(c.records, c.size, c.device, modes=(mode,) if c.device == "cuda" else ())
+
+
+def stage_layer(c: Context) -> None:
+    """An op of the networks' layers; c.job is "ops/geglu"."""
+    bench_op(c, c.job.split("/")[1], "default")
 
 
 def stage_ceilings(c: Context) -> None:
@@ -156,7 +167,11 @@ def iteration_jobs(kind: str) -> dict[str, Job]:
 STAGES: dict[str, dict[str, Job]] = {
     "tests": {"tests": Job(stage_tests, 120, 20)},
     "graph": {"graph": Job(stage_graph, 90, 25)},
-    "ops": {"ops": Job(stage_ops, 180, 40)},
+    "ops": {
+        "ops": Job(stage_ops, 180, 40),
+        "ops/group_norm_silu": Job(stage_layer, 240, 60),
+        "ops/geglu": Job(stage_layer, 120, 40),
+    },
     "ceilings": {"ceilings": Job(stage_ceilings, 40, 12)},
     "libraries": {"libraries": Job(stage_libraries, 120, 25)},
     "sd15": iteration_jobs("sd15"),

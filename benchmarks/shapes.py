@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spo_fast.config import Config
@@ -50,6 +52,39 @@ class AttentionShape:
     width: int  # of a head
 
 
+@dataclass(frozen=True)
+class ScorerShape:
+    """One call of ops.resize_normalize."""
+
+    name: str
+    images: int  # N
+    pixels: int  # height and width
+    side: int  # of the scorer's input
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """One adapted layer of an attention: to_q, to_k, to_v, to_out.0."""
+
+    name: str
+    batch: int  # both guidance halves
+    tokens: int
+    columns: int  # I, in
+    rows: int  # O, out
+    rank: int
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One kind of call of ops.group_norm_silu or ops.geglu; x is its input."""
+
+    name: str
+    x: tuple[int, ...]
+    calls: int  # in one forward of the network
+    groups: int = 0
+    silu: bool = False
+
+
 def step_shapes(size: str) -> list[StepShape]:
     """K = 4 and K = 2 children of the published batches, and the x0 estimate of all candidates."""
     if size == "tiny":
@@ -70,6 +105,18 @@ def ratio_shapes(size: str) -> list[RatioShape]:
     return [RatioShape(kind, 8, 16, LATENTS[kind]) for kind in KINDS]
 
 
+def scorer_shapes(size: str) -> list[ScorerShape]:
+    """A chunk of decoded candidates and a large one, to the 224 pixels of the step-aware model."""
+    if size == "tiny":
+        return [ScorerShape("tiny", 2, 64, 32)]
+    return [
+        ScorerShape("sdxl N=16", 16, 1024, 224),
+        ScorerShape("sdxl N=64", 64, 1024, 224),
+        ScorerShape("sd15 N=16", 16, 512, 224),
+        ScorerShape("sd15 N=64", 64, 512, 224),
+    ]
+
+
 def attention_shapes(size: str) -> list[AttentionShape]:
     """Where a UNet spends its attention: the two largest resolutions, self and cross (77 text tokens)."""
     if size == "tiny":
@@ -82,6 +129,88 @@ def attention_shapes(size: str) -> list[AttentionShape]:
         AttentionShape("sd15 self 32x32", 80, 8, 1024, 1024, 80),
         AttentionShape("sd15 cross 64x64", 80, 8, 4096, 77, 40),
     ]
+
+
+def lora_layer_shapes(size: str) -> list[LoraShape]:
+    """The layers on a micro-batch of four states: both resolutions with most of the work, and the text's keys."""
+    if size == "tiny":
+        return [LoraShape("tiny", 2, 20, 32, 48, 4)]
+    return [
+        LoraShape("sdxl 32x32", 8, 1024, 1280, 1280, 64),
+        LoraShape("sdxl 64x64", 8, 4096, 640, 640, 64),
+        LoraShape("sdxl text", 8, 77, 2048, 1280, 64),
+        LoraShape("sd15 64x64", 8, 4096, 320, 320, 4),
+        LoraShape("sd15 text", 8, 77, 768, 320, 4),
+    ]
+
+
+BATCHES = {"sd15": 80, "sdxl": 8}  # states of a rollout step, both guidance halves
+
+
+def layer_shapes(op: str, size: str) -> list[LayerShape]:
+    """The four kinds of call of each UNet that move most, and for the norm the VAE decoder's largest. Needs diffusers.
+
+    Taken from forwards on the meta device: nothing is allocated, and the counts cannot go stale.
+    """
+    if size == "tiny":
+        norms = [LayerShape("tiny", (2, 16, 6, 5), 1, 4, True), LayerShape("tiny without SiLU", (2, 16, 6, 5), 1, 4)]
+        return norms if op == "group_norm_silu" else [LayerShape("tiny", (2, 6, 20), 1)]
+    shapes: list[LayerShape] = []
+    for kind in KINDS:
+        found = [s for s in unet_layers(kind) if (s.groups > 0) == (op == "group_norm_silu")]
+        shapes += sorted(found, key=lambda s: -s.calls * math.prod(s.x))[:4]
+    if op == "group_norm_silu":
+        shapes += sorted(vae_norms("sdxl"), key=lambda s: -math.prod(s.x))[:2]
+    return shapes
+
+
+def unet_layers(kind: str) -> list[LayerShape]:
+    """Every kind of group norm and GEGLU of a rollout step's UNet forward."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config(kind))
+        width, batch = unet.config.cross_attention_dim, BATCHES[kind]
+        added = {"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)}
+        inputs = torch.empty(batch, *LATENTS[kind]), torch.empty(batch), torch.empty(batch, 77, width)
+        return _recorded(kind, unet, lambda: unet(*inputs, added_cond_kwargs=added))
+
+
+def vae_norms(kind: str) -> list[LayerShape]:
+    """Every kind of group norm of decoding one image."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(json.loads((CONFIGS / kind / "vae" / "config.json").read_text()))
+        return _recorded(f"{kind} VAE", vae, lambda: vae.decode(torch.empty(1, *LATENTS[kind])))
+
+
+def _recorded(name: str, model: Any, forward: Any) -> list[LayerShape]:
+    """The calls of one forward; an attention's group norm has no SiLU behind it."""
+    import torch
+
+    calls: Counter[LayerShape] = Counter()
+
+    def hook(path: str) -> Any:
+        def record(module: Any, inputs: tuple, output: Any) -> None:
+            if isinstance(module, torch.nn.GroupNorm):
+                x, groups, silu = tuple(inputs[0].shape), module.num_groups, "attentions" not in path
+                size = "x".join(map(str, x[1:]))
+                calls[LayerShape(f"{name} {size}{'' if silu else ' without SiLU'}", x, 0, groups, silu)] += 1
+            else:
+                x = (*output.shape[:-1], 2 * output.shape[-1])
+                calls[LayerShape(f"{name} {x[1]}x{x[2]}", x, 0)] += 1
+
+        return record
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.GroupNorm) or type(module).__name__ == "GEGLU":
+            module.register_forward_hook(hook(path))
+    forward()
+    # a VAE's attention normalises (B, C, H W), at its smallest size
+    return [replace(shape, calls=count) for shape, count in calls.items() if not shape.groups or len(shape.x) == 4]
 
 
 def unet_config(kind: str, size: str = "full") -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from benchmarks import bench_preference_loss, bench_transition
-from benchmarks.gpu_run import summary
+from benchmarks.gpu_run import LAYER_OPS, OPS, summary
 from benchmarks.records import Records, read
 from spo_fast.ops.backend import available_backends
 
@@ -14,8 +15,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = "full" if DEVICE == "cuda" else "tiny"
 MODES = ("default",) if DEVICE == "cuda" else ()
 
+ALL = (*OPS, *LAYER_OPS)
 
-@pytest.mark.parametrize("bench", [bench_transition, bench_preference_loss], ids=["transition", "preference_loss"])
+
+@pytest.mark.parametrize("bench", [importlib.import_module(f"benchmarks.bench_{op}") for op in ALL], ids=ALL)
 def test_op_table(bench, tmp_path, capsys):
     records = Records(tmp_path / "records.jsonl", "ops", DEVICE, SIZE)
     bench.run(records, SIZE, DEVICE, modes=MODES)

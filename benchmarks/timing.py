@@ -101,6 +101,7 @@ class Case:
     truth: Callable[..., Any]  # float64, from the formula
     contenders: dict[str, Callable[..., Any]]  # name -> function of the inputs
     skipped: dict[str, str]  # name -> why it cannot run here
+    flops: int = 0  # 2 a multiplication and addition; 0: bound by memory
 
 
 def time_case(case: Case, records: Records, device: str, tb_per_s: float | None, rep_ms: int = 100) -> list[dict]:
@@ -109,6 +110,7 @@ def time_case(case: Case, records: Records, device: str, tb_per_s: float | None,
     inputs = [case.make(seed) for seed in range(sets)]
     truth = case.truth(*inputs[0])
     common: dict[str, Any] = {"dtype": case.dtype, "shapes": case.shapes, "bytes": case.bytes_moved}
+    common |= {"flops": case.flops} if case.flops else {}
     written = []
     for name, reason in case.skipped.items():
         records.write(case.name, "skipped", contender=name, reason=reason, **common)
@@ -121,8 +123,11 @@ def time_case(case: Case, records: Records, device: str, tb_per_s: float | None,
             if device == "cuda":
                 calls = [functools.partial(fn, *x) for x in inputs]
                 values |= {f"graph_{k}": v for k, v in measure_in_graph(calls, rep_ms).items()}
+                if case.flops:
+                    values["tflop_per_s"] = case.flops / values["graph_p50_ms"] / 1e9
+                values["tb_per_s"] = case.bytes_moved / values["graph_p50_ms"] / 1e9
                 if tb_per_s:
-                    values["bandwidth_share"] = case.bytes_moved / values["graph_p50_ms"] / 1e9 / tb_per_s
+                    values["bandwidth_share"] = values["tb_per_s"] / tb_per_s
             written.append(records.write(case.name, contender=name, **common, **values))
         except Exception as error:
             records.failed(case.name, error, contender=name, **common)

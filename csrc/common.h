@@ -47,13 +47,15 @@ inline uint32_t bits_of_float(float value) {
 
 inline float widen(bfloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
-inline float widen(float16 value) {
+inline float widen(float16 value) {  // no branches, so that loops over halves vectorise
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = value.bits & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return float_from_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);  // infinity, NaN
-  if (magnitude >= 0x0400u) return float_from_bits(sign | ((magnitude << 13) + (112u << 23)));        // bias 15 -> 127
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  return sign ? -subnormal : subnormal;
+  const int32_t magnitude = (value.bits & 0x7FFF) << 13;  // signed: SSE2 has no unsigned comparison
+  const int32_t normal = magnitude + (112 << 23);      // bias 15 -> 127
+  const int32_t not_finite = magnitude + (224 << 23);  // infinity, NaN: exponent 31 -> 255
+  const auto subnormal = static_cast<int32_t>(bits_of_float(float_from_bits(magnitude + (113 << 23)) - 0x1p-14f));
+  const int32_t finite = magnitude < (1 << 23) ? subnormal : normal;
+  const int32_t bits = magnitude < (31 << 23) ? finite : not_finite;
+  return float_from_bits(sign | static_cast<uint32_t>(bits));
 }
 
 // Both round to nearest, ties to even.

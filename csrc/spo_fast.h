@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 #define SPO_API __attribute__((visibility("default")))
-#define SPO_ABI_VERSION 1 /* raise it with every change of a signature or a meaning; clib.py refuses any other */
+#define SPO_ABI_VERSION 2 /* raise it with every change of a signature or a meaning; clib.py refuses any other */
 
 enum { SPO_FLOAT32 = 0, SPO_FLOAT64 = 1, SPO_BFLOAT16 = 2, SPO_FLOAT16 = 3 };
 
@@ -93,6 +93,51 @@ SPO_API int spo_log_ratio_backward(int m_dtype, int x_dtype,
                                    void *grad_cond,            /* (U, n) out, m_dtype */
                                    void *grad_uncond,          /* (U, n) out, m_dtype, or NULL */
                                    void *stream);
+
+/* A scorer's input: pixels resized bicubically (a = -0.75, no antialias) to (resized_h, resized_w), of which the square of
+ * `size` at (top, left) is kept, then y = (clamp(x / 2 + 1/2, 0, 1) - mean_c) / std_c, in one read. Computed in float32;
+ * nothing outside the square is. strides, mean and std_dev are read on the host, on CUDA too. */
+SPO_API int spo_resize_normalize(int pixel_dtype, int out_dtype,
+                                 const void *pixels,      /* (N, 3, H, W), any strides */
+                                 const int64_t *strides,  /* (4) in elements */
+                                 int64_t N, int64_t H, int64_t W,
+                                 int64_t resized_h, int64_t resized_w, int64_t top, int64_t left, int64_t size,
+                                 const double *mean,      /* (3) */
+                                 const double *std_dev,   /* (3) */
+                                 void *out,               /* (N, 3, size, size) out, out_dtype */
+                                 void *stream);
+
+/* out = weight + delta, summed in float32 and rounded stochastically to dtype (bfloat16, float16; float32 is not
+ * rounded), as merge.h says, with the bits of key (seed, iteration and three more). out must not overlap the others. */
+SPO_API int spo_merge(int dtype,
+                      const void *weight,  /* (n) */
+                      const float *delta,  /* (n) */
+                      const int64_t *key,  /* (5), on the device */
+                      int64_t n,
+                      void *out,           /* (n) out, dtype */
+                      void *stream);
+
+/* Group norm with frozen weights, then SiLU if `silu`, of x (N, C, S) or, with channels_last, (N, S, C); S pixels:
+ * z = (x - mean) rstd weight + bias, y = z sigmoid(z), over the C / num_groups channels and S pixels of each group.
+ * Everything is of `dtype` but mean and rstd: float32, or float64 for float64. CPU library only. */
+SPO_API int spo_group_norm_silu_forward(int dtype, const void *x,
+                                        const void *weight, /* (C) */
+                                        const void *bias,   /* (C) */
+                                        int64_t N, int64_t C, int64_t S, int64_t num_groups, int channels_last,
+                                        double eps, int silu,
+                                        void *y,            /* as x, out */
+                                        void *mean,         /* (N, num_groups) out */
+                                        void *rstd,         /* (N, num_groups) out */
+                                        void *stream);
+
+/* grad_x = rstd (t - mean(t) - x_hat mean(t x_hat)), t = weight dL/dz, means over a group. CPU library only. */
+SPO_API int spo_group_norm_silu_backward(int dtype, const void *x, const void *weight, const void *bias,
+                                         const void *mean, const void *rstd,
+                                         const void *grad_y, /* as x */
+                                         int64_t N, int64_t C, int64_t S, int64_t num_groups, int channels_last,
+                                         int silu,
+                                         void *grad_x,       /* as x, out */
+                                         void *stream);
 
 #ifdef __cplusplus
 }

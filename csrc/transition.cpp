@@ -1,48 +1,16 @@
 // CPU: denoising transitions and their log-ratios. See spo_fast.h for the formulas.
 //
-// Work is cut into pieces whose borders depend on the shapes only; one thread computes a piece, and partial sums are
-// added in the order of the pieces. So the number of threads never shows in the result.
-#include "common.h"
-
+// Work is cut into pieces (parallel.h); partial sums are added in the order of the pieces.
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <new>
-#include <thread>
 #include <vector>
 
+#include "common.h"
+#include "parallel.h"
+
 namespace spo {
-
-extern std::atomic<int> num_threads;
-
 namespace {
 
-constexpr int64_t CHUNK = 4096;               // elements of one piece
-constexpr int64_t MIN_PIECES_PER_THREAD = 8;  // starting a thread costs about as much as one piece
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs piece(0) ... piece(num_pieces - 1), contiguous runs of them on each thread.
-template <class F>
-void parallel_for(int64_t num_pieces, F piece) {
-  const int wanted =
-      num_threads.load() > 0 ? num_threads.load() : static_cast<int>(std::thread::hardware_concurrency());
-  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(wanted, num_pieces / MIN_PIECES_PER_THREAD));
-  const auto run = [&](int64_t worker) {
-    for (int64_t i = num_pieces * worker / count; i < num_pieces * (worker + 1) / count; ++i) piece(i);
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(count));
-  for (int64_t worker = 1; worker < count; ++worker) {
-    try {
-      threads.emplace_back(run, worker);
-    } catch (const std::exception &) {  // no more threads to be had: do its share here
-      run(worker);
-    }
-  }
-  run(0);
-  for (auto &thread : threads) thread.join();
-}
+constexpr int64_t CHUNK = 4096;  // elements of one piece
 
 bool all_within(const int64_t *indices, int64_t count, int64_t limit) {
   return std::all_of(indices, indices + count, [&](int64_t i) { return 0 <= i && i < limit; });
@@ -172,17 +140,6 @@ struct LogRatio {
     });
   }
 };
-
-// Nothing may be thrown through a C interface.
-template <class F>
-int guard(F f) {
-  try {
-    f();
-  } catch (const std::bad_alloc &) {
-    return SPO_ERROR_MEMORY;
-  }
-  return SPO_OK;
-}
 
 }  // namespace
 }  // namespace spo

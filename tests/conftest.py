@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +55,23 @@ def _read_golden(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
     """golden(name) -> (tensors, facts): what the published code computed. Shared: do not write into it."""
     return _read_golden
+
+
+@pytest.fixture
+def poisoned() -> Callable[[], Any]:
+    """`with poisoned():` new tensors hold NaN until something writes into them, so an element left out shows."""
+    import contextlib
+
+    import torch
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory is on by default
+        try:
+            assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    return context

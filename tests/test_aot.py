@@ -2,84 +2,38 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 
-from spo_fast.ops import preference_loss, transition
 from spo_fast.ops.backend import INTERPRET
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1 replaces the kernels by Python")
 
-ARCHITECTURES = [80, 89, 90, 100]
-POINTERS = {  # what each argument points to
-    "rows_ptr": "*i64",
-    "states_ptr": "*i64",
-    "keys_ptr": "*i64",
-    "table_ptr": "*fp64",
-    **dict.fromkeys(("x_t_ptr", "x_prev_ptr", "noise_ptr", "x0_ptr", "child_ptr", "out_ptr"), "*fp32"),
-    **dict.fromkeys(("grad_log_ratio_ptr", "grad_kl_ptr"), "*fp32"),
-    **dict.fromkeys(("log_ratio_ptr", "weight_ptr", "loss_ptr", "grad_ptr", "stats_ptr"), "*fp32"),
-}
-SCALARS = {"guidance": "fp32", "beta": "fp32", "low": "fp32", "high": "fp32"}  # all others are 32-bit counts
-KERNELS = {
-    "transition, keyed": (
-        transition._transition_kernel,
-        {"HAS_UNCOND": True, "HAS_NOISE": False, "WANT_X0": True, "BLOCK": transition.GROUPS},
-    ),
-    "transition, supplied noise, no guidance": (
-        transition._transition_kernel,
-        {"HAS_UNCOND": False, "HAS_NOISE": True, "WANT_X0": False, "BLOCK": transition.GROUPS},
-    ),
-    "log_ratio": (transition._log_ratio_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
-    "log_ratio backward": (transition._log_ratio_backward_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
-    "preference_loss, pairs": (preference_loss._preference_loss_kernel, {"K": 2, "S": 1, "BLOCK": 256}),
-    "preference_loss, four of three": (preference_loss._preference_loss_kernel, {"K": 4, "S": 3, "BLOCK": 64}),
-}
-
-
-def compile_for(kernel, constants, architecture, m_type):
-    """The kernel's PTX for one architecture; m_type is what the network's outputs point to."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        return (POINTERS.get(name) or m_type) if name.endswith("_ptr") else SCALARS.get(name, "i32")
-
-    source = ASTSource(kernel, {name: type_of(name) for name in kernel.arg_names}, constants)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-
-
-def resources(ptx: str, architecture: int) -> str:
-    """What ptxas -v says of a kernel."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    ptxas = get_ptxas(architecture)
-    name = re.search(r"\.target (sm_\w+)", ptx).group(1)
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "kernel.ptx"
-        file.write_text(ptx)
-        command = [ptxas.path, "-v", f"-arch={name}", str(file), "-o", str(file.with_suffix(".cubin"))]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+from benchmarks.aot import ARCHITECTURES, KERNELS, SCALARS, compile_for, main, resources, survey  # noqa: E402  (needs Triton)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills(name, architecture):
-    kernel, constants = KERNELS[name]
-    for m_type in ("*bf16", "*fp32") if "preference" not in name else ("*fp32",):
-        compiled = compile_for(kernel, constants, architecture, m_type)
-        assert compiled.asm["cubin"]
-        report = resources(compiled.asm["ptx"], architecture)
-        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert spills is not None and spills.groups() == ("0", "0", "0"), report
-        assert int(re.search(r"Used (\d+) registers", report).group(1)) <= 255
+    found = list(survey([architecture], [name]))
+    assert found
+    for r in found:
+        assert r.spills == 0 and 0 < r.registers <= 255, r
+        assert r.shared <= 99 * 1024, r  # a block's share on the cards with the least of it (sm_86, 89)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("m_type", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith(("geglu", "group_norm_silu"))])
+def test_real_shapes_move_16_bytes_at_a_time(name, m_type, architecture):
+    """C and D are multiples of 16 in every model and S from 8x8 on: loads are wide, and half a multiprocessor's
+    threads or more find registers."""
+    divisible = ("C", "S", "D", "chunk")
+    found = resources(name, architecture, m_type, divisible)
+    assert found.spills == 0
+    if "combine" not in name:  # it reads interleaved pairs
+        assert "ld.global.v4.b32" in compile_for(*KERNELS[name], architecture, m_type, divisible).asm["ptx"]
+        assert found.registers <= 128
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -88,3 +42,12 @@ def test_compiles_with_counts_of_one(name):
     kernel, constants = KERNELS[name]
     ones = {n: 1 for n in kernel.arg_names if n not in constants and not n.endswith("_ptr") and n not in SCALARS}
     assert compile_for(kernel, {**constants, **ones}, 90, "*bf16").asm["cubin"]
+
+
+def test_command_prints_a_table(capsys):
+    main(["--arch", "90", "--only", "preference_loss"])
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["kernel", "pointers", "sm", "registers", "shared", "bytes", "spilled", "bytes"]
+    assert len(rows) == 2 and all(row.split()[-1] == "0" and " 90 " in row for row in rows)
+    with pytest.raises(SystemExit, match="unknown. Kernels: transition, keyed"):
+        main(["--only", "conv"])

@@ -274,6 +274,15 @@ def test_unknown_stage_is_named():
     assert "ops_autotuned" not in gpu_run.chosen([])
 
 
+def test_layer_shapes_are_those_of_the_networks():
+    for kind, norms, transformer_blocks in (("sd15", 61, 16), ("sdxl", 46, 70)):
+        layers = shapes.unet_layers(kind)
+        assert sum(s.calls for s in layers if s.groups == 32) == norms
+        assert sum(s.calls for s in layers if not s.groups) == transformer_blocks
+    largest = shapes.layer_shapes("group_norm_silu", "full")[-2]
+    assert largest.x == (1, 256, 1024, 1024) and largest.silu and largest.calls == 1
+
+
 def test_a_torn_line_is_left_out(tmp_path):
     path = Path(tmp_path / "records.jsonl")
     Records(path, "x").write("whole")

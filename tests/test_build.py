@@ -37,17 +37,47 @@ def test_import_is_light():
     assert in_subprocess(code, PYTHONPATH=str(ROOT)).split() == ["[]", "0.1.0"]
 
 
+CUDA_KERNELS = {  # source: kernels in it, one a combination of types
+    "transition": 3 * 4 * 2,  # three, for four types of network outputs and two of latents
+    "merge": 3,  # one, for three types of weights
+    "resize_normalize": 4 * 4,  # one, for the types of pixels and of outputs
+}
+
+
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc on PATH")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_cuda_compiles_without_warnings_or_spills(architecture, tmp_path):
+@pytest.mark.parametrize("source", CUDA_KERNELS)
+def test_cuda_compiles_without_warnings_or_spills(source, architecture, tmp_path):
+    assert {path.stem for path in (ROOT / "csrc").glob("*.cu")} == set(CUDA_KERNELS)
     command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xcompiler=-Wall,-Wextra,-Werror"]
-    command += ["--Werror=all-warnings", "-Xptxas=-v", "-c", str(ROOT / "csrc/transition.cu"), "-o", "transition.o"]
+    command += ["--Werror=all-warnings", "-Xptxas=-v", "-c", str(ROOT / f"csrc/{source}.cu"), "-o", "kernels.o"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = result.stdout + result.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) == 3 * 4 * 2  # three kernels, four output dtypes, two latent dtypes
+    assert len(spills) == CUDA_KERNELS[source]
     assert set(spills) == {("0", "0")}
+
+
+@pytest.mark.skipif(clib.load("cuda") is None, reason=clib.why_missing("cuda"))
+def test_cuda_errors_carry_their_text(monkeypatch):
+    library = clib.load("cuda")
+    assert library.spo_error_string(1000 + 2).decode() == "out of memory"  # cudaErrorMemoryAllocation
+    if torch.cuda.is_available():
+        return
+    # without a device every launch fails: through the binding, as if these tensors were on one
+    monkeypatch.setattr(clib, "load", lambda device_type: library)
+    library.spo_set_num_threads.argtypes = [ctypes.c_int]
+    m, row = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    table = torch.ones(1, 5, dtype=torch.float64)
+    for call in (
+        lambda: clib.transition(m, None, m, row, table, 1.0, None, None, 0),
+        lambda: clib.log_ratio_forward(m, None, m, None, m, m, row, row, table, 1.0),
+        lambda: clib.log_ratio_backward(m, None, m, None, m, m, row, row, table, 1.0, torch.ones(1), torch.ones(1)),
+        lambda: clib.resize_normalize(torch.zeros(1, 3, 4, 4), 2, [0.0] * 3, [1.0] * 3, torch.float32),
+    ):
+        with pytest.raises(RuntimeError, match="failed: .*(CUDA|driver|device)"):
+            call()
 
 
 def c_array(values):
@@ -94,14 +124,15 @@ def test_libraries_export_the_interface_and_nothing_else():
         listing = subprocess.run(
             ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
         )
-        assert {line.split()[2] for line in listing.stdout.splitlines()} == declared
+        absent = clib.CPU_ONLY if "cuda" in library._name else set()
+        assert {line.split()[2] for line in listing.stdout.splitlines()} == declared - absent
 
 
 @needs_library
 def test_threads_never_show_in_the_result():
     inputs = log_ratio_inputs(sample=(4, 128, 65))
     keys = torch.arange(15).view(3, 5)
-    weights = randn(5), randn(5, seed=1)
+    weights, pixels = (randn(5), randn(5, seed=1)), randn(2, 3, 40, 31)
     before = torch.get_num_threads()
     results = []
     try:
@@ -113,6 +144,7 @@ def test_threads_never_show_in_the_result():
                     *clib.transition(cond, uncond, x_t, rows, table, 5.0, keys, None, 3),
                     *clib.log_ratio_forward(*inputs),
                     *clib.log_ratio_backward(*inputs, *weights),
+                    clib.resize_normalize(pixels, 24, [0.5] * 3, [0.2] * 3, torch.float32),
                 ]
             )
     finally:
@@ -214,17 +246,30 @@ def source_copy(target: Path) -> Path:
     return Path(shutil.copytree(ROOT, target, ignore=ignore))
 
 
+def build_environment(**changes: str) -> dict[str, str]:
+    dropped = {"CUDACXX", "CUDA_PATH", "SPO_FAST_BUILD_CUDA", "SPO_FAST_CUDA_ARCHS"}
+    return {**{k: v for k, v in os.environ.items() if k not in dropped}, **changes}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
-def test_pip_install_needs_neither_torch_nor_nvcc(editable, tmp_path):
+@pytest.mark.parametrize("way", ["wheel", "editable", "sdist"])
+def test_pip_install_needs_neither_torch_nor_nvcc(way, tmp_path):
     source = source_copy(tmp_path / "source")
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv/bin/python")
-    path = path_without_nvcc(tmp_path / "bin")
-    environment = {k: v for k, v in os.environ.items() if k not in {"CUDACXX", "SPO_FAST_CUDA", "CUDA_PATH"}}
-    command = [python, "-m", "pip", "install", "--no-deps", *(["-e"] if editable else []), str(source)]
-    result = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True)
+    environment = build_environment(PATH=path_without_nvcc(tmp_path / "bin"))
+    what = str(source)
+    if way == "sdist":
+        code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+        packed = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+        what = str(tmp_path / packed.stdout.splitlines()[-1])
+        shutil.rmtree(source)
+    before = sorted(source.rglob("*"))
+    command = [python, "-m", "pip", "install", "--no-deps", *(["-e"] if way == "editable" else []), what]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    if way == "wheel":  # nothing was written beside the sources: they may be read-only
+        assert sorted(source.rglob("*")) == before
     code = (
         "import sys, pathlib, ctypes, spo_fast; "
         f"assert not {HEAVY!r} & set(sys.modules); "
@@ -234,4 +279,37 @@ def test_pip_install_needs_neither_torch_nor_nvcc(editable, tmp_path):
     )
     printed = in_subprocess(code, python, PYTHONPATH="")
     assert printed.startswith("['libspo_fast_cpu.so']")
-    assert (str(source) in printed) == editable
+    assert (str(source) in printed) == (way == "editable")
+
+
+def build_py(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_py", "--build-lib", str(target)]
+    return subprocess.run(command, cwd=source, env=build_environment(**environment), capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake on PATH")
+def test_nvcc_that_does_not_work_is_an_error(tmp_path):
+    source, broken = source_copy(tmp_path / "source"), tmp_path / "bin/nvcc"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    path = f"{broken.parent}{os.pathsep}{os.environ['PATH']}"
+    result = build_py(source, tmp_path / "out", PATH=path)
+    assert result.returncode != 0 and "SPO_FAST_BUILD_CUDA=0" in result.stderr
+    assert build_py(source, tmp_path / "out", PATH=path, SPO_FAST_BUILD_CUDA="0").returncode == 0
+    assert [p.name for p in (tmp_path / "out/spo_fast/lib").iterdir()] == ["libspo_fast_cpu.so"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None or shutil.which("cmake") is None, reason="needs nvcc and cmake on PATH")
+def test_failed_cuda_compile_is_an_error(tmp_path):
+    source = source_copy(tmp_path / "source")
+    result = build_py(source, tmp_path / "out", SPO_FAST_CUDA_ARCHS="90")
+    assert result.returncode == 0 and "architectures 90\n" in result.stdout, result.stderr
+    assert len(list((tmp_path / "out/spo_fast/lib").iterdir())) == 2
+    with (source / "csrc/transition.cu").open("a") as file:
+        file.write("#error broken\n")
+    result = build_py(source, tmp_path / "out", SPO_FAST_CUDA_ARCHS="90")
+    assert result.returncode != 0 and "CUDA library failed" in result.stderr
+    assert "SPO_FAST_BUILD_CUDA=0 builds without CUDA" in result.stderr

@@ -143,7 +143,7 @@ def test_flops_of_the_run_are_the_iterations_and_the_prompts(tmp_path: Path) -> 
 
 
 def test_time_is_estimated_from_measurements_only(tmp_path: Path) -> None:
-    """Runs with the same costs, on the same device, beside the output directory; medians without the first iteration."""
+    """Of runs with the same costs, on the same device, beside the output directory; the first iteration is left out."""
     cfg = PRESETS["toy"]().with_fields(output_dir=str(tmp_path / "next"))
     costs = predict(cfg, device_type="cpu")
     device = Device("a card", "cuda", 10 * GIB)

@@ -37,18 +37,17 @@ def plackett_luce(log_ratio, weight, beta, clip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 2, 1), (7, 2, 1), (300, 2, 1), (5, 2, 3), (6, 4, 3)])
 @pytest.mark.parametrize("clip", [0.1, None])
-def test_loss_and_gradient_match_float64(backend, dtype, shape, clip):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
+def test_loss_and_gradient_match_float64(backend, dtype, shape, clip, poisoned):
     x = ratios(*shape, dtype=dtype)
     weight = torch.linspace(0.5, 1.5, shape[0], dtype=dtype, device=DEVICE) / shape[0]
     exact = x.double().clone().requires_grad_()
     want = plackett_luce(exact, weight.double(), 10.0, clip)
     want.backward()
     x.requires_grad_()
-    with use_backend(backend):
-        loss, _ = preference_loss(x, weight, 10.0, clip)
-    (3 * loss).backward()
+    with use_backend(backend), poisoned():
+        loss, stats = preference_loss(x, weight, 10.0, clip)
+        (3 * loss).backward()
+    assert stats.isfinite().all()
     tolerance = 2e-6 if dtype == torch.float32 else 1e-13
     assert abs(float(loss) - float(want)) < tolerance * abs(float(want))
     assert (x.grad.double() - 3 * exact.grad).abs().max() < 5 * tolerance * exact.grad.abs().max().clamp_min(1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import spo_fast.ops.transition as module
 from spo_fast.ops import philox
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.transition import LOG_RATIO, TRANSITION, log_ratio, transition
@@ -67,9 +68,7 @@ def max_error(x, y):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("guidance", [2.3, None])
-def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
+def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance, poisoned):
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("the interpreter misrounds bf16 stores")
     latent = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,9 +87,9 @@ def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
         for m in policy:
             if m is not None:
                 m.grad = None
-        with use_backend(name):
+        with use_backend(name), poisoned():
             got = log_ratio(*policy, *inputs[2:], TABLE, g)
-        (weights[0].to(latent) * got[0] + weights[1].to(latent) * got[1]).sum().backward()
+            (weights[0].to(latent) * got[0] + weights[1].to(latent) * got[1]).sum().backward()
         pairs = [*zip(got, want, strict=True)]
         pairs += [(p.grad, e.grad) for p, e in zip(policy, exact, strict=True) if p is not None]
         return [max_error(x.detach(), y.detach()) for x, y in pairs]
@@ -102,18 +101,16 @@ def test_log_ratio_and_gradients_match_float64(backend, dtype, shape, guidance):
 
 
 @pytest.mark.parametrize("backend", available_backends("transition", DEVICE))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_children", [0, 1, 3])
-def test_transition_matches_float64_with_supplied_noise(backend, dtype, shape, num_children):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
+def test_transition_matches_float64_with_supplied_noise(backend, dtype, shape, num_children, poisoned):
     latent = torch.float64 if dtype == torch.float64 else torch.float32
     cond, uncond, _, _, x_t, _, _, rows = case(shape, dtype, latent)
     noise = randn(max(num_children, 1), *shape, seed=7, dtype=latent)
     a, b, c, d, std = TABLE[rows][..., None, None, None].unbind(1)
     m = uncond.double() + 7.5 * (cond.double() - uncond.double())
-    with use_backend(backend):
+    with use_backend(backend), poisoned():
         x0, children = transition(
             cond, uncond, x_t, rows, TABLE, 7.5, num_children=num_children, noise=noise if num_children else None
         )
@@ -144,6 +141,18 @@ def test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching(backend):
     assert torch.equal(children, torch.cat(halves, 1))  # bit for bit
     assert torch.equal(children[2], one[0])  # child 2 is the child of the key with candidate 2
     assert max_error(children, eager) < 3e-6  # logarithm and cosine differ in the last digits between libraries
+
+
+@pytest.mark.skipif("triton" not in available_backends("transition", DEVICE), reason="Triton cannot run here")
+def test_keyed_noise_does_not_depend_on_the_launch_shape(monkeypatch):
+    """The C library's threads: test_build.py. n = 252 is no multiple of any block."""
+    cond, uncond, _, _, x_t, _, _, rows = case((2, 4, 9, 7))
+    draws = []
+    for groups in (16, 64, 256):
+        monkeypatch.setattr(module, "GROUPS", groups)
+        with use_backend("triton"):
+            draws.append(transition(cond, uncond, x_t, rows, TABLE, 5.0, num_children=2, keys=keys(2))[1])
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("position", range(5))

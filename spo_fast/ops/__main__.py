@@ -1,6 +1,14 @@
 """`python -m spo_fast.ops`: op | device | backend | reason, for this machine."""
 
-from spo_fast.ops import preference_loss, transition  # noqa: F401  (importing registers the ops)
+from spo_fast.ops import (  # noqa: F401  (importing registers the ops)
+    geglu,
+    group_norm_silu,
+    lora_linear,
+    merge_lora,
+    preference_loss,
+    resize_normalize,
+    transition,
+)
 from spo_fast.ops.backend import table
 
 

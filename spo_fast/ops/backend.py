@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,8 @@ import torch
 
 BACKENDS = ("eager", "triton", "c")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton's default changes in 3.10; ours, a * b + c in one rounding, must not change with it
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,10 @@ class Op:
     why: str
     """Where the order comes from."""
     absent: Mapping[str, str] = field(default_factory=dict)
-    """backend -> why this op has no such implementation."""
+    """backend, or "backend device" -> why this op has no such implementation."""
+
+    def why_absent(self, backend: str, device_type: str) -> str | None:
+        return self.absent.get(backend) or self.absent.get(f"{backend} {device_type}")
 
 
 OPS: dict[str, Op] = {}
@@ -49,8 +56,8 @@ def register(op: Op) -> Op:
 def why_not(name: str, backend: str, device_type: str) -> str | None:
     """None if `backend` can run op `name` on this device type here, else the reason in words."""
     op = OPS[name]
-    if backend in op.absent:
-        return op.absent[backend]
+    if op.why_absent(backend, device_type) is not None:
+        return op.why_absent(backend, device_type)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
@@ -72,7 +79,8 @@ def available_backends(name: str, device_type: str = "cpu") -> list[str]:
 def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) -> str:
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
-    if forced is not None and forced not in OPS[name].absent:  # an op that has no such backend keeps its own choice
+    # an op that has no such backend keeps its own choice
+    if forced is not None and OPS[name].why_absent(forced, device_type) is None:
         reason = why_not(name, forced, device_type)
         if reason is not None:
             raise RuntimeError(
@@ -81,8 +89,15 @@ def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) 
             )
         return forced
     order = OPS[name].order.get(device_type, ("eager",))
-    # Triton takes Python scalars as float32, so float64 is left to the others
+    # no GPU kernel is tuned for float64: it is left to the others unless Triton is forced
     return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
+
+
+def two_floats(x: float) -> tuple[float, float]:
+    """The two float32 whose sum is x to 48 bits: Triton takes Python numbers as float32."""
+    x = float(x)  # a number that torch.compile would keep symbolic becomes a constant
+    high = struct.unpack("f", struct.pack("f", x))[0]
+    return high, x - high if math.isfinite(x) else 0.0
 
 
 @torch.compiler.assume_constant_result
@@ -107,17 +122,23 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def library_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `spo_fast::name`; `fake` gives the outputs' shapes.
+def library_op(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    mutates_args: tuple[str, ...] = (),
+) -> Any:
+    """Register `spo_fast::name`; `fake` gives the outputs' shapes, `mutates_args` names what it writes into.
 
     Triton ops are `triton_op`s on a GPU, so that Inductor sees their kernels; C calls and the interpreter's kernels are
     opaque to it: `custom_op`.
     """
     if name.endswith("_triton") and not INTERPRET:
         # triton_op reads the schema from the function's annotations
-        op: Any = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=())
+        op: Any = torch.library.triton_op(f"spo_fast::{name}", function, mutates_args=mutates_args)
     else:
-        op = torch.library.custom_op(f"spo_fast::{name}", function, mutates_args=(), schema=schema)
+        op = torch.library.custom_op(f"spo_fast::{name}", function, mutates_args=mutates_args, schema=schema)
     op.register_fake(fake)
     return op
 
@@ -138,6 +159,12 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
             for backend in BACKENDS:
                 reason = why_not(op.name, backend, device_type)
                 if backend == chosen:
-                    reason = "chosen: forced" if backend == _forced else f"chosen: {op.why}"
-                rows.append((op.name, device_type, backend, reason or "available"))
+                    order = op.order.get(device_type, ("eager",))
+                    if backend == _forced:
+                        reason = "chosen: forced"
+                    elif backend == order[0]:
+                        reason = f"chosen: {op.why}"
+                    else:
+                        reason = f"chosen: {' and '.join(order[: order.index(backend)])} cannot run"
+                rows.append((op.name, device_type, backend, reason or f"available, {chosen} goes before"))
     return rows

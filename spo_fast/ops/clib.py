@@ -2,7 +2,7 @@
 
 They know nothing of torch, so one build serves every version. Outputs come from torch's allocator; on CUDA the kernels
 are launched on the current stream, without synchronisation, so a CUDA graph can capture them (call once before, so that
-CUDA has loaded the kernel). Tensors must be contiguous and on one device. No gradients here.
+CUDA has loaded the kernel). Tensors must be contiguous (but for pixels) and on one device. No gradients here.
 """
 
 from __future__ import annotations
@@ -11,26 +11,33 @@ import ctypes
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1  # SPO_ABI_VERSION of csrc/spo_fast.h
+ABI_VERSION = 2  # SPO_ABI_VERSION of csrc/spo_fast.h
 LIBRARIES = {"cpu": "libspo_fast_cpu.so", "cuda": "libspo_fast_cuda.so"}
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 LATENT_DTYPES = (torch.float32, torch.float64)
 
 _INT, _INT64, _DOUBLE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _TABLE = [_POINTER, _INT64, _DOUBLE]  # table, num_rows, guidance
+_GROUP_NORM = [_INT64] * 4 + [_INT]  # N, C, S, num_groups, channels_last
 _LOG_RATIO = [_INT] * 2 + [_POINTER] * 8 + _TABLE + [_INT64] * 3  # dtypes, tensors, U, T, n
 ARGUMENTS = {
     "spo_transition": [_INT] * 2 + [_POINTER] * 4 + _TABLE + [_POINTER] * 2 + [_INT64] * 3 + [_POINTER] * 3,
     "spo_log_ratio_forward": _LOG_RATIO + [_POINTER] * 3,
     "spo_log_ratio_backward": _LOG_RATIO + [_POINTER] * 5,
+    "spo_resize_normalize": [_INT] * 2 + [_POINTER] * 2 + [_INT64] * 8 + [_POINTER] * 3,
+    "spo_merge": [_INT] + [_POINTER] * 3 + [_INT64] + [_POINTER] * 2,
+    "spo_group_norm_silu_forward": [_INT] + [_POINTER] * 3 + _GROUP_NORM + [_DOUBLE, _INT] + [_POINTER] * 4,
+    "spo_group_norm_silu_backward": [_INT] + [_POINTER] * 6 + _GROUP_NORM + [_INT] + [_POINTER] * 2,
     "spo_philox": [_POINTER] * 3,
     "spo_set_num_threads": [_INT],
     "spo_abi_version": [],
 }
+CPU_ONLY = {"spo_group_norm_silu_forward", "spo_group_norm_silu_backward"}
 
 
 def load(device_type: str) -> ctypes.CDLL | None:
@@ -65,7 +72,8 @@ def _open(device_type: str) -> tuple[ctypes.CDLL | None, str]:
             f"{path} has interface version {version}, this Python code needs {ABI_VERSION}: `pip install .` again",
         )
     for name, argtypes in ARGUMENTS.items():
-        getattr(library, name).argtypes = argtypes
+        if device_type == "cpu" or name not in CPU_ONLY:
+            getattr(library, name).argtypes = argtypes
     library.spo_error_string.restype = ctypes.c_char_p
     return library, ""
 
@@ -164,6 +172,88 @@ def log_ratio_backward(
     return grad_cond, grad_uncond
 
 
+def resize_normalize(
+    pixels: Tensor,  # (N, 3, H, W) float32, float64, bfloat16 or float16, any strides
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:  # (N, 3, size, size) dtype
+    """The scorer's input (resize_normalize.py). Raises ValueError for wrong shapes or dtypes."""
+    from spo_fast.ops.resize_normalize import resized_and_crop
+
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in DTYPE_CODES:
+        raise ValueError(f"pixels are {tuple(pixels.shape)} {pixels.dtype}, expected (N, 3, H, W) of a float type")
+    H, W = pixels.shape[-2:]
+    out = pixels.new_empty((len(pixels), 3, size, size), dtype=dtype)
+    _call(
+        "spo_resize_normalize",
+        pixels.device,
+        *(DTYPE_CODES[pixels.dtype], DTYPE_CODES[dtype], _pointer(pixels), (_INT64 * 4)(*pixels.stride())),
+        *(len(pixels), H, W, *resized_and_crop(H, W, size), size),
+        *((_DOUBLE * 3)(*mean), (_DOUBLE * 3)(*std), _pointer(out)),
+    )
+    return out
+
+
+def merge(
+    weight: Tensor,  # any shape, float32, bfloat16 or float16
+    delta: Tensor,  # same shape, float32
+    key: Tensor,  # (5,) int64
+    out: Tensor,  # same shape and dtype as weight: written
+) -> None:
+    """out = weight + delta, rounded stochastically; ValueError for wrong shapes, dtypes, devices or strides."""
+    for name, tensor, dtype in (
+        ("weight", weight, weight.dtype),
+        ("delta", delta, torch.float32),
+        ("out", out, weight.dtype),
+    ):
+        _check(name, tensor, weight.shape, dtype, weight)
+    _check("key", key, (5,), torch.int64, weight)
+    _call(
+        "spo_merge",
+        weight.device,
+        *(DTYPE_CODES[weight.dtype], _pointer(weight), _pointer(delta), _pointer(key), weight.numel(), _pointer(out)),
+    )
+
+
+def group_norm_silu_forward(
+    x: Tensor,  # (N, C, H, W) float32, float64, bfloat16 or float16; NCHW, or channels-last if said so
+    weight: Tensor,  # (C,) same dtype
+    bias: Tensor,  # (C,)
+    num_groups: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+    y: Tensor,  # as x, out
+    mean: Tensor,  # (N, num_groups) float32, or float64 for float64, out
+    rstd: Tensor,  # likewise
+) -> None:
+    """Group norm, then SiLU if asked. The caller has checked shapes and layouts (ops/group_norm_silu.py)."""
+    tensors = (_pointer(t) for t in (x, weight, bias))
+    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
+    outputs = (_pointer(t) for t in (y, mean, rstd))
+    _call("spo_group_norm_silu_forward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, eps, silu, *outputs)
+
+
+def group_norm_silu_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor,  # as x
+    num_groups: int,
+    channels_last: bool,
+    silu: bool,
+    grad_x: Tensor,  # as x, out
+) -> None:
+    """The gradient with respect to x; the caller has checked shapes and layouts."""
+    tensors = (_pointer(t) for t in (x, weight, bias, mean, rstd, grad_y))
+    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
+    _call("spo_group_norm_silu_backward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, silu, _pointer(grad_x))
+
+
 def _log_ratio_arguments(
     cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale
 ) -> tuple:
@@ -199,7 +289,7 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
     if tensor.dtype != dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, x_t on {like.device}: move it there")
+        raise ValueError(f"{name} is on {tensor.device}, the others on {like.device}: move it there")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}): call .contiguous() first")
 
@@ -213,7 +303,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call(name: str, device: torch.device, *arguments: int | float | None) -> None:
+def _call(name: str, device: torch.device, *arguments: Any) -> None:
     library = load(device.type)
     if library is None:
         raise RuntimeError(f"{name} on {device}: {why_missing(device.type)}")

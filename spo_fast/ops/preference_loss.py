@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.backend import launch, library_op, two_floats
 
 backend.register(
     backend.Op(
         "preference_loss",
         order={"cpu": ("eager",), "cuda": ("triton", "eager")},
-        why="the definition is fast enough on a CPU; one launch on a GPU",
+        why="a few hundred numbers: eager on a CPU, one launch on a GPU (the order there awaits a measurement)",
         absent={"c": "a few hundred numbers: a C call costs as much as the eager ops it would replace"},
     )
 )
@@ -113,17 +113,20 @@ if triton is not None:
         stats_ptr,
         N,
         beta,
+        beta_low,
         low,
+        low_low,
         high,
+        high_low,
         K: tl.constexpr,
         S: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """One program: N terms in blocks, sums in registers, so the result does not depend on scheduling."""
         dtype: tl.constexpr = log_ratio_ptr.dtype.element_ty
-        beta = tl.cast(beta, dtype)
-        low = tl.cast(low, dtype)
-        high = tl.cast(high, dtype)
+        beta = tl.cast(beta, dtype) + tl.cast(beta_low, dtype)
+        low = tl.cast(low, dtype) + tl.cast(low_low, dtype)
+        high = tl.cast(high, dtype) + tl.cast(high_low, dtype)
         zero = tl.zeros([BLOCK], dtype)
         loss = zero
         terms = zero
@@ -192,7 +195,10 @@ def _launch(log_ratio: Tensor, weight: Tensor, beta: float, low: float, high: fl
     loss, stats, grad = log_ratio.new_empty(()), log_ratio.new_empty(len(STATS)), torch.empty_like(log_ratio)
     block = min(256, max(16, triton.next_power_of_2(max(N, 1))))
     launch(_preference_loss_kernel)[(1,)](
-        *(log_ratio, weight, loss, grad, stats, N, beta, low, high), K=K, S=S, BLOCK=block
+        *(log_ratio, weight, loss, grad, stats, N, *two_floats(beta), *two_floats(low), *two_floats(high)),
+        K=K,
+        S=S,
+        BLOCK=block,
     )
     return loss, stats, grad
 

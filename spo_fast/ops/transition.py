@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 from spo_fast.ops import backend, philox
-from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.backend import launch, library_op, two_floats
 
 backend.register(
     backend.Op(
         "transition",
         order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one pass over the inputs",
+        why="one pass over the inputs; the order on a GPU awaits a measurement",
     )
 )
 backend.register(
     backend.Op(
         "log_ratio",
         order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one pass over the inputs",
+        why="one pass over the inputs; the order on a GPU awaits a measurement",
     )
 )
 
@@ -125,6 +125,7 @@ if triton is not None:
         x0_ptr,
         child_ptr,
         guidance,
+        guidance_low,
         n,
         num_children,
         child_stride,
@@ -143,7 +144,7 @@ if triton is not None:
         c = tl.load(row + 2).to(dtype)
         d = tl.load(row + 3).to(dtype)
         std = tl.load(row + 4).to(dtype)
-        g = tl.cast(guidance, dtype)
+        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
 
         # The four lanes of a Philox group are four contiguous quarters of the sample: all accesses are coalesced.
         at0 = sample * n + group
@@ -212,6 +213,7 @@ if triton is not None:
         table_ptr,
         out_ptr,
         guidance,
+        guidance_low,
         n,
         num_blocks,
         HAS_UNCOND: tl.constexpr,
@@ -227,7 +229,7 @@ if triton is not None:
         a = tl.load(row).to(dtype)
         b = tl.load(row + 1).to(dtype)
         std = tl.load(row + 4)
-        g = tl.cast(guidance, dtype)
+        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
         at = state * n + element
         m = _guided(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
         m_frozen = _guided(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
@@ -256,6 +258,7 @@ if triton is not None:
         grad_cond_ptr,
         grad_uncond_ptr,
         guidance,
+        guidance_low,
         n,
         num_transitions,
         HAS_UNCOND: tl.constexpr,
@@ -271,7 +274,7 @@ if triton is not None:
         b64 = tl.load(row + 1)
         std = tl.load(row + 4)
         b = b64.to(dtype)
-        g = tl.cast(guidance, dtype)
+        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
         at = state * n + element
         m = _guided(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
         m_frozen = _guided(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
@@ -316,7 +319,7 @@ def _launch_transition(
     launch(_transition_kernel)[grid](
         *(cond, cond if uncond is None else uncond, x_t, rows, coefficients),
         *(rows if keys is None else keys, x_t if noise is None else noise, x0, children),
-        *(guidance_scale, n, num_children, B * n),
+        *(*two_floats(guidance_scale), n, num_children, B * n),
         HAS_UNCOND=uncond is not None,
         HAS_NOISE=noise is not None,
         WANT_X0=want_x0,
@@ -342,7 +345,7 @@ def _launch_log_ratio(
     partial = x_t.new_empty(T, num_blocks, 2)
     launch(_log_ratio_kernel)[(T, num_blocks)](
         *(cond, cond if uncond is None else uncond, frozen_cond, cond if frozen_uncond is None else frozen_uncond),
-        *(x_t, x_prev, states, rows, coefficients, partial, guidance_scale, n, num_blocks),
+        *(x_t, x_prev, states, rows, coefficients, partial, *two_floats(guidance_scale), n, num_blocks),
         HAS_UNCOND=uncond is not None,
         BLOCK=BLOCK,
     )
@@ -370,7 +373,7 @@ def _launch_log_ratio_backward(
     launch(_log_ratio_backward_kernel)[(U, -(-n // BLOCK))](
         *(cond, cond if uncond is None else uncond, frozen_cond, cond if frozen_uncond is None else frozen_uncond),
         *(x_t, x_prev, states, rows, coefficients, grad_log_ratio, grad_kl, grad_cond, grad_uncond),
-        *(guidance_scale, n, x_prev.shape[0]),
+        *(*two_floats(guidance_scale), n, x_prev.shape[0]),
         HAS_UNCOND=uncond is not None,
         BLOCK=BLOCK,
     )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spo_fast.ops.resize_normalize import normalise_channels, resize_normalize
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_clip, save_clip, unit
 
 if TYPE_CHECKING:
@@ -38,23 +39,15 @@ MAX_CACHED_PROMPTS = 65_536  # 256 MiB at D = 1024
 def preprocess_for_scoring(
     images: Tensor,  # (B, 3, H, W) floating, about [-1, 1]
     size: int,
-) -> Tensor:  # (B, 3, size, size) float32, normalised
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # (B, 3, size, size) `dtype`, normalised
     """What the SPM sees while it judges candidates of a diffusion model, as the published trainer has it.
 
     Bicubic (a = -0.75, no antialias) to short side `size`, centre crop, to [0, 1], clamp: the overshoot of the VAE goes
-    through the resize, which runs in the images' own dtype. The SPM itself was trained on
-    `preprocess_for_spm_training`, which clamps first and never crops; the two differ in the published code, and
-    published scores need this one.
+    through the resize (ops/resize_normalize.py). The SPM itself was trained on `preprocess_for_spm_training`, which
+    clamps first and never crops; the two differ in the published code, and published scores need this one.
     """
-    height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    resized = (int(height * scale + 0.5), int(width * scale + 0.5))
-    x = F.interpolate(images, size=resized, mode="bicubic", align_corners=False)
-    top, left = (
-        int(round((side - size) / 2.0)) for side in resized
-    )  # rounds half to even, as torchvision's CenterCrop
-    x = x[..., top : top + size, left : left + size]
-    return normalise((x / 2 + 0.5).clamp(0, 1).float())
+    return resize_normalize(images, size, CLIP_MEAN, CLIP_STD, dtype)
 
 
 def preprocess_for_spm_training(
@@ -71,9 +64,8 @@ def preprocess_for_spm_training(
 
 
 def normalise(pixels: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1]
-    """CLIP's statistics. Channel by channel with Python numbers: a constant tensor would be a copy from the host."""
-    channels = zip(pixels.unbind(dim=1), CLIP_MEAN, CLIP_STD, strict=True)
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+    """CLIP's statistics."""
+    return normalise_channels(pixels, CLIP_MEAN, CLIP_STD)
 
 
 # --------------------------------------------------------------------------------------------------------------- scorer
@@ -91,6 +83,7 @@ class ClipScorer:
     def __init__(self, model: Clip, tokenize: Tokenize, *, dtype: torch.dtype = torch.float32):
         self.model = model.set_compute_dtype(dtype).requires_grad_(False).eval()
         self.tokenize = tokenize
+        self.dtype = dtype
         self._text_features: dict[str, Tensor] = {}  # prompt -> (D,) float32 on the CPU
 
     @property
@@ -127,7 +120,7 @@ class ClipScorer:
         text: Tensor,  # (N, D) unit text features
     ) -> Tensor:  # (N,) float32
         """exp(logit_scale) * cos(image, text). Differentiable in pixels."""
-        x = preprocess_for_scoring(pixels, self.model.config.image_size)
+        x = preprocess_for_scoring(pixels, self.model.config.image_size, self.dtype)
         image = unit(self.model.get_image_features(x, t.reshape(1)))
         return self.model.logit_scale.exp() * (image * text).sum(dim=-1)
 

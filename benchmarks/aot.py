@@ -1,0 +1,181 @@
+"""Every Triton kernel, compiled ahead of time without a GPU: registers, shared memory and spills of each.
+
+    python -m benchmarks.aot [--arch 80 89 90 100] [--only transition ...]
+
+Exit status 1 if any kernel spills. tests/test_aot.py asserts the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.records import table
+from spo_fast.ops import geglu, group_norm_silu, lora_linear, merge_lora, preference_loss, resize_normalize, transition
+from spo_fast.ops.backend import INTERPRET
+
+ARCHITECTURES = [80, 89, 90, 100]
+POINTERS = {  # what each argument points to
+    "rows_ptr": "*i64",
+    "states_ptr": "*i64",
+    "keys_ptr": "*i64",
+    "table_ptr": "*fp64",
+    **dict.fromkeys(("x_t_ptr", "x_prev_ptr", "noise_ptr", "x0_ptr", "child_ptr", "out_ptr"), "*fp32"),
+    **dict.fromkeys(("grad_log_ratio_ptr", "grad_kl_ptr"), "*fp32"),
+    **dict.fromkeys(("log_ratio_ptr", "weight_ptr", "loss_ptr", "grad_ptr", "stats_ptr"), "*fp32"),
+    **dict.fromkeys(("down_ptr", "up_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
+    "key_ptr": "*i64",
+    **dict.fromkeys(("partial_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"), "*fp32"),
+}
+# all other scalars are 32-bit counts
+SCALARS = {
+    **dict.fromkeys(("guidance", "guidance_low", "beta", "low", "high", "beta_low", "low_low", "high_low"), "fp32"),
+    **dict.fromkeys(("scale", "eps"), "fp32"),
+    **dict.fromkeys(("mean_r", "mean_g", "mean_b", "std_r", "std_g", "std_b"), "fp32"),
+}
+KERNELS = {
+    "transition, keyed": (
+        transition._transition_kernel,
+        {"HAS_UNCOND": True, "HAS_NOISE": False, "WANT_X0": True, "BLOCK": transition.GROUPS},
+    ),
+    "transition, supplied noise, no guidance": (
+        transition._transition_kernel,
+        {"HAS_UNCOND": False, "HAS_NOISE": True, "WANT_X0": False, "BLOCK": transition.GROUPS},
+    ),
+    "log_ratio": (transition._log_ratio_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
+    "log_ratio backward": (transition._log_ratio_backward_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
+    "preference_loss, pairs": (preference_loss._preference_loss_kernel, {"K": 2, "S": 1, "BLOCK": 256}),
+    "preference_loss, four of three": (preference_loss._preference_loss_kernel, {"K": 4, "S": 3, "BLOCK": 64}),
+    "resize_normalize": (resize_normalize._resize_normalize_kernel, {"BLOCK": resize_normalize.BLOCK}),
+    "geglu": (geglu._geglu_kernel, {"BLOCK": geglu.BLOCK}),
+    "geglu backward": (geglu._geglu_backward_kernel, {"BLOCK": geglu.BLOCK}),
+    "group_norm_silu combine": (group_norm_silu._combine_kernel, {"BLOCK": group_norm_silu.PARTS}),
+    "merge_lora": (merge_lora._merge_kernel, {"BLOCK": merge_lora.GROUPS}),
+    **{
+        f"lora_linear, {tokens} tokens, rank {rank}, {str(dtype)[6:]}": (
+            lora_linear._down_up_kernel,
+            {"HAS_BIAS": True, "R": lora_linear._padded(rank), **lora_linear._down_up_blocks(tokens, rank, dtype)},
+        )
+        for tokens, rank, dtype in (
+            *((tokens, rank, torch.bfloat16) for tokens, rank in ((32768, 64), (616, 64), (32768, 4), (32768, 128))),
+            (32768, 64, torch.float32),
+        )
+    },
+    **{
+        f"lora_linear, gradients, rank {rank}, {str(dtype)[6:]}": (
+            lora_linear._outer_kernel,
+            {"R": lora_linear._padded(rank), **lora_linear._outer_blocks(dtype)},
+        )
+        for rank, dtype in ((64, torch.bfloat16), (4, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32))
+    },
+}
+for _layout, _last in (("channels-last", True), ("NCHW", False)):
+    _tile = group_norm_silu._constants(_last)
+    KERNELS |= {
+        f"group_norm_silu moments, {_layout}": (group_norm_silu._moments_kernel, _tile),
+        f"group_norm_silu, {_layout}": (group_norm_silu._normalise_kernel, {"SILU": True, **_tile}),
+        f"group_norm_silu sums, {_layout}": (group_norm_silu._grad_sums_kernel, {"SILU": True, **_tile}),
+        f"group_norm_silu backward, {_layout}": (group_norm_silu._grad_input_kernel, {"SILU": True, **_tile}),
+    }
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of a kernel."""
+
+    kernel: str
+    pointers: str  # what the arguments of no fixed type point to: the network's outputs, pixels
+    architecture: int
+    registers: int  # a thread
+    shared: int  # bytes a block
+    spills: int  # bytes stored and loaded, and the stack
+
+
+def compile_for(
+    kernel: Any, constants: dict[str, Any], architecture: int, m_type: str, divisible: Sequence[str] = ()
+) -> Any:
+    """The compiled kernel for one architecture; m_type is what pointers of no fixed type point to.
+
+    divisible: counts that are multiples of 16 at the real shapes; Triton then knows it of them and of all pointers.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return (POINTERS.get(name) or m_type) if name.endswith("_ptr") else SCALARS.get(name, "i32")
+
+    names = kernel.arg_names
+    known = [i for i, name in enumerate(names) if divisible and (name.endswith("_ptr") or name in divisible)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in known}
+    source = ASTSource(kernel, {name: type_of(name) for name in names}, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+
+
+def resources(name: str, architecture: int, m_type: str, divisible: Sequence[str] = ()) -> Resources:
+    """Compiles kernel `name` of KERNELS, and asks ptxas about it."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    compiled = compile_for(*KERNELS[name], architecture, m_type, divisible)
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None and compiled.asm["cubin"]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [get_ptxas(architecture).path, "-v", f"-arch={target[1]}", str(file), "-o", f"{file}.cubin"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = re.search(r"Used (\d+) registers", report)
+    if spills is None or registers is None:
+        raise RuntimeError(f"ptxas -v has another format than expected: {report}")
+    return Resources(
+        name, m_type, architecture, int(registers[1]), compiled.metadata.shared, sum(map(int, spills.groups()))
+    )
+
+
+def pointer_types(name: str) -> tuple[str, ...]:
+    kernel, constants = KERNELS[name]
+    for dtype in ("bfloat16", "float32"):  # blocks chosen for one type
+        if name.endswith(dtype):
+            return ({"bfloat16": "*bf16", "float32": "*fp32"}[dtype],)
+    free = [n for n in kernel.arg_names if n.endswith("_ptr") and n not in POINTERS and n not in constants]
+    return ("*bf16", "*fp32") if free else ("*fp32",)
+
+
+def survey(architectures: Sequence[int], names: Sequence[str]) -> Iterator[Resources]:
+    for name in names:
+        for m_type in pointer_types(name):
+            for architecture in architectures:
+                yield resources(name, architecture, m_type)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 90")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="kernels whose name begins so")
+    args = parser.parse_args(argv)
+    if INTERPRET:
+        raise SystemExit("TRITON_INTERPRET=1 replaces the kernels by Python: unset it")
+    names = [name for name in KERNELS if name.startswith(tuple(args.only))]
+    if not names:
+        raise SystemExit(f"--only {args.only[0]}: unknown. Kernels: {'; '.join(KERNELS)}.")
+    found = list(survey(args.arch, names))
+    heading = ["kernel", "pointers", "sm", "registers", "shared bytes", "spilled bytes"]
+    print(table([heading, *([*r.__dict__.values()] for r in found)]))
+    if any(r.spills for r in found):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

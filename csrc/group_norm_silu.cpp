@@ -1,0 +1,365 @@
+// CPU: group norm with frozen weights, and SiLU. See spo_fast.h for the formulas.
+//
+// Both memory layouts are walked as tiles of rows x columns whose columns are contiguous: pixels x channels in
+// channels-last, stretches x offsets of one channel's plane otherwise. Moments are taken a column at a time, twice over
+// a piece that fits the cache (first the mean, then squared deviations from it), and merged in float64 in a fixed order.
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "common.h"
+#include "parallel.h"
+
+// One copy of a loop per instruction set, the best chosen when the library is loaded; without fused multiply-adds
+// (CMakeLists.txt) all give the same bits.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define SPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SPO_CLONES
+#endif
+
+namespace spo {
+namespace {
+
+constexpr int64_t PIECE = 16384;  // elements: 64 KiB of float32 stay in a core's cache between two sweeps
+constexpr int64_t COLUMNS = 256;  // of a tile, at most
+constexpr int64_t PLANE_COLUMNS = 64;  // where all of them belong to one channel
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline double exponential(double x) { return std::exp(x); }
+
+// e^x = 2^k e^r, |r| <= ln 2 / 2, a Taylor polynomial in r (remainder 5e-9): branch-free, so that compilers vectorise it.
+inline float exponential(float x) {
+  constexpr float LIMIT = 87.0f, LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
+  const float kept = x < -LIMIT ? -LIMIT : x > LIMIT ? LIMIT : x;
+  const float k = (kept * LOG2_E + ROUND) - ROUND;
+  const float r = (kept - k * LN2_HIGH) - k * LN2_LOW;
+  float series = 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1;
+  series = series * r + 1;
+  return series * float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+}
+
+template <class A>
+inline A sigmoid(A z) {
+  return 1 / (1 + exponential(-z));
+}
+
+// What a tile's columns need to know: its channels' affine weights and their groups' statistics.
+template <class A>
+struct Columns {
+  A mean[COLUMNS], rstd[COLUMNS], weight[COLUMNS], bias[COLUMNS];
+  A grad_mean[COLUMNS], grad_projection[COLUMNS];  // backward only: means of w dz and of w dz x_hat over the group
+};
+
+// A row in the wide type and back, by loops of their own: those of the arithmetic vectorise better without conversions.
+template <class T, class A>
+[[gnu::always_inline]] inline void widen_row(const T *__restrict x, int64_t columns, A *__restrict row) {
+  for (int64_t j = 0; j < columns; ++j) row[j] = static_cast<A>(widen(x[j]));
+}
+
+template <class T, class A>
+[[gnu::always_inline]] inline void narrow_row(const A *__restrict row, int64_t columns, T *__restrict y) {
+  for (int64_t j = 0; j < columns; ++j) narrow(row[j], y + j);
+}
+
+// Sum of a column, then of deviations from its mean (what rounding left) and of their squares.
+template <class T, class A>
+SPO_CLONES void column_moments(const T *x, int64_t rows, int64_t stride, int64_t columns, A *__restrict mean,
+                               A *__restrict rest, A *__restrict squares) {
+  A row[COLUMNS];
+  for (int64_t j = 0; j < columns; ++j) mean[j] = rest[j] = squares[j] = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    widen_row(x + i * stride, columns, row);
+    for (int64_t j = 0; j < columns; ++j) mean[j] += row[j];
+  }
+  for (int64_t j = 0; j < columns; ++j) mean[j] /= static_cast<A>(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    widen_row(x + i * stride, columns, row);
+    for (int64_t j = 0; j < columns; ++j) {
+      const A deviation = row[j] - mean[j];
+      rest[j] += deviation;
+      squares[j] += deviation * deviation;
+    }
+  }
+}
+
+template <class T, class A>
+SPO_CLONES void normalise(const T *x, int64_t rows, int64_t stride, int64_t columns, const Columns<A> &c, bool silu,
+                          T *y) {
+  A row[COLUMNS], z[COLUMNS];
+  for (int64_t i = 0; i < rows; ++i) {
+    widen_row(x + i * stride, columns, row);
+    for (int64_t j = 0; j < columns; ++j) z[j] = (row[j] - c.mean[j]) * c.rstd[j] * c.weight[j] + c.bias[j];
+    if (silu)
+      for (int64_t j = 0; j < columns; ++j) z[j] *= sigmoid(z[j]);
+    narrow_row(z, columns, y + i * stride);
+  }
+}
+
+// x_hat of a row, and w dz: the gradient of the loss with respect to it.
+template <class T, class A>
+[[gnu::always_inline]] inline void grad_row(const T *x, const T *grad_y, int64_t columns, const Columns<A> &c,
+                                            bool silu, A *__restrict x_hat, A *__restrict grad) {
+  widen_row(x, columns, x_hat);
+  widen_row(grad_y, columns, grad);
+  for (int64_t j = 0; j < columns; ++j) {
+    x_hat[j] = (x_hat[j] - c.mean[j]) * c.rstd[j];
+    grad[j] *= c.weight[j];
+  }
+  if (silu)
+    for (int64_t j = 0; j < columns; ++j) {
+      const A z = x_hat[j] * c.weight[j] + c.bias[j], s = sigmoid(z);
+      grad[j] *= s * (1 + z * (1 - s));
+    }
+}
+
+template <class T, class A>
+SPO_CLONES void column_sums(const T *x, const T *grad_y, int64_t rows, int64_t stride, int64_t columns,
+                            const Columns<A> &c, bool silu, A *__restrict total, A *__restrict projection) {
+  A x_hat[COLUMNS], grad[COLUMNS];
+  for (int64_t j = 0; j < columns; ++j) total[j] = projection[j] = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    grad_row(x + i * stride, grad_y + i * stride, columns, c, silu, x_hat, grad);
+    for (int64_t j = 0; j < columns; ++j) {
+      total[j] += grad[j];
+      projection[j] += grad[j] * x_hat[j];
+    }
+  }
+}
+
+template <class T, class A>
+SPO_CLONES void grad_input(const T *x, const T *grad_y, int64_t rows, int64_t stride, int64_t columns,
+                           const Columns<A> &c, bool silu, T *grad_x) {
+  A x_hat[COLUMNS], grad[COLUMNS];
+  for (int64_t i = 0; i < rows; ++i) {
+    grad_row(x + i * stride, grad_y + i * stride, columns, c, silu, x_hat, grad);
+    for (int64_t j = 0; j < columns; ++j)
+      grad[j] = c.rstd[j] * (grad[j] - c.grad_mean[j] - x_hat[j] * c.grad_projection[j]);
+    narrow_row(grad, columns, grad_x + i * stride);
+  }
+}
+
+struct Moments {
+  double count = 0, mean = 0, squares = 0;  // squares: of deviations from the mean
+
+  void add(const Moments &other) {  // Chan, Golub and LeVeque 1983
+    if (other.count == 0) return;
+    const double total = count + other.count, shift = other.mean - mean;
+    mean += shift * other.count / total;
+    squares += other.squares + shift * shift * count * other.count / total;
+    count = total;
+  }
+};
+
+// Moments of columns of one group, all of `rows` elements: column j has mean center + rest / rows.
+template <class A>
+Moments moments_of(const A *center, const A *rest, const A *squares, int64_t columns, double rows) {
+  double sum = 0, sum_squares = 0;
+  for (int64_t j = 0; j < columns; ++j) sum += center[j] + rest[j] / rows;
+  const double mean = sum / static_cast<double>(columns);
+  for (int64_t j = 0; j < columns; ++j) {
+    const double left = rest[j] / rows, shift = center[j] + left - mean;
+    sum_squares += squares[j] + rows * (shift * shift - left * left);
+  }
+  return {rows * static_cast<double>(columns), mean, sum_squares};
+}
+
+struct Sums {
+  double total = 0, projection = 0;
+
+  void add(const Sums &other) {
+    total += other.total;
+    projection += other.projection;
+  }
+};
+
+struct Tile {
+  int64_t start, rows, stride, columns;
+  int64_t sample, channel, step;  // column j belongs to channel + j * step
+};
+
+template <class T>
+struct GroupNorm {
+  using A = Wide<T>;
+  const T *x, *weight, *bias;
+  int64_t N, C, S, G;
+  bool channels_last, silu;
+
+  int64_t group_size() const { return C / G; }
+  int64_t pixels() const { return std::max<int64_t>(1, PIECE / C); }  // of a piece, channels-last
+  int64_t chunks() const { return ceil_div(S, channels_last ? pixels() : PIECE); }
+  int64_t pieces() const { return chunks() * (channels_last ? N : N * C); }
+  int64_t slots() const { return channels_last ? G : 1; }  // groups that meet in a piece
+
+  template <class F>
+  void tiles(int64_t piece, F f) const {
+    const int64_t k = piece % chunks(), owner = piece / chunks();  // owner: a sample, or one of its channels
+    if (channels_last) {
+      const int64_t first = k * pixels(), rows = std::min(pixels(), S - first);
+      for (int64_t c = 0; c < C; c += COLUMNS)
+        f(Tile{(owner * S + first) * C + c, rows, C, std::min(COLUMNS, C - c), owner, c, 1});
+      return;
+    }
+    const int64_t start = owner * S + k * PIECE, count = std::min(PIECE, S - k * PIECE), rows = count / PLANE_COLUMNS;
+    if (rows > 0) f(Tile{start, rows, PLANE_COLUMNS, PLANE_COLUMNS, owner / C, owner % C, 0});
+    const int64_t done = rows * PLANE_COLUMNS;
+    if (done < count) f(Tile{start + done, 1, count - done, count - done, owner / C, owner % C, 0});
+  }
+
+  // The runs of a tile's columns that belong to one group: f(slot of the piece, first column, columns).
+  template <class F>
+  void runs(const Tile &tile, F f) const {
+    if (tile.step == 0) return f(0, 0, tile.columns);
+    for (int64_t j = 0; j < tile.columns;) {
+      const int64_t group = (tile.channel + j) / group_size();
+      const int64_t columns = std::min((group + 1) * group_size() - tile.channel, tile.columns) - j;
+      f(group, j, columns);
+      j += columns;
+    }
+  }
+
+  // Sums what each piece found for each of its groups, in the order of the pieces; then result(sample * G + group, sum).
+  template <class Part, class Result>
+  void combine(const std::vector<Part> &parts, Result result) const {
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t g = 0; g < G; ++g) {
+        Part sum;
+        if (channels_last)
+          for (int64_t k = 0; k < chunks(); ++k) sum.add(parts[(n * chunks() + k) * G + g]);
+        else
+          for (int64_t i = 0; i < group_size() * chunks(); ++i)
+            sum.add(parts[(n * C + g * group_size()) * chunks() + i]);
+        result(n * G + g, sum);
+      }
+  }
+
+  Columns<A> columns_of(const Tile &tile, const A *mean, const A *rstd, const std::vector<Sums> *grads) const {
+    Columns<A> c;
+    runs(tile, [&](int64_t, int64_t first, int64_t columns) {
+      const int64_t at = tile.sample * G + (tile.channel + first * tile.step) / group_size();
+      for (int64_t j = first; j < first + columns; ++j) {
+        c.mean[j] = mean[at];
+        c.rstd[j] = rstd[at];
+        c.weight[j] = static_cast<A>(widen(weight[tile.channel + j * tile.step]));
+        c.bias[j] = static_cast<A>(widen(bias[tile.channel + j * tile.step]));
+        c.grad_mean[j] = grads == nullptr ? 0 : static_cast<A>((*grads)[at].total);
+        c.grad_projection[j] = grads == nullptr ? 0 : static_cast<A>((*grads)[at].projection);
+      }
+    });
+    return c;
+  }
+
+  void forward(double eps, T *y, A *mean, A *rstd) const {
+    std::vector<Moments> parts(static_cast<size_t>(pieces() * slots()));
+    parallel_for(pieces(), [&](int64_t piece) {
+      tiles(piece, [&](const Tile &tile) {
+        A center[COLUMNS], rest[COLUMNS], squares[COLUMNS];
+        column_moments(x + tile.start, tile.rows, tile.stride, tile.columns, center, rest, squares);
+        runs(tile, [&](int64_t slot, int64_t j, int64_t columns) {
+          parts[piece * slots() + slot].add(
+              moments_of(center + j, rest + j, squares + j, columns, static_cast<double>(tile.rows)));
+        });
+      });
+    });
+    combine(parts, [&](int64_t at, const Moments &moments) {
+      mean[at] = static_cast<A>(moments.mean);
+      rstd[at] = static_cast<A>(1 / std::sqrt(moments.squares / moments.count + eps));
+    });
+    parallel_for(pieces(), [&](int64_t piece) {
+      tiles(piece, [&](const Tile &tile) {
+        const Columns<A> c = columns_of(tile, mean, rstd, nullptr);
+        normalise(x + tile.start, tile.rows, tile.stride, tile.columns, c, silu, y + tile.start);
+      });
+    });
+  }
+
+  void backward(const A *mean, const A *rstd, const T *grad_y, T *grad_x) const {
+    std::vector<Sums> parts(static_cast<size_t>(pieces() * slots())), grads(static_cast<size_t>(N * G));
+    parallel_for(pieces(), [&](int64_t piece) {
+      tiles(piece, [&](const Tile &tile) {
+        const Columns<A> c = columns_of(tile, mean, rstd, nullptr);
+        A total[COLUMNS], projection[COLUMNS];
+        column_sums(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu, total,
+                    projection);
+        runs(tile, [&](int64_t slot, int64_t first, int64_t columns) {
+          for (int64_t j = first; j < first + columns; ++j) parts[piece * slots() + slot].add({total[j], projection[j]});
+        });
+      });
+    });
+    const double elements = static_cast<double>(group_size() * S);
+    combine(parts, [&](int64_t at, const Sums &sums) { grads[at] = {sums.total / elements, sums.projection / elements}; });
+    parallel_for(pieces(), [&](int64_t piece) {
+      tiles(piece, [&](const Tile &tile) {
+        const Columns<A> c = columns_of(tile, mean, rstd, &grads);
+        grad_input(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu,
+                   grad_x + tile.start);
+      });
+    });
+  }
+};
+
+// Calls f(T{}) with the type of the dtype code.
+template <class F>
+int with_type(int dtype, F f) {
+  switch (dtype) {
+    case SPO_FLOAT32: return f(float{});
+    case SPO_FLOAT64: return f(double{});
+    case SPO_BFLOAT16: return f(bfloat16{});
+    case SPO_FLOAT16: return f(float16{});
+    default: return SPO_ERROR_DTYPE;
+  }
+}
+
+template <class T>
+GroupNorm<T> group_norm(const void *x, const void *weight, const void *bias, int64_t N, int64_t C, int64_t S, int64_t G,
+                        int channels_last, int silu) {
+  return {static_cast<const T *>(x), static_cast<const T *>(weight), static_cast<const T *>(bias), N, C, S, G,
+          channels_last != 0, silu != 0};
+}
+
+}  // namespace
+}  // namespace spo
+
+extern "C" {
+
+int spo_group_norm_silu_forward(int dtype, const void *x, const void *weight, const void *bias, int64_t N, int64_t C,
+                                int64_t S, int64_t num_groups, int channels_last, double eps, int silu, void *y,
+                                void *mean, void *rstd, void *) {
+  if (N < 0 || C <= 0 || S <= 0 || num_groups <= 0 || C % num_groups != 0) return SPO_ERROR_SHAPE;
+  if (N == 0) return SPO_OK;
+  if (!x || !weight || !bias || !y || !mean || !rstd) return SPO_ERROR_NULL;
+  return spo::with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = spo::Wide<T>;
+    const auto op = spo::group_norm<T>(x, weight, bias, N, C, S, num_groups, channels_last, silu);
+    return spo::guard([&] { op.forward(eps, static_cast<T *>(y), static_cast<A *>(mean), static_cast<A *>(rstd)); });
+  });
+}
+
+int spo_group_norm_silu_backward(int dtype, const void *x, const void *weight, const void *bias, const void *mean,
+                                 const void *rstd, const void *grad_y, int64_t N, int64_t C, int64_t S,
+                                 int64_t num_groups, int channels_last, int silu, void *grad_x, void *) {
+  if (N < 0 || C <= 0 || S <= 0 || num_groups <= 0 || C % num_groups != 0) return SPO_ERROR_SHAPE;
+  if (N == 0) return SPO_OK;
+  if (!x || !weight || !bias || !mean || !rstd || !grad_y || !grad_x) return SPO_ERROR_NULL;
+  return spo::with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = spo::Wide<T>;
+    const auto op = spo::group_norm<T>(x, weight, bias, N, C, S, num_groups, channels_last, silu);
+    return spo::guard([&] {
+      op.backward(static_cast<const A *>(mean), static_cast<const A *>(rstd), static_cast<const T *>(grad_y),
+                  static_cast<T *>(grad_x));
+    });
+  });
+}
+
+}  // extern "C"
