@@ -95,7 +95,7 @@ def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert train.main(flags(out, max_train_steps=1, decode_chunk="none")) == 0
     printed = capsys.readouterr().out
     assert (
-        "  --rows_per_forward 8 --decode_chunk 8 --states_per_forward 4 --no-gradient_checkpointing: memory" in printed
+        "  --rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --no-gradient_checkpointing: memory" in printed
     )
     assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
 
