@@ -294,7 +294,7 @@ class Ours:
             )
         self.rolling = False
         experience = experience.select(permutation(len(experience), cfg.run.seed, 0).to(setup.device))
-        states = self.learner.states_per_forward
+        states = self.learner.cfg.optim.states_at_once
         with setup.timer("reference"):
             experience = self.objective.prepare(self.policy, setup.table, experience, cfg.sample, states)
         before = self.state.optimizer_steps
@@ -311,10 +311,10 @@ class Ours:
         objective = replace(self.objective, clip=None)
         latent_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         e = as_experience(pairs, self.setup.conditioning(self.dtype), latent_dtype)
-        e = objective.prepare(self.policy, table, e, sample, self.learner.states_per_forward)
+        e = objective.prepare(self.policy, table, e, sample, self.learner.cfg.optim.states_at_once)
         ratios: list[Tensor] = []
         total: Tensor | float = 0.0
-        for part in e.micro_batches(self.learner.states_per_forward):
+        for part in e.micro_batches(self.learner.cfg.optim.states_at_once):
             m = predict_states(self.policy, table, part, part.states, guided=True)
             loss, _ = objective.loss(m, table, part, sample, 1 / len(e))
             assert part.frozen is not None

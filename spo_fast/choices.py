@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from spo_fast.config import Config
-from spo_fast.costs import Costs, predict, states_per_forward
+from spo_fast.costs import Costs, predict
 from spo_fast.models.sources import Resolved
 
 GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
 CONTEXT = GIB // 2  # the CUDA context
-DECODE_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,11 @@ class Device:
     name: str
     type: str  # cuda or cpu
     memory_bytes: int | None  # None: not planned with
+    taken_bytes: int = CONTEXT  # by this process's CUDA context and by other programs
 
     @property
     def usable_bytes(self) -> int | None:
-        return None if self.memory_bytes is None else int(SHARE * self.memory_bytes) - CONTEXT
+        return None if self.memory_bytes is None else int(SHARE * self.memory_bytes) - self.taken_bytes
 
 
 def pick_device(name: str) -> torch.device:
@@ -75,8 +75,9 @@ def found_device(device: torch.device) -> Device:
     """A device as choices see it. A CPU's memory is not planned with: what does not fit is swapped, not refused."""
     if device.type != "cuda":
         return Device("CPU", device.type, None)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, "cuda", properties.total_memory)
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
+    return Device(torch.cuda.get_device_name(device), "cuda", total, max(taken, CONTEXT))
 
 
 def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tuple[Config, list[Choice]]:
@@ -90,21 +91,15 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 
     if cfg.model.mixed_precision == "auto":
         on_gpu = device.type == "cuda"
-        take(
-            "mixed_precision",
-            *(("fp16", "a GPU; the published runs used it") if on_gpu else ("no", "float32 is fastest on a CPU")),
-        )
-    open_settings = [
-        flag
-        for flag in ("rows_per_forward", "decode_chunk", "states_per_forward", "gradient_checkpointing")
-        if cfg.flat()[flag] is None
-    ]
+        why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
+        take("mixed_precision", cfg.model.precision_on(device.type), why)
+    open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]
     if not open_settings:
         return cfg, choices
     whole = {
         "rows_per_forward": rows_of_a_step(cfg),
-        "decode_chunk": min(DECODE_CHUNK, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
-        "states_per_forward": states_per_forward(cfg),
+        "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
+        "states_per_forward": cfg.optim.states_at_once,
         "gradient_checkpointing": False,
     }
     cfg = cfg.with_fields(**{flag: whole[flag] for flag in open_settings})
@@ -113,24 +108,30 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         return cfg, choices
     costs = _memoised(resolved, device)
     cfg = _fit(cfg, set(open_settings), costs, device.usable_bytes)
-    peaks, flat = costs(cfg).peaks, cfg.flat()
+    flat = cfg.flat()
     for flag in open_settings:
-        peak = max(peaks[phase] for phase in PHASES_OF[flag])
+        peak = peak_of(flag, costs(cfg))
         how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
         if flag == "gradient_checkpointing":
             how = "needed to fit" if flat[flag] else "not needed"
-        room = f"{' and '.join(PHASES_OF[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
+        room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
 
 
-PHASES_OF: dict[str, tuple[str, ...]] = {
+DECIDES: dict[str, tuple[str, ...]] = {
     "rows_per_forward": ("rollout",),
     "decode_chunk": ("score",),
     "states_per_forward": ("reference", "backward"),
     "gradient_checkpointing": ("backward",),
 }
-"""The phases whose memory a setting decides."""
+"""Setting -> the phases whose memory it decides. Of one phase's settings the cheapest comes first."""
+LEAST = {"rows_per_forward": 2, "decode_chunk": 1, "states_per_forward": 2}
+
+
+def peak_of(flag: str, costs: Costs) -> int:
+    """Bytes: the highest peak of the phases whose memory the setting decides."""
+    return max(costs.peaks[phase] for phase in DECIDES[flag])
 
 
 def rows_of_a_step(cfg: Config) -> int:
@@ -141,21 +142,18 @@ def rows_of_a_step(cfg: Config) -> int:
 def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: int) -> Config:
     """Halve what may be halved until the phases it decides fit, or it is as small as it can be."""
 
-    def halved(cfg: Config, flag: str, least: int) -> Config:
+    def halved(cfg: Config, flag: str) -> Config:
         value = cfg.flat()[flag]
-        while value > least and max(costs(cfg).peaks[phase] for phase in PHASES_OF[flag]) > usable:
-            value = max(least, value // 2)
+        while flag in may and value > LEAST[flag] and peak_of(flag, costs(cfg)) > usable:
+            value = max(LEAST[flag], value // 2)
             cfg = cfg.with_fields(**{flag: value})
         return cfg
 
-    for flag, least in (("rows_per_forward", 2), ("decode_chunk", 1)):
-        if flag in may:
-            cfg = halved(cfg, flag, least)
-    plain = halved(cfg, "states_per_forward", 2) if "states_per_forward" in may else cfg
+    cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
+    plain = halved(cfg, "states_per_forward")
     if "gradient_checkpointing" not in may or costs(plain).peaks["backward"] <= usable:
         return plain
-    cfg = cfg.with_fields(gradient_checkpointing=True)
-    return halved(cfg, "states_per_forward", 2) if "states_per_forward" in may else cfg
+    return halved(cfg.with_fields(gradient_checkpointing=True), "states_per_forward")
 
 
 def _memoised(resolved: Resolved | None, device: Device) -> Callable[[Config], Costs]:
@@ -171,14 +169,6 @@ def _memoised(resolved: Resolved | None, device: Device) -> Callable[[Config], C
 
 # ---------------------------------------------------------------------------------------------------- out of memory
 
-KNOBS: dict[str, tuple[str, ...]] = {  # a timer's phase -> what lowers its memory, the cheapest first
-    "rollout": ("rows_per_forward",),
-    "score": ("decode_chunk",),
-    "validate": ("decode_chunk", "rows_per_forward"),
-    "reference": ("states_per_forward",),
-    "backward": ("states_per_forward", "gradient_checkpointing"),
-}
-
 
 def is_out_of_memory(error: Exception) -> bool:
     """A CUDA device's memory, or a CPU's, is used up."""
@@ -187,14 +177,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | None = None) -> str:
     """What to tell somebody whose device has no memory left in a phase of the trainer's timer."""
-    flat, least = cfg.flat(), {"rows_per_forward": 2, "decode_chunk": 1, "states_per_forward": 2}
+    flat, busy = cfg.flat(), {"score", "rollout"} if phase == "validate" else {phase}
     advice = []
-    for flag in KNOBS.get(phase, ()):
+    for flag in (flag for flag, phases in DECIDES.items() if busy & set(phases)):
         if flag == "gradient_checkpointing":
             if not flat[flag]:
                 advice.append(("--gradient_checkpointing", cfg.with_fields(gradient_checkpointing=True), flag))
-        elif (value := flat[flag]) is not None and value > least[flag]:
-            lower = max(least[flag], value // 2)
+        elif (value := flat[flag]) is not None and value > LEAST[flag]:
+            lower = max(LEAST[flag], value // 2)
             advice.append((f"--{flag} {lower} (now {value})", cfg.with_fields(**{flag: lower}), flag))
     where = f"out of memory on {device.name}" + (f" in the phase {phase!r}" if phase else "")
     if not advice:
@@ -204,9 +194,9 @@ def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | 
         )
     costs = _memoised(resolved, device)
 
-    def gib(cfg: Config, flag: str) -> str:
-        return f"{max(costs(cfg).peaks[p] for p in PHASES_OF[flag]) / GIB:.1f}"
-
-    lines = [f"{text} (predicted {gib(cfg, flag)} -> {gib(lower, flag)} GiB)" for text, lower, flag in advice]
+    lines = [
+        f"{text} (predicted {peak_of(flag, costs(cfg)) / GIB:.1f} -> {peak_of(flag, costs(lower)) / GIB:.1f} GiB)"
+        for text, lower, flag in advice
+    ]
     has = f", which has {device.memory_bytes / GIB:.1f} GiB" if device.memory_bytes else ""
     return f"{where}{has}. Try " + ", or ".join(lines) + ". Nothing is lost before the last checkpoint."

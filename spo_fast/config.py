@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -163,6 +164,12 @@ class ModelConfig(Section):
     def images_per_decode(self) -> int:
         return self.decode_chunk or 8
 
+    def precision_on(self, device_type: str) -> str:
+        """mixed_precision on a cuda or cpu device, auto resolved: no, fp16, bf16 or fp64."""
+        if self.mixed_precision != "auto":
+            return self.mixed_precision
+        return "fp16" if device_type == "cuda" else "no"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section):
@@ -226,6 +233,11 @@ class SampleConfig(Section):
             f"Use a value from 0 to {self.num_steps - 1}; the published runs use 4 of 20.",
         )
 
+    @property
+    def branching_steps(self) -> int:
+        """The most pairs one prompt can give."""
+        return self.num_steps - self.branch_start
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig(Section):
@@ -272,6 +284,11 @@ class OptimConfig(AdamConfig):
     max_nonfinite_steps: Count = 10
     """Stop, with a diagnosis, after so many optimizer steps in a row whose loss or gradient was not finite. Each is
     skipped and counted."""
+
+    @property
+    def states_at_once(self) -> int:
+        """UNet states in one forward of training; a slot has two a term at most."""
+        return self.states_per_forward or 2 * self.train_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +356,10 @@ class LoopConfig(Section):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    def iterations(self, per_epoch: int) -> int:
+        """Of the whole run."""
+        return min(self.num_train_epochs * per_epoch, self.max_train_steps or sys.maxsize)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LoopConfig):
@@ -352,7 +373,8 @@ class RunConfig(LoopConfig):
     """published reproduces the published code's accumulation, last step and missing clipping. fast gives up exactness
     where that is cheap: the tiny VAE, a 16-bit scorer, 8-bit AdamW."""
     push_to_hub: bool = False
-    """Upload the trained weights, sample grids and model card when the run ends (log in first: `hf auth login`)."""
+    """Upload the trained weights, sample grids, model card, log and settings (with the paths that were given) when the
+    run ends. Log in first: `hf auth login`."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the output directory's name, in your account."""
 

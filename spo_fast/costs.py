@@ -38,6 +38,7 @@ from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae
 from spo_fast.models.text import ENCODE_BATCH
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import make_objective, predict_states
+from spo_fast.presets import TINY_VAES
 from spo_fast.rollout import RolloutBatch, rollout_segments, segments
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import ClipScorer, WeightedSum
@@ -55,7 +56,6 @@ VIT_H = ClipConfig(
     **{"vocab_size": 49408, "max_length": 77, "image_size": 224, "patch_size": 14, "projection_dim": 1024},
     time_conditioned=False,
 )
-TINY_VAES = ("madebyollin/taesd", "madebyollin/taesdxl")
 
 # ---------------------------------------------------------------------------------------------------- counting
 
@@ -218,11 +218,6 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
 _latest: tuple[Any, Networks] | None = None
 
 
-def states_per_forward(cfg: Config) -> int:
-    """UNet states in one forward of training; two a term at most."""
-    return cfg.optim.states_per_forward or 2 * cfg.optim.train_batch_size
-
-
 # ---------------------------------------------------------------------------------------------------- networks
 
 
@@ -235,8 +230,7 @@ class Networks:
         self.block, self.cuda = (CUDA_BLOCK if device_type == "cuda" else 1), device_type == "cuda"
         source = resolved.source if resolved else MODELS[cfg.model.model](cfg.model)
         self.kind, self.config_dir = source.kind, resolved.config_dir if resolved else CONFIGS / source.kind
-        auto = "fp16" if self.cuda else "no"
-        self.dtype = DTYPES[auto if cfg.model.mixed_precision == "auto" else cfg.model.mixed_precision]
+        self.dtype = DTYPES[cfg.model.precision_on(device_type)]
         self.latent_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.mode = FakeTensorMode()
         self.live = LiveStorage(self.block)
@@ -352,7 +346,7 @@ class Networks:
                 experience = self._collect(cfg, plan, self._cond(embedded, cfg.sample.sample_batch_size))
             del embedded
             with live.phase("reference"):
-                size = states_per_forward(cfg)
+                size = cfg.optim.states_at_once
                 experience = objective.prepare(self.policy, self._table(cfg), experience, cfg.sample, size)
             part = self._batch(experience, plan.slot_pairs, plan.slot_states, guided)
             e = self._batch(part, plan.pairs, plan.states, guided)
@@ -540,7 +534,7 @@ def _plan(cfg: Config) -> Plan:
     else:
         steps = max(1, round(N / (optim.train_batch_size * optim.gradient_accumulation_steps)))
         slots = [shuffled[i * N // steps : (i + 1) * N // steps] for i in range(steps)]
-    batches = [(batch, slot) for slot in slots for batch in _packed(slot, states_per_forward(cfg))]
+    batches = [(batch, slot) for slot in slots for batch in _packed(slot, cfg.optim.states_at_once)]
     batch, slot = max(batches, key=lambda both: sum(both[0]))
     straddles = published and optim.gradient_accumulation_steps > 1
     sizes = (len(terms), sum(terms), len(batch), sum(batch), len(slot), sum(slot))
@@ -564,7 +558,7 @@ def _vae_config(kind: str, resolved: Resolved | None, name: str | None) -> dict[
     files = [] if resolved is None else [file for file in vae_files(resolved) if file.name == "config.json"]
     if files:
         return read_json(files[0])
-    if resolved is None and name in TINY_VAES:
+    if resolved is None and name in TINY_VAES.values():
         return {"_class_name": "AutoencoderTiny"}  # the class's own defaults
     fixed = {"force_upcast": False} if name == DEFAULTS["sdxl"].pretrained_vae_model_name_or_path else {}
     return read_json(CONFIGS / kind / "vae" / "config.json") | fixed

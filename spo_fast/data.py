@@ -206,6 +206,12 @@ def prompt_file(cfg: Config) -> str | Path | None:
     return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
 
 
+def training_prompts(cfg: Config) -> tuple[list[str], PromptSampler]:
+    """A run's prompts and their order. Raises as load_prompts does."""
+    prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
+    return prompts, PromptSampler(len(prompts), cfg.sample.sample_batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)
+
+
 class PromptSampler:
     """Which prompts an iteration uses: a pure function of the iteration number, so there is no state to save.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ import yaml
 from spo_fast.choices import GIB, Device, choose, found_device, listed, pick_device
 from spo_fast.config import Config
 from spo_fast.costs import Costs, predict
-from spo_fast.data import PromptSampler, load_prompts, prompt_file
+from spo_fast.data import training_prompts
 from spo_fast.metrics import read_metrics
 from spo_fast.models import find_lora, look_for, resolve, scorer_paths
-from spo_fast.models.sources import Looked
+from spo_fast.models.sources import Missing, Present
+from spo_fast.report import duration
 
 TIMED = ("rollout", "score", "reference", "backward", "step")
 COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
@@ -29,11 +29,11 @@ def report(cfg: Config, device: Device | None = None) -> str:
     looked = look_for(cfg.model, scorer_paths(cfg.scorer))
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
-    resolved = None if any(row.path is None for row in looked) else resolve(cfg.model, scorer_paths(cfg.scorer))
+    resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, scorer_paths(cfg.scorer))
     cfg, choices = choose(cfg, device, resolved)
-    prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
-    sampler = PromptSampler(len(prompts), cfg.sample.sample_batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)
-    total = min(cfg.run.num_train_epochs * sampler.iterations_per_epoch, cfg.run.max_train_steps or math.inf)
+    prompts, sampler = training_prompts(cfg)
+    total = cfg.run.iterations(sampler.iterations_per_epoch)
+    pairs = total * cfg.sample.sample_batch_size * cfg.sample.branching_steps
     costs = predict(cfg, resolved, device.type)
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
@@ -42,24 +42,19 @@ def report(cfg: Config, device: Device | None = None) -> str:
         "files": files_table(looked),
         "steps": f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of "
         f"{cfg.sample.sample_batch_size}: {total:,} iterations, "
-        f"{pairs_of(cfg) * int(total):,} pairs if every one is kept",
-        "FLOPs, counted (2 x multiply-add)": flops_table(costs, int(total), len(prompts)),
-        "disk": disk_text(cfg, costs, int(total)),
+        f"{pairs:,} pairs if every one is kept",
+        "FLOPs, counted (2 x multiply-add)": flops_table(costs, total, len(prompts)),
+        "disk": disk_text(cfg, costs, total),
         "memory, predicted from the shapes": memory_table(costs, device),
-        "time": time_estimate(cfg, costs, device, int(total)),
+        "time": time_estimate(cfg, costs, device, total),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in parts.items())
 
 
-def pairs_of(cfg: Config) -> int:
-    """Pairs of one iteration if every one is kept."""
-    return cfg.sample.sample_batch_size * (cfg.sample.num_steps - cfg.sample.branch_start)
-
-
-def files_table(looked: Iterable[Looked]) -> str:
+def files_table(looked: Iterable[Present | Missing]) -> str:
     rows = [("what", "from", "file", "here", "flag for a local path")]
     for row in looked:
-        here = f"yes, {size_text(row.num_bytes or 0)}: {row.path}" if row.path else f"no: {row.why}"
+        here = f"no: {row.why}" if isinstance(row, Missing) else f"yes, {size_text(row.num_bytes)}: {row.path}"
         rows.append((row.what, row.source, row.file or "-", here, row.flag))
     return columns(rows)
 
@@ -78,7 +73,8 @@ def flops_table(costs: Costs, iterations: int, prompts: int) -> str:
 
 def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
     """A checkpoint holds masters, optimizer state, and the LoRA in two formats; a full fine-tune its UNet."""
-    checkpoint = 3 * costs.gradients + costs.resident["optimizer state"]
+    masters = costs.gradients  # as many bytes
+    checkpoint = (2 if cfg.adapter.full_finetune else 3) * masters + costs.resident["optimizer state"]
     written = -(-iterations // cfg.run.checkpointing_steps)
     kept = min(written, cfg.run.checkpoints_total_limit or written)
     return (
@@ -141,8 +137,3 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

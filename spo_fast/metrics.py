@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spo_fast.extras import missing_extra
+
 logger = logging.getLogger(__name__)
 
 RESERVED = ("iteration", "time", "nonfinite", "warnings")  # fields the log itself writes
@@ -209,7 +211,7 @@ class TensorBoardReporter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(missing_extra("tensorboard")) from error
+            raise ImportError(missing_extra("report_to", "tensorboard")) from error
         self._make_writer = functools.partial(SummaryWriter, log_dir=str(run_dir / "tensorboard"))
         self._writer: Any = None
         self._purge_step: int | None = None
@@ -248,7 +250,7 @@ class WandbReporter:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(missing_extra("wandb")) from error
+            raise ImportError(missing_extra("report_to", "wandb")) from error
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:16])
@@ -288,10 +290,6 @@ def make_reporter(report_to: str, run_dir: Path, config: Mapping[str, Any]) -> R
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"report_to={report_to!r} is unknown; it can be {', '.join(REPORTERS)}.{hint}")
     return REPORTERS[report_to](run_dir, config)
-
-
-def missing_extra(name: str) -> str:
-    return f"report_to={name} needs the package {name}. Install it with `pip install spo_fast[{name}]`, or use none."
 
 
 # ---- progress on the terminal ----------------------------------------------------------------------------------------

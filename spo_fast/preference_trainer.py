@@ -401,9 +401,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
 
     def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
         super().__init__(cfg)
-        if cfg.model.mixed_precision == "auto":
-            cfg = cfg.with_fields(mixed_precision="fp16" if self.device.type == "cuda" else "no")
-        self.cfg = cfg
+        self.cfg = cfg = cfg.with_fields(mixed_precision=cfg.model.precision_on(self.device.type))
         assert cfg.pairs.pairs is not None
         self.lock = checkpoint.lock(self.run_dir)
 
@@ -438,7 +436,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             labeller_fingerprint = fingerprint_files([find_weights(path)])
         self.pairs_per_step = cfg.optim.train_batch_size * cfg.optim.gradient_accumulation_steps
         per_epoch = max(1, len(self.train_rows) // self.pairs_per_step)
-        self.total = min(cfg.run.num_train_epochs * per_epoch, cfg.run.max_train_steps or 2**62)
+        self.total = cfg.run.iterations(per_epoch)
         # what is read once only is not worth its place on the disk
         cached = cfg.pairs.cache_latents
         cached = self.total * self.pairs_per_step > len(self.train_rows) if cached is None else cached

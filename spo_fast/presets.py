@@ -42,7 +42,7 @@ def sdxl() -> Config:
         sample=SampleConfig(sample_batch_size=2, num_candidates=2, num_inner_steps=3, threshold=0.4),
         objective=ObjectiveConfig(method="mspo"),
         optim=OptimConfig(learning_rate=1e-5, train_batch_size=2, gradient_accumulation_steps=2),
-        run=RunConfig(output_dir="runs/sdxl", num_train_epochs=10, checkpoints_total_limit=2),  # 2 GB each,
+        run=RunConfig(output_dir="runs/sdxl", num_train_epochs=10, checkpoints_total_limit=2),  # 2 GB each
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 
 from spo_fast.checkpoint import write_atomically
+from spo_fast.choices import DECIDES
 from spo_fast.metrics import read_metrics
 from spo_fast.models.sources import DEFAULTS
 from spo_fast.presets import PRESETS
@@ -52,8 +53,11 @@ class RunRecord:
         run_dir = Path(run_dir)
         if not (run_dir / "config.yaml").is_file():
             raise FileNotFoundError(f"{run_dir} holds no run: it has no config.yaml. Give a run's --output_dir.")
-        settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        if "method" not in settings:
+        try:
+            settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{run_dir / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict) or "method" not in settings:
             raise ValueError(f"{run_dir} holds no run of spo_fast.train. Reports of other runs are not made here.")
         metrics, before = run_dir / "metrics.jsonl", run_dir / "samples" / "before.txt"
         return cls(
@@ -107,9 +111,12 @@ class RunRecord:
         return f"{score}; {count_text(self.pairs, 'pair')} in {took}"
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ from the model's preset: name -> (preset's, this run's)."""
+        """Settings that differ from the model's preset: name -> (preset's, this run's).
+
+        Left out: paths of the run, and what the preset leaves to the device and the maths does not notice.
+        """
         preset = PRESETS[self.settings["model"]]().flat()
-        skip = ("output_dir", "resume_from_checkpoint")
+        skip = {"output_dir", "resume_from_checkpoint", *(flag for flag in DECIDES if preset[flag] is None)}
         return {
             k: (preset.get(k), v) for k, v in self.settings.items() if k not in skip and (k, v) not in preset.items()
         }

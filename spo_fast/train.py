@@ -10,6 +10,7 @@ from typing import Any
 
 from spo_fast import cli
 from spo_fast.config import Config, RunError
+from spo_fast.extras import check_extras
 from spo_fast.models import find_lora, resolve, scorer_paths
 from spo_fast.presets import PRESETS, RECIPES
 
@@ -38,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def build(cfg: Config) -> Any:
+    check_extras(cfg.flat())
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
     resolve(cfg.model, scorer_paths(cfg.scorer))  # everything missing is named at once, before PyTorch is imported

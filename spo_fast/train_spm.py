@@ -11,6 +11,7 @@ from typing import Any
 
 from spo_fast import cli
 from spo_fast.config import PreferenceConfig
+from spo_fast.extras import check_extras
 from spo_fast.models import resolve
 from spo_fast.presets import PREFERENCE_PRESETS, latent_recipe
 
@@ -46,6 +47,7 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
 def build(cfg: PreferenceConfig) -> Any:
     if cfg.pairs.pairs is None:
         raise cli.UsageError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
+    check_extras(cfg.flat())
     paths = [cfg.reward.init_path, *(entry.split("=", 1)[1] for entry in cfg.run.compare_with)]
     for path in paths:
         if path is not None and not Path(path).exists():

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
-from spo_fast.data import PromptSampler, count_repeats, load_prompts, prompt_file
+from spo_fast.data import count_repeats, training_prompts
 from spo_fast.experience import Candidates, Experience, Prediction
+from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import resolve, scorer_paths, scorer_specs
@@ -82,9 +84,7 @@ def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Opt
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError(
-            f"--optimizer {cfg.optimizer} needs bitsandbytes: pip install 'spo_fast[8bit]', or use --optimizer adamw."
-        ) from error
+        raise ImportError(missing_extra("optimizer", cfg.optimizer)) from error
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[cfg.optimizer](parameters, min_8bit_size=cfg.min_8bit_size, **settings)
 
@@ -118,11 +118,6 @@ class Learner:
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
 
-    @property
-    def states_per_forward(self) -> int:
-        """UNet states in one forward of training; two a term at most."""
-        return self.cfg.optim.states_per_forward or 2 * self.cfg.optim.train_batch_size
-
     def update(self, experience: Experience, state: TrainState, timer: Any = None) -> dict[str, Any]:
         """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log."""
         timed = timer or (lambda name: contextlib.nullcontext())
@@ -132,7 +127,7 @@ class Learner:
         guided = self.cfg.sample.guidance_scale > 1
         for slot in slots(len(experience), self.cfg.optim, state.slots):
             part = experience.select(slot.terms)
-            for e in part.micro_batches(self.states_per_forward):
+            for e in part.micro_batches(self.cfg.optim.states_at_once):
                 with timed("backward"):
                     m = predict_states(self.policy, self.table, e, e.states, guided)
                     loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, slot.weight)
@@ -144,8 +139,8 @@ class Learner:
             used = slot.terms.stop
             if slot.step:
                 with timed("step"):
-                    norm, took = self.step()
-                norms.append(norm)
+                    norms.append(self.step())
+                took = math.isfinite(norms[-1])
                 state.optimizer_steps += took
                 state.skipped_steps += not took
                 state.nonfinite_in_a_row = 0 if took else state.nonfinite_in_a_row + 1
@@ -157,17 +152,18 @@ class Learner:
         self.go_to(self.scheduler.last_epoch + 1)
         return record
 
-    def step(self) -> tuple[Tensor, bool]:
-        """One optimizer step on the accumulated gradients: their norm before clipping, and whether it was taken.
+    def step(self) -> float:
+        """One optimizer step on the accumulated gradients; returns their norm before clipping.
 
-        A gradient that is not finite is dropped, whatever the precision.
+        A gradient that is not finite is dropped, whatever the precision, and no step is taken.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        finite = math.isfinite(norm)  # waits for the device, once an optimizer step
+        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = float(total)  # waits for the device, once an optimizer step
+        finite = math.isfinite(norm)
         if finite:
             if self.cfg.optim.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, total)
             self.scaler.step(self.optimizer)
             self.policy.publish()
         else:
@@ -176,7 +172,7 @@ class Learner:
         # a norm can overflow where no gradient has: the scale falls then too
         self.scaler.update(None if finite or not self.scaler.is_enabled() else self.scaler.get_scale() / 2)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, finite
+        return norm
 
     def go_to(self, iteration: int) -> None:
         """Put the learning rate where this run's schedule has it at `iteration`."""
@@ -186,14 +182,13 @@ class Learner:
         ):
             group["lr"] = base * factor(iteration)
 
-    def _log(self, terms: int, loss_sum: Any, totals: Tensor | None, norms: list[Tensor]) -> dict[str, Any]:
+    def _log(self, terms: int, loss_sum: Any, totals: Tensor | None, norms: list[float]) -> dict[str, Any]:
         record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
         if totals is not None:
             record["loss"] = loss_sum / terms
             record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
         if norms:
-            norm = torch.stack(norms)
-            record["grad_norm"] = norm[norm.isfinite()].mean() if norm.isfinite().any() else norm.mean()
+            record["grad_norm"] = statistics.fmean([norm for norm in norms if math.isfinite(norm)] or norms)
         if self.scaler.is_enabled():
             record["loss_scale"] = self.scaler.get_scale()
         return record
@@ -257,7 +252,7 @@ class Run(TrainingRun[Config]):
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        self.prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
+        self.prompts, self.sampler = training_prompts(cfg)
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir)
         self.found = found_device(self.device)
@@ -281,13 +276,7 @@ class Run(TrainingRun[Config]):
             DTYPES[cfg.scorer.scorer_dtype],
         )  # fmt: skip
         self.objective = make_objective(cfg.objective)
-        self.sampler = PromptSampler(
-            len(self.prompts), cfg.sample.sample_batch_size, cfg.run.seed, shuffle=cfg.data.shuffle
-        )
-        per_epoch = self.sampler.iterations_per_epoch
-        self.total = cfg.run.num_train_epochs * per_epoch
-        if cfg.run.max_train_steps is not None:
-            self.total = min(self.total, cfg.run.max_train_steps)
+        self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
@@ -340,14 +329,12 @@ class Run(TrainingRun[Config]):
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
         with timer("reference"):
-            experience = self.objective.prepare(
-                self.policy, self.table, experience, sample, self.learner.states_per_forward
-            )
+            experience = self.objective.prepare(self.policy, self.table, experience, sample, cfg.optim.states_at_once)
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer)
         if len(experience) == 0 and not experience.scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
-        most = len(batch.indices) * (sample.num_steps - sample.branch_start)
+        most = len(batch.indices) * sample.branching_steps
         scores = experience.scores
         return {
             **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
@@ -363,12 +350,12 @@ class Run(TrainingRun[Config]):
         """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
         from safetensors.torch import save_file
 
-        tensors: dict[str, Tensor] = dict(self.learner.policy.state_dict())
+        weights = self.learner.policy.state_dict()
         report: dict[str, Any] = {"state": dataclasses.asdict(self.state), "gradients": self.learner.broken}
+        report["weights"] = [name for name, value in weights.items() if not value.isfinite().all()]
         if self.learner.scaler.is_enabled():
             report["loss_scale"] = self.learner.scaler.get_scale()
-        broken_weights = [name for name, value in tensors.items() if not value.isfinite().all()]
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         if (last := self.learner.last) is not None:
             e = last.experience
             tensors |= {"x_t": e.states.x_t, "x_prev": e.x_prev, "loss": last.loss}
@@ -376,7 +363,6 @@ class Run(TrainingRun[Config]):
                 if m is not None:
                     tensors |= {f"{whose}_{k}": v for k, v in m._asdict().items() if v is not None}
             report["timesteps"] = self.table.timesteps[e.states.rows].tolist()
-        report["weights"] = broken_weights
         report["finite_share"] = {name: float(value.isfinite().float().mean()) for name, value in tensors.items()}
         path = self.run_dir / "nonfinite.json"
         checkpoint.write_atomically(path, json.dumps(report, indent=1) + "\n")
@@ -510,7 +496,7 @@ class Run(TrainingRun[Config]):
                 if broken or ("validation_score" in record and self.state.iteration < self.total):
                     self.report()
                 if broken:
-                    what = "optimizer steps" if self.learner.broken else "iterations' scores"
+                    what = "optimizer steps" if record["pairs"] else "iterations' scores"
                     raise RunError(
                         f"{self.state.nonfinite_in_a_row} {what} in a row were not finite; see {self.diagnosis()}. "
                         "Go on from the last checkpoint with a lower --learning_rate (--resume_from_checkpoint "

@@ -300,20 +300,13 @@ def test_captured_forward_and_backward_equal_eager_on_changed_inputs(op, dtype):
         return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
 
     with use_backend("triton"):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        replay, captured = replayed(step)
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     previous = None
     for seed in range(3):
         with torch.no_grad():
             x.copy_(torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
-        graph.replay()
+        replay()
         with use_backend("eager"):
             for got, want in zip(captured, step(), strict=True):
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

@@ -8,17 +8,19 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "spo_fast"
 LAYERS = {
     "ops": 0,
-    **dict.fromkeys(("schedule", "experience", "noise", "config", "files"), 1),
+    **dict.fromkeys(("schedule", "experience", "noise", "config", "extras", "files"), 1),
     **dict.fromkeys(("models", "scorers"), 2),
     "rollout": 3,
     "objectives": 4,
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
-    **dict.fromkeys(("report", "preference_report", "costs"), 6),
-    **dict.fromkeys(("model_card", "choices"), 7),
-    **dict.fromkeys(("trainer", "dry_run"), 8),
-    "preference_trainer": 9,
-    "cli": 10,
-    **dict.fromkeys(("train", "train_spm"), 11),
+    **dict.fromkeys(("preference_report", "costs"), 6),
+    "choices": 7,
+    "report": 8,
+    "model_card": 9,
+    **dict.fromkeys(("trainer", "dry_run"), 10),
+    "preference_trainer": 11,
+    "cli": 12,
+    **dict.fromkeys(("train", "train_spm"), 13),
 }
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
 BESIDE = {"toy", "prompts"}

@@ -201,7 +201,7 @@ def test_unknown_reporter_lists_the_known(tmp_path):
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_missing_reporter_names_the_extra(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"pip install spo_fast\[{name}\]"):
+    with pytest.raises(ImportError, match=rf"pip install .spo_fast\[{name}\]"):
         MetricsLog(tmp_path, report_to=name)
 
 

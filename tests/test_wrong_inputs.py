@@ -410,7 +410,7 @@ def test_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     [
         ("bitsandbytes", {"optimizer": "adamw8bit"}, "pip install 'spo_fast[8bit]', or use --optimizer adamw"),
         ("wandb", {"report_to": "wandb"}, "spo_fast[wandb]"),
-        ("torch.utils.tensorboard", {"report_to": "tensorboard"}, "spo_fast[tensorboard]"),
+        ("tensorboard", {"report_to": "tensorboard"}, "spo_fast[tensorboard]"),
         ("pyarrow", {"prompts": "p.parquet"}, "spo_fast[data]"),
     ],
 )
@@ -426,6 +426,7 @@ def test_missing_extras(
     place.file("p.parquet", b"PAR1")
     monkeypatch.chdir(place.path)
     assert says in refused(train.main, flags(place.path / "run", **setting), capsys)
+    assert not (place.path / "run").exists()  # known before anything is loaded or written
 
 
 def test_missing_files_are_a_table(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from spo_fast.config import ModelConfig, ScorerConfig, did_you_mean
 from spo_fast.models.lora import find_lora
-from spo_fast.models.sources import DEFAULTS, Looked, ModelSource, Resolved, look, resolve_all
+from spo_fast.models.sources import DEFAULTS, Missing, ModelSource, Present, Resolved, look, resolve_all
 
 
 def _public(kind: str, cfg: ModelConfig) -> ModelSource:
@@ -74,7 +74,7 @@ def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
     return resolve_all(MODELS[model.model](model), _with_shipped(model, scorers))
 
 
-def look_for(model: ModelConfig, scorers: Mapping[str, str | None]) -> list[Looked]:
+def look_for(model: ModelConfig, scorers: Mapping[str, str | None]) -> list[Present | Missing]:
     """What the run needs and what of it is on this machine; no network is asked."""
     return look(MODELS[model.model](model), _with_shipped(model, scorers))
 

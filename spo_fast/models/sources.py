@@ -116,13 +116,19 @@ SCORER_SOURCES = {
 
 
 @dataclass(frozen=True)
-class Missing:
-    """One thing a run needs and cannot find."""
+class Needed:
+    """One thing a run needs."""
 
     what: str
     source: str  # the hub id or path that was asked for
     file: str  # its file, or "" when several are meant
     flag: str  # the flag that takes a local path instead
+
+
+@dataclass(frozen=True)
+class Missing(Needed):
+    """One thing a run needs and cannot find."""
+
     why: str
 
 
@@ -206,33 +212,24 @@ def resolve_all(
 
 
 @dataclass(frozen=True)
-class Looked:
-    """One thing a run needs: where it is on this machine, or why it is not."""
+class Present(Needed):
+    """One thing a run needs and has."""
 
-    what: str
-    source: str  # the hub id or path that was asked for
-    file: str  # its file, or "" when several are meant
-    flag: str  # the flag that takes a local path instead
-    path: Path | None
-    why: str  # "" if it is there
-    num_bytes: int | None  # of the files that would be read, if they are there
+    path: Path
+    num_bytes: int  # of the files that would be read
 
 
-def look(model: ModelSource, scorers: Mapping[str, str | None] | None = None) -> list[Looked]:
+def look(model: ModelSource, scorers: Mapping[str, str | None] | None = None) -> list[Present | Missing]:
     """What a run needs and what of it is here, without asking the network."""
-    rows = []
-    for need in _needs(model, scorers or {}):
-        found = _find(need, model, download=False)
-        if isinstance(found, Missing):
-            rows.append(Looked(need.what, need.source, need.file, need.flag, None, found.why, None))
-            continue
-        if found.is_file():
-            files = [found]
-        else:
-            files = [found / name for name in select_files(_names(found), need.parts, need.variant)[0]]
-        size = sum(file.stat().st_size for file in files)
-        rows.append(Looked(need.what, need.source, need.file, need.flag, found, "", size))
-    return rows
+    return [_sized(need, _find(need, model, download=False)) for need in _needs(model, scorers or {})]
+
+
+def _sized(need: _Need, found: Path | Missing) -> Present | Missing:
+    if isinstance(found, Missing):
+        return found
+    names = [] if found.is_file() else select_files(_names(found), need.parts, need.variant)[0]
+    size = sum(file.stat().st_size for file in [found / name for name in names] or [found])
+    return Present(need.what, need.source, need.file, need.flag, found, size)
 
 
 def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]:

@@ -1,0 +1,27 @@
+"""Packages that only some settings need: found missing before anything is loaded, and what installs them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+NEEDS = {  # (setting, value) -> package, extra of this one, value that needs neither
+    ("optimizer", "adamw8bit"): ("bitsandbytes", "8bit", "adamw"),
+    ("optimizer", "paged_adamw8bit"): ("bitsandbytes", "8bit", "adamw"),
+    ("report_to", "tensorboard"): ("tensorboard", "tensorboard", "none"),
+    ("report_to", "wandb"): ("wandb", "wandb", "none"),
+}
+
+
+def missing_extra(setting: str, value: str) -> str:
+    """The message of the ImportError."""
+    package, extra, instead = NEEDS[setting, value]
+    return f"--{setting} {value} needs {package}: pip install 'spo_fast[{extra}]', or use --{setting} {instead}."
+
+
+def check_extras(settings: Mapping[str, Any]) -> None:
+    """Raise ImportError if the flat settings need a package that is not installed. Imports none."""
+    for (setting, value), (package, _, _) in NEEDS.items():
+        if settings[setting] == value and importlib.util.find_spec(package) is None:
+            raise ImportError(missing_extra(setting, value))
