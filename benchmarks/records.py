@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "xformers")
+RESULTS = Path(__file__).parent / "results"
 GPU_FIELDS = {  # ours: nvidia-smi's
     **{"name": "name", "driver": "driver_version", "sm_clock_mhz": "clocks.sm"},
     **{"temperature_c": "temperature.gpu", "power_w": "power.draw"},
