@@ -16,8 +16,8 @@ from spo_fast.metrics import read_metrics
 from spo_fast.models import find_lora, look_for, resolve, scorer_paths
 from spo_fast.models.sources import Missing, Present
 from spo_fast.report import duration
+from spo_fast.telemetry import WORK
 
-TIMED = ("rollout", "score", "reference", "backward", "step")
 COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
 SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run
 
@@ -122,7 +122,7 @@ def iteration_of(config: Path, cfg: Config, device: Device) -> tuple[Path, float
         return None
     if not records:  # the first iteration warms up
         return None
-    seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in TIMED) / 1000 for r in records]
+    seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in WORK) / 1000 for r in records]
     return config.parent, statistics.median(seconds), statistics.fmean(r["valid_share"] for r in records), len(records)
 
 

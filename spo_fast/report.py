@@ -200,6 +200,7 @@ CHARTS = (
     Chart("Gradient norm", ("grad_norm",), "before clipping"),
     Chart("Saturation", ("saturation*",), "a climb is a sign of reward hacking"),
     Chart("Time of an iteration, seconds", ("*_ms",), "phases stacked", stacked=True),
+    Chart("TFLOP/s", ("tflop_per_s",), "model FLOPs, counted from the shapes"),
 )
 INK = "#808080"  # stands for the page's text colour
 COLOURS = ("#3b82c4", "#d9822b", "#3a9d5d", "#c2525a", "#8a6bbf", "#8f7a5c")

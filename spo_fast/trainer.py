@@ -23,6 +23,7 @@ from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
+from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
 from spo_fast.experience import Candidates, Experience, Prediction
 from spo_fast.extras import missing_extra
@@ -39,6 +40,7 @@ from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import load_scorer
+from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -338,6 +340,7 @@ class Run(TrainingRun[Config]):
         scores = experience.scores
         return {
             **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
+            "images": scores.numel(),
             **{"valid_share": len(experience) / most, "states": len(experience.states)},
             **gaps(scores.view(-1, sample.num_candidates, len(batch.indices))),
             **decode.record(),
@@ -479,6 +482,9 @@ class Run(TrainingRun[Config]):
         return self.run_dir
 
     def _loop(self, log: MetricsLog, timer: Timer) -> None:
+        costs = None if self.found.memory_bytes is None else predict(self.cfg, self.model.resolved, self.device.type)
+        telemetry = Telemetry(self.device, self.found.name, costs, read_metrics(log.path))
+        print("".join(f"{note}\n" for note in telemetry.notes()), end="")
         with ProgressLine(self.total) as progress:
             while self.state.iteration < self.total:
                 iteration = self.state.iteration
@@ -486,7 +492,8 @@ class Run(TrainingRun[Config]):
                 self.state.iteration += 1
                 record |= self.show_progress(iteration, log, timer)
                 record["device"] = self.found.name
-                record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
+                record |= (times := timer.read_ms()) | telemetry.read(record, times)
+                record |= gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {}
                 # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
                 record = log.log(iteration, record)
                 for warning in record.get("warnings", ()):

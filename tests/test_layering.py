@@ -15,7 +15,7 @@ LAYERS = {
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
     **dict.fromkeys(("preference_report", "costs"), 6),
     "choices": 7,
-    "report": 8,
+    **dict.fromkeys(("report", "telemetry"), 8),
     "model_card": 9,
     **dict.fromkeys(("trainer", "dry_run"), 10),
     "preference_trainer": 11,

@@ -43,7 +43,7 @@ class Graphs:
         return len(self._captured)
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """function of tensors (in tuples and dicts, with constants among them), and the same function replayed.
+        """A function of tensors (in tuples and dicts, with constants among them) -> the same function, replayed.
 
         Without gradient. It must not read from the device or change its inputs. Outputs are copies: no later call rewrites them.
         """
