@@ -45,7 +45,8 @@ class Graphs:
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of tensors (in tuples and dicts, with constants among them) -> the same function, replayed.
 
-        Without gradient. It must not read from the device or change its inputs. Outputs are copies: no later call rewrites them.
+        Without gradient. It must not read from the device or change its inputs. Outputs are copies: no later call
+        rewrites them.
         """
         if self.capture is None:
             return function
