@@ -224,6 +224,9 @@ class SampleConfig(Section):
     rows_per_forward: Annotated[int, Range(2, why="one state and its unconditional half")] | None = None
     """UNet rows (candidates times 2 for guidance) in one forward without gradient: memory. Default: all of a step's, or
     what the device's memory allows."""
+    rollout_weights: Literal["unmerged", "merged"] = "unmerged"
+    """merged: rollouts use a copy of the weights with the LoRA added in, rounded stochastically in 16 bits: fewer
+    products, and right on average only. Candidates are compared among themselves either way."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,6 +32,7 @@ from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
 from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
+from spo_fast.models.merged import lora_layers
 from spo_fast.models.policy import Policy, TrainedWeights
 from spo_fast.models.single_file import text_class, vae_class
 from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
@@ -236,6 +237,7 @@ class Networks:
         self.live = LiveStorage(self.block)
         self.tally: dict[str, Counter[str]] = {}
         self._seen: dict[Any, tuple[int, int, list[Any], Any]] = {}
+        self._merged = False  # the LoRA is off: a rollout with merged weights
 
         vae_config = _vae_config(self.kind, resolved, source.pretrained_vae_model_name_or_path)
         self.vae = self._fake(_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
@@ -308,7 +310,7 @@ class Networks:
                 return function(*args, **kwargs)
             name = part or self.live.phase_name
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            key = (id(function), name, *((x.shape, x.dtype) for x in tensors))
+            key = (id(function), name, self._merged, *((x.shape, x.dtype) for x in tensors))
             return self._run(key, name, len(tensors[0]), lambda: function(*args, **kwargs))
 
         return call
@@ -342,7 +344,7 @@ class Networks:
             # the trainer keeps its last micro-batch for a diagnosis, and gradients where slots straddle rollouts
             last = self._batch(self._experience(plan, self._cond(embedded, 1)), plan.pairs, plan.states, guided)
             leftover = self._gradients() if plan.straddles else []
-            with live.phase("rollout"):
+            with live.phase("rollout"), self._rollout_weights(cfg):
                 experience = self._collect(cfg, plan, self._cond(embedded, cfg.sample.sample_batch_size))
             del embedded
             with live.phase("reference"):
@@ -371,6 +373,17 @@ class Networks:
             gradients=self._bytes(masters),
             transient={p: live.peaks[p] + (encoders if p == "encode prompts" else 0) for p in PHASES},
         )
+
+    @contextlib.contextmanager
+    def _rollout_weights(self, cfg: Config) -> Iterator[None]:
+        """As Policy.merged: the same shapes as without a LoRA; its storages are resident."""
+        self._merged = cfg.sample.rollout_weights == "merged" and not cfg.adapter.full_finetune
+        if self._merged:
+            self.policy.unet.disable_adapters()
+        yield
+        if self._merged:
+            self.policy.unet.enable_adapters()
+        self._merged = False
 
     @torch.no_grad()
     def _encode_prompts(self) -> dict[str, Tensor]:
@@ -478,10 +491,12 @@ class Networks:
         full = cfg.adapter.full_finetune
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if m is not p]
         rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
+        merged = [layer.get_base_layer().weight for _, layer in lora_layers(policy.unet)]
         held = {
             "UNet": self._bytes(rest),
             "LoRA": 0 if full else self._bytes(policy._weights),
             "float32 masters": self._bytes(copies),
+            "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self._bytes(merged),
             "optimizer state": sum(map(self._rounded, _optimizer_state(policy.masters, cfg.optim))),
             "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),

@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_fast.ops import philox
 
 # The high byte of a key's step word says what is drawn, so that no two uses share a counter.
-LATENTS, CHILDREN, PICK, PAIRS, PROMPTS, TIMESTEPS, RENOISE, POSTERIOR = (use << 24 for use in range(8))
+LATENTS, CHILDREN, PICK, PAIRS, PROMPTS, TIMESTEPS, RENOISE, POSTERIOR, MERGE = (use << 24 for use in range(9))
 
 
 class Draws(Protocol):

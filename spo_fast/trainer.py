@@ -22,7 +22,7 @@ from torch import Tensor
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
-from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
+from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
 from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
 from spo_fast.experience import Candidates, Experience, Prediction
@@ -313,6 +313,11 @@ class Run(TrainingRun[Config]):
         text = self.scorer.encode(prompts)
         return RolloutBatch(self.model.cond(prompts), text, draws, self.model.latent_shape, self.model.latent_dtype)
 
+    def rollout_weights(self, sample: SampleConfig, iteration: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy's weights are those that `iteration`'s rollout uses."""
+        merged = sample.rollout_weights == "merged"
+        return self.policy.merged(self.cfg.run.seed, iteration) if merged else contextlib.nullcontext()
+
     def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
         """One iteration of SPO: rollout, reference, updates. Returns what to log."""
         cfg, sample = self.cfg, self.cfg.sample
@@ -323,7 +328,7 @@ class Run(TrainingRun[Config]):
             with timer("score"):  # decoding included
                 return self.scorer(candidates)
 
-        with timer("rollout"):
+        with timer("rollout"), self.rollout_weights(sample, iteration):
             inputs = self.rollout_batch(batch.indices, iteration)
             experience = self.objective.collect(
                 *(self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)

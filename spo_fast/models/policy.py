@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
 from spo_fast.models.lora import read_lora
+from spo_fast.models.merged import MergedWeights
 
 
 class TrainedWeights:
@@ -87,6 +88,7 @@ class Policy(TrainedWeights):
         for _, p in named:
             p.data = p.data.to(dtype)
         super().__init__(named)
+        self._merged: MergedWeights | None = None
         self._start: list[Tensor] | None = None
         if adapter.lora_path is not None:
             self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
@@ -136,6 +138,26 @@ class Policy(TrainedWeights):
         self.unet.disable_adapters()
         try:
             yield
+        finally:
+            self.unet.enable_adapters()
+
+    @contextlib.contextmanager
+    def merged(self, seed: int, iteration: int) -> Iterator[None]:
+        """Inside, `predict` uses the LoRA added into a copy of the weights, rounded by the key (seed, iteration).
+
+        Without gradient. Exact but for the order of sums in float32; in 16 bits right on average. Full fine-tuning has
+        nothing to merge.
+        """
+        if self._frozen_copy is not None:
+            yield
+            return
+        if self._merged is None:
+            self._merged = MergedWeights(self.unet, self.state_dict())
+        self._merged.merge(seed, iteration)
+        self.unet.disable_adapters()
+        try:
+            with self._merged.swapped_in():
+                yield
         finally:
             self.unet.enable_adapters()
 
