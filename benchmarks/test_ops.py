@@ -5,15 +5,13 @@ Records are appended to results/<date>_<device>_ops.jsonl; without a CUDA device
 
 from __future__ import annotations
 
-import datetime
 import importlib
-import re
 
 import pytest
 import torch
 
 from benchmarks.gpu_run import LAYER_OPS, OPS, summary
-from benchmarks.records import RESULTS, Records, read
+from benchmarks.records import Records, read, results_path
 from spo_fast.ops.backend import available_backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,8 +19,7 @@ SIZE = "full" if DEVICE == "cuda" else "tiny"
 MODES = ("default",) if DEVICE == "cuda" else ()
 
 ALL = (*OPS, *LAYER_OPS)
-NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-PATH = RESULTS / f"{datetime.date.today()}_{re.sub('[^a-z0-9]+', '-', NAME.lower())}_ops.jsonl"
+PATH = results_path("ops", DEVICE)
 
 
 @pytest.mark.parametrize("bench", [importlib.import_module(f"benchmarks.bench_{op}") for op in ALL], ids=ALL)
