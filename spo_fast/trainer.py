@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from spo_fast.checkpoint import TrainState
 from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
 from spo_fast.data import count_repeats, training_prompts
-from spo_fast.experience import Candidates, Experience, Prediction
+from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
@@ -33,12 +34,11 @@ from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import SPO, make_objective, predict_states
-from spo_fast.ops.preference_loss import STATS
+from spo_fast.objectives import make_objective, predict_states
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
-from spo_fast.scorers import load_scorer
+from spo_fast.scorers import InPhase, judges, load_scorer
 from spo_fast.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -100,10 +100,12 @@ class LastBatch(NamedTuple):
 class Learner:
     """The policy and everything that changes it."""
 
-    def __init__(self, policy: Any, objective: SPO, table: StepTable, cfg: Config, total_iterations: int):
+    def __init__(self, policy: Any, objective: Any, table: StepTable, cfg: Config, total_iterations: int):
         from diffusers.optimization import get_scheduler
 
         self.policy, self.objective, self.table, self.cfg = policy, objective, table, cfg
+        if objective.sampler == "ema":
+            policy.keep_averages(objective.ema_decay)
         # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
         self.parameters: list[Tensor] = list(policy.masters)
         self.optimizer = make_optimizer(self.parameters, cfg.optim)
@@ -118,13 +120,21 @@ class Learner:
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
 
+    def batches(self, experience: Experience, state: TrainState) -> list[slice]:
+        """The terms of each micro-batch of `update`."""
+        most, found = self.cfg.optim.states_at_once, []
+        for slot in slots(len(experience), self.cfg.optim, state.slots):
+            first = slot.terms.start
+            found += [slice(first + b.start, first + b.stop) for b in batches(experience.index[slot.terms], most)]
+        return found
+
     def update(self, experience: Experience, state: TrainState, timer: Any = None) -> dict[str, Any]:
         """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log."""
         timed = timer or (lambda name: contextlib.nullcontext())
         totals: Tensor | None = None
         loss_sum: Tensor | float = 0.0
         norms, used = [], 0
-        guided = self.cfg.sample.guidance_scale > 1
+        guided = self.objective.guided(self.cfg.sample)
         for slot in slots(len(experience), self.cfg.optim, state.slots):
             part = experience.select(slot.terms)
             for e in part.micro_batches(self.cfg.optim.states_at_once):
@@ -186,7 +196,8 @@ class Learner:
         record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
         if totals is not None:
             record["loss"] = loss_sum / terms
-            record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
+            names = enumerate(self.objective.stats)
+            record |= {name: totals[i] / terms for i, name in names if name != "terms"}
         if norms:
             record["grad_norm"] = statistics.fmean([norm for norm in norms if math.isfinite(norm)] or norms)
         if self.scaler.is_enabled():
@@ -273,9 +284,11 @@ class Run(TrainingRun[Config]):
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
-            DTYPES[cfg.scorer.scorer_dtype],
+            DTYPES[cfg.scorer.scorer_dtype], token_ids=self.model.token_ids,
+            time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
         self.objective = make_objective(cfg.objective)
+        check_fit(self.objective, self.scorer, self.model, cfg)
         self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
@@ -305,6 +318,11 @@ class Run(TrainingRun[Config]):
         if encoded:
             print(f"encoded {encoded} prompts into {self.model.prompt_cache.directory}")
 
+    def inputs(self, iteration: int) -> tuple[Any, int]:
+        """What an iteration learns from, and its epoch."""
+        batch = self.sampler.batch(iteration)
+        return self.rollout_batch(batch.indices, iteration), batch.epoch
+
     def rollout_batch(self, indices: list[int], iteration: int) -> RolloutBatch:
         prompts = [self.prompts[i] for i in indices]
         draws = KeyedDraws(self.cfg.run.seed, iteration, torch.tensor(indices, device=self.device))
@@ -312,34 +330,28 @@ class Run(TrainingRun[Config]):
         return RolloutBatch(self.model.cond(prompts), text, draws, self.model.latent_shape, self.model.latent_dtype)
 
     def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
-        """One iteration of SPO: rollout, reference, updates. Returns what to log."""
-        cfg, sample = self.cfg, self.cfg.sample
-        batch = self.sampler.batch(iteration)
+        """One iteration: experience, frozen networks, updates. Returns what to log."""
+        cfg, sample, objective = self.cfg, self.cfg.sample, self.objective
         decode = Saturation(self.model.decode)
-
-        def score(candidates: Candidates) -> Tensor:
-            with timer("score"):  # decoding included
-                return self.scorer(candidates)
-
+        score = InPhase(self.scorer, functools.partial(timer, "score"))  # decoding included
         with timer("rollout"):
-            inputs = self.rollout_batch(batch.indices, iteration)
-            experience = self.objective.collect(
-                *(self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
-            )
+            inputs, epoch = self.inputs(iteration)
+            arguments = (self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
+            experience = objective.collect(*arguments)
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
         with timer("reference"):
-            experience = self.objective.prepare(self.policy, self.table, experience, sample, cfg.optim.states_at_once)
+            batches = functools.partial(self.learner.batches, experience, self.state)
+            most = cfg.optim.states_at_once
+            experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer)
         if len(experience) == 0 and not experience.scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
-        most = len(batch.indices) * sample.branching_steps
-        scores = experience.scores
+        possible = len(inputs) * len(objective.term_states(sample))
         return {
-            **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
-            **{"valid_share": len(experience) / most, "states": len(experience.states)},
-            **gaps(scores.view(-1, sample.num_candidates, len(batch.indices))),
+            **{"epoch": epoch, **score_record(experience.scores, sample.num_candidates, len(inputs))},
+            **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
             **decode.record(),
             **record,
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
@@ -549,11 +561,25 @@ def train(cfg: Config) -> Path:
     return Run(cfg).train()
 
 
-def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts
-    """How far the best and the worst candidate are apart, and the threshold that would keep a third of the pairs."""
-    gap = (scores.amax(1) - scores.amin(1)).flatten()
+def check_fit(objective: Any, scorer: Any, model: Any, cfg: Config) -> None:
+    """Raises ValueError for a method with a scorer or a model that it cannot use."""
+    method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
+    if objective.judges not in (None, judges(scorer)):
+        raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
+    if method == "gradspo" and model.prediction_type != "epsilon":
+        raise ValueError(f"--method gradspo is defined for epsilon prediction, not {model.prediction_type}: use spo.")
+
+
+def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat
+    """Their mean and spread, how far the best and the worst candidate of a prompt are apart, and the threshold that
+    would keep a third of the pairs."""
+    if not len(scores):
+        return {}
+    of = scores.view(-1, K, B)
+    gap = (of.amax(1) - of.amin(1)).flatten()
     # softmax([s_w, s_l]) differs by tanh of half the gap
-    return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
+    third = torch.quantile((gap / 2).tanh().float(), 2 / 3)
+    return {"score_mean": scores.mean(), "score_std": scores.std(), "score_gap": gap.mean(), "third_threshold": third}
 
 
 class Saturation:

@@ -10,7 +10,7 @@ LAYERS = {
     "ops": 0,
     **dict.fromkeys(("schedule", "experience", "noise", "config", "extras", "files"), 1),
     **dict.fromkeys(("models", "scorers"), 2),
-    "rollout": 3,
+    **dict.fromkeys(("rollout", "offline"), 3),
     "objectives": 4,
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
     **dict.fromkeys(("preference_report", "costs"), 6),
