@@ -253,12 +253,17 @@ class GradSPO(SPO):
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
-        assert e.frozen is not None and e.anchor is not None, "prepare the experience first"
-        g, dtype, index = cfg.guidance_scale, e.states.x_t.dtype, e.index[:, 0, 0]
-        policy, reference, ema = (guided(*p, g, dtype)[index] for p in (m, e.frozen, e.anchor))
-        c, d, std = table.coefficients[e.states.rows[index], 2:].to(dtype).T.view(3, -1, 1, 1, 1)
-        # of epsilon-prediction: c = 1 / sqrt(alphabar), d = -c sqrt(1 - alphabar)
-        shift = self.guidance_step * -d / c * (e.x_prev[:, 0, 0] - e.x_prev[:, 1, 0]) / std / 2
+        assert e.frozen is not None and e.anchor is not None and table.alphas_cumprod is not None
+        dtype, index = e.states.x_t.dtype, e.index[:, 0, 0]
+        rows = e.states.rows[index]
+        alpha, (d, std) = table.alphas_cumprod[rows], table.coefficients[rows, 3:].T
+        # as noise, up to a term in x_t that all three share: d m = dx0 = -sqrt((1 - alphabar) / alphabar) depsilon
+        to_noise = (-d * (alpha / (1 - alpha)).sqrt()).to(dtype).view(-1, 1, 1, 1)
+        policy, reference, ema = (
+            to_noise * guided(*p, cfg.guidance_scale, dtype)[index] for p in (m, e.frozen, e.anchor)
+        )
+        reach = (self.guidance_step * (1 - alpha).sqrt() / std / 2).to(dtype).view(-1, 1, 1, 1)
+        shift = reach * (e.x_prev[:, 0, 0] - e.x_prev[:, 1, 0])
         r = torch.stack([error_drop(policy, reference, ema - sign * shift) for sign in (1, -1)], dim=1)
         return preference_loss(r.unsqueeze(-1), uniform_weights(r, len(e), weight), self.beta, self.clip)
 

@@ -288,7 +288,7 @@ class Run(TrainingRun[Config]):
             time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
         self.objective = make_objective(cfg.objective)
-        check_fit(self.objective, self.scorer, self.model, cfg)
+        check_fit(self.objective, self.scorer, cfg)
         self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
@@ -561,13 +561,11 @@ def train(cfg: Config) -> Path:
     return Run(cfg).train()
 
 
-def check_fit(objective: Any, scorer: Any, model: Any, cfg: Config) -> None:
-    """Raises ValueError for a method with a scorer or a model that it cannot use."""
-    method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
+def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
+    """Raises ValueError for a method with a scorer that it cannot use."""
     if objective.judges not in (None, judges(scorer)):
+        method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
         raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
-    if method == "gradspo" and model.prediction_type != "epsilon":
-        raise ValueError(f"--method gradspo is defined for epsilon prediction, not {model.prediction_type}: use spo.")
 
 
 def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat

@@ -96,7 +96,7 @@ def load_scorer(
             raise ValueError(
                 f"Scorer {name!r} has no weights: give a local file or directory for it (paths has {sorted(paths)})."
             )
-    loaders = {**SCORERS, "spm": partial(load_spm, time_conditioned=time_conditioned)}
+    loaders: dict[str, Callable[..., Scorer]] = {**SCORERS, "spm": partial(load_spm, time_conditioned=time_conditioned)}
     reads = {"lrm": token_ids}
     scorers = [loaders[name](Path(paths[name]), reads.get(name, tokenize), device, dtype) for name, _ in specs]
     weights = [weight for _, weight in specs]
