@@ -183,7 +183,7 @@ def dpo(given: Given) -> dict[str, Any]:
     published = {"full_finetune": True, "scorer": ("pickscore",), "prompt_dropout": 0.2, **steps, **optim, **schedule}
     return _by_model(
         given,
-        {"beta": 5000.0, "num_inner_steps": 0},
+        {"beta": 5000.0, "num_inner_steps": 0, "branch_start": 0},
         sd15={**published, "train_batch_size": 16, "gradient_accumulation_steps": 128},
         sdxl={**published, "train_batch_size": 4, "gradient_accumulation_steps": 512, "lr_warmup_steps": 200}
         | {"optimizer": "adamw8bit"},  # published: Adafactor, to save memory too
@@ -198,7 +198,7 @@ def mapo(given: Given) -> dict[str, Any]:
     sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "rank": 8}
     published = {"scorer": ("pickscore",), **steps, **optim, **sizes}
     toy = {"sample_batch_size": 256, "train_batch_size": 64, "learning_rate": 1e-4}
-    return _by_model(given, {"beta": 0.1, "num_inner_steps": 0}, sd15=published, sdxl=published, toy=toy)
+    return _by_model(given, {"beta": 0.1, "num_inner_steps": 0, "branch_start": 0}, sd15=published, sdxl=published, toy=toy)
 
 
 # by the value of --method: all settings given so far, the model's name among them -> the published ones over the preset

@@ -35,6 +35,7 @@ from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import make_objective, predict_states
+from spo_fast.pair_images import PairReader
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
@@ -281,15 +282,18 @@ class Run(TrainingRun[Config]):
         if cfg.optim.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
-        self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        self.objective, self.pairs = make_objective(cfg.objective), None
+        if self.objective.sampler == "data":
+            self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
+        sampled = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        self.table = self.model.full_table() if self.pairs else sampled
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
             DTYPES[cfg.scorer.scorer_dtype], token_ids=self.model.token_ids,
             time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
-        self.objective = make_objective(cfg.objective)
         check_fit(self.objective, self.scorer, cfg)
-        self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
+        self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
@@ -306,20 +310,28 @@ class Run(TrainingRun[Config]):
             end="",
         )
         print(f"{trained:,} trained weights, {self.policy.dtype} on {self.device}".replace("torch.", ""))
-        print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
-        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
-        if cut:
+        if self.pairs is not None:
+            rows, held_out = len(self.pairs.train_rows), len(self.pairs.valid_rows)
+            print(f"{rows:,} pairs of {cfg.pairs.pairs}, {held_out:,} held out; ", end="")
+        else:
+            print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
+        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} {'pairs' if self.pairs else 'prompts'}")
+        if cut and self.pairs is None:
             limit = self.model.tokenizers[0].model_max_length
             print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
     def encode_prompts(self) -> None:
         """All prompts through the text encoders once; they leave memory afterwards."""
-        encoded = self.model.prompt_cache.ensure([*self.prompts, "", *self.validation_prompts()])
+        prompts = self.prompts if self.pairs is None else []  # those of pairs are encoded as they come
+        encoded = self.model.prompt_cache.ensure([*prompts, "", *self.validation_prompts()])
         if encoded:
             print(f"encoded {encoded} prompts into {self.model.prompt_cache.directory}")
 
     def inputs(self, iteration: int) -> tuple[Any, int]:
         """What an iteration learns from, and its epoch."""
+        if self.pairs is not None:
+            pairs, self.state.position = self.pairs.batch(iteration, self.state.position)
+            return pairs, self.state.position // len(self.pairs.train_rows)
         batch = self.sampler.batch(iteration)
         return self.rollout_batch(batch.indices, iteration), batch.epoch
 
@@ -445,18 +457,37 @@ class Run(TrainingRun[Config]):
         write_grid(self.run_dir / "samples" / f"{name}.png", images, self.validation_prompts())
         return score
 
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float | None:
+        """Share of the held-out pairs whose preferred image is ahead in what the loss compares; level ones count half.
+
+        None without held-out pairs. Always of the same noise. Before training Diffusion-DPO's is 1/2.
+        """
+        held_out = None if self.pairs is None else self.pairs.held_out()
+        if held_out is None:
+            return None
+        sample, most = self.cfg.sample, self.cfg.optim.states_at_once
+        whole = self.objective.collect(self.policy, self.table, None, None, held_out, sample, 1)
+        ahead = []
+        for part in whole.micro_batches(most):
+            e = self.objective.prepare(self.policy, self.table, part, sample, None)
+            sides = self.objective.sides(predict_states(self.policy, self.table, e, e.states, False), e)
+            ahead.append(sides[:, 0] - sides[:, 1])
+        return float((torch.cat(ahead).sign() + 1).mean() / 2)
+
     def show_progress(self, iteration: int, log: MetricsLog, timer: Timer) -> dict[str, float]:
         """The grid and score of the weights after `iteration`, where they are due: what to log."""
         done, every = self.state.iteration, self.cfg.run.validation_steps or self.cfg.run.checkpointing_steps
         if done % every and done != self.total:
             return {}
         with timer("validate"):
-            score = self.show(f"step-{done}")
+            score, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
+        found = {} if accuracy is None else {"validation_accuracy": accuracy}
         if score is None:
-            return {}
+            return found
         self.shown[done] = score
         log.reporter.images(iteration, "samples", self.run_dir / "samples" / f"step-{done}.png")
-        return {"validation_score": score}
+        return {**found, "validation_score": score}
 
     def report(self) -> None:
         """Write report.html. Training never ends because of it."""
@@ -486,7 +517,11 @@ class Run(TrainingRun[Config]):
             with timer("validate"):
                 before = self.before_score(log)
             timer.read_ms()  # the first iteration's record has its own times only
-            self._loop(log, timer)
+            try:
+                self._loop(log, timer)
+            finally:
+                if self.pairs is not None:
+                    self.pairs.close()
         self.finish(before)
         return self.run_dir
 
@@ -531,6 +566,8 @@ class Run(TrainingRun[Config]):
         if self.resume is not None:
             return float(path.read_text()) if path.is_file() else None
         score = self.show("before")
+        if (accuracy := self.held_out_accuracy()) is not None:
+            print(f"held-out preference accuracy before training: {accuracy:.3f}")
         if score is not None:
             checkpoint.write_atomically(path, repr(score))
             log.reporter.images(0, "samples_before", samples / "before.png")
@@ -539,6 +576,8 @@ class Run(TrainingRun[Config]):
     def finish(self, before: float | None) -> None:
         """Export the trained weights and show what training did to images from the same noise."""
         files = self.export(self.run_dir)
+        if self.pairs is not None:
+            self.pairs.split.finish()
         samples, after = self.run_dir / "samples", self.shown.get(self.state.iteration)
         if after is None:  # a finished run, resumed
             after = self.show("after")

@@ -13,7 +13,7 @@ LAYERS = {
     **dict.fromkeys(("rollout", "offline"), 3),
     "objectives": 4,
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
-    **dict.fromkeys(("preference_report", "costs"), 6),
+    **dict.fromkeys(("preference_report", "costs", "pair_images"), 6),
     "choices": 7,
     "report": 8,
     "model_card": 9,
