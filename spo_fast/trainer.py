@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
 from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
-from spo_fast.experience import Candidates, Experience, Prediction
+from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
@@ -34,12 +35,12 @@ from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import SPO, make_objective, predict_states
-from spo_fast.ops.preference_loss import STATS
+from spo_fast.objectives import make_objective, predict_states
+from spo_fast.pair_images import PairReader
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
-from spo_fast.scorers import load_scorer
+from spo_fast.scorers import InPhase, judges, load_scorer
 from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
 
@@ -102,10 +103,12 @@ class LastBatch(NamedTuple):
 class Learner:
     """The policy and everything that changes it."""
 
-    def __init__(self, policy: Any, objective: SPO, table: StepTable, cfg: Config, total_iterations: int):
+    def __init__(self, policy: Any, objective: Any, table: StepTable, cfg: Config, total_iterations: int):
         from diffusers.optimization import get_scheduler
 
         self.policy, self.objective, self.table, self.cfg = policy, objective, table, cfg
+        if objective.sampler == "ema":
+            policy.keep_averages(objective.ema_decay)
         # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
         self.parameters: list[Tensor] = list(policy.masters)
         self.optimizer = make_optimizer(self.parameters, cfg.optim)
@@ -120,13 +123,21 @@ class Learner:
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
 
+    def batches(self, experience: Experience, state: TrainState) -> list[slice]:
+        """The terms of each micro-batch of `update`."""
+        most, found = self.cfg.optim.states_at_once, []
+        for slot in slots(len(experience), self.cfg.optim, state.slots):
+            first = slot.terms.start
+            found += [slice(first + b.start, first + b.stop) for b in batches(experience.index[slot.terms], most)]
+        return found
+
     def update(self, experience: Experience, state: TrainState, timer: Any = None) -> dict[str, Any]:
         """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log."""
         timed = timer or (lambda name: contextlib.nullcontext())
         totals: Tensor | None = None
         loss_sum: Tensor | float = 0.0
         norms, used = [], 0
-        guided = self.cfg.sample.guidance_scale > 1
+        guided = self.objective.guided(self.cfg.sample)
         for slot in slots(len(experience), self.cfg.optim, state.slots):
             part = experience.select(slot.terms)
             for e in part.micro_batches(self.cfg.optim.states_at_once):
@@ -188,7 +199,8 @@ class Learner:
         record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
         if totals is not None:
             record["loss"] = loss_sum / terms
-            record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
+            names = enumerate(self.objective.stats)
+            record |= {name: totals[i] / terms for i, name in names if name != "terms"}
         if norms:
             record["grad_norm"] = statistics.fmean([norm for norm in norms if math.isfinite(norm)] or norms)
         if self.scaler.is_enabled():
@@ -272,13 +284,18 @@ class Run(TrainingRun[Config]):
         if cfg.optim.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
-        self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        self.objective, self.pairs = make_objective(cfg.objective), None
+        if self.objective.sampler == "data":
+            self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
+        sampled = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        self.table = self.model.full_table() if self.pairs else sampled
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
-            DTYPES[cfg.scorer.scorer_dtype],
+            DTYPES[cfg.scorer.scorer_dtype], token_ids=self.model.token_ids,
+            time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
-        self.objective = make_objective(cfg.objective)
-        self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
+        check_fit(self.objective, self.scorer, cfg)
+        self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
@@ -295,17 +312,30 @@ class Run(TrainingRun[Config]):
             end="",
         )
         print(f"{trained:,} trained weights, {self.policy.dtype} on {self.device}".replace("torch.", ""))
-        print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
-        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
-        if cut:
+        if self.pairs is not None:
+            rows, held_out = len(self.pairs.train_rows), len(self.pairs.valid_rows)
+            print(f"{rows:,} pairs of {cfg.pairs.pairs}, {held_out:,} held out; ", end="")
+        else:
+            print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
+        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} {'pairs' if self.pairs else 'prompts'}")
+        if cut and self.pairs is None:
             limit = self.model.tokenizers[0].model_max_length
             print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
     def encode_prompts(self) -> None:
         """All prompts through the text encoders once; they leave memory afterwards."""
-        encoded = self.model.prompt_cache.ensure([*self.prompts, "", *self.validation_prompts()])
+        prompts = self.prompts if self.pairs is None else []  # those of pairs are encoded as they come
+        encoded = self.model.prompt_cache.ensure([*prompts, "", *self.validation_prompts()])
         if encoded:
             print(f"encoded {encoded} prompts into {self.model.prompt_cache.directory}")
+
+    def inputs(self, iteration: int) -> tuple[Any, int]:
+        """What an iteration learns from, and its epoch."""
+        if self.pairs is not None:
+            pairs, self.state.position = self.pairs.batch(iteration, self.state.position)
+            return pairs, self.state.position // len(self.pairs.train_rows)
+        batch = self.sampler.batch(iteration)
+        return self.rollout_batch(batch.indices, iteration), batch.epoch
 
     def rollout_batch(self, indices: list[int], iteration: int) -> RolloutBatch:
         prompts = [self.prompts[i] for i in indices]
@@ -319,35 +349,29 @@ class Run(TrainingRun[Config]):
         return self.policy.merged(self.cfg.run.seed, iteration) if merged else contextlib.nullcontext()
 
     def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
-        """One iteration of SPO: rollout, reference, updates. Returns what to log."""
-        cfg, sample = self.cfg, self.cfg.sample
-        batch = self.sampler.batch(iteration)
+        """One iteration: experience, frozen networks, updates. Returns what to log."""
+        cfg, sample, objective = self.cfg, self.cfg.sample, self.objective
         decode = Saturation(self.model.decode)
-
-        def score(candidates: Candidates) -> Tensor:
-            with timer("score"):  # decoding included
-                return self.scorer(candidates)
-
+        score = InPhase(self.scorer, functools.partial(timer, "score"))  # decoding included
         with timer("rollout"), self.rollout_weights(sample, iteration):
-            inputs = self.rollout_batch(batch.indices, iteration)
-            experience = self.objective.collect(
-                *(self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
-            )
+            inputs, epoch = self.inputs(iteration)
+            arguments = (self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
+            experience = objective.collect(*arguments)
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
         with timer("reference"):
-            experience = self.objective.prepare(self.policy, self.table, experience, sample, cfg.optim.states_at_once)
+            batches = functools.partial(self.learner.batches, experience, self.state)
+            most = cfg.optim.states_at_once
+            experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer)
         if len(experience) == 0 and not experience.scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
-        most = len(batch.indices) * sample.branching_steps
-        scores = experience.scores
+        possible = len(inputs) * len(objective.term_states(sample))
         return {
-            **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
-            "images": scores.numel(),
-            **{"valid_share": len(experience) / most, "states": len(experience.states)},
-            **gaps(scores.view(-1, sample.num_candidates, len(batch.indices))),
+            **{"epoch": epoch, **score_record(experience.scores, sample.num_candidates, len(inputs))},
+            **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
+            "images": experience.scores.numel(),
             **decode.record(),
             **record,
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
@@ -441,18 +465,37 @@ class Run(TrainingRun[Config]):
         write_grid(self.run_dir / "samples" / f"{name}.png", images, self.validation_prompts())
         return score
 
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float | None:
+        """Share of the held-out pairs whose preferred image is ahead in what the loss compares; level ones count half.
+
+        None without held-out pairs. Always of the same noise. Before training Diffusion-DPO's is 1/2.
+        """
+        held_out = None if self.pairs is None else self.pairs.held_out()
+        if held_out is None:
+            return None
+        sample, most = self.cfg.sample, self.cfg.optim.states_at_once
+        whole = self.objective.collect(self.policy, self.table, None, None, held_out, sample, 1)
+        ahead = []
+        for part in whole.micro_batches(most):
+            e = self.objective.prepare(self.policy, self.table, part, sample, None)
+            sides = self.objective.sides(predict_states(self.policy, self.table, e, e.states, False), e)
+            ahead.append(sides[:, 0] - sides[:, 1])
+        return float((torch.cat(ahead).sign() + 1).mean() / 2)
+
     def show_progress(self, iteration: int, log: MetricsLog, timer: Timer) -> dict[str, float]:
         """The grid and score of the weights after `iteration`, where they are due: what to log."""
         done, every = self.state.iteration, self.cfg.run.validation_steps or self.cfg.run.checkpointing_steps
         if done % every and done != self.total:
             return {}
         with timer("validate"):
-            score = self.show(f"step-{done}")
+            score, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
+        found = {} if accuracy is None else {"validation_accuracy": accuracy}
         if score is None:
-            return {}
+            return found
         self.shown[done] = score
         log.reporter.images(iteration, "samples", self.run_dir / "samples" / f"step-{done}.png")
-        return {"validation_score": score}
+        return {**found, "validation_score": score}
 
     def report(self) -> None:
         """Write report.html. Training never ends because of it."""
@@ -482,7 +525,11 @@ class Run(TrainingRun[Config]):
             with timer("validate"):
                 before = self.before_score(log)
             timer.read_ms()  # the first iteration's record has its own times only
-            self._loop(log, timer)
+            try:
+                self._loop(log, timer)
+            finally:
+                if self.pairs is not None:
+                    self.pairs.close()
         self.finish(before)
         return self.run_dir
 
@@ -531,6 +578,8 @@ class Run(TrainingRun[Config]):
         if self.resume is not None:
             return float(path.read_text()) if path.is_file() else None
         score = self.show("before")
+        if (accuracy := self.held_out_accuracy()) is not None:
+            print(f"held-out preference accuracy before training: {accuracy:.3f}")
         if score is not None:
             checkpoint.write_atomically(path, repr(score))
             log.reporter.images(0, "samples_before", samples / "before.png")
@@ -539,6 +588,8 @@ class Run(TrainingRun[Config]):
     def finish(self, before: float | None) -> None:
         """Export the trained weights and show what training did to images from the same noise."""
         files = self.export(self.run_dir)
+        if self.pairs is not None:
+            self.pairs.split.finish()
         samples, after = self.run_dir / "samples", self.shown.get(self.state.iteration)
         if after is None:  # a finished run, resumed
             after = self.show("after")
@@ -561,11 +612,23 @@ def train(cfg: Config) -> Path:
     return Run(cfg).train()
 
 
-def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts
-    """How far the best and the worst candidate are apart, and the threshold that would keep a third of the pairs."""
-    gap = (scores.amax(1) - scores.amin(1)).flatten()
+def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
+    """Raises ValueError for a method with a scorer that it cannot use."""
+    if objective.judges not in (None, judges(scorer)):
+        method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
+        raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
+
+
+def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat
+    """Their mean and spread, how far the best and the worst candidate of a prompt are apart, and the threshold that
+    would keep a third of the pairs."""
+    if not len(scores):
+        return {}
+    of = scores.view(-1, K, B)
+    gap = (of.amax(1) - of.amin(1)).flatten()
     # softmax([s_w, s_l]) differs by tanh of half the gap
-    return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
+    third = torch.quantile((gap / 2).tanh().float(), 2 / 3)
+    return {"score_mean": scores.mean(), "score_std": scores.std(), "score_gap": gap.mean(), "third_threshold": third}
 
 
 class Saturation:

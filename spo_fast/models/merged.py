@@ -29,7 +29,7 @@ class MergedWeights:
     """Storages for the merged weights of a network's LoRA layers."""
 
     def __init__(self, unet: Any, masters: Mapping[str, Tensor]):
-        """masters: float32 LoRA matrices by their names in the network. ValueError for types it cannot round to."""
+        """masters: float32 LoRA matrices by name in the network. ValueError for types it cannot round to."""
         self.layers: list[tuple[nn.Parameter, Tensor, Tensor, float, Tensor]] = []
         for name, layer in lora_layers(unet):
             weight = layer.get_base_layer().weight

@@ -38,13 +38,21 @@ class TrainedWeights:
         for p, master in zip(self._weights, self.masters, strict=True):
             if p is not master:
                 p.register_post_accumulate_grad_hook(_add_to(master))
+        self.averages: list[Tensor] | None = None  # moving ones of the masters, if they are kept
+        self.decay = 0.0
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters into the network after an optimizer step."""
+        """Copy the masters into the network after an optimizer step; their averages, if kept, follow."""
         for p, master in zip(self._weights, self.masters, strict=True):
             if p is not master:
                 p.copy_(master)
+        for average, master in zip(self.averages or (), self.masters, strict=False):
+            average.lerp_(master, 1 - self.decay)
+
+    def keep_averages(self, decay: float) -> None:
+        """From now on: average = decay * average + (1 - decay) * master at each optimizer step."""
+        self.averages, self.decay = [master.detach().clone() for master in self.masters], decay
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights (masters) by their names in the network."""
@@ -53,19 +61,33 @@ class TrainedWeights:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Exactly the weights of `state_dict`; missing, extra or misshapen ones raise ValueError."""
+        self._read(state, self.masters)
+        for p, master in zip(self._weights, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+
+    def average_state_dict(self) -> dict[str, Tensor]:
+        """The moving averages by the names of `state_dict`; empty if none are kept."""
+        return dict(zip(self.names, self.averages or (), strict=False))
+
+    @torch.no_grad()
+    def load_average_state_dict(self, state: dict[str, Tensor]) -> None:
+        assert self.averages is not None
+        self._read(state, self.averages)
+
+    def _read(self, state: dict[str, Tensor], into: list[Tensor]) -> None:
         if set(state) != set(self.names):
             odd = sorted(set(state) ^ set(self.names))
             raise ValueError(
                 f"these trained weights belong to another network or adapter: {len(odd)} names differ, such as {odd[0]}"
             )
-        for name, master in zip(self.names, self.masters, strict=True):
-            if state[name].shape != master.shape:
+        for name, value in zip(self.names, into, strict=True):
+            if state[name].shape != value.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(master.shape)}: "
+                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}: "
                     "use the same rank as the run that saved it"
                 )
-            master.copy_(state[name])
-        self.publish()
+            value.copy_(state[name])
 
 
 class Policy(TrainedWeights):
@@ -99,6 +121,22 @@ class Policy(TrainedWeights):
         for p, value in zip(self._weights, values, strict=True):
             p.copy_(value)
 
+    @contextlib.contextmanager
+    def _filled(self, values: list[Tensor]) -> Iterator[None]:
+        now = [p.detach().clone() for p in self._weights]
+        self._fill(values)
+        try:
+            yield
+        finally:
+            self._fill(now)
+
+    @contextlib.contextmanager
+    def ema(self) -> Iterator[None]:
+        """Inside, `predict` is the moving average of the trained network (keep_averages)."""
+        assert self.averages is not None, "call keep_averages first"
+        with self._filled(self.averages):
+            yield
+
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
@@ -128,12 +166,8 @@ class Policy(TrainedWeights):
                 self.unet = trained
             return
         if self._start is not None:
-            now = [p.detach().clone() for p in self._weights]
-            self._fill(self._start)
-            try:
+            with self._filled(self._start):
                 yield
-            finally:
-                self._fill(now)
             return
         self.unet.disable_adapters()
         try:
