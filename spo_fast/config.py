@@ -158,6 +158,8 @@ class ModelConfig(Section):
     Trained weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
+    cuda_graphs: bool = True
+    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 

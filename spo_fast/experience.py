@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Prediction(NamedTuple):
@@ -40,6 +41,9 @@ class Cond:
 
     def select(self, index: Tensor) -> Cond:
         return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)
+
+
+pytree.register_pytree_node(Cond, lambda c: ([c.cond, c.uncond], None), lambda parts, _: Cond(*parts))
 
 
 @dataclass(frozen=True)

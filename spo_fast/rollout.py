@@ -112,6 +112,14 @@ def predict_rows(policy: Any, x: Tensor, t: Tensor, cond: Cond, guided: bool, mo
     return Prediction.cat([policy.predict(x[r], t, cond.select(r), guided=guided) for r in rows])
 
 
+def advance(
+    policy: Any, cfg: SampleConfig, table: Tensor, x: Tensor, t: Tensor, rows: Tensor, cond: Cond, drawn: dict[str, Any]
+) -> Tensor:  # x (B, C, H, W) -> one child of each
+    """A guided forward and its transition: what a rollout does most, as one call with tensors for all that changes."""
+    m = predict_rows(policy, x, t, cond, cfg.guidance_scale > 1, cfg.rows_per_forward)
+    return transition(*m, x, rows, table, cfg.guidance_scale, num_children=1, want_x0=False, **drawn)[1][0]
+
+
 class Walk:
     """What every rollout is made of: the UNet's outputs, the children of a step, and the scorer's opinion of them."""
 
@@ -131,16 +139,26 @@ class Walk:
         self.every_row = torch.arange(table.num_steps, device=device)
         self.branched_cond = batch.cond.select(torch.arange(self.B, device=device).repeat(self.K))  # k-major
         self.branched_text = repeat_text(batch.text, self.K)
+        # the policy owns the graphs: they outlive a rollout
+        self._predict, self._advance = (policy.graphs.wrap(f.__name__, f) for f in (predict_rows, advance))
+
+    def _cond(self, x: Tensor) -> Cond:
+        return self.batch.cond if len(x) == self.B else self.branched_cond
 
     def predict(self, x: Tensor, i: int) -> Prediction:  # x (B, C, H, W) or (K B, C, H, W)
-        cond = self.batch.cond if len(x) == self.B else self.branched_cond
-        guided = self.cfg.guidance_scale > 1
-        return predict_rows(self.policy, x, self.table.timesteps[i], cond, guided, self.cfg.rows_per_forward)
+        guided, most = self.cfg.guidance_scale > 1, self.cfg.rows_per_forward
+        return self._predict(self.policy, x, self.table.timesteps[i], self._cond(x), guided, most)
 
-    def step(self, m: Prediction, x: Tensor, i: int, num_children: int, num_parents: int) -> Tensor:
-        drawn: dict[str, Any] = self.batch.draws.children(i, num_children, num_parents)
+    def advance(self, x: Tensor, i: int) -> Tensor:  # (B, C, H, W) or (K B, C, H, W) -> one child of each
+        """Step i without a comparison."""
+        drawn = self.batch.draws.children(i, 1, len(x) // self.B)
+        step = (self.table.timesteps[i], self._rows(x, i), self._cond(x), drawn)
+        return self._advance(self.policy, self.cfg, self.table.coefficients, x, *step)
+
+    def branch(self, m: Prediction, x: Tensor, i: int) -> Tensor:  # (B, C, H, W) -> K children of each
+        drawn: dict[str, Any] = self.batch.draws.children(i, self.K, 1)
         arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
-        return transition(*arguments, num_children=num_children, want_x0=False, **drawn)[1]
+        return transition(*arguments, num_children=self.K, want_x0=False, **drawn)[1]
 
     def judge(self, x: Tensor, m: Prediction | None, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B) scores
         """Of the x0 estimates of step i; i = num_steps: of the final latents, at timestep 0."""
@@ -178,16 +196,15 @@ def rollout_segments(
     walk = Walk(policy, table, scorer, decode, batch, cfg, decode_chunk)
     x = draws.latents(batch.latent_shape, batch.dtype)
     for i in range(cfg.branch_start):
-        x = walk.step(walk.predict(x, i), x, i, 1, 1)[0]
+        x = walk.advance(x, i)
     m = walk.predict(x, cfg.branch_start)
 
     x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
     for first, end in segments(cfg):
-        branches = walk.step(m, x, first, K, 1)  # (K, B, C, H, W)
+        branches = walk.branch(m, x, first)  # (K, B, C, H, W)
         path = [x.expand_as(branches), branches]
         for i in range(first + 1, end):
-            flat = branches.flatten(0, 1)
-            branches = walk.step(walk.predict(flat, i), flat, i, 1, K)[0].view_as(branches)
+            branches = walk.advance(branches.flatten(0, 1), i).view_as(branches)
             path.append(branches)
         flat = branches.flatten(0, 1)
         if judges(scorer) == "children":
@@ -237,7 +254,7 @@ def trajectory_rollout(
     walk = Walk(policy, table, scorer, decode, batch, cfg, decode_chunk)
     x = [batch.draws.latents(batch.latent_shape, batch.dtype, K)]  # (K B, C, H, W) each
     for i in range(n):
-        x.append(walk.step(walk.predict(x[i], i), x[i], i, 1, K)[0])
+        x.append(walk.advance(x[i], i))
     score = walk.judge_children(x[n], n - 1) if judges(scorer) == "children" else walk.judge(x[n], None, n)
     return Trajectories(torch.stack(x).unflatten(1, (K, len(batch))), score)
 

@@ -32,6 +32,7 @@ from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_me
 from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
@@ -295,10 +296,20 @@ class Run(TrainingRun[Config]):
             time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
         check_fit(self.objective, self.scorer, cfg)
+        on_gpu = self.device.type == "cuda"
+        self.record_graphs(CudaCapture(self.device) if on_gpu and cfg.model.cuda_graphs else None)
         self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
+
+    def record_graphs(self, capture: Capture | None) -> None:
+        """From now on calls of a rollout whose shapes came before are replayed."""
+        self.policy.graphs = graphs = Graphs(capture)
+        self.decode = graphs.wrap("decode", self.model.decode)
+        for number, part in enumerate(getattr(self.scorer, "scorers", [self.scorer])):
+            if hasattr(part, "score_pixels"):
+                part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
@@ -351,7 +362,7 @@ class Run(TrainingRun[Config]):
     def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
         """One iteration: experience, frozen networks, updates. Returns what to log."""
         cfg, sample, objective = self.cfg, self.cfg.sample, self.objective
-        decode = Saturation(self.model.decode)
+        decode = Saturation(self.decode)
         score = InPhase(self.scorer, functools.partial(timer, "score"))  # decoding included
         with timer("rollout"), self.rollout_weights(sample, iteration):
             inputs, epoch = self.inputs(iteration)

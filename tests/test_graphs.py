@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import recorded
 import torch
-from runs import built
+from runs import built, facts, run_toy
 
+from spo_fast import trainer
 from spo_fast.models.graphs import Graphs
 from spo_fast.noise import KeyedDraws
 from spo_fast.ops.transition import transition
@@ -88,3 +89,47 @@ def as_cond(parts):
     from spo_fast.experience import Cond
 
     return Cond(*parts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_inner_steps": 1, "method": "mspo", "rows_per_forward": 4, "threshold": 0.0},
+        {"rollout_weights": "merged", "max_prompts": 3},  # an epoch's last batch is short
+        {"method": "ddpo", "threshold": None, "guidance_scale": 1.0},
+    ],
+    ids=["spo", "mspo", "merged", "ddpo"],
+)
+def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, settings):
+    """Five iterations: prompts, noise, weights and the number of valid pairs change, no number does."""
+    settings = {"num_train_epochs": 3, "max_train_steps": 5, **settings}
+    plain = facts(run_toy(tmp_path / "plain", **settings))
+    made = []
+    record_graphs = trainer.Run.record_graphs
+
+    def recorded_graphs(self, capture):
+        record_graphs(self, recorded.capture)
+        made.append(self.policy.graphs)
+
+    monkeypatch.setattr(trainer.Run, "record_graphs", recorded_graphs)
+    replayed = facts(run_toy(tmp_path / "replayed", **settings))
+    assert replayed == plain and len(plain) == 5
+    assert len(made[0]) >= 2  # of them, forward and transition among them
+
+
+def test_a_rollout_is_all_replays_but_for_branching(tmp_path):
+    """From the third rollout on no UNet forward runs outside a graph."""
+    run = built(tmp_path / "run", num_inner_steps=1, method="mspo")
+    run.record_graphs(recorded.capture)
+    calls = []
+    run.policy.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for iteration in range(4):
+        with torch.no_grad():
+            batch = run.rollout_batch([0, 1], iteration)
+            arguments = (run.policy, run.table, run.scorer, run.decode, batch, run.cfg.sample, 8)
+            run.objective.collect(*arguments)
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[0] > 0 and counts[2:] == [0, 0]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo_fast.config import Config, SampleConfig
 from spo_fast.experience import Cond, Prediction
+from spo_fast.models.graphs import Graphs
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import SPO
 from spo_fast.rollout import RolloutBatch, branching_rollout, rollout_segments, segments
@@ -26,7 +27,7 @@ from spo_fast.trainer import Learner, TrainState
 class Net:
     """A policy whose network is a formula: sees x_t, t and the prompt, and counts its calls."""
 
-    device, dtype = torch.device("cpu"), torch.float64
+    device, dtype, graphs = torch.device("cpu"), torch.float64, Graphs(None)
 
     def __init__(self):
         self.calls, self.rows = 0, 0

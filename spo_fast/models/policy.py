@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
+from spo_fast.models.graphs import Graphs
 from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import MergedWeights
 
@@ -111,6 +112,8 @@ class Policy(TrainedWeights):
             p.data = p.data.to(dtype)
         super().__init__(named)
         self._merged: MergedWeights | None = None
+        self.graphs = Graphs(None)
+        """Of a rollout's calls, whose shapes repeat (rollout.py)."""
         self._start: list[Tensor] | None = None
         if adapter.lora_path is not None:
             self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
