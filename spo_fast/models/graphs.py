@@ -81,8 +81,8 @@ class Graphs:
 class CudaCapture:
     """Records CUDA graphs that share one memory pool: none of their outputs outlives the next replay."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, warmups: int = 1):
+        self.device, self.warmups = device, warmups
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
@@ -91,7 +91,8 @@ class CudaCapture:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries set themselves up per stream, and may not while recording
-                function()
+                for _ in range(self.warmups):
+                    function()
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, pool=self.pool):
                 outputs = function()
