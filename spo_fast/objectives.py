@@ -96,6 +96,8 @@ class Objective:
     """What its scorer must judge (scorers.judges); None: whatever it does."""
     shape: tuple[int, int] = (2, 1)
     """K sides, S transitions of a term."""
+    num_baselines: ClassVar[int] = 1
+    """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and anchor)."""
     rollout: ClassVar[Any] = staticmethod(rollout_segments)
     """The part of `collect` that costs something; None without a rollout."""
 
@@ -238,6 +240,7 @@ class GradSPO(SPO):
     guidance_step: float = 0.5
     ema_decay: float = 0.9
     sampler = "ema"
+    num_baselines = 2
 
     def collect(
         self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
@@ -345,6 +348,7 @@ class DPOK(DDPO):
     """
 
     kl_weight: float = 0.01
+    num_baselines = 2
 
     def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         with policy.reference():
@@ -462,6 +466,7 @@ class MaPO(DiffusionDPO):
     beta: float = 0.1
     prompt_dropout: float = 0.0
     scale: ClassVar[float] = 1000.0  # the number of timesteps
+    num_baselines = 0
 
     def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         return {}

@@ -29,7 +29,7 @@ from spo_fast.offline import noised
 from spo_fast.pair_images import EVALUATION, ImageLoader, Images, LoadedImage, SplitPairs, caches_latents
 from spo_fast.pairs import PairBatch, PairStream
 from spo_fast.preference_report import Judgements, write_report
-from spo_fast.schedule import StepTable
+from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers.clip import (
     Clip,
     find_weights,
@@ -129,7 +129,7 @@ class PixelReward:
 
     def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
         self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
-        self.table = model.full_table()
+        self.table = full_table(model.alphas_cumprod, model.prediction_type).to(model.device)
         self.alphas_cumprod = model.alphas_cumprod.to(model.device)
         self.weights = TrainedWeights(list(clip.named_parameters()))
 

@@ -198,9 +198,8 @@ def mapo(given: Given) -> dict[str, Any]:
     sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "rank": 8}
     published = {"scorer": ("pickscore",), **steps, **optim, **sizes}
     toy = {"sample_batch_size": 256, "train_batch_size": 64, "learning_rate": 1e-4}
-    return _by_model(
-        given, {"beta": 0.1, "num_inner_steps": 0, "branch_start": 0}, sd15=published, sdxl=published, toy=toy
-    )
+    settings = {"beta": 0.1, "num_inner_steps": 0, "branch_start": 0}
+    return _by_model(given, settings, sd15=published, sdxl=published, toy=toy)
 
 
 # by the value of --method: all settings given so far, the model's name among them -> the published ones over the preset

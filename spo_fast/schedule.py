@@ -67,6 +67,11 @@ def ddim_table(
     return StepTable(timesteps, torch.stack([a, b, c, d, std], dim=1), alpha)
 
 
+def full_table(alphas_cumprod: Tensor, prediction_type: str) -> StepTable:
+    """DDIM rows of all T timesteps (eta = 0), T-1 first: row T-1-t is timestep t."""
+    return ddim_table(alphas_cumprod, torch.arange(len(alphas_cumprod) - 1, -1, -1), 0.0, prediction_type)
+
+
 def flow_table(
     sigmas: Tensor,  # (R + 1,) descending noise levels of a flow-matching scheduler, ending at 0
     timesteps: Tensor,  # (R,) what the network is told

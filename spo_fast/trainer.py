@@ -40,7 +40,7 @@ from spo_fast.objectives import make_objective, predict_states
 from spo_fast.pair_images import PairReader
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
-from spo_fast.schedule import StepTable
+from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers import InPhase, judges, load_scorer
 from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
@@ -288,8 +288,9 @@ class Run(TrainingRun[Config]):
         self.objective, self.pairs = make_objective(cfg.objective), None
         if self.objective.sampler == "data":
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
-        sampled = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
-        self.table = self.model.full_table() if self.pairs else sampled
+        self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        if self.pairs is not None:  # noised to any timestep
+            self.table = full_table(self.model.alphas_cumprod, self.model.prediction_type).to(self.device)
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
             DTYPES[cfg.scorer.scorer_dtype], token_ids=self.model.token_ids,

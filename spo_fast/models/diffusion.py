@@ -142,11 +142,6 @@ class DiffusionModel:
         self._ddim.set_timesteps(num_steps)
         return ddim_table(self.alphas_cumprod, self._ddim.timesteps, eta, self.prediction_type).to(self.device)
 
-    def full_table(self) -> StepTable:
-        """DDIM rows of all the model's timesteps, T-1 first: row T-1-t is timestep t."""
-        timesteps = torch.arange(len(self.alphas_cumprod) - 1, -1, -1)
-        return ddim_table(self.alphas_cumprod, timesteps, 0.0, self.prediction_type).to(self.device)
-
     # ------------------------------------------------------------------------------------------------ export
 
     def save(self, policy: Policy, directory: Path) -> list[Path]:

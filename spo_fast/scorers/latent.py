@@ -369,6 +369,13 @@ def _published_key(key: str) -> str:
     return key
 
 
+def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """Of a latent reward model's parts, without its weights."""
+    if (path / "state_dict.pt").is_file():
+        return {p: read_json(path / p / "config.json") for p in PARTS if (path / p / "config.json").is_file()}
+    return read_json((path if path.is_dir() else path.parent) / "config.json")
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Tensors under their whole keys, and the configs beside them."""
     if (path / "state_dict.pt").is_file():
