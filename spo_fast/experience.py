@@ -6,7 +6,7 @@ Letters: N loss terms, K sides of a term (best first), S transitions of a side, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ class Cond:
 
     cond: dict[str, Tensor]  # each (P, ...)
     uncond: dict[str, Tensor]  # each (1, ...), the empty prompt's
+    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the model last computed of them alone, and with which weights."""
 
     def select(self, index: Tensor) -> Cond:
         return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)

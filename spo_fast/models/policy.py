@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
+from spo_fast.models.fuse import Text, fuse, text_of
 from spo_fast.models.lora import read_lora
 
 
@@ -44,6 +45,10 @@ class TrainedWeights:
         for p, master in zip(self._weights, self.masters, strict=True):
             if p is not master:
                 p.copy_(master)
+        self.changed()
+
+    def changed(self) -> None:
+        """Called whenever the network computes with other weights than before."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights (masters) by their names in the network."""
@@ -73,6 +78,8 @@ class Policy(TrainedWeights):
     def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
         self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
         self._frozen_copy: Any = None
+        self._weights_in_use = object()  # a new one for other weights
+        self.fused = False
         if adapter.full_finetune:
             self._frozen_copy = copy.deepcopy(unet)
             unet.requires_grad_(True)
@@ -97,6 +104,15 @@ class Policy(TrainedWeights):
         for p, value in zip(self._weights, values, strict=True):
             p.copy_(value)
 
+    def changed(self) -> None:
+        self._weights_in_use = object()
+
+    def fuse(self, recompute: bool = False) -> None:
+        """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""
+        for unet in filter(None, (self.unet, self._frozen_copy)):
+            fuse(unet, recompute)
+        self.fused = True
+
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
@@ -113,11 +129,25 @@ class Policy(TrainedWeights):
         guided: bool,  # evaluate the unconditional half as well, in the same forward
     ) -> Prediction:
         """The network's raw outputs, one UNet call for all rows and both halves."""
-        return denoise(self.unet, x_t, t, cond, guided)
+        if not self.fused or torch.is_grad_enabled():
+            return denoise(self.unet, x_t, t, cond, guided)
+        key = (self._weights_in_use, guided)
+        if cond.made.get("key") != key:
+            cond.made.update(key=key, text=text_of(self.unet, *_inputs(self.unet, len(x_t), cond, guided)))
+        return denoise(self.unet, x_t, t, cond, guided, cond.made["text"])
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, `predict` is the network that training started from."""
+        self.changed()
+        try:
+            with self._reference():
+                yield
+        finally:
+            self.changed()
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[None]:
         if self._frozen_copy is not None:
             trained, self.unet = self.unet, self._frozen_copy
             try:
@@ -160,26 +190,28 @@ def denoise(
     t: Tensor,  # () or (B,) int64 timesteps
     cond: Cond,  # of the B rows
     guided: bool,  # evaluate the unconditional half as well, in the same forward
+    text: Text | None = None,  # of a fused UNet: what it has already computed of the conditioning
 ) -> Prediction:
     """The UNet's raw outputs, one call for all rows and both halves (unconditional first, as diffusers)."""
-    B, dtype = x_t.shape[0], unet.dtype
-    x = x_t.to(dtype)
-    inputs = cond.cond
+    B = x_t.shape[0]
+    x = x_t.to(unet.dtype)
     if guided:
         x = torch.cat([x, x])
         t = t if t.ndim == 0 else torch.cat([t, t])
+    told, added = _inputs(unet, B, cond, guided) if text is None else (text, text.added)
+    out = unet(x, t, encoder_hidden_states=told, added_cond_kwargs=added, return_dict=False)[0]
+    return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
+
+
+def _inputs(unet: Any, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
+    inputs, dtype = cond.cond, unet.dtype
+    if guided:
         inputs = {
             name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value]) for name, value in cond.cond.items()
         }
     added = {name: inputs[name].to(dtype) for name in ("text_embeds", "time_ids") if name in inputs}
-    out = unet(
-        x,
-        t,
-        encoder_hidden_states=inputs["prompt_embeds"].to(dtype),
-        added_cond_kwargs=added or None,
-        return_dict=False,
-    )[0]
-    return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
+    return inputs["prompt_embeds"].to(dtype), added or None
 
 
 def _add_to(master: Tensor) -> Callable[[Tensor], None]:
