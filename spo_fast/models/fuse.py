@@ -130,11 +130,19 @@ def _call(module: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     return function(x)
 
 
+def _group_norm(module: Any, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
+    if norm.weight.requires_grad and torch.is_grad_enabled():  # a full fine-tuning: the op has no gradient for it
+        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.silu(x) if silu else x
+    settings = {"weight": norm.weight, "bias": norm.bias, "num_groups": norm.num_groups, "eps": norm.eps}
+    return _call(module, functools.partial(group_norm_silu, **settings, silu=silu), x)
+
+
 @contextlib.contextmanager
 def _normed(module: Any, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """norm(x); if the module is to recompute, what the graph inside saves of it is made again from x."""
     y = norm(x)
-    if not module.recompute or not torch.is_grad_enabled():
+    if not module.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield y
         return
     mine, numel, source = y.untyped_storage()._cdata, y.numel(), x.detach()
@@ -155,25 +163,18 @@ def _normed(module: Any, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------- modules
 
 
-def _group_norm(norm: nn.GroupNorm, silu: bool, x: Tensor) -> Tensor:
-    if norm.weight.requires_grad and torch.is_grad_enabled():  # a full fine-tuning: the op has no gradient for it
-        x = norm(x)
-        return F.silu(x) if silu else x
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu)
-
-
 class FusedGroupNormSiLU(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        return _call(self, functools.partial(_group_norm, self, True), x)
+        return _group_norm(self, self, x)
 
 
 class FusedResnet(ResnetBlock2D):
     def forward(self, x: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:  # (N, C, H, W), (N, D)
-        h = self.conv1(_call(self, functools.partial(_group_norm, self.norm1, True), x))
+        h = self.conv1(_group_norm(self, self.norm1, x))
         if self.time_emb_proj is not None:
             assert temb is not None
             h = h + self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
-        h = self.conv2(_call(self, functools.partial(_group_norm, self.norm2, True), h))
+        h = self.conv2(_group_norm(self, self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -252,7 +253,7 @@ class FusedTransformer(Transformer2DModel):
         self, hidden_states: Tensor, encoder_hidden_states: Any = None, *_: Any, return_dict: bool = False, **__: Any
     ) -> tuple[Tensor]:
         N, _C, H, W = hidden_states.shape
-        h = _call(self, functools.partial(_group_norm, self.norm, False), hidden_states)
+        h = _group_norm(self, self.norm, hidden_states, silu=False)
         if not self.use_linear_projection:
             h = self.proj_in(h)
         h = h.permute(0, 2, 3, 1).reshape(N, H * W, -1)  # a view of channels-last
