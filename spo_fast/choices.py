@@ -93,6 +93,12 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         on_gpu = device.type == "cuda"
         why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
         take("mixed_precision", cfg.model.precision_on(device.type), why)
+    if cfg.engine.fuse is None:
+        on, balanced = device.type == "cuda", cfg.engine.memory == "balanced"
+        why = "memory=balanced needs it" if balanced else "fewer operations and bytes" if on else "a CPU gains nothing"
+        take("fuse", on or balanced, why)
+    if cfg.engine.memory is not None and cfg.optim.gradient_checkpointing is None:
+        take("gradient_checkpointing", cfg.engine.memory == "small", f"memory={cfg.engine.memory}")
     open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]
     if not open_settings:
         return cfg, choices
@@ -100,6 +106,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         "rows_per_forward": rows_of_a_step(cfg),
         "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
         "states_per_forward": cfg.optim.states_at_once,
+        "memory": "fast",
         "gradient_checkpointing": False,
     }
     cfg = cfg.with_fields(**{flag: whole[flag] for flag in open_settings})
@@ -112,8 +119,8 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     for flag in open_settings:
         peak = peak_of(flag, costs(cfg))
         how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
-        if flag == "gradient_checkpointing":
-            how = "needed to fit" if flat[flag] else "not needed"
+        if flag in ("memory", "gradient_checkpointing"):
+            how = "nothing computed twice" if flat[flag] == whole[flag] else "needed to fit"
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
@@ -123,6 +130,7 @@ DECIDES: dict[str, tuple[str, ...]] = {
     "rows_per_forward": ("rollout",),
     "decode_chunk": ("score",),
     "states_per_forward": ("reference", "backward"),
+    "memory": ("backward",),
     "gradient_checkpointing": ("backward",),
 }
 """Setting -> the phases whose memory it decides. Of one phase's settings the cheapest comes first."""
@@ -150,10 +158,14 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         return cfg
 
     cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
-    plain = halved(cfg, "states_per_forward")
-    if "gradient_checkpointing" not in may or costs(plain).peaks["backward"] <= usable:
-        return plain
-    return halved(cfg.with_fields(gradient_checkpointing=True), "states_per_forward")
+    ladder = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
+    if "gradient_checkpointing" in may:
+        ladder.append({"gradient_checkpointing": True} | ({"memory": "small"} if "memory" in may else {}))
+    for settings in ({}, *ladder):
+        tried = halved(cfg.with_fields(**settings), "states_per_forward")
+        if costs(tried).peaks["backward"] <= usable:
+            break
+    return tried
 
 
 def _memoised(resolved: Resolved | None, device: Device) -> Callable[[Config], Costs]:

@@ -32,6 +32,7 @@ from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
 from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
+from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy, TrainedWeights
 from spo_fast.models.single_file import text_class, vae_class
 from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
@@ -208,7 +209,7 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
     # settings of memory and batches may change: the networks and what they took are kept
     global _latest
     model = replace(cfg.model, decode_chunk=None)
-    key = (model, cfg.adapter, cfg.scorer, resolved, device_type)
+    key = (model, cfg.adapter, cfg.scorer, cfg.engine.fuse, resolved, device_type)
     if _latest is None or _latest[0] != key:
         _latest = None  # the old ones go first
         _latest = key, Networks(cfg, resolved, device_type)
@@ -243,11 +244,15 @@ class Networks:
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(read_json(self.config_dir / "unet" / "config.json"))
             self.policy = Policy(unet, replace(cfg.adapter, lora_path=None), seed=0)
+        self.fused = self.cuda if cfg.engine.fuse is None else cfg.engine.fuse
         for network in filter(None, (unet, self.policy._frozen_copy)):
             self._fake(network, self.dtype)
             network.forward = self._once(network.forward)
         with self.mode:  # masters and hooks again, for the fake weights
             TrainedWeights.__init__(self.policy, [(n, p) for n, p in unet.named_parameters() if p.requires_grad])
+            if self.fused:
+                self.policy.fuse()
+                fuse(self.vae)
             if cfg.adapter.lora_path is not None:
                 self.policy._start = [torch.empty_like(p) for p in self.policy._weights]
 
@@ -337,6 +342,8 @@ class Networks:
             master.grad = None  # of the prediction before
         recompute = "enable" if cfg.optim.gradient_checkpointing else "disable"
         getattr(self.policy.unet, f"{recompute}_gradient_checkpointing")()
+        if self.fused:
+            self.policy.fuse(recompute=cfg.engine.memory == "balanced")
         with self.mode, self.live as live:
             embedded = self._encode_prompts()
             # the trainer keeps its last micro-batch for a diagnosis, and gradients where slots straddle rollouts
@@ -454,7 +461,8 @@ class Networks:
 
         if plan.accumulates:
             self._gradients()
-        key = ("backward", plan.pairs, plan.states, guided, plan.accumulates, bool(cfg.optim.gradient_checkpointing))
+        recomputed = (bool(cfg.optim.gradient_checkpointing), cfg.engine.memory == "balanced")
+        key = ("backward", plan.pairs, plan.states, guided, plan.accumulates, *recomputed)
         m = self._run(key, "policy", plan.states * (1 + guided), run)
         self._gradients()
         return m

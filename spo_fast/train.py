@@ -12,7 +12,7 @@ from spo_fast import cli
 from spo_fast.config import Config, RunError
 from spo_fast.extras import check_extras
 from spo_fast.models import find_lora, resolve, scorer_paths
-from spo_fast.presets import PRESETS, RECIPES
+from spo_fast.presets import MEMORY, PRESETS, RECIPES
 
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
 EXAMPLES = [
@@ -30,7 +30,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     )
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-        return RECIPES[source.get("recipe", "default")](given)
+        less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
+        return RECIPES[source.get("recipe", "default")](given) | less_memory
 
     cfg, given = cli.parse(parser, PRESETS, arguments, recipe)
     if cfg.data.prompts is not None and "max_prompts" not in given:

@@ -30,6 +30,7 @@ from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_me
 from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
@@ -270,6 +271,9 @@ class Run(TrainingRun[Config]):
         if cfg.optim.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
+        if cfg.engine.fuse:
+            self.policy.fuse(recompute=cfg.engine.memory == "balanced")
+            fuse(self.model.vae)
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,

@@ -31,6 +31,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
 from spo_fast.ops.lora_linear import lora_linear, lora_linears
@@ -48,7 +49,8 @@ class Text(NamedTuple):
 def fuse(network: nn.Module, recompute: bool = False) -> None:
     """Swap what this module knows inside a UNet or a VAE, in place; LoRA layers must be there already.
 
-    recompute: norms and gates save their inputs, which the graph holds anyway, and are computed again in the backward.
+    recompute: norms save their inputs, which the graph holds anyway, and are computed again in the backward. Gates (GEGLU)
+    always do. Called again it changes this alone.
     """
     for p in network.parameters():
         if p.ndim == 4:
@@ -73,7 +75,9 @@ def _fuse_embeddings(unet: Any) -> None:
         unet.time_embed_act = nn.SiLU()
         for resnet in resnets:
             resnet.skip_time_act = True
-    embedding, get_aug_embed = unet.time_embedding, unet.get_aug_embed
+    if not isinstance(unet.get_aug_embed, functools.partial):
+        unet.get_aug_embed = functools.partial(_added, unet.get_aug_embed)
+    embedding = unet.time_embedding
     if type(embedding) is TimestepEmbedding and not any(p.requires_grad for p in embedding.parameters()):
         with torch.no_grad():
             timesteps = torch.arange(NUM_TIMESTEPS, device=unet.device)
@@ -81,7 +85,6 @@ def _fuse_embeddings(unet: Any) -> None:
         embedding.register_buffer("table", table, persistent=False)
         embedding.__class__ = FusedTimeEmbedding
         unet.get_time_embed = _timesteps
-    unet.get_aug_embed = functools.partial(_added, get_aug_embed)
 
 
 def _timesteps(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -123,9 +126,9 @@ class _Recomputed(torch.autograd.Function):
             return torch.autograd.grad(ctx.function(x), x, grad)[0], None
 
 
-def _call(module: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), saving x only if the module is to recompute. A compiler decides that by itself."""
-    if module.recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def _saving_input(op: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), one of our ops: other backends than eager save x alone by themselves. A compiler decides that too."""
+    if torch.is_grad_enabled() and backend.choose(op, x) == "eager" and not torch.compiler.is_compiling():
         return _Recomputed.apply(x, function)
     return function(x)
 
@@ -135,12 +138,13 @@ def _group_norm(module: Any, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -
         x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.silu(x) if silu else x
     settings = {"weight": norm.weight, "bias": norm.bias, "num_groups": norm.num_groups, "eps": norm.eps}
-    return _call(module, functools.partial(group_norm_silu, **settings, silu=silu), x)
+    function = functools.partial(group_norm_silu, **settings, silu=silu)
+    return _saving_input("group_norm_silu", function, x) if module.recompute else function(x)
 
 
 @contextlib.contextmanager
 def _normed(module: Any, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """norm(x); if the module is to recompute, what the graph inside saves of it is made again from x."""
+    """norm(x); if the module is to recompute, what the graph inside saves of the result is made again from x."""
     y = norm(x)
     if not module.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield y
@@ -180,7 +184,7 @@ class FusedResnet(ResnetBlock2D):
 
 class FusedGEGLU(GEGLU):
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:  # (N, L, I) -> (N, L, D)
-        return _call(self, geglu, self.proj(x))
+        return _saving_input("geglu", geglu, self.proj(x))
 
 
 class FusedTimeEmbedding(TimestepEmbedding):
