@@ -1,8 +1,8 @@
 """What a run chooses by itself for the device it finds, each choice with its reason and the flag that overrides it.
 
 Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once.
-Batches stay whole while the predicted peak (costs.py) leaves room, then are halved until they fit; activations are
-recomputed only when no batch fits without. The run's saved settings hold what was chosen.
+Batches stay whole while the predicted peak (costs.py) leaves room, then are halved until they fit; norms, then all
+activations, are recomputed only when no batch fits without. The run's saved settings hold what was chosen.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def rows_of_a_step(cfg: Config) -> int:
 
 
 def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: int) -> Config:
-    """Halve what may be halved until the phases it decides fit, or it is as small as it can be."""
+    """Halve what may be halved until the phases it decides fit, or it is as small as it can be; then compute twice."""
 
     def halved(cfg: Config, flag: str) -> Config:
         value = cfg.flat()[flag]
@@ -192,7 +192,10 @@ def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | 
     flat, busy = cfg.flat(), {"score", "rollout"} if phase == "validate" else {phase}
     advice = []
     for flag in (flag for flag, phases in DECIDES.items() if busy & set(phases)):
-        if flag == "gradient_checkpointing":
+        if flag == "memory":
+            if flat["fuse"] and flat[flag] == "fast" and not flat["gradient_checkpointing"]:
+                advice.append(("--memory balanced", cfg.with_fields(memory="balanced"), flag))
+        elif flag == "gradient_checkpointing":
             if not flat[flag]:
                 advice.append(("--gradient_checkpointing", cfg.with_fields(gradient_checkpointing=True), flag))
         elif (value := flat[flag]) is not None and value > LEAST[flag]:

@@ -248,6 +248,7 @@ class Networks:
         for network in filter(None, (unet, self.policy._frozen_copy)):
             self._fake(network, self.dtype)
             network.forward = self._once(network.forward)
+        self.policy.text = self._once(self.policy.text, samples=False)  # type: ignore[method-assign]
         with self.mode:  # masters and hooks again, for the fake weights
             TrainedWeights.__init__(self.policy, [(n, p) for n, p in unet.named_parameters() if p.requires_grad])
             if self.fused:
@@ -305,7 +306,7 @@ class Networks:
 
     # ------------------------------------------------------------------------------------------------ running
 
-    def _once(self, function: Callable[..., Any], part: str | None = None) -> Callable[..., Any]:
+    def _once(self, function: Callable[..., Any], part: str | None = None, samples: bool = True) -> Callable[..., Any]:
         """The function, run once for each set of shapes without gradient; with gradient it is left alone."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -314,7 +315,7 @@ class Networks:
             name = part or self.live.phase_name
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             key = (id(function), name, *((x.shape, x.dtype) for x in tensors))
-            return self._run(key, name, len(tensors[0]), lambda: function(*args, **kwargs))
+            return self._run(key, name, len(tensors[0]) if samples else 0, lambda: function(*args, **kwargs))
 
         return call
 

@@ -6,7 +6,7 @@ Letters: N loss terms, K sides of a term (best first), S transitions of a side, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +26,12 @@ class Prediction(NamedTuple):
         return Prediction(self.cond.detach(), None if self.uncond is None else self.uncond.detach())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: what is computed of it alone can be kept
 class Cond:
     """Conditioning of P prompts. Opaque: only its model knows what the tensors mean."""
 
     cond: dict[str, Tensor]  # each (P, ...)
     uncond: dict[str, Tensor]  # each (1, ...), the empty prompt's
-    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What the model last computed of them alone, and with which weights."""
 
     def select(self, index: Tensor) -> Cond:
         return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)

@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig
@@ -78,7 +79,7 @@ class Policy(TrainedWeights):
     def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
         self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
         self._frozen_copy: Any = None
-        self._weights_in_use = object()  # a new one for other weights
+        self._texts: WeakKeyDictionary[Cond, dict[bool, Text]] = WeakKeyDictionary()  # by guidance
         self.fused = False
         if adapter.full_finetune:
             self._frozen_copy = copy.deepcopy(unet)
@@ -105,7 +106,7 @@ class Policy(TrainedWeights):
             p.copy_(value)
 
     def changed(self) -> None:
-        self._weights_in_use = object()
+        self._texts.clear()
 
     def fuse(self, recompute: bool = False) -> None:
         """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""
@@ -131,10 +132,13 @@ class Policy(TrainedWeights):
         """The network's raw outputs, one UNet call for all rows and both halves."""
         if not self.fused or torch.is_grad_enabled():
             return denoise(self.unet, x_t, t, cond, guided)
-        key = (self._weights_in_use, guided)
-        if cond.made.get("key") != key:
-            cond.made.update(key=key, text=text_of(self.unet, *_inputs(self.unet, len(x_t), cond, guided)))
-        return denoise(self.unet, x_t, t, cond, guided, cond.made["text"])
+        texts = self._texts.setdefault(cond, {})
+        if guided not in texts:
+            texts[guided] = self.text(*_inputs(self.unet, len(x_t), cond, guided))
+        return denoise(self.unet, x_t, t, cond, guided, texts[guided])
+
+    def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
+        return text_of(self.unet, prompt_embeds, added_cond_kwargs)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
