@@ -282,7 +282,8 @@ class FusedTransformer(Transformer2DModel):
 def _plain_resnet(m: Any) -> bool:
     silu = isinstance(m.nonlinearity, nn.SiLU)
     resized = m.upsample is not None or m.downsample is not None
-    norms = m.time_embedding_norm == "default" and type(m.norm1) is type(m.norm2) is nn.GroupNorm
+    added = m.time_embedding_norm == "default" or (m.time_embedding_norm == "group" and m.time_emb_proj is None)
+    norms = added and type(m.norm1) is type(m.norm2) is nn.GroupNorm
     return silu and norms and not resized and m.output_scale_factor == 1 and m.dropout.p == 0
 
 
