@@ -93,10 +93,15 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         on_gpu = device.type == "cuda"
         why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
         take("mixed_precision", cfg.model.precision_on(device.type), why)
+    if cfg.engine.compile is None:
+        on = device.type == "cuda" and cfg.engine.fuse is not False
+        why = "pays off within minutes" if on else "a CPU waits longer than it gains" if cfg.engine.fuse is None else "not fused"
+        take("compile", "regional" if on else "off", why)
     if cfg.engine.fuse is None:
-        on, balanced = device.type == "cuda", cfg.engine.memory == "balanced"
-        why = "memory=balanced needs it" if balanced else "fewer operations and bytes" if on else "a CPU gains nothing"
-        take("fuse", on or balanced, why)
+        engine, on = cfg.engine, device.type == "cuda"
+        needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}
+        why = next((f"{name} needs it" for name, need in needs.items() if need), "a CPU gains nothing")
+        take("fuse", on or any(needs.values()), "fewer operations and bytes" if on else why)
     if cfg.engine.memory is not None and cfg.optim.gradient_checkpointing is None:
         take("gradient_checkpointing", cfg.engine.memory == "small", f"memory={cfg.engine.memory}")
     open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]

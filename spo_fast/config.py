@@ -243,6 +243,9 @@ class SampleConfig(Section):
 class EngineConfig(Section):
     """How the networks are computed. Nothing here changes what is computed."""
 
+    compile: Literal["off", "regional", "full"] | None = None
+    """torch.compile of UNet, VAE decoder and scorer: of their repeated blocks, or whole; the first iterations wait for
+    it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
     fuse: bool | None = None
     """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
     rollout. Default: on a GPU, and for memory=balanced."""
@@ -256,6 +259,10 @@ class EngineConfig(Section):
         _need(
             self.fuse is not False or self.memory != "balanced",
             "memory=balanced is a property of the fused networks: leave out --no-fuse, or use fast or small.",
+        )
+        _need(
+            self.fuse is not False or self.compile in (None, "off"),
+            f"compile={self.compile} works on the fused networks: leave out --no-fuse, or use --compile off.",
         )
 
 

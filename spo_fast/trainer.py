@@ -21,7 +21,15 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
+from spo_fast.choices import (
+    choose,
+    found_device,
+    is_out_of_memory,
+    listed,
+    out_of_memory,
+    pick_device,
+    rows_of_a_step,
+)
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
 from spo_fast.data import count_repeats, training_prompts
 from spo_fast.experience import Candidates, Experience, Prediction
@@ -29,6 +37,7 @@ from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import resolve, scorer_paths, scorer_specs
+from spo_fast.models.compiled import compile_network, keep_cache_in
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
@@ -40,6 +49,7 @@ from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import load_scorer
+from spo_fast.scorers.clip import Layer
 from spo_fast.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -279,11 +289,27 @@ class Run(TrainingRun[Config]):
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
             DTYPES[cfg.scorer.scorer_dtype],
         )  # fmt: skip
+        if cfg.engine.compile != "off":
+            self.compile()
         self.objective = make_objective(cfg.objective)
         self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
+
+    def compile(self, backend: Any = "inductor") -> None:
+        """torch.compile of all networks; from then on the policy sees few batch sizes."""
+        cfg, sample, how = self.cfg, self.cfg.sample, str(self.cfg.engine.compile)
+        keep_cache_in(self.run_dir)
+        most = (sample.rows_per_forward or rows_of_a_step(cfg)) // (2 if sample.guidance_scale > 1 else 1)
+        rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
+        self.policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
+        for unet in filter(None, (self.policy.unet, self.policy._frozen_copy)):
+            compile_network(unet, how, backend=backend)
+        if hasattr(self.model.vae, "decoder"):
+            compile_network(self.model.vae.decoder, how, backend=backend)
+        for scorer in getattr(self.scorer, "scorers", [self.scorer]):
+            compile_network(scorer.model.vision_model, how, (Layer,), backend)
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""

@@ -244,6 +244,18 @@ def test_nothing_that_is_saved_changes(directories, tmp_path):
     assert plain.unet.peft_config["default"].to_dict() == fused.unet.peft_config["default"].to_dict()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_padding_changes_nothing(fused, directories):
+    """A batch of 3 filled up to 5: rows that nobody asked for give no gradient."""
+    plain, padded = (make_policy(directories["sdxl"], "convolutions", torch.float64) for _ in range(2))
+    padded.batch_sizes, sizes = (2, 5, 8), []
+    padded.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    if fused:
+        padded.fuse()
+    found = errors(results(padded), results(plain))
+    assert max(found.values()) < 1e-10 and set(sizes) == {5, 10}, found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_nothing(kind, directories):
     plain, fused = (make_policy(directories[kind], "attention", torch.float64) for _ in range(2))

@@ -81,6 +81,8 @@ class Policy(TrainedWeights):
         self._frozen_copy: Any = None
         self._texts: WeakKeyDictionary[Cond, dict[bool, Text]] = WeakKeyDictionary()  # by guidance
         self.fused = False
+        self.batch_sizes: tuple[int, ...] = ()
+        """Rising. Compiled, the network sees batches of these sizes only: `predict` fills up with its first row."""
         if adapter.full_finetune:
             self._frozen_copy = copy.deepcopy(unet)
             unet.requires_grad_(True)
@@ -130,6 +132,13 @@ class Policy(TrainedWeights):
         guided: bool,  # evaluate the unconditional half as well, in the same forward
     ) -> Prediction:
         """The network's raw outputs, one UNet call for all rows and both halves."""
+        B = len(x_t)
+        padded = next((size for size in self.batch_sizes if size >= B), B)
+        if padded > B > 0:
+            rows = torch.arange(padded, device=x_t.device)
+            rows = rows.where(rows < B, 0)  # what is computed of the rest gets no gradient: it adds zeros
+            m = self.predict(x_t[rows], t if t.ndim == 0 else t[rows], cond.select(rows), guided)
+            return m.select(slice(B))
         if not self.fused or torch.is_grad_enabled():
             return denoise(self.unet, x_t, t, cond, guided)
         texts = self._texts.setdefault(cond, {})
