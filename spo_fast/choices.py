@@ -1,8 +1,8 @@
 """What a run chooses by itself for the device it finds, each choice with its reason and the flag that overrides it.
 
 Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once.
-Batches stay whole while the predicted peak (costs.py) leaves room, then are halved until they fit; activations are
-recomputed only when no batch fits without. The run's saved settings hold what was chosen.
+Batches stay whole while the predicted peak (costs.py) leaves room, then are halved until they fit; norms, then all
+activations, are recomputed only when no batch fits without. The run's saved settings hold what was chosen.
 """
 
 from __future__ import annotations
@@ -93,6 +93,23 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         on_gpu = device.type == "cuda"
         why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
         take("mixed_precision", cfg.model.precision_on(device.type), why)
+    if cfg.engine.compile is None:
+        on = device.type == "cuda" and cfg.engine.fuse is not False
+        why = (
+            "pays off within minutes"
+            if on
+            else "a CPU waits longer than it gains"
+            if cfg.engine.fuse is None
+            else "not fused"
+        )
+        take("compile", "regional" if on else "off", why)
+    if cfg.engine.fuse is None:
+        engine, on = cfg.engine, device.type == "cuda"
+        needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}
+        why = next((f"{name} needs it" for name, need in needs.items() if need), "a CPU gains nothing")
+        take("fuse", on or any(needs.values()), "fewer operations and bytes" if on else why)
+    if cfg.engine.memory is not None and cfg.optim.gradient_checkpointing is None:
+        take("gradient_checkpointing", cfg.engine.memory == "small", f"memory={cfg.engine.memory}")
     open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]
     if not open_settings:
         return cfg, choices
@@ -100,6 +117,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         "rows_per_forward": rows_of_a_step(cfg),
         "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
         "states_per_forward": cfg.optim.states_at_once,
+        "memory": "fast",
         "gradient_checkpointing": False,
     }
     cfg = cfg.with_fields(**{flag: whole[flag] for flag in open_settings})
@@ -112,8 +130,8 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     for flag in open_settings:
         peak = peak_of(flag, costs(cfg))
         how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
-        if flag == "gradient_checkpointing":
-            how = "needed to fit" if flat[flag] else "not needed"
+        if flag in ("memory", "gradient_checkpointing"):
+            how = "nothing computed twice" if flat[flag] == whole[flag] else "needed to fit"
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
@@ -123,6 +141,7 @@ DECIDES: dict[str, tuple[str, ...]] = {
     "rows_per_forward": ("rollout",),
     "decode_chunk": ("score",),
     "states_per_forward": ("reference", "backward"),
+    "memory": ("backward",),
     "gradient_checkpointing": ("backward",),
 }
 """Setting -> the phases whose memory it decides. Of one phase's settings the cheapest comes first."""
@@ -140,7 +159,7 @@ def rows_of_a_step(cfg: Config) -> int:
 
 
 def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: int) -> Config:
-    """Halve what may be halved until the phases it decides fit, or it is as small as it can be."""
+    """Halve what may be halved until the phases it decides fit, or it is as small as it can be; then compute twice."""
 
     def halved(cfg: Config, flag: str) -> Config:
         value = cfg.flat()[flag]
@@ -150,10 +169,14 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         return cfg
 
     cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
-    plain = halved(cfg, "states_per_forward")
-    if "gradient_checkpointing" not in may or costs(plain).peaks["backward"] <= usable:
-        return plain
-    return halved(cfg.with_fields(gradient_checkpointing=True), "states_per_forward")
+    ladder = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
+    if "gradient_checkpointing" in may:
+        ladder.append({"gradient_checkpointing": True} | ({"memory": "small"} if "memory" in may else {}))
+    for settings in ({}, *ladder):
+        tried = halved(cfg.with_fields(**settings), "states_per_forward")
+        if costs(tried).peaks["backward"] <= usable:
+            break
+    return tried
 
 
 def _memoised(resolved: Resolved | None, device: Device) -> Callable[[Config], Costs]:
@@ -180,7 +203,10 @@ def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | 
     flat, busy = cfg.flat(), {"score", "rollout"} if phase == "validate" else {phase}
     advice = []
     for flag in (flag for flag, phases in DECIDES.items() if busy & set(phases)):
-        if flag == "gradient_checkpointing":
+        if flag == "memory":
+            if flat["fuse"] and flat[flag] == "fast" and not flat["gradient_checkpointing"]:
+                advice.append(("--memory balanced", cfg.with_fields(memory="balanced"), flag))
+        elif flag == "gradient_checkpointing":
             if not flat[flag]:
                 advice.append(("--gradient_checkpointing", cfg.with_fields(gradient_checkpointing=True), flag))
         elif (value := flat[flag]) is not None and value > LEAST[flag]:

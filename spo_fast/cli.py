@@ -22,6 +22,7 @@ TITLES = {
     "model": "model",
     "adapter": "what is trained",
     "sample": "rollout",
+    "engine": "how it is computed",
     "objective": "objective",
     "optim": "optimisation",
     "scorer": "scorer",

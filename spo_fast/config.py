@@ -262,6 +262,33 @@ class SampleConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig(Section):
+    """How the networks are computed. Nothing here changes what is computed."""
+
+    compile: Literal["off", "regional", "full"] | None = None
+    """torch.compile of UNet, VAE decoder and scorer: of their repeated blocks, or whole; the first iterations wait for
+    it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
+    fuse: bool | None = None
+    """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
+    rollout. Default: on a GPU, and for memory=balanced."""
+    memory: Literal["fast", "balanced", "small"] | None = None
+    """What the backward keeps of the forward. fast: all it needs. balanced: norms are computed again. small: everything
+    is (gradient_checkpointing), images are decoded singly and AdamW keeps 8-bit state, unless set otherwise. Default:
+    the first whose activations fit into the device's memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(
+            self.fuse is not False or self.memory != "balanced",
+            "memory=balanced is a property of the fused networks: leave out --no-fuse, or use fast or small.",
+        )
+        _need(
+            self.fuse is not False or self.compile in (None, "off"),
+            f"compile={self.compile} works on the fused networks: leave out --no-fuse, or use --compile off.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamConfig(Section):
     """What the optimizers of all trainers share."""
 
@@ -301,8 +328,8 @@ class OptimConfig(AdamConfig):
     """UNet states (times 2 for guidance) in one training forward and backward: memory. Default: one slot's most, or
     what the device's memory allows."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third more training time. Default: only if the
-    device's memory asks for it."""
+    """Recompute activations in the backward pass: less memory, about a third more training time. Default: if memory is
+    small."""
     max_nonfinite_steps: Count = 10
     """Stop, with a diagnosis, after so many optimizer steps in a row whose loss or gradient was not finite. Each is
     skipped and counted."""
@@ -532,6 +559,7 @@ class Config(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)

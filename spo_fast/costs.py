@@ -32,6 +32,7 @@ from spo_fast.experience import Cond, Experience, Prediction, States
 from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
+from spo_fast.models.fuse import fuse
 from spo_fast.models.merged import lora_layers
 from spo_fast.models.policy import Policy, TrainedWeights
 from spo_fast.models.single_file import text_class, vae_class
@@ -211,7 +212,7 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
     # settings of memory and batches may change: the networks and what they took are kept
     global _latest
     model = replace(cfg.model, decode_chunk=None)
-    key = (model, cfg.adapter, cfg.scorer, resolved, device_type)
+    key = (model, cfg.adapter, cfg.scorer, cfg.engine.fuse, resolved, device_type)
     if _latest is None or _latest[0] != key:
         _latest = None  # the old ones go first
         _latest = key, Networks(cfg, resolved, device_type)
@@ -247,11 +248,16 @@ class Networks:
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(read_json(self.config_dir / "unet" / "config.json"))
             self.policy = Policy(unet, replace(cfg.adapter, lora_path=None), seed=0)
+        self.fused = self.cuda if cfg.engine.fuse is None else cfg.engine.fuse
         for network in filter(None, (unet, self.policy._frozen_copy)):
             self._fake(network, self.dtype)
             network.forward = self._once(network.forward)
+        self.policy.text = self._once(self.policy.text, samples=False)  # type: ignore[method-assign]
         with self.mode:  # masters and hooks again, for the fake weights
             TrainedWeights.__init__(self.policy, [(n, p) for n, p in unet.named_parameters() if p.requires_grad])
+            if self.fused:
+                self.policy.fuse()
+                fuse(self.vae)
             if cfg.adapter.lora_path is not None:
                 self.policy._start = [torch.empty_like(p) for p in self.policy._weights]
 
@@ -320,7 +326,7 @@ class Networks:
 
     # ------------------------------------------------------------------------------------------------ running
 
-    def _once(self, function: Callable[..., Any], part: str | None = None) -> Callable[..., Any]:
+    def _once(self, function: Callable[..., Any], part: str | None = None, samples: bool = True) -> Callable[..., Any]:
         """The function, run once for each set of shapes without gradient; with gradient it is left alone."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -329,7 +335,7 @@ class Networks:
             name = part or self.live.phase_name
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             key = (id(function), name, self._merged, *((x.shape, x.dtype) for x in tensors))
-            return self._run(key, name, len(tensors[0]), lambda: function(*args, **kwargs))
+            return self._run(key, name, len(tensors[0]) if samples else 0, lambda: function(*args, **kwargs))
 
         return call
 
@@ -362,6 +368,8 @@ class Networks:
         if objective.sampler == "ema":
             with self.mode:
                 self.policy.keep_averages(objective.ema_decay)
+        if self.fused:
+            self.policy.fuse(recompute=cfg.engine.memory == "balanced")
         with self.mode, self.live as live:
             embedded = self._encode_prompts()
             # the trainer keeps its last micro-batch for a diagnosis, and gradients where slots straddle rollouts
@@ -522,15 +530,8 @@ class Networks:
 
         if plan.accumulates:
             self._gradients()
-        key = (
-            "backward",
-            cfg.objective,
-            plan.pairs,
-            plan.states,
-            guided,
-            plan.accumulates,
-            bool(cfg.optim.gradient_checkpointing),
-        )
+        recomputed = (bool(cfg.optim.gradient_checkpointing), cfg.engine.memory == "balanced")
+        key = ("backward", cfg.objective, plan.pairs, plan.states, guided, plan.accumulates, *recomputed)
         m = self._run(key, "policy", plan.states * (1 + guided), run)
         self._gradients()
         return m

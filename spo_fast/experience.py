@@ -38,12 +38,16 @@ class Cond:
 
     cond: dict[str, Tensor]  # each (P, ...)
     uncond: dict[str, Tensor]  # each (1, ...), the empty prompt's
+    text: Any = None  # what a network has computed of it alone (Policy.told)
+
+    def __len__(self) -> int:
+        return next(iter(self.cond.values())).shape[0]
 
     def select(self, index: Tensor) -> Cond:
         return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)
 
 
-pytree.register_pytree_node(Cond, lambda c: ([c.cond, c.uncond], None), lambda parts, _: Cond(*parts))
+pytree.register_pytree_node(Cond, lambda c: ([c.cond, c.uncond, c.text], None), lambda parts, _: Cond(*parts))
 
 
 @dataclass(frozen=True)

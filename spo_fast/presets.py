@@ -239,6 +239,16 @@ RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
+def small(given: Mapping[str, Any]) -> dict[str, Any]:
+    """For cards of 16 GB."""
+    few = {"states_per_forward": 2} if given["model"] == "sdxl" else {}
+    return {"gradient_checkpointing": True, "decode_chunk": 1, "optimizer": "adamw8bit", **few}
+
+
+# by the value of --memory, likewise; the others are a matter of the networks alone
+MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
+
+
 # ---------------------------------------------------------------------------------------------------- preference models
 
 

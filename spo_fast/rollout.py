@@ -34,7 +34,7 @@ class RolloutBatch:
     dtype: torch.dtype  # of the latents: float32, or float64 for checks
 
     def __len__(self) -> int:
-        return next(iter(self.cond.cond.values())).shape[0]
+        return len(self.cond)
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,15 @@ class Walk:
         self.batch, self.cfg, self.K, self.B = batch, cfg, cfg.num_candidates, len(batch)
         device = table.coefficients.device
         self.every_row = torch.arange(table.num_steps, device=device)
-        self.branched_cond = batch.cond.select(torch.arange(self.B, device=device).repeat(self.K))  # k-major
+        guided = cfg.guidance_scale > 1
+        branched = batch.cond.select(torch.arange(self.B, device=device).repeat(self.K))  # k-major
+        self.cond, self.branched_cond = policy.told(batch.cond, guided), policy.told(branched, guided)
         self.branched_text = repeat_text(batch.text, self.K)
         # the policy owns the graphs: they outlive a rollout
         self._predict, self._advance = (policy.graphs.wrap(f.__name__, f) for f in (predict_rows, advance))
 
     def _cond(self, x: Tensor) -> Cond:
-        return self.batch.cond if len(x) == self.B else self.branched_cond
+        return self.cond if len(x) == self.B else self.branched_cond
 
     def predict(self, x: Tensor, i: int) -> Prediction:  # x (B, C, H, W) or (K B, C, H, W)
         guided, most = self.cfg.guidance_scale > 1, self.cfg.rows_per_forward
@@ -280,7 +282,7 @@ def sample_latents(
 
     most_rows: UNet rows in one forward, as rows_per_forward.
     """
-    quiet = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
+    quiet, cond = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device), policy.told(cond, guidance_scale > 1)
     for i in range(table.num_steps):
         cond_out, uncond_out = predict_rows(policy, x, table.timesteps[i], cond, guidance_scale > 1, most_rows)
         rows = torch.full((x.shape[0],), i, device=x.device)

@@ -12,7 +12,7 @@ from spo_fast import cli
 from spo_fast.config import Config, RunError
 from spo_fast.extras import check_extras
 from spo_fast.models import find_lora, resolve, scorer_paths
-from spo_fast.presets import DATA, METHODS, PRESETS, READS, RECIPES
+from spo_fast.presets import DATA, MEMORY, METHODS, PRESETS, READS, RECIPES
 
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
 EXAMPLES = [
@@ -32,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> Config:
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         method = METHODS[source["method"]](given) if "method" in source and given["model"] else {}
-        return method | RECIPES[source.get("recipe", "default")](given)
+        less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
+        return method | RECIPES[source.get("recipe", "default")](given) | less_memory
 
     cfg, given, flags = cli.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, flags)

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from spo_fast import checkpoint
 from spo_fast.checkpoint import TrainState
-from spo_fast.choices import choose, found_device, is_out_of_memory, listed, out_of_memory, pick_device
+from spo_fast.choices import (
+    choose,
+    found_device,
+    is_out_of_memory,
+    listed,
+    out_of_memory,
+    pick_device,
+    rows_of_a_step,
+)
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
 from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
@@ -31,7 +39,9 @@ from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import resolve, scorer_paths, scorer_specs
+from spo_fast.models.compiled import compile_network, keep_cache_in
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
@@ -42,6 +52,7 @@ from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers import InPhase, judges, load_scorer
+from spo_fast.scorers.clip import Layer
 from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
 
@@ -285,6 +296,9 @@ class Run(TrainingRun[Config]):
         if cfg.optim.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
+        if cfg.engine.fuse:
+            self.policy.fuse(recompute=cfg.engine.memory == "balanced")
+            fuse(self.model.vae)
         self.objective, self.pairs = make_objective(cfg.objective), None
         if self.objective.sampler == "data":
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
@@ -297,6 +311,8 @@ class Run(TrainingRun[Config]):
             time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
         check_fit(self.objective, self.scorer, cfg)
+        if cfg.engine.compile != "off":
+            self.compile()
         on_gpu = self.device.type == "cuda"
         self.record_graphs(CudaCapture(self.device) if on_gpu and cfg.model.cuda_graphs else None)
         self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
@@ -311,6 +327,20 @@ class Run(TrainingRun[Config]):
         for number, part in enumerate(getattr(self.scorer, "scorers", [self.scorer])):
             if hasattr(part, "score_pixels"):
                 part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
+
+    def compile(self, backend: Any = "inductor") -> None:
+        """torch.compile of all networks; from then on the policy sees few batch sizes."""
+        cfg, sample, how = self.cfg, self.cfg.sample, str(self.cfg.engine.compile)
+        keep_cache_in(self.run_dir)
+        most = (sample.rows_per_forward or rows_of_a_step(cfg)) // (2 if sample.guidance_scale > 1 else 1)
+        rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
+        self.policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
+        for unet in filter(None, (self.policy.unet, self.policy._frozen_copy)):
+            compile_network(unet, how, backend=backend)
+        if hasattr(self.model.vae, "decoder"):
+            compile_network(self.model.vae.decoder, how, backend=backend)
+        for scorer in getattr(self.scorer, "scorers", [self.scorer]):
+            compile_network(scorer.model.vision_model, how, (Layer,), backend)
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""

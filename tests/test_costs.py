@@ -17,7 +17,8 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spo_fast import costs
+from spo_fast import costs, train
+from spo_fast.choices import Device, choose
 from spo_fast.config import Config
 from spo_fast.costs import Costs, CountFlops, LiveStorage, predict
 from spo_fast.models import resolve, scorer_paths
@@ -86,6 +87,8 @@ def measure(output_dir: Path, **settings: Any) -> Measured:
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
+    "fused": {"fuse": True},
+    "balanced": {"fuse": True, "memory": "balanced"},
     "no guidance": {"guidance_scale": 1.0},
     "bf16": {"mixed_precision": "bf16", "scorer_dtype": "bf16"},
     "inner steps": {"num_inner_steps": 1},
@@ -218,7 +221,7 @@ def assert_near_the_least(kind: str, c: Costs) -> None:
 @pytest.mark.slow
 def test_sdxl_costs_what_was_published():
     """Counted on meta tensors by other means. 140 and 16 are the published run's calls."""
-    cfg = PRESETS["sdxl"]()
+    cfg = PRESETS["sdxl"]().with_fields(fuse=False)
     c = predict(cfg)
     assert_near_the_least("sdxl", c)
     merged = predict(cfg.with_fields(rollout_weights="merged"))
@@ -252,8 +255,26 @@ def test_sdxl_costs_what_was_published():
 
 
 @pytest.mark.slow
+def test_sdxl_fits_by_memory_mode():
+    """As many states as published; the goals are 50 GiB fast and 14 GiB small."""
+    parsed = {m: train.parse(["--model", "sdxl", "--memory", m]) for m in ("fast", "balanced", "small")}
+    gib = {m: predict(choose(cfg, Device("a GPU", "cuda", 141 * 10**9))[0]).peak / 2**30 for m, cfg in parsed.items()}
+    assert gib["fast"] <= 50 and gib["small"] <= 14
+    assert gib["balanced"] == pytest.approx(43.4, abs=0.3)
+
+
+@pytest.mark.slow
+def test_text_is_projected_once_a_rollout():
+    """SDXL: 0.8 % of a forward, at every step as published; here for each of the rollout's two batches of prompts."""
+    cfg = PRESETS["sdxl"]()
+    plain, fused = (predict(cfg.with_fields(fuse=on)).full_flops for on in (False, True))
+    assert fused["policy"] == plain["policy"] and fused["reference"] == plain["reference"]
+    assert 0.990 < fused["rollout"] / plain["rollout"] < 0.994
+
+
+@pytest.mark.slow
 def test_sd15_costs_what_was_published():
-    c = predict(PRESETS["sd15"]())
+    c = predict(PRESETS["sd15"]().with_fields(fuse=False))
     assert_near_the_least("sd15", c)
     assert (c.samples["rollout"], c.samples["decode"], c.samples["score"]) == (1300, 640, 640)
     assert c.samples["reference"] == 2 * 160

@@ -21,7 +21,7 @@ from spo_fast.metrics import read_metrics
 from spo_fast.presets import PRESETS
 
 MIB = 2**20
-OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "gradient_checkpointing")
+OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "memory", "gradient_checkpointing")
 
 
 def gpu(memory_bytes: float) -> Device:
@@ -39,10 +39,10 @@ def toy_on(memory_mib: float, **settings: object) -> tuple[trainer.Config, dict[
 
 def test_everything_stays_whole_where_there_is_room() -> None:
     cfg, found = toy_on(100_000)
-    assert set(found) == {*OPEN, "mixed_precision"}
+    assert set(found) == {*OPEN, "mixed_precision", "fuse"}
     assert cfg.sample.rows_per_forward == 4 * 4 * 2 and cfg.model.decode_chunk == 8
     assert cfg.optim.states_per_forward == 8 and cfg.optim.gradient_checkpointing is False
-    assert cfg.model.mixed_precision == "fp16"
+    assert cfg.model.mixed_precision == "fp16" and cfg.engine.fuse is True and cfg.engine.memory == "fast"
 
 
 def test_less_memory_means_smaller_batches_that_fit() -> None:
@@ -61,16 +61,35 @@ def test_less_memory_means_smaller_batches_that_fit() -> None:
 
 def test_activations_are_recomputed_only_if_no_batch_fits_without() -> None:
     whole, _ = toy_on(100_000)
-    plain = predict(whole.with_fields(states_per_forward=2)).peaks["backward"]
-    assert toy_on(1.01 * plain / MIB)[0].optim.gradient_checkpointing is False
-    cfg, found = toy_on(0.97 * plain / MIB)
-    assert cfg.optim.gradient_checkpointing is True and "needed" in found["gradient_checkpointing"].reason
+    least = whole.with_fields(states_per_forward=2)
+    fast, balanced = (predict(least.with_fields(memory=m)).peaks["backward"] for m in ("fast", "balanced"))
+    assert balanced < 0.99 * fast
+    for room, memory in ((1.001 * fast, "fast"), (1.001 * balanced, "balanced"), (0.98 * balanced, "small")):
+        cfg, found = toy_on(room / MIB)
+        assert cfg.engine.memory == memory and cfg.optim.gradient_checkpointing is (memory == "small")
+        assert ("needed" in found["memory"].reason) is (memory != "fast")
+    assert "needed" in found["gradient_checkpointing"].reason
+    # norms are recomputed in fused networks only
+    cfg, _ = toy_on(1.001 * balanced / MIB, fuse=False)
+    assert cfg.engine.memory == "small" and cfg.optim.gradient_checkpointing is True
+
+
+def test_memory_modes_fill_in_what_was_not_given() -> None:
+    small = train.parse(["--model", "sdxl", "--memory", "small"])
+    assert small.optim.gradient_checkpointing is True and small.model.decode_chunk == 1
+    assert small.optim.optimizer == "adamw8bit" and small.optim.states_per_forward == 2
+    mine = train.parse(["--model", "sdxl", "--memory", "small", "--optimizer", "adamw", "--states_per_forward", "4"])
+    assert mine.optim.optimizer == "adamw" and mine.optim.states_per_forward == 4
+    balanced, found = choose(train.parse(["--model", "toy", "--memory", "balanced"]), Device("CPU", "cpu", None))
+    assert balanced.engine.fuse is True and balanced.optim.gradient_checkpointing is False
+    with pytest.raises(ValueError, match="leave out --no-fuse"):
+        train.parse(["--model", "toy", "--memory", "balanced", "--no-fuse"])
 
 
 def test_what_was_given_is_not_chosen() -> None:
     given = {"rows_per_forward": 64, "states_per_forward": 8, "gradient_checkpointing": False}
     cfg, found = toy_on(1, **given)
-    assert set(found) == {"mixed_precision", "decode_chunk"}
+    assert set(found) == {"mixed_precision", "decode_chunk", "fuse", "memory"}
     assert (cfg.sample.rows_per_forward, cfg.optim.states_per_forward) == (64, 8)
 
 
@@ -78,7 +97,7 @@ def test_what_was_given_is_not_chosen() -> None:
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_published_presets_fit_24_80_and_141_gb(model: str) -> None:
     states = []
-    expected = {"sd15": (14.4, 22.1, 22.1), "sdxl": (17.1, 54.1, 54.1)}[model]  # the README's, GiB
+    expected = {"sd15": (14.4, 22.1, 22.1), "sdxl": (17.4, 48.8, 48.8)}[model]  # the README's, GiB
     for memory, peak in zip((24, 80, 141), expected, strict=True):
         device = gpu(memory * 1e9)
         cfg, found = choose(PRESETS[model](), device)
@@ -94,9 +113,8 @@ def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     out = tmp_path / "run"
     assert train.main(flags(out, max_train_steps=1, decode_chunk="none")) == 0
     printed = capsys.readouterr().out
-    assert (
-        "  --rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --no-gradient_checkpointing: memory" in printed
-    )
+    chosen = "--rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --memory fast --no-gradient_checkpointing"
+    assert f"  {chosen}: memory" in printed
     assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
 
 

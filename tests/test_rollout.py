@@ -32,6 +32,9 @@ class Net:
     def __init__(self):
         self.calls, self.rows = 0, 0
 
+    def told(self, cond, guided):
+        return cond
+
     def predict(self, x_t, t, cond, guided):
         self.calls, self.rows = self.calls + 1, self.rows + len(x_t) * (2 if guided else 1)
         t = t.double() / 1000 if t.ndim == 0 else t.double().view(-1, 1, 1, 1) / 1000

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
+from spo_fast.models.fuse import Text, fuse, text_of
 from spo_fast.models.graphs import Graphs
 from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import MergedWeights
@@ -97,6 +99,9 @@ class Policy(TrainedWeights):
     def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
         self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
         self._frozen_copy: Any = None
+        self.fused = False
+        self.batch_sizes: tuple[int, ...] = ()
+        """Rising. Compiled, the network sees batches of these sizes only: `predict` fills up with its first row."""
         if adapter.full_finetune:
             self._frozen_copy = copy.deepcopy(unet)
             unet.requires_grad_(True)
@@ -140,6 +145,12 @@ class Policy(TrainedWeights):
         with self._filled(self.averages):
             yield
 
+    def fuse(self, recompute: bool = False) -> None:
+        """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""
+        for unet in filter(None, (self.unet, self._frozen_copy)):
+            fuse(unet, recompute)
+        self.fused = True
+
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
@@ -156,7 +167,24 @@ class Policy(TrainedWeights):
         guided: bool,  # evaluate the unconditional half as well, in the same forward
     ) -> Prediction:
         """The network's raw outputs, one UNet call for all rows and both halves."""
+        B = len(x_t)
+        padded = next((size for size in self.batch_sizes if size >= B), B)
+        if padded > B > 0:
+            rows = torch.arange(padded, device=x_t.device)
+            rows = rows.where(rows < B, 0)  # what is computed of the rest gets no gradient: it adds zeros
+            m = self.predict(x_t[rows], t if t.ndim == 0 else t[rows], cond.select(rows), guided)
+            return m.select(slice(B))
         return denoise(self.unet, x_t, t, cond, guided)
+
+    @torch.no_grad()
+    def told(self, cond: Cond, guided: bool) -> Cond:
+        """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
+        if not self.fused:
+            return cond
+        return replace(cond, text=self.text(*_inputs(self.unet, len(cond), cond, guided)))
+
+    def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
+        return text_of(self.unet, prompt_embeds, added_cond_kwargs)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -221,24 +249,25 @@ def denoise(
     guided: bool,  # evaluate the unconditional half as well, in the same forward
 ) -> Prediction:
     """The UNet's raw outputs, one call for all rows and both halves (unconditional first, as diffusers)."""
-    B, dtype = x_t.shape[0], unet.dtype
-    x = x_t.to(dtype)
-    inputs = cond.cond
+    B = x_t.shape[0]
+    x = x_t.to(unet.dtype)
     if guided:
         x = torch.cat([x, x])
         t = t if t.ndim == 0 else torch.cat([t, t])
+    told, added = _inputs(unet, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
+    out = unet(x, t, encoder_hidden_states=told, added_cond_kwargs=added, return_dict=False)[0]
+    return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
+
+
+def _inputs(unet: Any, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
+    inputs, dtype = cond.cond, unet.dtype
+    if guided:
         inputs = {
             name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value]) for name, value in cond.cond.items()
         }
     added = {name: inputs[name].to(dtype) for name in ("text_embeds", "time_ids") if name in inputs}
-    out = unet(
-        x,
-        t,
-        encoder_hidden_states=inputs["prompt_embeds"].to(dtype),
-        added_cond_kwargs=added or None,
-        return_dict=False,
-    )[0]
-    return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
+    return inputs["prompt_embeds"].to(dtype), added or None
 
 
 def _add_to(master: Tensor) -> Callable[[Tensor], None]:

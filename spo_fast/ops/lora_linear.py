@@ -18,6 +18,7 @@ sums dA = s u^T x and dB = s dy^T t in float32, over pieces of the M tokens, wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def lora_linear_ref(x, weight, bias, lora_A, lora_B, scale):
 def _down_up_ref(x, down, up, bias, scale):
     """t = x down^T and s t up^T + bias: the LoRA's part, forward (A, B) and backward (B^T, A^T)."""
     t = x @ down.to(x.dtype).t()
-    up = (scale * up).to(x.dtype).t()
+    up = (up if scale == 1 else scale * up).to(x.dtype).t()
     return t @ up if bias is None else torch.addmm(bias, t, up), t
 
 
@@ -267,7 +268,47 @@ class _LoraLinear(torch.autograd.Function):
         return dx, None, None, grad_A, grad_B, None, None
 
 
-# ---------------------------------------------------------------------------------------------------- public function
+class _LoraLinears(torch.autograd.Function):
+    """Layers that read the same x (M, I) contiguous: their A's, stacked, make one product with x of all the t's."""
+
+    @staticmethod
+    def forward(ctx: Any, x, scale, *parts):
+        layers = [parts[i : i + 4] for i in range(0, len(parts), 4)]
+        down = torch.cat([lora_A for _, _, lora_A, _ in layers]).to(x.dtype)
+        t = x @ down.t()
+        ctx.save_for_backward(x, t, *parts)
+        ctx.scale, out = scale, []
+        for (weight, bias, _, lora_B), t_i in zip(layers, _parts(t, layers), strict=True):
+            up = (lora_B if scale == 1 else scale * lora_B).to(x.dtype).t()
+            y = t_i @ up if bias is None else torch.addmm(bias, t_i, up)
+            out.append(torch.addmm(y, x, weight.t(), out=y))
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads):
+        x, t, *parts = ctx.saved_tensors
+        layers = [parts[i : i + 4] for i in range(0, len(parts), 4)]
+        grads = [dy.contiguous() for dy in grads]
+        u = torch.cat([dy @ lora_B.to(dy.dtype) for dy, (_, _, _, lora_B) in zip(grads, layers, strict=True)], 1)
+        dx, scale = None, ctx.scale
+        if ctx.needs_input_grad[0]:
+            down = torch.cat([lora_A for _, _, lora_A, _ in layers])
+            dx = u @ (down if scale == 1 else scale * down).to(u.dtype)
+            for dy, (weight, *_) in zip(grads, layers, strict=True):
+                dx = torch.addmm(dx, dy, weight, out=dx)
+        grad_A = _outer_ref(u, x, scale).split([lora_A.shape[0] for _, _, lora_A, _ in layers])
+        out: list[Tensor | None] = [dx, None]
+        for dy, t_i, g, (_, _, lora_A, lora_B) in zip(grads, _parts(t, layers), grad_A, layers, strict=True):
+            out += [None, None, g.to(lora_A.dtype), _outer_ref(dy, t_i, scale).to(lora_B.dtype)]
+        return tuple(out)
+
+
+def _parts(t, layers):
+    return t.split([lora_A.shape[0] for _, _, lora_A, _ in layers], 1)
+
+
+# ---------------------------------------------------------------------------------------------------- public functions
 
 
 def lora_linear(
@@ -282,6 +323,33 @@ def lora_linear(
 
     Raises ValueError for shapes that do not fit or a base that wants a gradient, TypeError for a base of another type.
     """
+    _check(x, weight, bias, lora_A, lora_B)
+    name = backend.choose("lora_linear", x)
+    bias = None if bias is None else bias.contiguous()
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _LoraLinear.apply(flat, weight, bias, lora_A, lora_B, float(scale), name)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def lora_linears(
+    x: Tensor,  # (..., I)
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],  # weight, bias, lora_A, lora_B of each
+    scale: float,
+) -> tuple[Tensor, ...]:  # (..., O) of each layer
+    """lora_linear of several layers that share x, such as queries, keys and values: x is read once for all the A's.
+
+    Triton's kernel keeps t in registers, so there the layers stay apart.
+    """
+    if backend.choose("lora_linear", x) == "triton":
+        return tuple(lora_linear(x, *layer, scale) for layer in layers)
+    for layer in layers:
+        _check(x, *layer)
+    parts = [part for layer in layers for part in layer]
+    out = _LoraLinears.apply(x.reshape(-1, x.shape[-1]).contiguous(), float(scale), *parts)
+    return tuple(y.view(*x.shape[:-1], -1) for y in out)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
     (rows, columns), r = weight.shape, lora_A.shape[0]
     if (
         x.shape[-1] != columns
@@ -297,7 +365,3 @@ def lora_linear(
         raise TypeError(f"lora_linear: weight is {weight.dtype}, x {x.dtype}: convert the base once, not at every call")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("lora_linear gives its base no gradient: call requires_grad_(False) on weight and bias")
-    name = backend.choose("lora_linear", x)
-    bias = None if bias is None else bias.contiguous()
-    y = _LoraLinear.apply(x.reshape(-1, columns).contiguous(), weight, bias, lora_A, lora_B, float(scale), name)
-    return y.view(*x.shape[:-1], rows)

@@ -1,0 +1,38 @@
+"""torch.compile of a network's repeated blocks, or of all of it, with no new shape after the first iteration.
+
+No graph break is allowed (fullgraph) and no size is dynamic: a graph belongs to one batch size, so Policy pads what it
+is given to the run's few batch sizes. Regional compilation is the default on a GPU: blocks of one shape share a graph,
+which takes a tenth of the time for the same speed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+BLOCKS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
+GRAPHS = 256
+"""Of one function: shapes x batch sizes x (with and without gradient, with and without LoRA). PyTorch stops at 8."""
+
+
+def compile_network(
+    network: nn.Module, how: str, blocks: tuple[type[nn.Module], ...] = BLOCKS, backend: Any = "inductor"
+) -> None:
+    """how: regional (each of the network's blocks) or full; in place, compiled at the first call."""
+    import torch._dynamo as dynamo
+
+    dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = GRAPHS
+    parts = [network] if how == "full" else [m for m in network.modules() if isinstance(m, blocks)]
+    for part in parts:
+        part.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+def keep_cache_in(directory: Path) -> None:
+    """Inductor's kernels go into the run's directory, where a resumed run finds them, unless a place was set."""
+    import os
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.resolve() / "compile_cache"))

@@ -1,0 +1,296 @@
+"""models/fuse.py: operations of an SDXL forward counted, and equality with diffusers' own forwards in float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny_sd15, make_tiny_sdxl
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spo_fast.config import AdapterConfig
+from spo_fast.costs import LiveStorage
+from spo_fast.experience import Cond
+from spo_fast.files import read_json
+from spo_fast.models.diffusion import decode
+from spo_fast.models.fuse import FusedResnet, fuse
+from spo_fast.models.policy import Policy
+from spo_fast.models.sources import CONFIGS
+from spo_fast.ops import backend
+from spo_fast.presets import PRESETS
+from spo_fast.toy.pipeline import toy_files
+
+
+class CountOps(TorchDispatchMode):
+    """Operations that compute or move data: no views, no empty tensors, no questions about a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        aliases = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
+        free = any(aliases) or name in ("_unsafe_view", "split_with_sizes") or name.startswith(("empty", "new_empty"))
+        if namespace in ("aten", "spo_fast") and not free:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def fake_sdxl(lora: bool) -> tuple[FakeTensorMode, Policy]:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(read_json(CONFIGS / "sdxl" / "unet" / "config.json"))
+        policy = Policy(unet, PRESETS["sdxl"]().adapter, seed=0)
+    mode = FakeTensorMode()
+    with mode:
+        for part in unet.modules():
+            for name, p in part.named_parameters(recurse=False):
+                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=torch.float16), p.requires_grad)
+    if not lora:
+        unet.disable_adapters()
+    return mode, policy
+
+
+def sdxl_cond(num_prompts: int, dtype: torch.dtype) -> Cond:
+    def halves(n: int) -> dict[str, torch.Tensor]:
+        shapes = {"prompt_embeds": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)}
+        return {name: torch.zeros(n, *shape, dtype=dtype) for name, shape in shapes.items()}
+
+    return Cond(halves(num_prompts), halves(1))
+
+
+def forward_ops(lora: bool, fused: bool) -> Counter[str]:
+    """Of the second guided forward of an SDXL rollout: 4 candidates, 8 rows, 1024 pixels."""
+    mode, policy = fake_sdxl(lora)
+    with mode, torch.no_grad():
+        if fused:
+            policy.fuse()
+        told = sdxl_cond(4, torch.float16)
+        inputs = torch.empty(4, 4, 128, 128), torch.zeros((), dtype=torch.int64)
+        policy.predict(*inputs, told, guided=True)
+        with CountOps() as ops:
+            policy.predict(*inputs, told, guided=True)
+    return ops.seen
+
+
+@pytest.mark.slow
+def test_a_rollouts_forward_has_few_operations(monkeypatch):
+    """Counted as a GPU runs them, that is with Triton's ops, whose fake forms need no GPU."""
+    plain = {lora: forward_ops(lora, fused=False) for lora in (False, True)}
+    composed = {lora: forward_ops(lora, fused=True) for lora in (False, True)}
+    monkeypatch.setattr(backend, "choose", lambda name, like: "triton")
+    kernels = {lora: forward_ops(lora, fused=True) for lora in (False, True)}
+    print("\nSDXL forward, operations:        LoRA off   LoRA on")
+    for name, counts in (("diffusers", plain), ("fused, PyTorch's ops", composed), ("fused, Triton's ops", kernels)):
+        print(f"{name:32} {sum(counts[False].values()):8,} {sum(counts[True].values()):9,}")
+    assert sum(plain[False].values()) == 1860 and sum(plain[True].values()) == 4100
+    assert sum(kernels[False].values()) <= 1400 and sum(composed[False].values()) <= 1600
+    # a LoRA layer is two launches, its own part and the base's product that goes on from there: one fused op
+    assert kernels[True]["lora_down_up_triton"] == 420  # text keys and values are not among them
+    assert sum(kernels[True].values()) - 420 == sum(kernels[False].values())
+    assert sum(composed[True].values()) < 2400
+    for counts in (composed, kernels):
+        assert all(c["div"] == 0 and c["_to_copy"] == 1 for c in counts.values())  # the latents, once
+
+
+# ------------------------------------------------------------------------------------------------- equality
+
+KINDS = {"toy": lambda path: toy_files()["model"], "sd15": make_tiny_sd15, "sdxl": make_tiny_sdxl}
+VARIANTS = {
+    "attention": AdapterConfig(rank=3, lora_alpha=2.0),
+    "convolutions": AdapterConfig(rank=3, lora_targets=("to_q", "to_v", "to_out.0", "conv1", "conv2")),
+    "everywhere": AdapterConfig(rank=2, lora_targets=("to_k", "proj", "linear_1", "time_emb_proj", "conv_shortcut")),
+    "full": AdapterConfig(full_finetune=True),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> dict[str, Any]:
+    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in KINDS.items()}
+
+
+def make_policy(directory: Any, variant: str, dtype: torch.dtype, like: torch.dtype | None = None) -> Policy:
+    """like: the values are those that this type can hold. LoRA B's, which start at zero, are filled."""
+    from diffusers import UNet2DConditionModel
+
+    unet: Any = UNet2DConditionModel.from_pretrained(directory / "unet")
+    for tensor in (*unet.parameters(), *unet.buffers()):
+        tensor.data = tensor.data.to(like or dtype).to(dtype)
+    policy = Policy(unet, VARIANTS[variant], seed=0)
+    generator = torch.Generator().manual_seed(1)
+    state = policy.state_dict()
+    for name, value in state.items():
+        if "lora_" in name:
+            drawn = torch.randn(value.shape, generator=generator) * (0.1 if "lora_B" in name else 0.3)
+            state[name] = drawn.to(like or dtype).to(value.dtype)
+    policy.load_state_dict(state)
+    return policy
+
+
+def make_inputs(policy: Policy) -> tuple[torch.Tensor, torch.Tensor, Cond]:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().to(policy.dtype)  # every type holds the values
+
+    config, shapes = policy.unet.config, {}
+    shapes["prompt_embeds"] = (7, config.cross_attention_dim)
+    if config.addition_embed_type == "text_time":
+        shapes["text_embeds"] = (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,)
+        shapes["time_ids"] = (6,)
+    cond = Cond(*({name: draw(n, *shape) for name, shape in shapes.items()} for n in (3, 1)))
+    return draw(3, config.in_channels, 8, 8), torch.tensor([951, 401, 1]), cond
+
+
+def results(policy: Policy) -> dict[str, torch.Tensor]:
+    """Outputs without gradient (policy twice: the second time from kept keys; reference), and with; gradients."""
+    x_t, t, cond = make_inputs(policy)
+    found = {}
+    with torch.no_grad():
+        for name in ("first", "again"):
+            found[name] = torch.cat(policy.predict(x_t, t, cond, guided=True))
+        found["unguided"] = policy.predict(x_t, t[1], cond, guided=False).cond
+        with policy.reference():
+            found["reference"] = torch.cat(policy.predict(x_t, t, cond, guided=True))
+        found["after"] = torch.cat(policy.predict(x_t, t, cond, guided=True))
+    x_t.requires_grad_()
+    m = torch.cat(policy.predict(x_t, t, cond, guided=True))
+    m.backward(torch.randn(m.shape, generator=torch.Generator().manual_seed(3)).to(m.dtype))
+    found |= {"trained": m.detach(), "x_t": x_t.grad}
+    for name, master in zip(policy.names, policy.masters, strict=True):
+        if master.grad is not None:
+            found[name] = master.grad
+    return {name: value.double() for name, value in found.items()}
+
+
+def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of each part, of its size (root mean squares); all weights' gradients are one part."""
+    assert got.keys() == want.keys()
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, value in got.items():
+        pair = torch.stack([value - want[name], want[name]]).flatten(1)
+        parts.setdefault("weights" if "." in name else name, []).append(pair)
+    sizes = {part: torch.cat(pairs, 1).norm(dim=1).tolist() for part, pairs in parts.items()}
+    return {part: error / size for part, (error, size) in sizes.items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_equals_plain_in_float64(kind, variant, recompute, directories):
+    plain = make_policy(directories[kind], variant, torch.float64)
+    fused = make_policy(directories[kind], variant, torch.float64)
+    fused.fuse(recompute)
+    found = errors(results(fused), results(plain))
+    assert max(found.values()) < 1e-10, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["attention", "convolutions"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_errs_no_more_than_plain(kind, variant, dtype, directories):
+    truth = results(make_policy(directories[kind], variant, torch.float64, like=dtype))
+    plain = errors(results(make_policy(directories[kind], variant, dtype)), truth)
+    policy = make_policy(directories[kind], variant, dtype)
+    policy.fuse()
+    fused = errors(results(policy), truth)
+    for part, error in fused.items():
+        assert error <= 2 * plain[part] + 1e-6, (part, error, plain[part])
+
+
+def test_text_computed_once_serves_a_rollout(directories):
+    """The same outputs with keys and values given as with them computed; they belong to the weights that made them."""
+    policy = make_policy(directories["sdxl"], "attention", torch.float32)
+    policy.fuse()
+    x_t, t, cond = make_inputs(policy)
+
+    @torch.no_grad()
+    def outputs(cond: Cond) -> torch.Tensor:
+        return torch.cat(policy.predict(x_t, t, cond, guided=True))
+
+    told = policy.told(cond, guided=True)
+    assert told.text is not None and torch.equal(outputs(told), outputs(cond))
+    with torch.no_grad():
+        for name, master in zip(policy.names, policy.masters, strict=True):
+            master.mul_(3.0 if "attn2.to_k" in name else 1.0)
+    policy.publish()
+    assert not torch.allclose(outputs(policy.told(cond, guided=True)), outputs(told), atol=1e-3)
+    assert torch.equal(outputs(policy.told(cond, guided=True)), outputs(cond))
+    assert told.select(torch.tensor([0])).text is None  # of other rows
+
+
+def test_nothing_that_is_saved_changes(directories, tmp_path):
+    """Names, values, configs and adapters of a fused UNet are those of a plain one."""
+    plain, fused = (make_policy(directories["sdxl"], "convolutions", torch.float32) for _ in range(2))
+    fused.fuse()
+    assert plain.names == fused.names and plain.unet.state_dict().keys() == fused.unet.state_dict().keys()
+    for name, value in plain.unet.state_dict().items():
+        assert torch.equal(value, fused.unet.state_dict()[name]), name
+    assert plain.unet.config == fused.unet.config and type(plain.unet) is type(fused.unet)
+    assert plain.unet.peft_config["default"].to_dict() == fused.unet.peft_config["default"].to_dict()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_padding_changes_nothing(fused, directories):
+    """A batch of 3 filled up to 5: rows that nobody asked for give no gradient."""
+    plain, padded = (make_policy(directories["sdxl"], "convolutions", torch.float64) for _ in range(2))
+    padded.batch_sizes, sizes = (2, 5, 8), []
+    padded.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    if fused:
+        padded.fuse()
+    found = errors(results(padded), results(plain))
+    assert max(found.values()) < 1e-10 and set(sizes) == {5, 10}, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing(kind, directories):
+    plain, fused = (make_policy(directories[kind], "attention", torch.float64) for _ in range(2))
+    fused.fuse()
+    fused.unet.enable_gradient_checkpointing()
+    found = errors(results(fused), results(plain))
+    assert max(found.values()) < 1e-10, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_vae_decodes_alike(kind, directories):
+    from diffusers import AutoencoderKL
+
+    vae: Any = AutoencoderKL.from_pretrained(directories[kind] / "vae")
+    vae.double().requires_grad_(False).eval()
+    latents = make_inputs(make_policy(directories[kind], "attention", torch.float64))[0][:, :4]
+    plain = decode(vae, latents)
+    fuse(vae)
+    fused = [m for m in vae.decoder.modules() if isinstance(m, FusedResnet)]
+    assert len(fused) >= 3 and torch.allclose(decode(vae, latents), plain, rtol=0, atol=1e-10)
+
+
+SAVED = {  # GiB a row: PERFORMANCE.md has 5.1 eager, 4.5 for a compiler's min cut, 0.43 to 0.50 checkpointed
+    "plain": 5.28,
+    "fast": 4.61,
+    "balanced": 3.91,
+    "small": 0.43,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", SAVED)
+def test_saved_bytes_of_an_sdxl_row(mode):
+    fake, policy = fake_sdxl(lora=True)
+    with fake:
+        if mode != "plain":
+            policy.fuse(recompute=mode == "balanced")
+        if mode == "small":
+            policy.unet.enable_gradient_checkpointing()
+        inputs = torch.empty(1, 4, 128, 128), torch.zeros((), dtype=torch.int64), sdxl_cond(1, torch.float16)
+        with LiveStorage() as live:
+            held = live.count(policy.unet.parameters())
+            m = policy.predict(*inputs, guided=True)
+            saved = live.current_bytes - held - sum(half.nbytes for half in m if half is not None)
+    print(f"\n{mode}: {saved / 2 / 2**30:.2f} GiB saved a row")
+    assert saved / 2 / 2**30 == pytest.approx(SAVED[mode], abs=0.01)
