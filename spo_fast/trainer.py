@@ -46,7 +46,7 @@ from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import make_objective, predict_states
+from spo_fast.objectives import log_ratios, make_objective, predict_states
 from spo_fast.pair_images import PairReader
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
@@ -148,7 +148,7 @@ class Learner:
         timed = timer or (lambda name: contextlib.nullcontext())
         totals: Tensor | None = None
         loss_sum: Tensor | float = 0.0
-        norms, used = [], 0
+        norms, used, dead = [], 0, 0
         guided = self.objective.guided(self.cfg.sample)
         for slot in slots(len(experience), self.cfg.optim, state.slots):
             part = experience.select(slot.terms)
@@ -156,7 +156,10 @@ class Learner:
                 with timed("backward"):
                     m = predict_states(self.policy, self.table, e, e.states, guided)
                     loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, slot.weight)
-                    self.scaler.scale(loss).backward()
+                    if self.is_dead(stats):
+                        dead += 1
+                    else:
+                        self.scaler.scale(loss).backward()
                 totals = stats if totals is None else totals + stats
                 loss_sum = loss_sum + loss.detach() / slot.weight
                 self.last = LastBatch(e, m.detach(), loss.detach())
@@ -173,15 +176,26 @@ class Learner:
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
         state.pairs += used
-        record = self._log(used, loss_sum, totals, norms)
+        record = self._log(used, loss_sum, totals, norms) | {"dead_batches": dead}
         self.go_to(self.scheduler.last_epoch + 1)
         return record
+
+    def is_dead(self, stats: Tensor) -> bool:
+        """Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0. Waits for the device."""
+        names = self.objective.stats
+        if "dead" not in names or getattr(self.objective, "clip", None) is None:
+            return False
+        terms, dead = stats[[names.index("terms"), names.index("dead")]].tolist()
+        return dead == terms
 
     def step(self) -> float:
         """One optimizer step on the accumulated gradients; returns their norm before clipping.
 
         A gradient that is not finite is dropped, whatever the precision, and no step is taken.
         """
+        if all(p.grad is None for p in self.parameters):  # every backward was skipped; momentum moves on all the same
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
         self.scaler.unscale_(self.optimizer)
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total)  # waits for the device, once an optimizer step
@@ -405,6 +419,8 @@ class Run(TrainingRun[Config]):
             batches = functools.partial(self.learner.batches, experience, self.state)
             most = cfg.optim.states_at_once
             experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
+        if iteration == 0 and objective.sampler != "data" and len(experience):
+            print(start_text(starting_ratios(self.policy, self.table, experience, sample, cfg.optim.states_at_once)))
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer)
         if len(experience) == 0 and not experience.scores.isfinite().all():
@@ -659,6 +675,29 @@ def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
     if objective.judges not in (None, judges(scorer)):
         method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
         raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
+
+
+def starting_ratios(
+    policy: Any, table: StepTable, experience: Experience, cfg: SampleConfig, states_at_once: int
+) -> dict[int, float]:
+    """Timestep -> |ratio - 1| of one term before the first update: what the paths of policy and reference differ by."""
+    rows = experience.states.rows[experience.index[:, 0, 0]].tolist()
+    first = {row: n for n, row in reversed(list(enumerate(rows)))}
+    terms = torch.tensor(sorted(first.values()), device=experience.x_prev.device)
+    found: dict[int, float] = {}
+    for e in experience.select(terms).micro_batches(states_at_once):
+        m = predict_states(policy, table, e, e.states, cfg.guidance_scale > 1)  # with gradient, as in training
+        deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten(1).amax(1)
+        timesteps = table.timesteps[e.states.rows[e.index[:, 0, 0]]]
+        found |= dict(zip(timesteps.tolist(), deviation.tolist(), strict=True))
+    return dict(sorted(found.items(), reverse=True))
+
+
+def start_text(deviations: dict[int, float]) -> str:
+    if not any(deviations.values()):
+        return "probability ratio of policy to reference at the start: exactly 1"
+    by_step = ", ".join(f"{value:.1e} at {t}" for t, value in deviations.items())
+    return f"probability ratio of policy to reference at the start, distance from 1 by timestep: {by_step}"
 
 
 def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat

@@ -97,9 +97,10 @@ def as_cond(parts):
         {},
         {"num_inner_steps": 1, "method": "mspo", "rows_per_forward": 4, "threshold": 0.0},
         {"rollout_weights": "merged", "max_prompts": 3},  # an epoch's last batch is short
+        {"fuse": True, "num_inner_steps": 1, "method": "mspo"},
         {"method": "ddpo", "threshold": None, "guidance_scale": 1.0},
     ],
-    ids=["spo", "mspo", "merged", "ddpo"],
+    ids=["spo", "mspo", "merged", "fused", "ddpo"],
 )
 def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, settings):
     """Five iterations: prompts, noise, weights and the number of valid pairs change, no number does."""
