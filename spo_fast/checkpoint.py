@@ -17,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class TrainState:
     slots: int = 0  # accumulation slots since the last optimizer step (recipe published)
     pairs: int = 0  # loss terms used so far
     position: int = 0  # rows of preference pairs read so far (methods that train on pairs)
+    window: dict[str, list[float]] = field(default_factory=dict)  # window.py
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -233,6 +233,9 @@ class SampleConfig(Section):
     rows_per_forward: Annotated[int, Range(2, why="one state and its unconditional half")] | None = None
     """UNet rows (candidates times 2 for guidance) in one forward without gradient: memory. Default: all of a step's, or
     what the device's memory allows."""
+    branch_window: Literal["all", "auto"] = "all"
+    """auto: comparisons whose pairs are almost never valid are left out, one candidate goes on there: less time, a few
+    pairs lost, both logged. Inexact."""
     rollout_weights: Literal["unmerged", "merged"] = "unmerged"
     """merged: rollouts use a copy of the weights with the LoRA added in, rounded stochastically in 16 bits: fewer
     products, and right on average only. Candidates are compared among themselves either way."""

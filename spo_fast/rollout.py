@@ -32,6 +32,7 @@ class RolloutBatch:
     draws: Draws
     latent_shape: tuple[int, int, int]  # C, H, W
     dtype: torch.dtype  # of the latents: float32, or float64 for checks
+    closed: frozenset[int] = frozenset()  # first steps of segments that are not compared (window.py)
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -157,10 +158,12 @@ class Walk:
         step = (self.table.timesteps[i], self._rows(x, i), self._cond(x), drawn)
         return self._advance(self.policy, self.cfg, self.table.coefficients, x, *step)
 
-    def branch(self, m: Prediction, x: Tensor, i: int) -> Tensor:  # (B, C, H, W) -> K children of each
-        drawn: dict[str, Any] = self.batch.draws.children(i, self.K, 1)
+    def branch(self, m: Prediction, x: Tensor, i: int, num_children: int | None = None) -> Tensor:
+        """x (B, C, H, W) -> K children of each, (K, B, C, H, W)."""
+        K = self.K if num_children is None else num_children
+        drawn: dict[str, Any] = self.batch.draws.children(i, K, 1)
         arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
-        return transition(*arguments, num_children=self.K, want_x0=False, **drawn)[1]
+        return transition(*arguments, num_children=K, want_x0=False, **drawn)[1]
 
     def judge(self, x: Tensor, m: Prediction | None, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B) scores
         """Of the x0 estimates of step i; i = num_steps: of the final latents, at timestep 0."""
@@ -203,6 +206,13 @@ def rollout_segments(
 
     x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
     for first, end in segments(cfg):
+        if first in batch.closed:
+            x = walk.branch(m, x, first, num_children=1)[0]
+            for i in range(first + 1, end):
+                x = walk.advance(x, i)
+            if end < cfg.last_branch:
+                m = walk.predict(x, end)
+            continue
         branches = walk.branch(m, x, first)  # (K, B, C, H, W)
         path = [x.expand_as(branches), branches]
         for i in range(first + 1, end):

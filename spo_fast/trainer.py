@@ -12,7 +12,7 @@ import shutil
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from spo_fast import checkpoint
+from spo_fast import checkpoint, window
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import (
     choose,
@@ -391,7 +391,8 @@ class Run(TrainingRun[Config]):
             pairs, self.state.position = self.pairs.batch(iteration, self.state.position)
             return pairs, self.state.position // len(self.pairs.train_rows)
         batch = self.sampler.batch(iteration)
-        return self.rollout_batch(batch.indices, iteration), batch.epoch
+        inputs = self.rollout_batch(batch.indices, iteration)
+        return replace(inputs, closed=window.closed(self.state.window, iteration, self.cfg.sample)), batch.epoch
 
     def rollout_batch(self, indices: list[int], iteration: int) -> RolloutBatch:
         prompts = [self.prompts[i] for i in indices]
@@ -413,6 +414,10 @@ class Run(TrainingRun[Config]):
             inputs, epoch = self.inputs(iteration)
             arguments = (self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
             experience = objective.collect(*arguments)
+        left_out: dict[str, float] = {}
+        if sample.branch_window == "auto":
+            window.observe(self.state.window, experience, sample, inputs.closed, len(inputs))
+            left_out = window.saved(self.state.window, inputs.closed, sample, len(inputs))
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
         with timer("reference"):
@@ -431,6 +436,7 @@ class Run(TrainingRun[Config]):
             **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
             "images": experience.scores.numel(),
             **decode.record(),
+            **left_out,
             **record,
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
             **{"nonfinite_steps": self.state.skipped_steps - skipped},

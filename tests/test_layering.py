@@ -11,7 +11,7 @@ LAYERS = {
     **dict.fromkeys(("schedule", "experience", "noise", "config", "extras", "files"), 1),
     **dict.fromkeys(("models", "scorers"), 2),
     **dict.fromkeys(("rollout", "offline"), 3),
-    "objectives": 4,
+    **dict.fromkeys(("objectives", "window"), 4),
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
     **dict.fromkeys(("preference_report", "costs", "pair_images"), 6),
     "choices": 7,
