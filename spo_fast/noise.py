@@ -62,7 +62,7 @@ class KeyedDraws:
         return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape)
 
     def integer(self, use: int, high: int, count: int = 1) -> Tensor:
-        """(count * B,) int64 uniform in [0, high), B prompts after B prompts."""
+        """(count * B,) int64 uniform in [0, high), high up to 2^31; B prompts after B prompts."""
         return philox.integer(self._keys(use, count), high)
 
     def latents(self, shape: tuple[int, ...], dtype: torch.dtype, num_starts: int = 1) -> Tensor:

@@ -399,11 +399,11 @@ class DenseReward(Objective):
         )
         device = walk.x.device
         # a random subset: the first of a random order, then the best of it first
-        order = batch.draws.integer(SIDES, 2**32, D * K).view(D, K, B).argsort(1)[:, : self.num_ranked]
+        order = batch.draws.integer(SIDES, 2**30, D * K).view(D, K, B).argsort(1)[:, : self.num_ranked]
         scores = walk.scores.expand(D, K, B).gather(1, order)
         order = order.gather(1, scores.argsort(dim=1, descending=True, stable=True))  # (D, num_ranked, B)
         weights = self.gamma ** torch.arange(cfg.branching_steps, device=device, dtype=torch.float64)
-        u = batch.draws.integer(STEPS, 2**32, D * S).view(D, 1, S, B).double() / 2**32
+        u = batch.draws.integer(STEPS, 2**30, D * S).view(D, 1, S, B).double() / 2**30
         steps = torch.searchsorted((weights.cumsum(0) / weights.sum())[:-1], u, right=True)
         index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
         index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)

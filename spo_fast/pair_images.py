@@ -258,7 +258,7 @@ class PairReader:
             prompts += batch.prompts
         draws = KeyedDraws(self.seed, iteration, torch.arange(first, device=device))
         if dropout > 0:
-            dropped = (draws.integer(EMPTY, 2**32) < dropout * 2**32).tolist()
+            dropped = (draws.integer(EMPTY, 2**30) < dropout * 2**30).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
         return PairInputs(self.model.cond(prompts), torch.cat(latents, 1), draws, self.alphas_cumprod)
 
