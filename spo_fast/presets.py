@@ -89,6 +89,7 @@ RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "fast": fast,
 }
 
+
 def small(given: Mapping[str, Any]) -> dict[str, Any]:
     """For cards of 16 GB."""
     few = {"states_per_forward": 2} if given["model"] == "sdxl" else {}

@@ -1,4 +1,4 @@
-"""torch.compile of a network's repeated blocks, or of all of it, with shapes that never change after the first iteration.
+"""torch.compile of a network's repeated blocks, or of all of it, with shapes that no iteration after the first changes.
 
 No graph break is allowed (fullgraph) and no size is dynamic: a graph belongs to one batch size, so Policy pads what it
 is given to the run's few batch sizes. Regional compilation is the default on a GPU: blocks of one shape share a graph,

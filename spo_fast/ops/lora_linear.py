@@ -278,7 +278,7 @@ class _LoraLinears(torch.autograd.Function):
         t = x @ down.t()
         ctx.save_for_backward(x, t, *parts)
         ctx.scale, out = scale, []
-        for (weight, bias, lora_A, lora_B), t_i in zip(layers, _parts(t, layers), strict=True):
+        for (weight, bias, _, lora_B), t_i in zip(layers, _parts(t, layers), strict=True):
             up = (lora_B if scale == 1 else scale * lora_B).to(x.dtype).t()
             y = t_i @ up if bias is None else torch.addmm(bias, t_i, up)
             out.append(torch.addmm(y, x, weight.t(), out=y))
@@ -289,7 +289,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         x, t, *parts = ctx.saved_tensors
         layers = [parts[i : i + 4] for i in range(0, len(parts), 4)]
-        grads = [dy.contiguous() for dy in grads]
+        grads = tuple(dy.contiguous() for dy in grads)
         u = torch.cat([dy @ lora_B.to(dy.dtype) for dy, (_, _, _, lora_B) in zip(grads, layers, strict=True)], 1)
         dx, scale = None, ctx.scale
         if ctx.needs_input_grad[0]:
