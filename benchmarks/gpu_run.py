@@ -150,6 +150,7 @@ class Job:
 ITERATION_ROWS = (
     ("truth", 90, 30),
     ("published", 120, 40),
+    ("modern", 120, 40),
     ("ours", 120, 40),
     ("ours+compile", 240, 90),
     ("ours+spm_bf16", 90, 40),

@@ -8,6 +8,10 @@ for every score; all candidates are decoded at once; latents are kept in fp16; e
 a micro-batch, are read back to the host; the last micro-batch is ragged; the allocator's cache is emptied after each
 rollout; the gradient-norm clipping acts on nothing. All of today's libraries' speed is given to it: attention is SDPA
 everywhere, the preference model's towers too.
+
+modern=True is the same loop as one would write it today, still in eager mode: LoRA and everything else in one 16-bit
+type without autocast, the reference by turning the LoRA off, prompts and text features encoded once, nothing read back
+in training, no cache emptied.
 """
 
 from __future__ import annotations
@@ -45,11 +49,14 @@ class PublishedLoop:
         text_encoders: list[Any] | None = None,
         spm: Any = None,  # ClipScorer in float32
         exact: bool = False,  # log-probabilities in float64, to be a yardstick: the published ones cancel in float32
+        modern: bool = False,
     ):
+        self.modern = modern
+        self.features: Tensor | None = None  # of the text tower, if they are kept
         self.unet, self.cfg, self.dtype, self.phase = unet, cfg, dtype, phase
         self.vae, self.text_encoders, self.spm = vae, text_encoders or [], spm
         self.device = unet.device
-        self.reference = copy.deepcopy(unet)
+        self.reference = None if modern else copy.deepcopy(unet)
         rank = cfg.adapter.rank
         unet.add_adapter(
             LoraConfig(
@@ -60,7 +67,7 @@ class PublishedLoop:
         weights = lora_weights({name: p.shape for name, p in self.trained.items()})
         for name, p in self.trained.items():
             # float32 where the base has 16 bits
-            p.data = weights[name].to(self.device, torch.float32 if dtype.itemsize == 2 else dtype)
+            p.data = weights[name].to(self.device, torch.float32 if dtype.itemsize == 2 and not modern else dtype)
         o = cfg.optim
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay
@@ -88,12 +95,22 @@ class PublishedLoop:
         return uncond + self.cfg.sample.guidance_scale * (text - uncond)
 
     def policy(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self._guided(self.unet, x, t, cond, cast=True)
+        out = self._guided(self.unet, x, t, cond, cast=not self.modern)
+        return out.float() if self.dtype.itemsize == 2 else out
+
+    @torch.no_grad()
+    def frozen(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.reference is not None:
+            return self._guided(self.reference, x, t, cond, cast=False)
+        self.unet.disable_adapters()
+        out = self._guided(self.unet, x, t, cond, cast=False).float()
+        self.unet.enable_adapters()
+        return out
 
     def encode(self, ids: Tensor, cond: Cond) -> Cond:
         """Every batch of prompts through the encoders again. The work is what is timed; the result is dropped for
         the given conditioning, which all contenders share."""
-        for encoder in self.text_encoders:
+        for encoder in () if self.modern and self.features is not None else self.text_encoders:
             encoder(ids, output_hidden_states=True)
         return cond
 
@@ -178,7 +195,9 @@ class PublishedLoop:
         with self.phase("decode"):
             pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
         with self.phase("score"):
-            return self.spm.score_pixels(pixels, t, self.spm.encode_ids(ids))
+            if self.features is None or not self.modern:
+                self.features = self.spm.encode_ids(ids)
+            return self.spm.score_pixels(pixels, t, self.features)
 
     def _compare(self, scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         """(2, B) winner and loser, (B,) whether softmax tells them apart by more than the threshold."""
@@ -193,8 +212,8 @@ class PublishedLoop:
         t, ratios = pairs["t"], []
         for side in range(2):
             x, x_prev = pairs["x_t"][:, side].to(self.dtype), pairs["x_prev"][:, side].to(self.dtype)
-            with self.phase("reference"), torch.no_grad():
-                eps_ref = self._guided(self.reference, x, t, cond, cast=False)
+            with self.phase("reference"):
+                eps_ref = self.frozen(x, t, cond)
             with self.phase("backward"):
                 eps = self.policy(x, t, cond)
                 ratios.append(self.log_prob(eps, t, x, x_prev) - self.log_prob(eps_ref, t, x, x_prev))
@@ -219,8 +238,9 @@ class PublishedLoop:
             ratios = self.log_ratios(batch, cond.select(pairs["prompts"][part]))
             with self.phase("backward"):
                 loss, r = self.loss(ratios, self.cfg.objective.clip)
-                loss_value = loss.detach().mean().item()
-                r[:, 0].detach().mean().item(), r[:, 1].detach().mean().item()
+                if not self.modern:
+                    loss_value = loss.detach().mean().item()
+                    r[:, 0].detach().mean().item(), r[:, 1].detach().mean().item()
                 self.scaler.scale(loss / o.gradient_accumulation_steps).backward()
             self.slots += 1
             if self.slots % o.gradient_accumulation_steps == 0:
@@ -237,6 +257,6 @@ class PublishedLoop:
     def iterate(self, ids: Tensor, cond: Cond, latent: tuple[int, int, int], decisions: Any) -> dict[str, float]:
         """Rollout and training on it."""
         pairs = self.rollout(ids, cond, latent, decisions)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.modern:
             torch.cuda.empty_cache()
         return {"pairs": len(pairs["t"])} | self.train(pairs)

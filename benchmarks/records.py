@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "xformers")
+RESULTS = Path(__file__).parent / "results"
 GPU_FIELDS = {  # ours: nvidia-smi's
     **{"name": "name", "driver": "driver_version", "sm_clock_mhz": "clocks.sm"},
     **{"temperature_c": "temperature.gpu", "power_w": "power.draw"},
@@ -34,6 +36,14 @@ def quantiles(times_ms: Sequence[float]) -> dict[str, Any]:
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     return {"p20_ms": at(0.2), "p50_ms": at(0.5), "p80_ms": at(0.8), "n": len(ordered)}
+
+
+def results_path(what: str, device: str) -> Path:
+    """results/<date>_<gpu, or cpu>_<what>.jsonl"""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return RESULTS / f"{datetime.date.today()}_{re.sub('[^a-z0-9]+', '-', name.lower())}_{what}.jsonl"
 
 
 @functools.cache

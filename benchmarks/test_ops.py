@@ -1,4 +1,7 @@
-"""`pytest benchmarks/`: the op table of this machine, all its ratios from one run. Asserts facts, never a time."""
+"""`pytest benchmarks/`: the op table of this machine, all its ratios from one run. Asserts facts, never a time.
+
+Records are appended to results/<date>_<device>_ops.jsonl; without a CUDA device they are of small shapes, and say so.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_run import LAYER_OPS, OPS, summary
-from benchmarks.records import Records, read
+from benchmarks.records import Records, read, results_path
 from spo_fast.ops.backend import available_backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,15 +19,16 @@ SIZE = "full" if DEVICE == "cuda" else "tiny"
 MODES = ("default",) if DEVICE == "cuda" else ()
 
 ALL = (*OPS, *LAYER_OPS)
+PATH = results_path("ops", DEVICE)
 
 
 @pytest.mark.parametrize("bench", [importlib.import_module(f"benchmarks.bench_{op}") for op in ALL], ids=ALL)
-def test_op_table(bench, tmp_path, capsys):
-    records = Records(tmp_path / "records.jsonl", "ops", DEVICE, SIZE)
+def test_op_table(bench, capsys):
+    records, earlier = Records(PATH, "ops", DEVICE, SIZE), len(read(PATH))
     bench.run(records, SIZE, DEVICE, modes=MODES)
-    rows = read(records.path)
+    rows = read(PATH)[earlier:]
     with capsys.disabled():
-        print(f"\n{summary(rows)}")
+        print(f"\n{DEVICE}, {SIZE} shapes, appended to {PATH}\n{summary(rows)}")
     measured = [r for r in rows if r["status"] == "ok"]
     assert not [r for r in rows if r["status"] == "failed"]
     for case in bench.cases(SIZE, DEVICE, MODES):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.records import Records, quantiles
+from spo_fast.models.graphs import CudaCapture
 
 L2_BYTES = 128 << 20  # rotate inputs over more than twice the largest cache in use (60 MB)
 
@@ -36,30 +37,14 @@ def measure_in_graph(calls: Sequence[Callable[[], Any]], rep_ms: int = 100) -> d
     """Quantiles of one call out of a CUDA graph of all of them, which should rotate among inputs."""
     from triton.testing import do_bench
 
-    graph = capture(lambda: [call() for call in calls])
-    times = do_bench(graph.graph.replay, warmup=25, rep=rep_ms, return_mode="all")
+    replay, _ = capture(lambda: [call() for call in calls])
+    times = do_bench(replay, warmup=25, rep=rep_ms, return_mode="all")
     return quantiles([t / len(calls) for t in times])
 
 
-@dataclass(frozen=True)
-class Captured:
-    graph: torch.cuda.CUDAGraph
-    outputs: Any  # what the captured call returned: rewritten by each replay
-
-
-def capture(fn: Callable[[], Any], warmups: int = 3) -> Captured:
-    """A graph of fn, warmed up on a side stream first, as capture demands (autograd, lazy loading, autotuning)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmups):
-            fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fn()
-    return Captured(graph, outputs)
+def capture(fn: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    """What replays fn as a CUDA graph, and what it returned, which each replay rewrites. Warmed up for autotuning."""
+    return CudaCapture(torch.device("cuda", torch.cuda.current_device()), warmups=3)(fn)
 
 
 def copy_bandwidth(device: str, size: str = "full") -> dict[str, Any]:

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import software
+from benchmarks.records import RESULTS, software
 from spo_fast import train, train_spm
 from spo_fast.metrics import read_metrics
 from spo_fast.preference_report import markdown
 from spo_fast.toy import build, evaluate, world
 from spo_fast.trainer import Run
 
-RESULTS = Path(__file__).parent / "results"
 NUM_IMAGES = 1024
 SPM_PAIRS, SPM_HELD_OUT = 8192, 1024
 

@@ -1,9 +1,10 @@
 """Checkpoints: all a run needs to go on as if it had never stopped; a crash leaves the last one whole.
 
-checkpoint-<iteration>/ holds trained.safetensors (float32 masters), optimizer.safetensors, gradients.safetensors
-(only when an accumulation is under way), state.json (counters, settings, non-tensor optimizer state, versions) and
-the LoRA as other software loads it. The directory is written under a temporary name and renamed, so a name without
-"tmp" is complete. There is no generator state to keep: all randomness is keyed by counters (noise.py).
+checkpoint-<iteration>/ holds trained.safetensors (float32 masters), averages.safetensors (only when the method keeps
+moving averages of them), optimizer.safetensors, gradients.safetensors (only when an accumulation is under way),
+state.json (counters, settings, non-tensor optimizer state, versions) and the LoRA as other software loads it. The
+directory is written under a temporary name and renamed, so a name without "tmp" is complete. There is no generator
+state to keep: all randomness is keyed by counters (noise.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class TrainState:
     nonfinite_in_a_row: int = 0  # of them, since the last step that was taken
     slots: int = 0  # accumulation slots since the last optimizer step (recipe published)
     pairs: int = 0  # loss terms used so far
+    position: int = 0  # rows of preference pairs read so far (methods that train on pairs)
+    window: dict[str, list[float]] = field(default_factory=dict)  # window.py
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -137,6 +140,8 @@ def save(
         }
         if gradients:
             save_file(gradients, temporary / "gradients.safetensors")
+        if averages := learner.policy.average_state_dict():
+            save_file({k: v.cpu().contiguous() for k, v in averages.items()}, temporary / "averages.safetensors")
         export(temporary)
         record = {
             **{"state": asdict(state), "optimizer": rest, "scaler": learner.scaler.state_dict()},
@@ -197,6 +202,7 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
 # Settings a checkpoint cannot go on with if they change, and those that change what is left of the run.
 FIXED = (
     "model",
+    "method",
     "mixed_precision",
     "rank",
     "lora_alpha",
@@ -233,6 +239,8 @@ def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState
         )
     state = TrainState(**record["state"])
     learner.policy.load_state_dict(_read(path, read_tensors, "trained.safetensors"))
+    if learner.policy.averages is not None:
+        learner.policy.load_average_state_dict(_read(path, read_tensors, "averages.safetensors"))
     tensors = _read(path, read_tensors, "optimizer.safetensors")
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict(unflatten_optimizer(tensors, record["optimizer"], groups))

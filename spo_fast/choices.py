@@ -144,7 +144,7 @@ LEAST = {"rows_per_forward": 2, "decode_chunk": 1, "states_per_forward": 2}
 
 def peak_of(flag: str, costs: Costs) -> int:
     """Bytes: the highest peak of the phases whose memory the setting decides."""
-    return max(costs.peaks[phase] for phase in DECIDES[flag])
+    return max((costs.peaks[phase] for phase in DECIDES[flag] if phase in costs.peaks), default=0)
 
 
 def rows_of_a_step(cfg: Config) -> int:

@@ -218,8 +218,8 @@ def parse(
     presets: Mapping[str, Callable[[], Settings]],  # by the value of --model
     arguments: list[str] | None,
     recipe: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
-) -> tuple[Any, set[str]]:
-    """The resolved settings, flags over file over preset, and the names that were given.
+) -> tuple[Any, set[str], set[str]]:
+    """The resolved settings, flags over file over preset; the names that were given, and those given as flags.
 
     recipe: (all given up to a source, that source) -> settings that go with it; what the source itself says wins.
     Raises ValueError for settings that do not fit together, UsageError for flags that there are not.
@@ -244,7 +244,7 @@ def parse(
         values |= recipe({**values, **own, "model": flags.get("model", saved.get("model"))}, own) | own
     if "model" not in values:
         parser.error(f"--model is needed: {', '.join(presets)}")
-    return presets[values["model"]]().with_fields(**values), set(saved) | set(flags)
+    return presets[values["model"]]().with_fields(**values), set(saved) | set(flags), set(flags)
 
 
 # ------------------------------------------------------------------------------------------------------------ running

@@ -61,6 +61,7 @@ Whole = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, ends="(]")]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1, "[)")]
+Threshold = Annotated[float, Range(-1, 1, "[)", why="probabilities differ by less than 1")]
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class ModelConfig(Section):
     Trained weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
+    cuda_graphs: bool = True
+    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 
@@ -201,7 +204,7 @@ class AdapterConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Section):
     sample_batch_size: Count = 10
-    """Prompts of one rollout on each rank."""
+    """Prompts of one rollout on each rank; of dpo and mapo pairs of one iteration."""
     num_steps: Annotated[int, Range(1, 1000)] = 20
     """DDIM steps."""
     eta: Annotated[float, Range(0, 1, "(]", why="at 0 a step is deterministic and has no log-probability")] = 1.0
@@ -214,16 +217,28 @@ class SampleConfig(Section):
     """MSPO: steps that candidates go on by themselves after they part, before they are compared. 0 is SPO."""
     branch_start: Whole = 4
     """First branching step, an index below num_steps. 4 of 20 is t = 751: above it there is no detail to compare."""
-    threshold: Annotated[float, Range(-1, 1, "[)", why="probabilities differ by less than 1")] = 0.3
+    branch_end: Count | None = None
+    """Stop branching before this step: with branch_start the range of timesteps that is trained. Default: num_steps."""
+    threshold: Threshold = 0.3
     """A pair is kept if softmax([s_w, s_l]) differs by more than this: s_w - s_l > 2 artanh(threshold)."""
+    threshold_max: Threshold | None = None
+    """LPO: the threshold at the noisiest step; it rises linearly with sigma_t, from --threshold at the least noisy one.
+    Default: the same at all."""
     next_start: Literal["random", "winner", "loser"] = "random"
     """Which candidate the next step starts from. The paper's ablation: random is far better."""
-    last_step: Literal["compare", "extend"] = "compare"
-    """If the last step is a comparison point: compare there and branch once more, or (the published SDXL code) skip
-    that comparison and let the group run to the end."""
+    last_step: Literal["compare", "extend", "keep"] = "compare"
+    """If the last step is a comparison point: compare there and branch once more, or (extend, the published SDXL code)
+    skip that comparison and let the group run to the end. keep (GradSPO's code): as compare, but the final images are
+    judged at the last timestep instead of 0, and whatever they score the pair is kept."""
     rows_per_forward: Annotated[int, Range(2, why="one state and its unconditional half")] | None = None
     """UNet rows (candidates times 2 for guidance) in one forward without gradient: memory. Default: all of a step's, or
     what the device's memory allows."""
+    branch_window: Literal["all", "auto"] = "all"
+    """auto: comparisons whose pairs are almost never valid are left out, one candidate goes on there: less time, a few
+    pairs lost, both logged. Inexact."""
+    rollout_weights: Literal["unmerged", "merged"] = "unmerged"
+    """merged: rollouts use a copy of the weights with the LoRA added in, rounded stochastically in 16 bits: fewer
+    products, and right on average only. Candidates are compared among themselves either way."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,11 +247,21 @@ class SampleConfig(Section):
             f"branch_start={self.branch_start} leaves no steps to branch (num_steps={self.num_steps}). "
             f"Use a value from 0 to {self.num_steps - 1}; the published runs use 4 of 20.",
         )
+        _need(
+            self.branch_start < self.last_branch <= self.num_steps,
+            f"branch_end={self.branch_end} must lie above branch_start={self.branch_start} and not above "
+            f"num_steps={self.num_steps}. Leave it out to branch to the end.",
+        )
+
+    @property
+    def last_branch(self) -> int:
+        """branch_end, resolved."""
+        return self.num_steps if self.branch_end is None else self.branch_end
 
     @property
     def branching_steps(self) -> int:
-        """The most pairs one prompt can give."""
-        return self.num_steps - self.branch_start
+        """Steps whose transitions are trained: the most pairs one prompt can give."""
+        return self.last_branch - self.branch_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,23 +352,50 @@ class OptimConfig(AdamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section):
-    method: Literal["spo", "mspo"] = "spo"
-    """Which objective trains the model."""
+    """Settings that only some methods read; READS (presets.py) says which."""
+
+    method: Literal["spo", "mspo", "d3po", "lpo", "gradspo", "ddpo", "dpok", "dense", "dpo", "mapo"] = "spo"
+    """What trains the model; it brings its published settings. On rollouts: spo, mspo (with inner steps), d3po (whole
+    trajectories), lpo (latent scorer), gradspo, ddpo and dpok (policy gradients), dense (DenseReward). On --pairs: dpo
+    (Diffusion-DPO), mapo."""
     beta: Positive = 10.0
-    """Strength of the preference in the loss."""
+    """Strength of the preference in the loss; of mapo the weight of its margin. Not of ddpo, dpok."""
     clip: Annotated[float, Range(0, 1, "()", why="none turns the clamp off")] | None = 0.1
-    """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off."""
+    """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off. Not of dpo, mapo."""
+    guidance_step: Positive = 0.5
+    """gradspo: how far the noise target is shifted along the reward."""
+    ema_decay: Share = 0.9
+    """gradspo: of the moving average that collects, per optimizer step."""
+    advantage_clip: Positive = 5.0
+    """ddpo, dpok: advantages are clamped to +- this many standard deviations."""
+    kl_weight: NotNegative = 0.01
+    """dpok: weight of the squared difference from the reference's predictions."""
+    gamma: Annotated[float, Range(0, 1, "(]")] = 0.9
+    """dense: step i (0 the noisiest) is drawn with weight gamma^i."""
+    num_ranked: Annotated[int, Range(2)] = 2
+    """dense: trajectories of a prompt that one term ranks, drawn from its num_candidates."""
+    num_sampled_steps: Count = 3
+    """dense: steps drawn for a term. All of a term's states are in one backward: memory."""
+    terms_per_prompt: Count = 10
+    """dense: terms drawn from each prompt's trajectories."""
+    prompt_dropout: Share = 0.0
+    """dpo, mapo: share of the prompts that are replaced by the empty one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(Section):
     scorer: tuple[str, ...] = ("spm",)
-    """Scorers: spm, pickscore; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum."""
+    """Scorers: spm, pickscore, lrm; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum. lrm, the
+    latent reward model, judges noisy latents and cannot be mixed with the others."""
     spm_path: str | None = None
     """Local step-aware preference model (.bin or .safetensors file, or a directory). Default: the architecture's, from
     the hub."""
     pickscore_path: str | None = None
     """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
+    lrm_path: str | None = None
+    """Local latent reward model (a directory). Default: the architecture's, from casiatao/LRM on the hub."""
+    spm_time_conditioned: bool = True
+    """Off: --spm_path holds a model without the timestep (train_spm --no-time_conditioned), the paper's ablation."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers; the published code uses float32 (no)."""
 
@@ -364,6 +416,30 @@ class DataConfig(Section):
     """Use only the first so many prompts. The toy preset's limit is for the built-in list only."""
     prompt_cache_dir: str | None = None
     """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSourceConfig(Section):
+    pairs: str | None = None
+    """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
+    .csv or .tsv of prompt, image_0, image_1, label_0, label_1."""
+    pairs_revision: str | None = None
+    """Hub revision (branch, tag or commit) of the pairs."""
+    validation_share: Share = 0.02
+    """Share of the prompts held out, with all their pairs."""
+    validation_pairs: str | None = None
+    """Another source of pairs to hold out, in place of a share of the prompts."""
+    max_validation_pairs: Count = 512
+    """Held-out pairs used in an evaluation."""
+    max_bad_share: Share = 0.01
+    """Stop when more than this share of the rows is unusable. They are counted and named in bad_rows.jsonl."""
+    cache_latents: bool | None = None
+    """Keep the VAE's posterior of every image on disk: encoded once, not once an epoch. In 16 bits an image takes 64 KB
+    at 512 px, 256 KB at 1024 px. Default: if the run makes more than one pass."""
+    latent_cache_dir: str | None = None
+    """Where they are kept. Default: latent_cache in the output directory."""
+    num_workers: Count = 4
+    """Threads that read and decode images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -478,6 +554,18 @@ def _docstrings() -> dict[str, dict[str, str]]:
 class Config(Settings):
     """A run of preference optimisation (train.py)."""
 
+    def __post_init__(self) -> None:
+        _need(
+            self.objective.method != "gradspo" or self.sample.num_inner_steps == 0,
+            "method=gradspo compares children of one x_t: num_inner_steps must be 0.",
+        )
+        most = self.sample.num_candidates
+        _need(
+            self.objective.method != "dense" or self.objective.num_ranked <= most,
+            f"num_ranked={self.objective.num_ranked} trajectories cannot be drawn from num_candidates={most}. "
+            "Lower it, or raise --num_candidates.",
+        )
+
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -486,6 +574,7 @@ class Config(Settings):
     optim: OptimConfig = field(default_factory=OptimConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    pairs: PairSourceConfig = field(default_factory=PairSourceConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -532,37 +621,17 @@ class RewardConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(Section):
-    pairs: str | None = None
-    """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
-    .csv or .tsv of prompt, image_0, image_1, label_0, label_1."""
-    pairs_revision: str | None = None
-    """Hub revision (branch, tag or commit) of the pairs."""
+class PairsConfig(PairSourceConfig):
     caption_column: str | None = None
     """Column that holds the prompt. Default: caption or prompt."""
-    validation_share: Share = 0.02
-    """Share of the prompts held out, with all their pairs."""
-    validation_pairs: str | None = None
-    """Another source of pairs to hold out, in place of a share of the prompts."""
-    max_validation_pairs: Count = 512
-    """Held-out pairs used in an evaluation."""
-    max_bad_share: Share = 0.01
-    """Stop when more than this share of the rows is unusable. They are counted and named in bad_rows.jsonl."""
     relabel: Literal["none", "pickscore"] = "none"
     """pickscore: labels come from PickScore's opinion of the two original images, as the published SDXL run has it."""
     relabel_gap: Share = 0.1
     """Relabelled pairs whose probabilities differ by no more than this are ties."""
     pickscore_path: str | None = None
     """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
-    cache_latents: bool | None = None
-    """Keep the VAE's posterior of every image on disk: encoded once, not once an epoch. In 16 bits an image takes 64 KB
-    at 512 px, 256 KB at 1024 px. Default: if the run makes more than one pass."""
-    latent_cache_dir: str | None = None
-    """Where they are kept. Default: latent_cache in the output directory."""
     prompt_cache_dir: str | None = None
     """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
-    num_workers: Count = 4
-    """Threads that read and decode images."""
 
 
 @dataclass(frozen=True, kw_only=True)

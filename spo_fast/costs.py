@@ -27,30 +27,32 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from spo_fast.config import AdamConfig, Config
-from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
+from spo_fast.config import AdamConfig, Config, ScorerConfig
+from spo_fast.experience import Cond, Experience, Prediction, States
 from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
 from spo_fast.models.fuse import fuse
+from spo_fast.models.merged import lora_layers
 from spo_fast.models.policy import Policy, TrainedWeights
 from spo_fast.models.single_file import text_class, vae_class
 from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
 from spo_fast.models.text import ENCODE_BATCH
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import make_objective, predict_states
+from spo_fast.pair_images import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.presets import TINY_VAES
-from spo_fast.rollout import RolloutBatch, rollout_segments, segments
+from spo_fast.rollout import RolloutBatch
 from spo_fast.schedule import StepTable
-from spo_fast.scorers import ClipScorer, WeightedSum
+from spo_fast.scorers import ClipScorer, InPhase, WeightedSum
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config, read_tensors
+from spo_fast.scorers.latent import LatentReward, LatentScorer, read_configs
 
 PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
 """The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
 
 CUDA_BLOCK = 512  # bytes: PyTorch's CUDA allocator gives out multiples of it
 
-TIME_CONDITIONED = {"spm": True, "pickscore": False}
 VIT_H = ClipConfig(
     text=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu"),
     vision=TowerConfig(width=1280, mlp_width=5120, num_layers=32, num_heads=16, activation="gelu"),
@@ -171,7 +173,8 @@ class Costs:
     samples: Mapping[str, int]
     """Part -> UNet rows (a guided state is two), images decoded, images scored (by each scorer)."""
     full_flops: Mapping[str, int]
-    """Part (rollout, decode, score, reference, policy) -> FLOPs; policy is its forward and backward."""
+    """Part (rollout, decode, score, reference, policy) -> FLOPs; policy: forward and backward; reference: all frozen
+    networks. encode images: of pairs, if no latents were kept."""
     flops_per_prompt: int
     """Of the prompt encoders and the scorers' text towers, once for each prompt of the run."""
     resident: Mapping[str, int]
@@ -237,6 +240,7 @@ class Networks:
         self.live = LiveStorage(self.block)
         self.tally: dict[str, Counter[str]] = {}
         self._seen: dict[Any, tuple[int, int, list[Any], Any]] = {}
+        self._merged = False  # the LoRA is off: a rollout with merged weights
 
         vae_config = _vae_config(self.kind, resolved, source.pretrained_vae_model_name_or_path)
         self.vae = self._fake(_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
@@ -262,8 +266,9 @@ class Networks:
         height, width = (size or unet.config.sample_size * factor for size in (cfg.model.height, cfg.model.width))
         check_size(height, width, factor)
         self.latent_shape = (unet.config.in_channels, height // factor, width // factor)
-        self.scorers = {
-            name: self._scorer(name, resolved, DTYPES[cfg.scorer.scorer_dtype])
+        self.vae_factor = factor
+        self.scorers: dict[str, Any] = {
+            name: (self._latent_scorer if name == "lrm" else self._scorer)(name, resolved, cfg.scorer)
             for name, _ in scorer_specs(cfg.scorer.scorer)
         }
 
@@ -279,14 +284,29 @@ class Networks:
                     part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
         return module.eval()
 
-    def _scorer(self, name: str, resolved: Resolved | None, dtype: torch.dtype) -> ClipScorer:
+    def _latent_scorer(self, name: str, resolved: Resolved | None, cfg: ScorerConfig) -> LatentScorer:
         path = resolved.scorer_paths.get(name) if resolved else None
+        parts = ("unet", *(part for _, part in TEXT_PARTS[self.kind]))
+        configs = read_configs(path) if path else {p: read_json(self.config_dir / p / "config.json") for p in parts}
+        last = configs[parts[-1]]
+        with torch.device("meta"):
+            network = LatentReward(configs, last["projection_dim" if self.kind == "sdxl" else "hidden_size"])
+        self._fake(network, DTYPES[cfg.scorer_dtype])
+        network.encode = self._once(network.encode, "score text")  # type: ignore[method-assign]
+        network.score = self._once(network.score, "score")  # type: ignore[method-assign]
+        lengths = [encoder.config.max_position_embeddings for encoder in self.text_encoders]
+        with self.mode:
+            return LatentScorer(network, lambda prompts: [torch.zeros(len(prompts), n).long() for n in lengths])
+
+    def _scorer(self, name: str, resolved: Resolved | None, cfg: ScorerConfig) -> ClipScorer:
+        path, dtype = resolved.scorer_paths.get(name) if resolved else None, DTYPES[cfg.scorer_dtype]
+        aware = name == "spm" and cfg.spm_time_conditioned
         if path is None:
             with torch.device("meta"):
-                clip = Clip(replace(VIT_H, time_conditioned=TIME_CONDITIONED[name]))
+                clip = Clip(replace(VIT_H, time_conditioned=aware))
         else:
             file = find_weights(Path(path))
-            hf_config, aware = read_hf_config(file.parent), TIME_CONDITIONED[name]
+            hf_config = read_hf_config(file.parent)
             clip = load_clip(_shapes(file), time_conditioned=aware, hf_config=hf_config, device="meta", name=str(file))
         clip = self._fake(clip.set_compute_dtype(dtype))
         with self.mode:
@@ -314,7 +334,7 @@ class Networks:
                 return function(*args, **kwargs)
             name = part or self.live.phase_name
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            key = (id(function), name, *((x.shape, x.dtype) for x in tensors))
+            key = (id(function), name, self._merged, *((x.shape, x.dtype) for x in tensors))
             return self._run(key, name, len(tensors[0]) if samples else 0, lambda: function(*args, **kwargs))
 
         return call
@@ -337,27 +357,34 @@ class Networks:
     def costs(self, cfg: Config) -> Costs:
         """Every phase of one iteration in the trainer's order, on fake tensors."""
         plan, masters = _plan(cfg), self.policy.masters
-        guided, objective = cfg.sample.guidance_scale > 1, make_objective(cfg.objective)
+        objective = make_objective(cfg.objective)
+        guided = objective.guided(cfg.sample)
         self.tally, self.live = {}, LiveStorage(self.block)
         for master in masters:
             master.grad = None  # of the prediction before
         recompute = "enable" if cfg.optim.gradient_checkpointing else "disable"
         getattr(self.policy.unet, f"{recompute}_gradient_checkpointing")()
+        self.policy.averages = None
+        if objective.sampler == "ema":
+            with self.mode:
+                self.policy.keep_averages(objective.ema_decay)
         if self.fused:
             self.policy.fuse(recompute=cfg.engine.memory == "balanced")
         with self.mode, self.live as live:
             embedded = self._encode_prompts()
             # the trainer keeps its last micro-batch for a diagnosis, and gradients where slots straddle rollouts
-            last = self._batch(self._experience(plan, self._cond(embedded, 1)), plan.pairs, plan.states, guided)
+            blank = self._experience(plan, self._cond(embedded, 1), objective)
+            last = self._batch(blank, plan.pairs, plan.states, objective, guided)
+            del blank
             leftover = self._gradients() if plan.straddles else []
-            with live.phase("rollout"):
-                experience = self._collect(cfg, plan, self._cond(embedded, cfg.sample.sample_batch_size))
+            with live.phase("rollout"), self._rollout_weights(cfg):
+                experience = self._collect(cfg, plan, self._cond(embedded, cfg.sample.sample_batch_size), objective)
             del embedded
             with live.phase("reference"):
                 size = cfg.optim.states_at_once
                 experience = objective.prepare(self.policy, self._table(cfg), experience, cfg.sample, size)
-            part = self._batch(experience, plan.slot_pairs, plan.slot_states, guided)
-            e = self._batch(part, plan.pairs, plan.states, guided)
+            part = self._batch(experience, plan.slot_pairs, plan.slot_states, objective, guided)
+            e = self._batch(part, plan.pairs, plan.states, objective, guided)
             with live.phase("backward"):
                 m = self._backward(cfg, plan, e)
             del last
@@ -369,7 +396,7 @@ class Networks:
         samples, flops = ({part: n[what] for part, n in self.tally.items()} for what in ("samples", "flops"))
         per_prompt = flops.pop("encode prompts") // samples.pop("encode prompts")
         # the update ran one micro-batch; all take in proportion to their states
-        rows = samples["reference"]
+        rows = plan.all_states * (1 + guided)
         flops["policy"], samples["policy"] = flops["policy"] * rows // samples["policy"], rows
         return Costs(
             samples=samples,
@@ -377,8 +404,21 @@ class Networks:
             flops_per_prompt=per_prompt,
             resident=resident,
             gradients=self._bytes(masters),
-            transient={p: live.peaks[p] + (encoders if p == "encode prompts" else 0) for p in PHASES},
+            transient={
+                p: live.peaks[p] + (encoders if p == "encode prompts" else 0) for p in PHASES if p in live.peaks
+            },
         )
+
+    @contextlib.contextmanager
+    def _rollout_weights(self, cfg: Config) -> Iterator[None]:
+        """As Policy.merged: the same shapes as without a LoRA; its storages are resident."""
+        self._merged = cfg.sample.rollout_weights == "merged" and not cfg.adapter.full_finetune
+        if self._merged:
+            self.policy.unet.disable_adapters()
+        yield
+        if self._merged:
+            self.policy.unet.enable_adapters()
+        self._merged = False
 
     @torch.no_grad()
     def _encode_prompts(self) -> dict[str, Tensor]:
@@ -389,6 +429,8 @@ class Networks:
             run = functools.partial(embeddings, self.kind, self.text_encoders, ids)
             embedded = self._run("text", "encode prompts", ENCODE_BATCH, run)
             for name, scorer in self.scorers.items():
+                if isinstance(scorer, LatentScorer):
+                    continue  # it encodes prompts in each rollout
                 rows = torch.zeros(ENCODE_BATCH, scorer.model.config.max_length, dtype=torch.int64)
                 self._run(("text", name), "encode prompts", 0, functools.partial(scorer.encode_ids, rows))
         return embedded
@@ -406,27 +448,45 @@ class Networks:
 
     def _table(self, cfg: Config) -> StepTable:
         steps = cfg.sample.num_steps
-        return StepTable(torch.empty(steps, dtype=torch.int64), torch.empty(steps, 5, dtype=torch.float64))
+        alphas = torch.empty(steps, dtype=torch.float64)
+        return StepTable(torch.empty(steps, dtype=torch.int64), torch.empty(steps, 5, dtype=torch.float64), alphas)
 
-    def _collect(self, cfg: Config, plan: Plan, cond: Cond) -> Experience:
+    def _encode_images(self, cfg: Config) -> None:
+        """The VAE's encoder on both images of each pair: what an iteration of the first pass needs."""
+        pixels = torch.empty(IMAGES_BATCH, 3, *(size * self.vae_factor for size in self.latent_shape[1:]))
+
+        def encode() -> Tensor:
+            encoded = self.vae.encode(pixels.to(self.vae.dtype))
+            return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+
+        with torch.no_grad():
+            for _ in range(-(-2 * cfg.sample.sample_batch_size // IMAGES_BATCH)):
+                self._run("encode images", "encode images", IMAGES_BATCH, encode)
+
+    def _collect(self, cfg: Config, plan: Plan, cond: Cond, objective: Any) -> Experience:
         """The experience of a rollout that keeps every pair."""
+        if objective.rollout is None:
+            self._encode_images(cfg)
+            return self._experience(plan, cond, objective)
         B, specs = cfg.sample.sample_batch_size, scorer_specs(cfg.scorer.scorer)
         scorers = [self.scorers[name] for name, _ in specs]
         scorer: Any = scorers[0] if [w for _, w in specs] == [1] else WeightedSum(scorers, [w for _, w in specs])
-        features = tuple(torch.empty(B, s.model.config.projection_dim) for s in scorers)
+        features = tuple(
+            s.encode([""] * B) if isinstance(s, LatentScorer) else torch.empty(B, s.model.config.projection_dim)
+            for s in scorers
+        )
         text = features if isinstance(scorer, WeightedSum) else features[0]
-
-        def score(candidates: Candidates) -> Tensor:
-            with self.live.phase("score"):
-                return scorer(candidates)
-
+        score = InPhase(scorer, functools.partial(self.live.phase, "score"))
         draws = KeyedDraws(0, 0, torch.empty(B, dtype=torch.int64))
         batch = RolloutBatch(cond, text, draws, self.latent_shape, self.latent_dtype)
-        kept = rollout_segments(
-            *(self.policy, self._table(cfg), score, functools.partial(decode, self.vae), batch),
-            *(cfg.sample, cfg.model.images_per_decode),
-        )
-        return replace(self._experience(plan, cond), scores=kept.scores)  # kept.compact reads the device
+        ema = self.policy.ema() if objective.sampler == "ema" else contextlib.nullcontext()
+        with ema:
+            kept = objective.rollout(
+                *(self.policy, self._table(cfg), score, functools.partial(decode, self.vae), batch),
+                *(objective.sampling(cfg.sample), cfg.model.images_per_decode),
+            )
+        # what `collect` does next reads the device
+        return replace(self._experience(plan, cond, objective), scores=kept.scores)
 
     def _latents(self, *shape: int) -> Tensor:
         return torch.empty(*shape, *self.latent_shape, dtype=self.latent_dtype)
@@ -435,25 +495,33 @@ class Networks:
         rows, prompts = torch.zeros(2, number, dtype=torch.int64)
         return States(self._latents(number), rows, prompts)
 
-    def _experience(self, plan: Plan, cond: Cond) -> Experience:
-        index = torch.zeros(plan.all_pairs, 2, 1, dtype=torch.int64)
-        x_prev = self._latents(plan.all_pairs, 2, 1)
-        return Experience(self._states(plan.all_states), x_prev, index, cond, torch.empty(0))
+    def _experience(self, plan: Plan, cond: Cond, objective: Any) -> Experience:
+        index = torch.zeros(plan.all_pairs, *objective.shape, dtype=torch.int64)
+        x_prev = self._latents(plan.all_pairs, *objective.shape)
+        advantage = torch.empty(plan.all_pairs) if objective.shape[0] == 1 else None
+        return Experience(self._states(plan.all_states), x_prev, index, cond, torch.empty(0), advantage=advantage)
 
-    def _batch(self, experience: Experience, pairs: int, states: int, guided: bool) -> Experience:
+    def _batch(self, experience: Experience, pairs: int, states: int, objective: Any, guided: bool) -> Experience:
         """As Experience.select(slice(pairs)): states and predictions are copies, children a view."""
-        out = [torch.empty(states, *self.latent_shape, dtype=self.dtype) for _ in range(1 + guided)]
+
+        def outputs() -> Prediction:
+            out = [torch.empty(states, *self.latent_shape, dtype=self.dtype) for _ in range(1 + guided)]
+            return Prediction(out[0], out[1] if guided else None)
+
         return replace(
             experience,
             states=self._states(states),
             x_prev=experience.x_prev[:pairs],
             index=torch.zeros_like(experience.index[:pairs]),
-            frozen=Prediction(out[0], out[1] if guided else None),
+            frozen=outputs() if objective.num_baselines > 0 else None,
+            anchor=outputs() if objective.num_baselines > 1 else None,
+            advantage=None if experience.advantage is None else experience.advantage[:pairs],
         )
 
     def _backward(self, cfg: Config, plan: Plan, e: Experience) -> list[Tensor]:
         """The largest micro-batch: what the trainer holds of it besides the gradients."""
-        guided, objective, table = cfg.sample.guidance_scale > 1, make_objective(cfg.objective), self._table(cfg)
+        objective, table = make_objective(cfg.objective), self._table(cfg)
+        guided = objective.guided(cfg.sample)
 
         def run() -> list[Tensor]:
             m = predict_states(self.policy, table, e, e.states, guided)
@@ -463,7 +531,7 @@ class Networks:
         if plan.accumulates:
             self._gradients()
         recomputed = (bool(cfg.optim.gradient_checkpointing), cfg.engine.memory == "balanced")
-        key = ("backward", plan.pairs, plan.states, guided, plan.accumulates, *recomputed)
+        key = ("backward", cfg.objective, plan.pairs, plan.states, guided, plan.accumulates, *recomputed)
         m = self._run(key, "policy", plan.states * (1 + guided), run)
         self._gradients()
         return m
@@ -487,11 +555,14 @@ class Networks:
         full = cfg.adapter.full_finetune
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if m is not p]
         rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
+        merged = [layer.get_base_layer().weight for _, layer in lora_layers(policy.unet)]
         held = {
             "UNet": self._bytes(rest),
             "LoRA": 0 if full else self._bytes(policy._weights),
             "float32 masters": self._bytes(copies),
+            "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self._bytes(merged),
             "optimizer state": sum(map(self._rounded, _optimizer_state(policy.masters, cfg.optim))),
+            "moving averages": self._bytes(policy.averages or ()),
             "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),
             **{f"scorer {name}": self._bytes(s.model.parameters()) for name, s in self.scorers.items()},
@@ -534,8 +605,7 @@ class Plan:
 def _plan(cfg: Config) -> Plan:
     """The first iteration's terms in its order, cut as trainer.slots and Experience.micro_batches cut them."""
     optim, B = cfg.optim, cfg.sample.sample_batch_size
-    # both sides of a pair share their x_t in a segment's first step only
-    terms = [2 - (i == first) for first, end in segments(cfg.sample) for i in range(first, end) for _ in range(B)]
+    terms = [states for states in make_objective(cfg.objective).term_states(cfg.sample) for _ in range(B)]
     shuffled = [terms[n] for n in permutation(len(terms), cfg.run.seed, 0).tolist()]
     published, N = optim.accumulation == "published", len(terms)
     if published:

@@ -15,9 +15,11 @@ from spo_fast.data import training_prompts
 from spo_fast.metrics import read_metrics
 from spo_fast.models import find_lora, look_for, resolve, scorer_paths
 from spo_fast.models.sources import Missing, Present
+from spo_fast.objectives import make_objective
+from spo_fast.presets import COMPARED, DATA
 from spo_fast.report import duration
+from spo_fast.telemetry import WORK
 
-TIMED = ("rollout", "score", "reference", "backward", "step")
 COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
 SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run
 
@@ -31,22 +33,19 @@ def report(cfg: Config, device: Device | None = None) -> str:
         find_lora(cfg.adapter.lora_path)
     resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, scorer_paths(cfg.scorer))
     cfg, choices = choose(cfg, device, resolved)
-    prompts, sampler = training_prompts(cfg)
-    total = cfg.run.iterations(sampler.iterations_per_epoch)
-    pairs = total * cfg.sample.sample_batch_size * cfg.sample.branching_steps
     costs = predict(cfg, resolved, device.type)
+    total, encoded, steps = steps_text(cfg)
+    shares = SHARES if cfg.objective.method in COMPARED else SHARES[:1]
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
         "settings (flags over file over preset)": yaml.safe_dump(cfg.flat(), sort_keys=False).rstrip(),
         f"chosen for this device ({device.name}{memory})": listed(choices) or "nothing: all was given",
         "files": files_table(looked),
-        "steps": f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of "
-        f"{cfg.sample.sample_batch_size}: {total:,} iterations, "
-        f"{pairs:,} pairs if every one is kept",
-        "FLOPs, counted (2 x multiply-add)": flops_table(costs, total, len(prompts)),
+        "steps": steps,
+        "FLOPs, counted (2 x multiply-add)": flops_table(costs, total, encoded, shares),
         "disk": disk_text(cfg, costs, total),
         "memory, predicted from the shapes": memory_table(costs, device),
-        "time": time_estimate(cfg, costs, device, total),
+        "time": time_estimate(cfg, costs, device, total, shares[-1]),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in parts.items())
 
@@ -59,9 +58,28 @@ def files_table(looked: Iterable[Present | Missing]) -> str:
     return columns(rows)
 
 
-def flops_table(costs: Costs, iterations: int, prompts: int) -> str:
-    rows = [("TFLOP", *(f"{share:.0%} of the pairs kept" for share in SHARES))]
-    by_share = [costs.flops(share) for share in SHARES]
+def steps_text(cfg: Config) -> tuple[int, int, str]:
+    """Iterations, prompts that are encoded, and what to say of both."""
+    B = cfg.sample.sample_batch_size
+    if cfg.objective.method in DATA:
+        total = cfg.run.max_train_steps or 1
+        said = (
+            f"{total:,} iterations of {B:,} pairs (--max_train_steps), or fewer if the epochs end before"
+            if cfg.run.max_train_steps
+            else f"counted for one iteration of {B:,} pairs: how many there are the data says, and stays shut"
+        )
+        return total, total * B, f"{said}; images are encoded in the first pass only if their latents are kept"
+    prompts, sampler = training_prompts(cfg)
+    total = cfg.run.iterations(sampler.iterations_per_epoch)
+    terms = total * B * len(make_objective(cfg.objective).term_states(cfg.sample))
+    kept = "pairs if every one is kept" if cfg.objective.method in COMPARED else "terms of the loss"
+    said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
+    return total, len(prompts), f"{said}, {terms:,} {kept}"
+
+
+def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[float] = SHARES) -> str:
+    rows = [("TFLOP", *(f"{share:.0%} of the pairs kept" if len(shares) > 1 else "" for share in shares))]
+    by_share = [costs.flops(share) for share in shares]
     for part in by_share[0]:
         rows.append((f"{part} ({costs.samples[part]:,} samples)", *(f"{f[part] / 1e12:,.3g}" for f in by_share)))
     rows.append(("an iteration", *(f"{sum(f.values()) / 1e12:,.4g}" for f in by_share)))
@@ -93,7 +111,7 @@ def memory_table(costs: Costs, device: Device) -> str:
     return f"{text}\n\n{size_text(costs.peak)} of {size_text(device.usable_bytes)} usable: {verdict}"
 
 
-def time_estimate(cfg: Config, costs: Costs, device: Device, iterations: int) -> str:
+def time_estimate(cfg: Config, costs: Costs, device: Device, iterations: int, kept: float = SHARES[-1]) -> str:
     """From the runs beside the output directory that had the same costs on this device; says so if there is none."""
     measured = [
         m for run in Path(cfg.run.output_dir).parent.glob("*/config.yaml") if (m := iteration_of(run, cfg, device))
@@ -104,9 +122,9 @@ def time_estimate(cfg: Config, costs: Costs, device: Device, iterations: int) ->
             f"{Path(cfg.run.output_dir).parent}): no estimate"
         )
     run, seconds, share, count = max(measured, key=lambda m: m[3])
-    scaled = seconds * sum(costs.flops(SHARES[-1]).values()) / sum(costs.flops(share).values())
+    scaled = seconds * sum(costs.flops(kept).values()) / sum(costs.flops(share).values())
     return (
-        f"about {duration(scaled * iterations)} at {SHARES[-1]:.0%} of the pairs kept: {run} took {seconds:.3g} s an "
+        f"about {duration(scaled * iterations)} at {kept:.0%} of the pairs kept: {run} took {seconds:.3g} s an "
         f"iteration (median of {count}) at {share:.0%}, scaled by the FLOPs"
     )
 
@@ -116,13 +134,14 @@ def iteration_of(config: Path, cfg: Config, device: Device) -> tuple[Path, float
     metrics = config.with_name("metrics.jsonl")
     try:
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        same = all(saved[name] == value for name, value in cfg.flat().items() if cfg.section_of(name) in COST_SECTIONS)
+        matters = {n: v for n, v in cfg.flat().items() if n == "method" or cfg.section_of(n) in COST_SECTIONS}
+        same = all(saved[name] == value for name, value in matters.items())
         records = [r for r in read_metrics(metrics) if r.get("device") == device.name][1:] if same else []
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run of ours, or a damaged one
         return None
     if not records:  # the first iteration warms up
         return None
-    seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in TIMED) / 1000 for r in records]
+    seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in WORK) / 1000 for r in records]
     return config.parent, statistics.median(seconds), statistics.fmean(r["valid_share"] for r in records), len(records)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class Prediction(NamedTuple):
@@ -22,19 +23,31 @@ class Prediction(NamedTuple):
     def select(self, index: Any) -> Prediction:
         return Prediction(self.cond[index], None if self.uncond is None else self.uncond[index])
 
+    @staticmethod
+    def cat(parts: list[Prediction]) -> Prediction:
+        uncond = [part.uncond for part in parts if part.uncond is not None]
+        return Prediction(torch.cat([part.cond for part in parts]), torch.cat(uncond) if uncond else None)
+
     def detach(self) -> Prediction:
         return Prediction(self.cond.detach(), None if self.uncond is None else self.uncond.detach())
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: what is computed of it alone can be kept
+@dataclass(frozen=True)
 class Cond:
     """Conditioning of P prompts. Opaque: only its model knows what the tensors mean."""
 
     cond: dict[str, Tensor]  # each (P, ...)
     uncond: dict[str, Tensor]  # each (1, ...), the empty prompt's
+    text: Any = None  # what a network has computed of it alone (Policy.told)
+
+    def __len__(self) -> int:
+        return next(iter(self.cond.values())).shape[0]
 
     def select(self, index: Tensor) -> Cond:
         return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)
+
+
+pytree.register_pytree_node(Cond, lambda c: ([c.cond, c.uncond, c.text], None), lambda parts, _: Cond(*parts))
 
 
 @dataclass(frozen=True)
@@ -57,8 +70,8 @@ class Candidates:
     """What a scorer judges: K candidates of each of B prompts, k-major (row k B + b)."""
 
     x_t: Tensor | None  # (K B, C, H, W) noisy latents; None at the very end
-    x0: Tensor  # (K B, C, H, W) clean estimates, or the final latents
-    t: Tensor  # () int64 timestep they are judged at; 0 for the final latents
+    x0: Tensor  # (K B, C, H, W) clean estimates, or the final latents; of children before the UNet, x_t again
+    t: Tensor  # () int64 timestep they are judged at; of children their parent's; 0 for the final latents
     text: Any  # scorer.encode(prompts), rows repeated k-major
     num_candidates: int
     decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
@@ -76,11 +89,13 @@ class Experience:
     """N loss terms over U states. `states` holds each (x_t, row, prompt) once; `index` says which a transition used."""
 
     states: States
-    x_prev: Tensor  # (N, K, S, C, H, W) recorded children
+    x_prev: Tensor  # (N, K, S, C, H, W) recorded children; of re-noised images what the network should have said
     index: Tensor  # (N, K, S) int64 into states
     cond: Cond
-    scores: Tensor  # every score of the rollout, for the log
+    scores: Tensor  # every score of the rollout, for the log; empty without a rollout
     frozen: Prediction | None = None  # of the reference (or old policy) on the states
+    anchor: Prediction | None = None  # of a second frozen network: the moving average, or the reference beside the old
+    advantage: Tensor | None = None  # (N,) of policy gradients
 
     def __len__(self) -> int:
         return self.x_prev.shape[0]
@@ -89,8 +104,15 @@ class Experience:
         """Some of the terms, with only the states they use. The order of terms is kept; indices are renumbered."""
         x_prev, index = self.x_prev[terms], self.index[terms]
         used, renumbered = torch.unique(index, return_inverse=True)
-        frozen = None if self.frozen is None else self.frozen.select(used)
-        return replace(self, states=self.states.select(used), x_prev=x_prev, index=renumbered, frozen=frozen)
+        return replace(
+            self,
+            states=self.states.select(used),
+            x_prev=x_prev,
+            index=renumbered,
+            frozen=None if self.frozen is None else self.frozen.select(used),
+            anchor=None if self.anchor is None else self.anchor.select(used),
+            advantage=None if self.advantage is None else self.advantage[terms],
+        )
 
     def states_per_term(self) -> list[int]:
         """How many states each term would add to a batch by itself."""
@@ -99,15 +121,20 @@ class Experience:
 
     def micro_batches(self, max_states: int | None) -> Iterator[Experience]:
         """Consecutive terms packed into batches of at most `max_states` unique states; a term is never split."""
-        if max_states is None or len(self) == 0:
-            yield from [self] if len(self) else []
-            return
-        index = self.index.flatten(1).cpu()
-        start, seen = 0, set(index[0].tolist())
-        for n in range(1, len(self)):
-            grown = seen | set(index[n].tolist())
-            if len(grown) > max_states:
-                yield self.select(slice(start, n))
-                start, grown = n, set(index[n].tolist())
-            seen = grown
-        yield self.select(slice(start, len(self)))
+        yield from ([self] if max_states is None and len(self) else map(self.select, batches(self.index, max_states)))
+
+
+def batches(index: Tensor, max_states: int | None) -> Iterator[slice]:  # index (N, K, S)
+    """The terms of each micro-batch."""
+    if max_states is None or len(index) == 0:
+        yield from [slice(0, len(index))] if len(index) else []
+        return
+    index = index.flatten(1).cpu()
+    start, seen = 0, set(index[0].tolist())
+    for n in range(1, len(index)):
+        grown = seen | set(index[n].tolist())
+        if len(grown) > max_states:
+            yield slice(start, n)
+            start, grown = n, set(index[n].tolist())
+        seen = grown
+    yield slice(start, len(index))

@@ -300,6 +300,8 @@ PROGRESS_FIELDS = (
     ("score_mean", "score", "{:.4g}"),
     ("valid_share", "valid", "{:.0%}"),
     ("loss", "loss", "{:.4f}"),
+    ("tflop_per_s", "TFLOP/s", "{:.0f}"),
+    ("mfu", "MFU", "{:.0%}"),
 )
 BAR_WIDTH = 20  # characters
 MEDIAN_WINDOW = 50  # iterations; a median, so a slow one (compilation, a checkpoint) does not move the ETA
@@ -523,17 +525,40 @@ def gpu_stats(device_index: int = 0) -> dict[str, float]:
     return stats
 
 
-@functools.lru_cache
+def nvml_energy_j(device_index: int = 0) -> float | None:
+    """Joules the device has drawn since its driver was loaded; None if it does not say."""
+    handle = nvml_handle(device_index)
+    if handle is None:
+        return None
+    import pynvml
+
+    try:
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except pynvml.NVMLError:
+        return None
+
+
 def nvml_handle(device_index: int) -> Any | None:
     """NVML's handle of a torch device, found by its UUID: NVML counts all cards, torch only the visible ones."""
+    return _nvml(device_index)[0]
+
+
+def nvml_missing(device_index: int) -> str | None:
+    """Why there is no handle; None if there is one."""
+    return _nvml(device_index)[1]
+
+
+@functools.lru_cache
+def _nvml(device_index: int) -> tuple[Any | None, str | None]:
     try:
         import pynvml
     except ImportError:
-        return None
+        return None, "nvidia-ml-py is not installed (pip install 'spo_fast[nvml]')"
     if device_index >= torch.cuda.device_count():
-        return None
+        return None, f"there is no CUDA device {device_index}"
     try:
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device_index).uuid}")
-    except pynvml.NVMLError:
-        return None
+        name = f"GPU-{torch.cuda.get_device_properties(device_index).uuid}"
+        return pynvml.nvmlDeviceGetHandleByUUID(name), None
+    except pynvml.NVMLError as error:
+        return None, f"NVML says {error}"

@@ -15,14 +15,16 @@ from torch import Tensor
 from spo_fast.ops import philox
 
 # The high byte of a key's step word says what is drawn, so that no two uses share a counter.
-LATENTS, CHILDREN, PICK, PAIRS, PROMPTS, TIMESTEPS, RENOISE, POSTERIOR = (use << 24 for use in range(8))
+LATENTS, CHILDREN, PICK, PAIRS, PROMPTS, TIMESTEPS, RENOISE, POSTERIOR, SIDES, STEPS, EMPTY, MERGE = (
+    use << 24 for use in range(12)
+)
 
 
 class Draws(Protocol):
     """Everything random in a rollout of B prompts. Tests replay recorded draws through the same protocol."""
 
-    def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """(B, C, H, W) initial standard normals."""
+    def latents(self, shape: tuple[int, ...], dtype: torch.dtype, num_starts: int = 1) -> Tensor:
+        """(num_starts * B, C, H, W) initial standard normals, k-major."""
         ...
 
     def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
@@ -59,12 +61,13 @@ class KeyedDraws:
         keys[:, 4] = which
         return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape)
 
-    def integer(self, use: int, high: int) -> Tensor:
-        """(B,) int64 uniform in [0, high)."""
-        return philox.integer(self._keys(use), high)
+    def integer(self, use: int, high: int, count: int = 1) -> Tensor:
+        """(count * B,) int64 uniform in [0, high), high up to 2^31; B prompts after B prompts."""
+        return philox.integer(self._keys(use, count), high)
 
-    def latents(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self.normal(LATENTS, shape).to(dtype)
+    def latents(self, shape: tuple[int, ...], dtype: torch.dtype, num_starts: int = 1) -> Tensor:
+        keys = self._keys(LATENTS, num_starts)
+        return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape).to(dtype)
 
     def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
         return {"keys": self._keys(CHILDREN + step, num_parents)}

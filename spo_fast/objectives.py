@@ -1,24 +1,41 @@
 """The objectives, side by side. Each collects experience, prepares its baseline, and turns predictions into a loss.
 
-An objective is a frozen dataclass whose fields are its settings. `loss` sees unique states (U) and indices (N, K, S)
-into them, so that a state shared by winner and loser costs one forward and one backward.
+An objective is a frozen dataclass whose fields are its settings (of ObjectiveConfig, by name). `loss` sees unique
+states (U) and indices (N, K, S) into them, so that a state shared by winner and loser costs one forward and one
+backward. Every loss is a weighted sum over its N terms, and comes with sums of the objective's `stats`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spo_fast.config import ObjectiveConfig, SampleConfig
 from spo_fast.experience import Experience, Prediction, States
-from spo_fast.ops.preference_loss import preference_loss
-from spo_fast.ops.transition import log_ratio
-from spo_fast.rollout import RolloutBatch, branching_rollout
+from spo_fast.noise import SIDES, STEPS
+from spo_fast.offline import renoised_pairs
+from spo_fast.ops.preference_loss import STATS, preference_loss
+from spo_fast.ops.transition import guided, log_ratio
+from spo_fast.rollout import (
+    RolloutBatch,
+    Trajectories,
+    branching_rollout,
+    rollout_segments,
+    segments,
+    trajectory_rollout,
+)
 from spo_fast.schedule import StepTable
+
+Batches = Callable[[], Sequence[slice]]
+Outputs = Callable[[], Prediction]
+
+# ---------------------------------------------------------------------------------------------------- what all share
 
 
 def predict_states(policy: Any, table: StepTable, experience: Experience, states: States, guided: bool) -> Prediction:
@@ -31,23 +48,134 @@ def predict_states(policy: Any, table: StepTable, experience: Experience, states
 def frozen_predictions(
     policy: Any, table: StepTable, experience: Experience, guided: bool, states_per_forward: int | None
 ) -> Prediction:
-    """The reference's outputs on every state of the experience, in batches without gradient."""
+    """The network's outputs on every state of the experience, in batches without gradient."""
     states = experience.states
     size = states_per_forward or max(len(states), 1)
-    with policy.reference():
-        parts = [
-            predict_states(policy, table, experience, states.select(slice(i, i + size)), guided)
-            for i in range(0, len(states), size)
-        ]
+    parts = [
+        predict_states(policy, table, experience, states.select(slice(i, i + size)), guided)
+        for i in range(0, len(states), size)
+    ]
     if not parts:
         empty = states.x_t.to(policy.dtype)
         return Prediction(empty, empty if guided else None)
-    uncond = [p.uncond for p in parts if p.uncond is not None]
-    return Prediction(torch.cat([p.cond for p in parts]), torch.cat(uncond) if uncond else None)
+    return Prediction.cat(parts)
+
+
+@torch.no_grad()
+def predictions_by_term(
+    policy: Any, table: StepTable, experience: Experience, guided: bool, batches: Sequence[slice]
+) -> Prediction:
+    """The same, in the very batches of terms that will be trained: then nothing differs, not even by rounding."""
+    if not batches:
+        return frozen_predictions(policy, table, experience, guided, None)
+    used = [experience.index[terms].unique() for terms in batches]
+    parts = [predict_states(policy, table, experience, experience.states.select(index), guided) for index in used]
+    return Prediction.cat(parts).select(torch.cat(used).argsort())
+
+
+def error_drop(m: Tensor, reference: Tensor, y: Tensor) -> Tensor:  # (T, C, H, W) each -> (T,)
+    """|reference - y|^2 - |m - y|^2, mean over C, H, W: how much nearer to y than the reference m is.
+
+    As a product: a difference of two large squares would lose what training changes.
+    """
+    return ((reference - m) * (reference + m - 2 * y)).flatten(1).mean(1)
+
+
+def uniform_weights(like: Tensor, count: int, weight: float) -> Tensor:  # (N,)
+    return torch.full((count,), weight, device=like.device, dtype=like.dtype)
+
+
+class Objective:
+    """What an objective is to the trainer. Subclasses are frozen dataclasses, and say what differs."""
+
+    stats: ClassVar[tuple[str, ...]] = STATS
+    """What each entry of the statistics sums over the terms."""
+    sampler: ClassVar[str] = "policy"
+    """Whose samples it learns from: the policy's, its moving average's (ema), or the pairs of a data set (data)."""
+    judges: ClassVar[str | None] = None
+    """What its scorer must judge (scorers.judges); None: whatever it does."""
+    shape: tuple[int, int] = (2, 1)
+    """K sides, S transitions of a term."""
+    num_baselines: ClassVar[int] = 1
+    """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and anchor)."""
+    rollout: ClassVar[Any] = staticmethod(rollout_segments)
+    """The part of `collect` that costs something; None without a rollout."""
+
+    def guided(self, cfg: SampleConfig) -> bool:
+        """Whether the unconditional half is evaluated in training."""
+        return cfg.guidance_scale > 1
+
+    def sampling(self, cfg: SampleConfig) -> SampleConfig:
+        """The rollout's settings."""
+        return cfg
+
+    def term_states(self, cfg: SampleConfig) -> list[int]:
+        """Most UNet states of each term of one prompt, in the rollout's order, if every pair is kept."""
+        # both sides of a pair share their x_t in a segment's first step only
+        return [2 - (i == first) for first, end in segments(self.sampling(cfg)) for i in range(first, end)]
+
+    def collect(
+        self,
+        policy: Any,
+        table: StepTable,
+        scorer: Any,
+        decode: Any,
+        batch: Any,  # RolloutBatch; offline.PairInputs for a sampler of data
+        cfg: SampleConfig,
+        chunk: int,
+    ) -> Experience:
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        policy: Any,
+        table: StepTable,
+        experience: Experience,
+        cfg: SampleConfig,
+        states_per_forward: int | None,
+        batches: Batches | None = None,  # terms that will be trained together
+    ) -> Experience:
+        """The experience with its baselines."""
+        arguments = (policy, table, experience, self.guided(cfg))
+        outputs = functools.partial(frozen_predictions, *arguments, states_per_forward)
+        own = outputs if batches is None else lambda: predictions_by_term(*arguments, batches())
+        found = self.baselines(policy, outputs, own)
+        return replace(experience, frozen=found.get("frozen"), anchor=found.get("anchor"))
+
+    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        """What `loss` compares the policy with: frozen, and anchor if it needs two.
+
+        outputs: the network's on every state, at a convenient batch size; own: in the batches of the training.
+        """
+        with policy.reference():
+            return {"frozen": outputs()}
+
+    def loss(
+        self,
+        m: Prediction,  # the policy's outputs on the U states, with gradient
+        table: StepTable,
+        e: Experience,  # N terms
+        cfg: SampleConfig,
+        weight: float,  # of each term
+    ) -> tuple[Tensor, Tensor]:  # the weighted sum of the terms' losses (), statistics (len(self.stats),)
+        raise NotImplementedError
+
+
+def log_ratios(m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig) -> Tensor:  # (N, K, S)
+    """log p(x_{t-1} | x_t) of the policy minus that of the frozen network, means over C, H, W."""
+    assert e.frozen is not None, "prepare the experience first"
+    ratio, _ = log_ratio(
+        *(*m, *e.frozen, e.states.x_t, e.x_prev.flatten(0, 2), e.index.flatten(), e.states.rows),
+        *(table.coefficients, cfg.guidance_scale),
+    )
+    return ratio.view(e.index.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- pairs of steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class SPO:
+class SPO(Objective):
     """Step-by-step preference optimisation (arXiv 2406.04314): the best and the worst of K candidates of one x_t.
 
     log r = log p_policy(x_{t-1} | x_t) - log p_ref(x_{t-1} | x_t), means over C, H, W; the loss is
@@ -59,38 +187,15 @@ class SPO:
     clip: float | None = 0.1
 
     def collect(
-        self,
-        policy: Any,
-        table: StepTable,
-        scorer: Any,
-        decode: Any,
-        batch: RolloutBatch,
-        cfg: SampleConfig,
-        chunk: int,
+        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
     ) -> Experience:
-        return branching_rollout(policy, table, scorer, decode, batch, cfg, chunk)
-
-    def prepare(
-        self, policy: Any, table: StepTable, experience: Experience, cfg: SampleConfig, states_per_forward: int | None
-    ) -> Experience:
-        frozen = frozen_predictions(policy, table, experience, cfg.guidance_scale > 1, states_per_forward)
-        return replace(experience, frozen=frozen)
+        return branching_rollout(policy, table, scorer, decode, batch, self.sampling(cfg), chunk)
 
     def loss(
-        self,
-        m: Prediction,  # the policy's outputs on the U states, with gradient
-        table: StepTable,
-        e: Experience,  # N terms, K = 2 sides, S = 1 transition
-        cfg: SampleConfig,
-        weight: float,  # of each term
-    ) -> tuple[Tensor, Tensor]:  # the weighted sum of the terms' losses (), statistics (ops.preference_loss.STATS)
-        assert e.frozen is not None, "prepare the experience first"
-        ratio, _ = log_ratio(
-            *(*m, *e.frozen, e.states.x_t, e.x_prev.flatten(0, 2), e.index.flatten(), e.states.rows),
-            *(table.coefficients, cfg.guidance_scale),
-        )
-        weights = torch.full((len(e),), weight, device=ratio.device, dtype=ratio.dtype)
-        return preference_loss(ratio.view(e.index.shape), weights, self.beta, self.clip)
+        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(m, table, e, cfg)
+        return preference_loss(ratios, uniform_weights(ratios, len(e), weight), self.beta, self.clip)
 
 
 class MSPO(SPO):
@@ -101,8 +206,295 @@ class MSPO(SPO):
     """
 
 
-OBJECTIVES: dict[str, Callable[..., SPO]] = {"spo": SPO, "mspo": MSPO}
+class D3PO(SPO):
+    """D3PO (arXiv 2311.13231): whole trajectories from one x_T are compared by their ends; each step is a term.
+
+    It is MSPO with one segment from branch_start to the end. scripts/rm/train_d3po.py, whose loss is SPO's.
+    """
+
+    def sampling(self, cfg: SampleConfig) -> SampleConfig:
+        return replace(cfg, num_inner_steps=cfg.num_steps, branch_end=None)
 
 
-def make_objective(cfg: ObjectiveConfig) -> SPO:
-    return OBJECTIVES[cfg.method](beta=cfg.beta, clip=cfg.clip)
+class LPO(SPO):
+    """Latent preference optimisation (arXiv 2502.01051): SPO whose scorer judges the children x_{t-1} themselves.
+
+    No x0, no VAE, and the UNet sees one child a prompt: the scorer is asked before it (rollout.py).
+    """
+
+    judges = "children"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradSPO(SPO):
+    """GradSPO (NeurIPS 2025): a regression to a noise target shifted along the reward takes the log-ratio's place.
+
+    y = m_ema -+ s sqrt(1 - alphabar_t) (z_w - z_l) / 2, upper sign for the winner; r = |m_ref - y|^2 - |m - y|^2. The
+    children's noise is not stored: z_w - z_l = (x_w - x_l) / std, as they share x_t. An EMA of the policy collects.
+
+    The paper's target, which is the published SD-1.5 code's; the published SDXL code takes each side's own z. That code
+    evaluates m_ema after every optimizer step, here it is the average that collected: r_w - r_l = 2 <m - m_ref,
+    y_w - y_l> does not depend on m_ema, only where the clamp begins does.
+    """
+
+    guidance_step: float = 0.5
+    ema_decay: float = 0.9
+    sampler = "ema"
+    num_baselines = 2
+
+    def collect(
+        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
+    ) -> Experience:
+        with policy.ema():
+            return super().collect(policy, table, scorer, decode, batch, cfg, chunk)
+
+    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        with policy.ema():
+            anchor = outputs()
+        return {**super().baselines(policy, outputs, own), "anchor": anchor}
+
+    def loss(
+        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        assert e.frozen is not None and e.anchor is not None and table.alphas_cumprod is not None
+        dtype, index = e.states.x_t.dtype, e.index[:, 0, 0]
+        rows = e.states.rows[index]
+        alpha, (d, std) = table.alphas_cumprod[rows], table.coefficients[rows, 3:].T
+        # as noise, up to a term in x_t that all three share: d m = dx0 = -sqrt((1 - alphabar) / alphabar) depsilon
+        to_noise = (-d * (alpha / (1 - alpha)).sqrt()).to(dtype).view(-1, 1, 1, 1)
+        policy, reference, ema = (
+            to_noise * guided(*p, cfg.guidance_scale, dtype)[index] for p in (m, e.frozen, e.anchor)
+        )
+        reach = (self.guidance_step * (1 - alpha).sqrt() / std / 2).to(dtype).view(-1, 1, 1, 1)
+        shift = reach * (e.x_prev[:, 0, 0] - e.x_prev[:, 1, 0])
+        r = torch.stack([error_drop(policy, reference, ema - sign * shift) for sign in (1, -1)], dim=1)
+        return preference_loss(r.unsqueeze(-1), uniform_weights(r, len(e), weight), self.beta, self.clip)
+
+
+# ---------------------------------------------------------------------------------------------------- trajectories
+
+
+def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch) -> Experience:
+    """Each transition of the trained steps as a term of its own (K = S = 1): term and state (s K + k) B + b."""
+    first, end = cfg.branch_start, cfg.last_branch
+    S, (_, K, B) = end - first, walk.x.shape[:3]
+    device = walk.x.device
+    rows = torch.arange(first, end, device=device).repeat_interleave(K * B)
+    states = States(walk.x[first:end].flatten(0, 2), rows, torch.arange(B, device=device).repeat(S * K))
+    x_prev = walk.x[first + 1 : end + 1].flatten(0, 2)[:, None, None]
+    index = torch.arange(S * K * B, device=device).view(-1, 1, 1)
+    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPO(Objective):
+    """DDPO (arXiv 2305.13301): PPO's clipped surrogate, one transition a term.
+
+    r = p(x_{t-1} | x_t) / p_old(x_{t-1} | x_t), log-probs as means over C, H, W; the loss is
+    max(-A r, -A clamp(r, 1 - clip, 1 + clip)), A the reward's distance from the prompt's mean in its standard
+    deviations, clamped to +-advantage_clip. Mean and deviation are of the prompt's K trajectories; the published code
+    has one trajectory a prompt and keeps a prompt's last rewards over rollouts instead (stat_tracking.py).
+    """
+
+    clip: float | None = 1e-4
+    advantage_clip: float = 5.0
+    shape = (1, 1)
+    stats = ("terms", "ratio", "clamped", "approx_kl", "kl")
+    rollout = staticmethod(trajectory_rollout)
+
+    def term_states(self, cfg: SampleConfig) -> list[int]:
+        return [1] * (cfg.num_candidates * cfg.branching_steps)
+
+    def collect(
+        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
+    ) -> Experience:
+        walk = trajectory_rollout(policy, table, scorer, decode, batch, cfg, chunk)
+        std, mean = torch.std_mean(walk.scores, dim=0, correction=0)
+        advantage = ((walk.scores - mean) / (std + 1e-6)).flatten().repeat(cfg.branching_steps)
+        return replace(trajectory_terms(walk, cfg, batch), advantage=advantage)
+
+    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        """The policy's own outputs before its first update, made by the training path: the ratio starts at 1.
+
+        From the rollout's path (other batches, merged weights) 16-bit rounding alone would exceed the clip at t = 51.
+        """
+        return {"frozen": own()}
+
+    def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
+        """(N,) and its weight in the loss."""
+        return torch.zeros(len(e), device=e.x_prev.device, dtype=e.x_prev.dtype), 0.0
+
+    def loss(
+        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        assert e.advantage is not None, "collect the experience first"
+        log_r = log_ratios(m, table, e, cfg).flatten()
+        ratio, advantage = log_r.exp(), e.advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        kept = ratio if self.clip is None else ratio.clamp(1 - self.clip, 1 + self.clip)
+        kl, kl_weight = self.regulariser(m, e, cfg)
+        terms = torch.maximum(-advantage * ratio, -advantage * kept) + kl_weight * kl
+        with torch.no_grad():
+            outside = (ratio != kept).to(ratio.dtype)
+            stats = torch.stack([torch.ones_like(ratio), ratio, outside, log_r.square() / 2, kl]).sum(1)
+        return weight * terms.sum(), stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOK(DDPO):
+    """DPOK (arXiv 2305.16381): DDPO plus kl_weight times the KL to the reference.
+
+    The authors' KL is the squared difference of the guided predictions, mean over C, H, W (google-research/dpok); the
+    Categorical KL over the batch in d3po's restatement is meaningless. Their learnt value function is DDPO's mean here.
+    """
+
+    kl_weight: float = 0.01
+    num_baselines = 2
+
+    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        with policy.reference():
+            anchor = outputs()
+        return {**super().baselines(policy, outputs, own), "anchor": anchor}
+
+    def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
+        assert e.anchor is not None, "prepare the experience first"
+        g, dtype, index = cfg.guidance_scale, e.states.x_t.dtype, e.index.flatten()
+        difference = guided(*m, g, dtype)[index] - guided(*e.anchor, g, dtype)[index]
+        return difference.square().flatten(1).mean(1), self.kl_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseReward(Objective):
+    """DenseReward (arXiv 2402.08265): ListMLE over trajectories of a prompt, early steps weighing more.
+
+    A term: num_ranked of the prompt's K trajectories, best first, and num_sampled_steps steps drawn with weights
+    gamma^i, i = 0 the noisiest, the same for all of them; logit = beta mean_s clamp(log r_s). A prompt gives
+    terms_per_prompt terms of each rollout: the published replay buffer holds exactly one rollout of 1000 prompts, from
+    which it draws 10 times as many terms.
+    """
+
+    beta: float = 10.0
+    clip: float | None = 1e-4
+    gamma: float = 0.9
+    num_ranked: int = 2
+    num_sampled_steps: int = 3
+    terms_per_prompt: int = 10
+    rollout = staticmethod(trajectory_rollout)
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.num_ranked, self.num_sampled_steps
+
+    def term_states(self, cfg: SampleConfig) -> list[int]:
+        return [self.num_ranked * self.num_sampled_steps] * self.terms_per_prompt
+
+    def collect(
+        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
+    ) -> Experience:
+        walk = trajectory_rollout(policy, table, scorer, decode, batch, cfg, chunk)
+        every, (K, B), D, S = (
+            trajectory_terms(walk, cfg, batch),
+            walk.scores.shape,
+            self.terms_per_prompt,
+            self.shape[1],
+        )
+        device = walk.x.device
+        # a random subset: the first of a random order, then the best of it first
+        order = batch.draws.integer(SIDES, 2**30, D * K).view(D, K, B).argsort(1)[:, : self.num_ranked]
+        scores = walk.scores.expand(D, K, B).gather(1, order)
+        order = order.gather(1, scores.argsort(dim=1, descending=True, stable=True))  # (D, num_ranked, B)
+        weights = self.gamma ** torch.arange(cfg.branching_steps, device=device, dtype=torch.float64)
+        u = batch.draws.integer(STEPS, 2**30, D * S).view(D, 1, S, B).double() / 2**30
+        steps = torch.searchsorted((weights.cumsum(0) / weights.sum())[:-1], u, right=True)
+        index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
+        index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)
+        return replace(every, x_prev=every.x_prev[index, 0, 0], index=index).select(slice(None))
+
+    def loss(
+        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        ratios = log_ratios(m, table, e, cfg)
+        return preference_loss(ratios, uniform_weights(ratios, len(e), weight), self.beta, self.clip)
+
+
+# ---------------------------------------------------------------------------------------------------- labelled pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionDPO(Objective):
+    """Diffusion-DPO (arXiv 2311.12908): the two images of a labelled pair, noised alike, without guidance.
+
+    -log sigmoid(-(beta / 2) [(|e - e_p(x_w)|^2 - |e - e_r(x_w)|^2) - (the same of x_l)]), errors as means over C, H, W
+    (train.py of the published code: no factor T beside beta = 5000).
+    """
+
+    beta: float = 5000.0
+    prompt_dropout: float = 0.2  # read where pairs are (pair_images.py)
+    sampler = "data"
+    rollout = None
+
+    def guided(self, cfg: SampleConfig) -> bool:
+        return False
+
+    def term_states(self, cfg: SampleConfig) -> list[int]:
+        return [2]
+
+    def collect(
+        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
+    ) -> Experience:
+        return renoised_pairs(table, batch)
+
+    def sides(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2)
+        """What is compared: how much nearer to the noise than the reference the policy is."""
+        assert e.frozen is not None, "prepare the experience first"
+        dtype, index = e.states.x_t.dtype, e.index.flatten()
+        policy, reference = (p.cond.to(dtype)[index] for p in (m, e.frozen))
+        return error_drop(policy, reference, e.x_prev.flatten(0, 2)).view(-1, 2)
+
+    def loss(
+        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        sides = self.sides(m, e)
+        return preference_loss(sides.unsqueeze(-1), uniform_weights(sides, len(e), weight), self.beta / 2, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaPO(DiffusionDPO):
+    """MaPO (arXiv 2406.06424): no reference. l is the denoising error, f(l) = .5 l / (exp(.5 l) - 1):
+    l_w - beta logsigmoid(1000 (f(l_w) - f(l_l))).
+    """
+
+    beta: float = 0.1
+    prompt_dropout: float = 0.0
+    scale: ClassVar[float] = 1000.0  # the number of timesteps
+    num_baselines = 0
+
+    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        return {}
+
+    def errors(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2) l
+        difference = m.cond.to(e.x_prev.dtype)[e.index.flatten()] - e.x_prev.flatten(0, 2)
+        return difference.square().flatten(1).mean(1).view(-1, 2)
+
+    def sides(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2) f(l)
+        half = self.errors(m, e) / 2
+        return half / torch.expm1(half)
+
+    def loss(
+        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        sides = self.sides(m, e)
+        weights = uniform_weights(sides, len(e), self.beta * weight)
+        margin, stats = preference_loss(sides.unsqueeze(-1), weights, self.scale, None)
+        return weight * self.errors(m, e)[:, 0].sum() + margin, stats
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    **{"spo": SPO, "mspo": MSPO, "d3po": D3PO, "lpo": LPO, "gradspo": GradSPO},
+    **{"ddpo": DDPO, "dpok": DPOK, "dense": DenseReward},
+    **{"dpo": DiffusionDPO, "mapo": MaPO},
+}
+
+
+def make_objective(cfg: ObjectiveConfig) -> Any:
+    kind = OBJECTIVES[cfg.method]
+    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]

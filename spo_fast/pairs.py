@@ -1,6 +1,6 @@
 """Preference pairs (two images, a prompt, a label) of data larger than memory, for training a preference model.
 
-What stays in memory is an index of 29 bytes a row: where the row lies and a hash of its prompt. Images are read by
+What stays in memory is an index of 30 bytes a row: where the row lies and a hash of its prompt. Images are read by
 window: a window is some whole parquet row groups (PairStream holds one and reads the next ahead), its rows are permuted
 and each of its row groups is read once. An epoch's order is a pure function of (seed, epoch), so the position in the
 data is one integer, and a resumed stream yields exactly the batches that the interrupted one would have.
@@ -127,6 +127,7 @@ class PairSource(Protocol):
 
     prompt_hash: np.ndarray  # (len,) uint64
     labelled: np.ndarray  # (len,) bool: a person gave the label
+    tied: np.ndarray  # (len,) bool: neither image is preferred
     blocks: np.ndarray  # (len,) int32: rows with the same number are read together (a parquet row group)
     block_bytes: np.ndarray  # (blocks,) int64: what reading one holds in memory
     unlabelled: int  # rows left out because they have no label and say so
@@ -204,13 +205,14 @@ class IndexedSource:
     """The index that both sources share, in arrays that grow without a Python object a row."""
 
     def _index(self, name: str, found: Iterable[Found], bad: BadRows) -> None:
-        rows, places, hashes, blocks, labelled = array("q"), array("q"), array("Q"), array("i"), array("b")
+        rows, places, hashes, blocks = array("q"), array("q"), array("Q"), array("i")
+        labelled, tied = array("b"), array("b")
         rejected = self.unlabelled = 0
         for where, row, block, place, record in found:
             try:
                 if isinstance(record, BadRowError):
                     raise record
-                prompt, _, _ = checked(record)
+                prompt, label, _ = checked(record)
             except BadRowError as error:
                 if isinstance(error, LabelError) and isinstance(record, dict) and not has_label(record):
                     self.unlabelled += 1
@@ -224,6 +226,7 @@ class IndexedSource:
             hashes.append(int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "little"))
             blocks.append(block)
             labelled.append(has_label(record))
+            tied.append(label == 0.5)
         self.seen = len(rows) + rejected + self.unlabelled
         bad.check(self.seen, rejected, final=True)
         if not rows:
@@ -233,7 +236,7 @@ class IndexedSource:
             )
         self.rows, self.places = np.frombuffer(rows, np.int64), np.frombuffer(places, np.int64)
         self.prompt_hash, self.blocks = np.frombuffer(hashes, np.uint64), np.frombuffer(blocks, np.int32)
-        self.labelled = np.frombuffer(labelled, np.bool_)
+        self.labelled, self.tied = np.frombuffer(labelled, np.bool_), np.frombuffer(tied, np.bool_)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,16 +8,12 @@ model, which sees the decoded predictions and t, is trained by cross-entropy to 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast import checkpoint
@@ -26,14 +22,14 @@ from spo_fast.experience import Cond
 from spo_fast.metrics import ProgressLine, Timer, gpu_stats
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import TrainedWeights, denoise
-from spo_fast.models.row_cache import Row, RowCache, fingerprint_files
+from spo_fast.models.row_cache import fingerprint_files
 from spo_fast.models.sources import Resolved, load_text_encoders, load_unet
-from spo_fast.noise import POSTERIOR, RENOISE, TIMESTEPS, KeyedDraws
-from spo_fast.pairs import BadRows, PairBatch, PairStream, decode_image, open_pairs, split_by_prompt, to_square
-from spo_fast.pairs import Row as PairRow
+from spo_fast.noise import RENOISE, TIMESTEPS, KeyedDraws
+from spo_fast.offline import noised
+from spo_fast.pair_images import EVALUATION, ImageLoader, Images, LoadedImage, SplitPairs, caches_latents
+from spo_fast.pairs import PairBatch, PairStream
 from spo_fast.preference_report import Judgements, write_report
-from spo_fast.schedule import StepTable, ddim_table
-from spo_fast.scorers import ClipScorer
+from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers.clip import (
     Clip,
     find_weights,
@@ -43,12 +39,9 @@ from spo_fast.scorers.clip import (
     save_clip,
     unit,
 )
-from spo_fast.scorers.clip_scorers import check_vocabulary, load_pickscore, normalise, preprocess_for_spm_training
+from spo_fast.scorers.clip_scorers import check_vocabulary, load_pickscore, preprocess_for_spm_training
 from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
 from spo_fast.trainer import TrainingRun, make_optimizer
-
-EVALUATION = 2**32 - 1  # the iteration whose noise evaluations use; training never gets there
-ENCODE_BATCH = 4  # images through the VAE's encoder at a time, the last batch padded: see models/text.py
 
 # ---------------------------------------------------------------------------------------------------- the loss
 
@@ -88,26 +81,6 @@ def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,) log 2 for ties, else 0
 
 
 # ---------------------------------------------------------------------------------------------------- what is seen
-
-
-@dataclass(frozen=True)
-class Images:
-    """B pairs as a preference model may want them."""
-
-    prompts: list[str]
-    latents: Tensor | None  # (2, B, C, h, w) clean, scaled; None if nothing is noised
-    pixels: Tensor | None  # (2, B, 3, H, W) in [-1, 1]; None if they came from the latent cache
-
-
-@torch.no_grad()
-def noised(
-    latents: Tensor,  # (2, B, C, h, w)
-    t: Tensor,  # (B,) int64
-    noise: Tensor,  # (2, B, C, h, w)
-    alphas_cumprod: Tensor,  # (T,)
-) -> Tensor:  # (2, B, C, h, w)
-    alpha = alphas_cumprod[t].to(latents.dtype).view(-1, 1, 1, 1)
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 @torch.no_grad()
@@ -156,7 +129,7 @@ class PixelReward:
 
     def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
         self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
-        self.table = full_table(model)
+        self.table = full_table(model.alphas_cumprod, model.prediction_type).to(model.device)
         self.alphas_cumprod = model.alphas_cumprod.to(model.device)
         self.weights = TrainedWeights(list(clip.named_parameters()))
 
@@ -205,143 +178,6 @@ class NoisyLatentReward:
 
     def save(self, directory: Path) -> None:
         save_latent_reward(self.network, directory, self.weights.state_dict())
-
-
-def full_table(model: DiffusionModel) -> StepTable:
-    """DDIM rows of all the model's timesteps, T-1 first."""
-    alphas = model.alphas_cumprod
-    timesteps = torch.arange(len(alphas) - 1, -1, -1)
-    return ddim_table(alphas, timesteps, 0.0, model.prediction_type).to(model.device)
-
-
-# ---------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class LoadedImage:
-    """One image of a pair as a reading thread leaves it: its cached row, or pixels to make that row from."""
-
-    key: str  # sha256 of the file's bytes
-    row: Row | None
-    pixels: Tensor | None  # (3, H, W) in [-1, 1]
-    original: Tensor | None  # (3, S, S) in [-1, 1] of the file, for PickScore
-
-
-class ImageLoader:
-    """Pairs of the data set -> Images on the device. VAE posteriors and PickScore features are cached by content."""
-
-    def __init__(
-        self,
-        model: DiffusionModel,
-        cfg: PreferenceConfig,
-        run_dir: Path,
-        labeller: ClipScorer | None,
-        labeller_fingerprint: str,
-        cached: bool,
-    ):
-        if model.height != model.width:
-            raise ValueError(f"preference models are trained on square images, not {model.width}x{model.height}.")
-        self.model, self.labeller, self.gap = model, labeller, cfg.pairs.relabel_gap
-        self.noise = cfg.reward.noise != "none"
-        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise}"
-        if labeller is not None:
-            fingerprint += f" {labeller_fingerprint}"
-        directory = cfg.pairs.latent_cache_dir or run_dir / "latent_cache"
-        self.cache = RowCache(directory, fingerprint) if cached and self.needs_row else None
-
-    @property
-    def needs_row(self) -> bool:
-        return self.noise or self.labeller is not None
-
-    def load(self, row: PairRow, pixels: bool = False) -> list[LoadedImage]:
-        """Runs in a reading thread. pixels: decode the images even if everything else about them is cached."""
-        return [self._load_image(row.image(j), pixels or not self.noise) for j in range(2)]
-
-    def _load_image(self, data: bytes, pixels: bool) -> LoadedImage:
-        key = hashlib.sha256(data).hexdigest()
-        row = self.cache.read(key) if self.cache else None
-        missing = row is None and self.needs_row
-        if not (missing or pixels):
-            return LoadedImage(key, row, None, None)
-        image = decode_image(data)
-        original = None
-        if missing and self.labeller is not None:
-            original = to_square(image, self.labeller.model.config.image_size)
-        return LoadedImage(key, row, to_square(image, self.model.height), original)
-
-    @torch.no_grad()
-    def images(self, batch: PairBatch, draws: KeyedDraws, pixels: bool = False) -> Images:
-        """The batch on the device; with pixels, if they were loaded, also where only latents are needed."""
-        device = self.model.device
-        loaded = [pair[j] for j in range(2) for pair in batch.loaded]  # first images, then second ones
-        if self.needs_row:
-            self._fill(loaded)
-        latents = None
-        B = len(batch.prompts)
-        if self.noise:
-            mean, std = (torch.stack([i.row[name] for i in loaded if i.row]).to(device).float() for name in MOMENTS)
-            shape = tuple(mean.shape[1:])
-            noise = torch.cat([draws.normal(POSTERIOR, shape, j) for j in range(2)])
-            latents = ((mean + std * noise) * self.model.scaling_factor).unflatten(0, (2, B))
-        decoded = None
-        if pixels or not self.noise:
-            decoded = torch.stack([i.pixels for i in loaded if i.pixels is not None]).to(device).unflatten(0, (2, B))
-        return Images(batch.prompts, latents, decoded)
-
-    def labels(self, batch: PairBatch) -> Tensor:  # (B,) to train on: people's, or PickScore's
-        if self.labeller is None:
-            return batch.labels.to(self.model.device)
-        return self._relabel(batch.prompts, [pair[j] for j in range(2) for pair in batch.loaded])
-
-    def _fill(self, loaded: list[LoadedImage]) -> None:
-        """Give every image its row, and keep it."""
-        fresh = {i.key: i for i in loaded if i.row is None}
-        if self.cache is not None:
-            for image in fresh.values():  # an earlier batch may have made it since a reading thread looked
-                image.row = self.cache.read(image.key)
-        images = [image for image in fresh.values() if image.row is None]
-        for start in range(0, len(images), ENCODE_BATCH):
-            part = images[start : start + ENCODE_BATCH]
-            rows = self._encode(part)
-            for image, row in zip(part, rows, strict=True):
-                image.row = row
-                if self.cache is not None:
-                    self.cache.write(image.key, row)
-        for image in loaded:
-            image.row = image.row or fresh[image.key].row
-
-    def _encode(self, images: list[LoadedImage]) -> list[Row]:
-        rows: list[Row] = [{} for _ in images]
-
-        def padded(tensors: list[Tensor | None]) -> Tensor:
-            present = torch.stack([x for x in tensors if x is not None])
-            return F.pad(present, [0] * 7 + [ENCODE_BATCH - len(present)]).to(self.model.device)
-
-        if self.noise:
-            for name, values in zip(MOMENTS, self.model.posterior(padded([i.pixels for i in images])), strict=True):
-                for row, value in zip(rows, values.cpu(), strict=False):
-                    row[name] = value.clone()
-        if self.labeller is not None:
-            clip = self.labeller.model
-            x = normalise(padded([i.original for i in images]) / 2 + 0.5)
-            for row, value in zip(
-                rows, clip.get_image_features(x.to(clip.visual_projection.weight.dtype)).cpu(), strict=False
-            ):
-                row["pickscore"] = value.float().clone()
-        return rows
-
-    def _relabel(self, prompts: list[str], loaded: list[LoadedImage]) -> Tensor:  # (B,)
-        """PickScore's own preference; a tie where its probabilities differ by no more than the gap."""
-        assert self.labeller is not None
-        text = self.labeller.encode(prompts)
-        image = torch.stack([i.row["pickscore"] for i in loaded if i.row]).to(text.device)
-        image = (image / image.norm(dim=-1, keepdim=True)).unflatten(0, (2, len(prompts)))
-        p = (self.labeller.model.logit_scale.exp() * (image * text).sum(-1)).softmax(0)
-        difference = p[0] - p[1]
-        return 0.5 + 0.5 * (difference > self.gap).float() - 0.5 * (difference < -self.gap).float()
-
-
-MOMENTS = ("mean", "std")  # of the VAE's posterior
 
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -405,22 +241,10 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         assert cfg.pairs.pairs is not None
         self.lock = checkpoint.lock(self.run_dir)
 
-        if self.resume is None:
-            checkpoint.set_aside(self.run_dir / "bad_rows.jsonl")
-        self.bad = BadRows(self.run_dir / "bad_rows.jsonl", cfg.pairs.max_bad_share)
-        self.source = open_pairs(
-            cfg.pairs.pairs, self.bad, caption_column=cfg.pairs.caption_column, revision=cfg.pairs.pairs_revision
-        )
-        self.valid_source = self.source
-        if cfg.pairs.validation_pairs is None:
-            self.train_rows, valid_rows = split_by_prompt(self.source, cfg.pairs.validation_share, cfg.run.seed)
-        else:
-            self.valid_source = open_pairs(
-                cfg.pairs.validation_pairs, self.bad, caption_column=cfg.pairs.caption_column
-            )
-            self.train_rows, valid_rows = np.arange(len(self.source)), np.flatnonzero(self.valid_source.labelled)
-        chosen = np.random.Generator(np.random.Philox(cfg.run.seed)).permutation(valid_rows)
-        self.valid_rows = np.sort(chosen[: cfg.pairs.max_validation_pairs])  # in the file's order, to read it once
+        column = cfg.pairs.caption_column
+        self.split = SplitPairs(cfg.pairs, self.run_dir, cfg.run.seed, self.resume is not None, column)
+        self.bad, self.source, self.valid_source = self.split.bad, self.split.source, self.split.valid_source
+        self.train_rows, self.valid_rows = self.split.train_rows, self.split.valid_rows
 
         prompt_cache = cfg.pairs.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
@@ -437,10 +261,11 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         self.pairs_per_step = cfg.optim.train_batch_size * cfg.optim.gradient_accumulation_steps
         per_epoch = max(1, len(self.train_rows) // self.pairs_per_step)
         self.total = cfg.run.iterations(per_epoch)
-        # what is read once only is not worth its place on the disk
-        cached = cfg.pairs.cache_latents
-        cached = self.total * self.pairs_per_step > len(self.train_rows) if cached is None else cached
-        self.images = ImageLoader(self.model, cfg, self.run_dir, labeller, labeller_fingerprint, cached)
+        cached = caches_latents(cfg.pairs, self.total * self.pairs_per_step, len(self.train_rows))
+        noise, gap = cfg.reward.noise != "none", cfg.pairs.relabel_gap
+        self.images = ImageLoader(
+            self.model, cfg.pairs, self.run_dir, cached, noise, labeller, labeller_fingerprint, gap
+        )
         self.learner = RewardLearner(self.reward, cfg.optim, self.total)
 
     def _initial_reward(self, resolved: Resolved) -> Reward:
@@ -649,10 +474,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         if len(self.valid_rows):
             judgements = self.evaluate(self.contenders())
             print(write_report(judgements, self.run_dir))
-        seen = {id(source): source.seen for source in (self.source, self.valid_source)}
-        self.bad.check(sum(seen.values()), final=True)  # of all rows, as the index has looked at all
-        if len(self.bad):
-            print(f"{len(self.bad)} rows were unusable: {self.bad.path}")
+        self.split.finish()
         print("preference model: " + ", ".join(map(str, files)))
 
     def contenders(self) -> dict[str, Reward]:

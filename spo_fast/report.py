@@ -195,11 +195,15 @@ CHARTS = (
     Chart("Share of valid pairs", ("valid_share",), "pairs whose scores differ by more than the threshold"),
     Chart("Log-ratio of policy to reference", ("log_ratio_best", "log_ratio_worst"), "of winners and losers"),
     Chart("Accuracy", ("accuracy",), "share of pairs whose winner gained more probability than its loser"),
+    Chart("Held-out accuracy", ("validation_accuracy",), "held-out pairs whose preferred image is ahead", level=0.5),
     Chart("Margin", ("margin",), "beta times the difference of the log-ratios"),
+    Chart("Probability ratio", ("ratio",), "of the policy to the one that collected"),
+    Chart("KL", ("approx_kl", "kl"), "to the policy that collected; kl (dpok): squared distance from the reference"),
     Chart("Clamped share", ("clamped", "dead"), "transitions outside the clamp; dead: terms without gradient"),
     Chart("Gradient norm", ("grad_norm",), "before clipping"),
     Chart("Saturation", ("saturation*",), "a climb is a sign of reward hacking"),
     Chart("Time of an iteration, seconds", ("*_ms",), "phases stacked", stacked=True),
+    Chart("TFLOP/s", ("tflop_per_s",), "model FLOPs, counted from the shapes"),
 )
 INK = "#808080"  # stands for the page's text colour
 COLOURS = ("#3b82c4", "#d9822b", "#3a9d5d", "#c2525a", "#8a6bbf", "#8f7a5c")

@@ -1,8 +1,9 @@
-"""Rollouts: denoise, branch, judge, keep the best and the worst.
+"""Rollouts: denoise, branch, judge, keep the best and the worst; or denoise K trajectories and judge their ends.
 
 `branching_rollout` is SPO's and MSPO's (arXiv 2406.04314, section 3; multi_sample_pipeline*.py of the published code):
 K candidates part at the first step of a segment, go on independently through the segment, and one comparison of their
-x0 estimates labels all of the segment's transitions. All candidates and both guidance halves share one UNet call a
+x0 estimates labels all of the segment's transitions. A scorer that judges children (LPO's) needs no x0: it is asked
+before the UNet, which then sees the picked child only. All candidates and both guidance halves share one UNet call a
 step, and nothing is read back to the host before the rollout's end.
 """
 
@@ -19,7 +20,7 @@ from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
 from spo_fast.noise import Draws
 from spo_fast.ops.transition import transition
 from spo_fast.schedule import StepTable
-from spo_fast.scorers import repeat_text
+from spo_fast.scorers import judges, repeat_text
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class RolloutBatch:
     draws: Draws
     latent_shape: tuple[int, int, int]  # C, H, W
     dtype: torch.dtype  # of the latents: float32, or float64 for checks
+    closed: frozenset[int] = frozenset()  # first steps of segments that are not compared (window.py)
 
     def __len__(self) -> int:
-        return next(iter(self.cond.cond.values())).shape[0]
+        return len(self.cond)
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,22 @@ def segments(cfg: SampleConfig) -> list[tuple[int, int]]:
     "extend" a comparison that would fall on the last step is left out and its group runs to the end
     (multi_sample_pipeline_sdxl.py: `i == len(timesteps) - 1` takes the last branch).
     """
-    starts = list(range(cfg.branch_start, cfg.num_steps, 1 + cfg.num_inner_steps))
+    starts = list(range(cfg.branch_start, cfg.last_branch, 1 + cfg.num_inner_steps))
     if cfg.last_step == "extend" and starts[-1] == cfg.num_steps - 1 and len(starts) > 1:
         starts.pop()
-    return list(zip(starts, [*starts[1:], cfg.num_steps], strict=True))
+    return list(zip(starts, [*starts[1:], cfg.last_branch], strict=True))
 
 
-def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:  # scores (K, B)
+def threshold_at(table: StepTable, cfg: SampleConfig, i: int) -> float | Tensor:
+    """The threshold of a comparison of children of step i: with threshold_max linear in sigma (LPO), on the device."""
+    if cfg.threshold_max is None:
+        return cfg.threshold
+    sigma = table.coefficients[:, 4]
+    noisiness = (sigma[i] - sigma.min()) / (sigma.max() - sigma.min())
+    return cfg.threshold + (cfg.threshold_max - cfg.threshold) * noisiness
+
+
+def best_and_worst(scores: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor]:  # scores (K, B)
     """Indices (2, B) of the highest and the lowest score, and whether their softmax differs by more than the threshold.
 
     compare_funcs.py of the published code, with a stable sort: among equal scores the first counts as higher.
@@ -99,9 +110,80 @@ def predict_rows(policy: Any, x: Tensor, t: Tensor, cond: Cond, guided: bool, mo
     if size >= len(x):
         return policy.predict(x, t, cond, guided=guided)
     rows = torch.arange(len(x), device=x.device).split(size)
-    parts = [policy.predict(x[r], t, cond.select(r), guided=guided) for r in rows]
-    uncond = [part.uncond for part in parts if part.uncond is not None]
-    return Prediction(torch.cat([part.cond for part in parts]), torch.cat(uncond) if uncond else None)
+    return Prediction.cat([policy.predict(x[r], t, cond.select(r), guided=guided) for r in rows])
+
+
+def advance(
+    policy: Any, cfg: SampleConfig, table: Tensor, x: Tensor, t: Tensor, rows: Tensor, cond: Cond, drawn: dict[str, Any]
+) -> Tensor:  # x (B, C, H, W) -> one child of each
+    """A guided forward and its transition: what a rollout does most, as one call with tensors for all that changes."""
+    m = predict_rows(policy, x, t, cond, cfg.guidance_scale > 1, cfg.rows_per_forward)
+    return transition(*m, x, rows, table, cfg.guidance_scale, num_children=1, want_x0=False, **drawn)[1][0]
+
+
+class Walk:
+    """What every rollout is made of: the UNet's outputs, the children of a step, and the scorer's opinion of them."""
+
+    def __init__(
+        self,
+        policy: Any,
+        table: StepTable,
+        scorer: Any,
+        decode: Any,
+        batch: RolloutBatch,
+        cfg: SampleConfig,
+        decode_chunk: int,
+    ):
+        self.policy, self.table, self.scorer, self.decode, self.chunk = policy, table, scorer, decode, decode_chunk
+        self.batch, self.cfg, self.K, self.B = batch, cfg, cfg.num_candidates, len(batch)
+        device = table.coefficients.device
+        self.every_row = torch.arange(table.num_steps, device=device)
+        guided = cfg.guidance_scale > 1
+        branched = batch.cond.select(torch.arange(self.B, device=device).repeat(self.K))  # k-major
+        self.cond, self.branched_cond = policy.told(batch.cond, guided), policy.told(branched, guided)
+        self.branched_text = repeat_text(batch.text, self.K)
+        # the policy owns the graphs: they outlive a rollout
+        self._predict, self._advance = (policy.graphs.wrap(f.__name__, f) for f in (predict_rows, advance))
+
+    def _cond(self, x: Tensor) -> Cond:
+        return self.cond if len(x) == self.B else self.branched_cond
+
+    def predict(self, x: Tensor, i: int) -> Prediction:  # x (B, C, H, W) or (K B, C, H, W)
+        guided, most = self.cfg.guidance_scale > 1, self.cfg.rows_per_forward
+        return self._predict(self.policy, x, self.table.timesteps[i], self._cond(x), guided, most)
+
+    def advance(self, x: Tensor, i: int) -> Tensor:  # (B, C, H, W) or (K B, C, H, W) -> one child of each
+        """Step i without a comparison."""
+        drawn = self.batch.draws.children(i, 1, len(x) // self.B)
+        step = (self.table.timesteps[i], self._rows(x, i), self._cond(x), drawn)
+        return self._advance(self.policy, self.cfg, self.table.coefficients, x, *step)
+
+    def branch(self, m: Prediction, x: Tensor, i: int, num_children: int | None = None) -> Tensor:
+        """x (B, C, H, W) -> K children of each, (K, B, C, H, W)."""
+        K = self.K if num_children is None else num_children
+        drawn: dict[str, Any] = self.batch.draws.children(i, K, 1)
+        arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
+        return transition(*arguments, num_children=K, want_x0=False, **drawn)[1]
+
+    def judge(self, x: Tensor, m: Prediction | None, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B) scores
+        """Of the x0 estimates of step i; i = num_steps: of the final latents, at timestep 0."""
+        if m is None:
+            # GradSPO's code shows the final images at the last step's timestep
+            t = self.table.timesteps[-1] if self.cfg.last_step == "keep" else torch.zeros_like(self.table.timesteps[0])
+            return self._score(None, x, t)
+        arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
+        return self._score(x, transition(*arguments, num_children=0)[0], self.table.timesteps[i])
+
+    def judge_children(self, x: Tensor, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B)
+        """Of children of step i as they are, at their parent's timestep."""
+        return self._score(x, x, self.table.timesteps[i])
+
+    def _score(self, x_t: Tensor | None, x0: Tensor, t: Tensor) -> Tensor:
+        candidates = Candidates(x_t, x0, t, self.branched_text, self.K, self.decode, self.chunk)
+        return self.scorer(candidates).view(self.K, self.B)
+
+    def _rows(self, x: Tensor, i: int) -> Tensor:
+        return self.every_row[i].expand(x.shape[0])
 
 
 @torch.no_grad()
@@ -114,46 +196,36 @@ def rollout_segments(
     cfg: SampleConfig,
     decode_chunk: int = 8,
 ) -> Segments:
-    """Everything of a branching rollout that can run without reading from the device: exactly num_steps UNet calls."""
-    K, B, draws, g = cfg.num_candidates, len(batch), batch.draws, cfg.guidance_scale
-    device, coefficients = table.coefficients.device, table.coefficients
-    every_row = torch.arange(table.num_steps, device=device)
-    branched_cond = batch.cond.select(torch.arange(B, device=device).repeat(K))  # k-major
-    branched_text = repeat_text(batch.text, K)
-
-    def predict(x: Tensor, i: int, cond: Cond) -> Prediction:
-        return predict_rows(policy, x, table.timesteps[i], cond, g > 1, cfg.rows_per_forward)
-
-    def step(m: Prediction, x: Tensor, i: int, num_children: int, num_parents: int) -> Tensor:
-        drawn = draws.children(i, num_children, num_parents)
-        rows = every_row[i].expand(x.shape[0])
-        return transition(*m, x, rows, coefficients, g, num_children=num_children, want_x0=False, **drawn)[1]
-
-    def judge(x: Tensor, m: Prediction | None, i: int) -> Tensor:  # (K, B) scores
-        if m is None:
-            x_t, x0, t = None, x, torch.zeros_like(table.timesteps[0])
-        else:
-            rows = every_row[i].expand(x.shape[0])
-            x_t, x0, t = x, transition(*m, x, rows, coefficients, g, num_children=0)[0], table.timesteps[i]
-        return scorer(Candidates(x_t, x0, t, branched_text, K, decode, decode_chunk)).view(K, B)
-
+    """Everything of a branching rollout that can run without reading from the device: at most num_steps UNet calls."""
+    K, B, draws = cfg.num_candidates, len(batch), batch.draws
+    walk = Walk(policy, table, scorer, decode, batch, cfg, decode_chunk)
     x = draws.latents(batch.latent_shape, batch.dtype)
     for i in range(cfg.branch_start):
-        x = step(predict(x, i, batch.cond), x, i, 1, 1)[0]
-    m = predict(x, cfg.branch_start, batch.cond)
+        x = walk.advance(x, i)
+    m = walk.predict(x, cfg.branch_start)
 
     x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
     for first, end in segments(cfg):
-        branches = step(m, x, first, K, 1)  # (K, B, C, H, W)
+        if first in batch.closed:
+            x = walk.branch(m, x, first, num_children=1)[0]
+            for i in range(first + 1, end):
+                x = walk.advance(x, i)
+            if end < cfg.last_branch:
+                m = walk.predict(x, end)
+            continue
+        branches = walk.branch(m, x, first)  # (K, B, C, H, W)
         path = [x.expand_as(branches), branches]
         for i in range(first + 1, end):
-            flat = branches.flatten(0, 1)
-            branches = step(predict(flat, i, branched_cond), flat, i, 1, K)[0].view_as(branches)
+            branches = walk.advance(branches.flatten(0, 1), i).view_as(branches)
             path.append(branches)
         flat = branches.flatten(0, 1)
-        m_all = predict(flat, end, branched_cond) if end < cfg.num_steps else None
-        score = judge(flat, m_all, end)
-        sides, kept = best_and_worst(score, cfg.threshold)
+        if judges(scorer) == "children":
+            m_all, score = None, walk.judge_children(flat, end - 1)
+        else:
+            m_all = walk.predict(flat, end) if end < cfg.num_steps else None
+            score = walk.judge(flat, m_all, end)
+        final = end == cfg.num_steps and cfg.last_step == "keep"
+        sides, kept = best_and_worst(score, -1.0 if final else threshold_at(table, cfg, end - 1))
         for s, i in enumerate(range(first, end)):
             x_t.append(_take(path[s], sides))
             x_prev.append(_take(path[s + 1], sides))
@@ -161,13 +233,42 @@ def rollout_segments(
             rows.append(i)
             shared.append(s == 0)
         scores.append(score.flatten())
-        if m_all is not None:
+        if end < cfg.last_branch:
             by_rank = {"winner": sides[0], "loser": sides[1]}
             pick = draws.pick(end, K) if cfg.next_start == "random" else by_rank[cfg.next_start]
             x = _take(branches, pick[None])[0]
             # the prediction that judged the chosen candidate starts its next step: no second UNet call
-            m = m_all.select(pick * B + torch.arange(B, device=device))
+            chosen = pick * B + torch.arange(B, device=pick.device)
+            m = walk.predict(x, end) if m_all is None else m_all.select(chosen)
     return Segments(torch.stack(x_t), torch.stack(x_prev), torch.stack(valid), rows, shared, torch.cat(scores))
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """K whole trajectories of each of B prompts."""
+
+    x: Tensor  # (num_steps + 1, K, B, C, H, W), x_T first
+    scores: Tensor  # (K, B) of their ends
+
+
+@torch.no_grad()
+def trajectory_rollout(
+    policy: Any,
+    table: StepTable,
+    scorer: Any,
+    decode: Any,
+    batch: RolloutBatch,
+    cfg: SampleConfig,
+    decode_chunk: int = 8,
+) -> Trajectories:
+    """K trajectories of each prompt, each from noise of its own, judged at their ends. Reads nothing back."""
+    K, n = cfg.num_candidates, cfg.num_steps
+    walk = Walk(policy, table, scorer, decode, batch, cfg, decode_chunk)
+    x = [batch.draws.latents(batch.latent_shape, batch.dtype, K)]  # (K B, C, H, W) each
+    for i in range(n):
+        x.append(walk.advance(x[i], i))
+    score = walk.judge_children(x[n], n - 1) if judges(scorer) == "children" else walk.judge(x[n], None, n)
+    return Trajectories(torch.stack(x).unflatten(1, (K, len(batch))), score)
 
 
 def branching_rollout(
@@ -191,7 +292,7 @@ def sample_latents(
 
     most_rows: UNet rows in one forward, as rows_per_forward.
     """
-    quiet = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device)
+    quiet, cond = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device), policy.told(cond, guidance_scale > 1)
     for i in range(table.num_steps):
         cond_out, uncond_out = predict_rows(policy, x, table.timesteps[i], cond, guidance_scale > 1, most_rows)
         rows = torch.full((x.shape[0],), i, device=x.device)

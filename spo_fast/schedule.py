@@ -18,13 +18,15 @@ class StepTable:
 
     timesteps: Tensor  # (R,) int64, what the network is told
     coefficients: Tensor  # (R, 5) float64: a, b, c, d, std
+    alphas_cumprod: Tensor | None = None  # (R,) float64 alphabar_t of a diffusion's rows; flows have none
 
     @property
     def num_steps(self) -> int:
         return self.timesteps.shape[0]
 
     def to(self, device: torch.device | str) -> StepTable:
-        return StepTable(self.timesteps.to(device), self.coefficients.to(device))
+        alphas = None if self.alphas_cumprod is None else self.alphas_cumprod.to(device)
+        return StepTable(self.timesteps.to(device), self.coefficients.to(device), alphas)
 
 
 def ddim_table(
@@ -62,7 +64,12 @@ def ddim_table(
     towards_x0, towards_noise = alpha_prev.sqrt(), (1 - alpha_prev - std**2).clamp_min(0).sqrt()
     a = towards_x0 * c + towards_noise * e
     b = towards_x0 * d + towards_noise * f
-    return StepTable(timesteps, torch.stack([a, b, c, d, std], dim=1))
+    return StepTable(timesteps, torch.stack([a, b, c, d, std], dim=1), alpha)
+
+
+def full_table(alphas_cumprod: Tensor, prediction_type: str) -> StepTable:
+    """DDIM rows of all T timesteps (eta = 0), T-1 first: row T-1-t is timestep t."""
+    return ddim_table(alphas_cumprod, torch.arange(len(alphas_cumprod) - 1, -1, -1), 0.0, prediction_type)
 
 
 def flow_table(

@@ -12,12 +12,13 @@ from spo_fast import cli
 from spo_fast.config import Config, RunError
 from spo_fast.extras import check_extras
 from spo_fast.models import find_lora, resolve, scorer_paths
-from spo_fast.presets import MEMORY, PRESETS, RECIPES
+from spo_fast.presets import DATA, MEMORY, METHODS, PRESETS, READS, RECIPES
 
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
 EXAMPLES = [
     "--model toy --output_dir runs/toy",
     "--model sdxl --prompts my_prompts.txt --output_dir runs/sdxl",
+    "--model sd15 --method dpo --pairs pickapic/ --output_dir runs/dpo",
     "--config runs/sdxl/config.yaml --resume_from_checkpoint latest",
 ]
 
@@ -30,13 +31,27 @@ def parse(arguments: list[str] | None = None) -> Config:
     )
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+        method = METHODS[source["method"]](given) if "method" in source and given["model"] else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
-        return RECIPES[source.get("recipe", "default")](given) | less_memory
+        return method | RECIPES[source.get("recipe", "default")](given) | less_memory
 
-    cfg, given = cli.parse(parser, PRESETS, arguments, recipe)
+    cfg, given, flags = cli.parse(parser, PRESETS, arguments, recipe)
+    check_read(cfg.objective.method, flags)
+    if cfg.objective.method in DATA and cfg.pairs.pairs is None:
+        raise cli.UsageError(
+            f"--method {cfg.objective.method} trains on --pairs: a parquet file or directory, a folder "
+            "with a table, or a hub id."
+        )
     if cfg.data.prompts is not None and "max_prompts" not in given:
         cfg = cfg.with_fields(max_prompts=None)  # the toy preset's limit is meant for the built-in list
     return cfg
+
+
+def check_read(method: str, flags: set[str]) -> None:
+    """Raises UsageError for a flag that says nothing to this method."""
+    for name in sorted(flags & READS.keys()):
+        if method not in READS[name]:
+            raise cli.UsageError(f"--{name} is not read by --method {method}, only by {', '.join(READS[name])}.")
 
 
 def build(cfg: Config) -> Any:

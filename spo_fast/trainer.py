@@ -12,7 +12,7 @@ import shutil
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from spo_fast import checkpoint
+from spo_fast import checkpoint, window
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import (
     Choice,
@@ -32,9 +32,10 @@ from spo_fast.choices import (
     pick_device,
     rows_of_a_step,
 )
-from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError
+from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
+from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
-from spo_fast.experience import Candidates, Experience, Prediction
+from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
@@ -42,16 +43,18 @@ from spo_fast.models import attention, resolve, scorer_paths, scorer_specs
 from spo_fast.models.compiled import compile_network, keep_cache_in
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.fuse import fuse
+from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import SPO, make_objective, predict_states
-from spo_fast.ops.preference_loss import STATS
+from spo_fast.objectives import log_ratios, make_objective, predict_states
+from spo_fast.pair_images import PairReader
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
-from spo_fast.schedule import StepTable
-from spo_fast.scorers import load_scorer
+from spo_fast.schedule import StepTable, full_table
+from spo_fast.scorers import InPhase, judges, load_scorer
 from spo_fast.scorers.clip import Layer
+from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -113,10 +116,12 @@ class LastBatch(NamedTuple):
 class Learner:
     """The policy and everything that changes it."""
 
-    def __init__(self, policy: Any, objective: SPO, table: StepTable, cfg: Config, total_iterations: int):
+    def __init__(self, policy: Any, objective: Any, table: StepTable, cfg: Config, total_iterations: int):
         from diffusers.optimization import get_scheduler
 
         self.policy, self.objective, self.table, self.cfg = policy, objective, table, cfg
+        if objective.sampler == "ema":
+            policy.keep_averages(objective.ema_decay)
         # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
         self.parameters: list[Tensor] = list(policy.masters)
         self.optimizer = make_optimizer(self.parameters, cfg.optim)
@@ -131,20 +136,31 @@ class Learner:
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
 
+    def batches(self, experience: Experience, state: TrainState) -> list[slice]:
+        """The terms of each micro-batch of `update`."""
+        most, found = self.cfg.optim.states_at_once, []
+        for slot in slots(len(experience), self.cfg.optim, state.slots):
+            first = slot.terms.start
+            found += [slice(first + b.start, first + b.stop) for b in batches(experience.index[slot.terms], most)]
+        return found
+
     def update(self, experience: Experience, state: TrainState, timer: Any = None) -> dict[str, Any]:
         """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log."""
         timed = timer or (lambda name: contextlib.nullcontext())
         totals: Tensor | None = None
         loss_sum: Tensor | float = 0.0
-        norms, used = [], 0
-        guided = self.cfg.sample.guidance_scale > 1
+        norms, used, dead = [], 0, 0
+        guided = self.objective.guided(self.cfg.sample)
         for slot in slots(len(experience), self.cfg.optim, state.slots):
             part = experience.select(slot.terms)
             for e in part.micro_batches(self.cfg.optim.states_at_once):
                 with timed("backward"):
                     m = predict_states(self.policy, self.table, e, e.states, guided)
                     loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, slot.weight)
-                    self.scaler.scale(loss).backward()
+                    if self.is_dead(stats):
+                        dead += 1
+                    else:
+                        self.scaler.scale(loss).backward()
                 totals = stats if totals is None else totals + stats
                 loss_sum = loss_sum + loss.detach() / slot.weight
                 self.last = LastBatch(e, m.detach(), loss.detach())
@@ -161,15 +177,26 @@ class Learner:
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
         state.pairs += used
-        record = self._log(used, loss_sum, totals, norms)
+        record = self._log(used, loss_sum, totals, norms) | {"dead_batches": dead}
         self.go_to(self.scheduler.last_epoch + 1)
         return record
+
+    def is_dead(self, stats: Tensor) -> bool:
+        """Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0. Waits for the device."""
+        names = self.objective.stats
+        if "dead" not in names or getattr(self.objective, "clip", None) is None:
+            return False
+        terms, dead = stats[[names.index("terms"), names.index("dead")]].tolist()
+        return dead == terms
 
     def step(self) -> float:
         """One optimizer step on the accumulated gradients; returns their norm before clipping.
 
         A gradient that is not finite is dropped, whatever the precision, and no step is taken.
         """
+        if all(p.grad is None for p in self.parameters):  # every backward was skipped; momentum moves on all the same
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
         self.scaler.unscale_(self.optimizer)
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total)  # waits for the device, once an optimizer step
@@ -199,7 +226,8 @@ class Learner:
         record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
         if totals is not None:
             record["loss"] = loss_sum / terms
-            record |= {name: totals[i] / terms for i, name in enumerate(STATS) if name != "terms"}
+            names = enumerate(self.objective.stats)
+            record |= {name: totals[i] / terms for i, name in names if name != "terms"}
         if norms:
             record["grad_norm"] = statistics.fmean([norm for norm in norms if math.isfinite(norm)] or norms)
         if self.scaler.is_enabled():
@@ -287,18 +315,34 @@ class Run(TrainingRun[Config]):
             self.policy.fuse(recompute=cfg.engine.memory == "balanced")
             fuse(self.model.vae)
             self.choices.append(self.pick_attention())
+        self.objective, self.pairs = make_objective(cfg.objective), None
+        if self.objective.sampler == "data":
+            self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        if self.pairs is not None:  # noised to any timestep
+            self.table = full_table(self.model.alphas_cumprod, self.model.prediction_type).to(self.device)
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
-            DTYPES[cfg.scorer.scorer_dtype],
+            DTYPES[cfg.scorer.scorer_dtype], token_ids=self.model.token_ids,
+            time_conditioned=cfg.scorer.spm_time_conditioned,
         )  # fmt: skip
+        check_fit(self.objective, self.scorer, cfg)
         if cfg.engine.compile != "off":
             self.compile()
-        self.objective = make_objective(cfg.objective)
-        self.total = cfg.run.iterations(self.sampler.iterations_per_epoch)
+        on_gpu = self.device.type == "cuda"
+        self.record_graphs(CudaCapture(self.device) if on_gpu and cfg.model.cuda_graphs else None)
+        self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
+
+    def record_graphs(self, capture: Capture | None) -> None:
+        """From now on calls of a rollout whose shapes came before are replayed."""
+        self.policy.graphs = graphs = Graphs(capture)
+        self.decode = graphs.wrap("decode", self.model.decode)
+        for number, part in enumerate(getattr(self.scorer, "scorers", [self.scorer])):
+            if hasattr(part, "score_pixels"):
+                part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
 
     def pick_attention(self) -> Choice:
         """Put the attention kernel into the fused UNet that was asked for, or the fastest on this run's shapes."""
@@ -341,17 +385,31 @@ class Run(TrainingRun[Config]):
             end="",
         )
         print(f"{trained:,} trained weights, {self.policy.dtype} on {self.device}".replace("torch.", ""))
-        print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
-        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} prompts")
-        if cut:
+        if self.pairs is not None:
+            rows, held_out = len(self.pairs.train_rows), len(self.pairs.valid_rows)
+            print(f"{rows:,} pairs of {cfg.pairs.pairs}, {held_out:,} held out; ", end="")
+        else:
+            print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
+        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} {'pairs' if self.pairs else 'prompts'}")
+        if cut and self.pairs is None:
             limit = self.model.tokenizers[0].model_max_length
             print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
     def encode_prompts(self) -> None:
         """All prompts through the text encoders once; they leave memory afterwards."""
-        encoded = self.model.prompt_cache.ensure([*self.prompts, "", *self.validation_prompts()])
+        prompts = self.prompts if self.pairs is None else []  # those of pairs are encoded as they come
+        encoded = self.model.prompt_cache.ensure([*prompts, "", *self.validation_prompts()])
         if encoded:
             print(f"encoded {encoded} prompts into {self.model.prompt_cache.directory}")
+
+    def inputs(self, iteration: int) -> tuple[Any, int]:
+        """What an iteration learns from, and its epoch."""
+        if self.pairs is not None:
+            pairs, self.state.position = self.pairs.batch(iteration, self.state.position)
+            return pairs, self.state.position // len(self.pairs.train_rows)
+        batch = self.sampler.batch(iteration)
+        inputs = self.rollout_batch(batch.indices, iteration)
+        return replace(inputs, closed=window.closed(self.state.window, iteration, self.cfg.sample)), batch.epoch
 
     def rollout_batch(self, indices: list[int], iteration: int) -> RolloutBatch:
         prompts = [self.prompts[i] for i in indices]
@@ -359,36 +417,43 @@ class Run(TrainingRun[Config]):
         text = self.scorer.encode(prompts)
         return RolloutBatch(self.model.cond(prompts), text, draws, self.model.latent_shape, self.model.latent_dtype)
 
+    def rollout_weights(self, sample: SampleConfig, iteration: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, the policy's weights are those that `iteration`'s rollout uses."""
+        merged = sample.rollout_weights == "merged"
+        return self.policy.merged(self.cfg.run.seed, iteration) if merged else contextlib.nullcontext()
+
     def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
-        """One iteration of SPO: rollout, reference, updates. Returns what to log."""
-        cfg, sample = self.cfg, self.cfg.sample
-        batch = self.sampler.batch(iteration)
-        decode = Saturation(self.model.decode)
-
-        def score(candidates: Candidates) -> Tensor:
-            with timer("score"):  # decoding included
-                return self.scorer(candidates)
-
-        with timer("rollout"):
-            inputs = self.rollout_batch(batch.indices, iteration)
-            experience = self.objective.collect(
-                *(self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
-            )
+        """One iteration: experience, frozen networks, updates. Returns what to log."""
+        cfg, sample, objective = self.cfg, self.cfg.sample, self.objective
+        decode = Saturation(self.decode)
+        score = InPhase(self.scorer, functools.partial(timer, "score"))  # decoding included
+        with timer("rollout"), self.rollout_weights(sample, iteration):
+            inputs, epoch = self.inputs(iteration)
+            arguments = (self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
+            experience = objective.collect(*arguments)
+        left_out: dict[str, float] = {}
+        if sample.branch_window == "auto":
+            window.observe(self.state.window, experience, sample, inputs.closed, len(inputs))
+            left_out = window.saved(self.state.window, inputs.closed, sample, len(inputs))
         order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
         experience = experience.select(order)
         with timer("reference"):
-            experience = self.objective.prepare(self.policy, self.table, experience, sample, cfg.optim.states_at_once)
+            batches = functools.partial(self.learner.batches, experience, self.state)
+            most = cfg.optim.states_at_once
+            experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
+        if iteration == 0 and objective.sampler != "data" and len(experience):
+            print(start_text(starting_ratios(self.policy, self.table, experience, sample, cfg.optim.states_at_once)))
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer)
         if len(experience) == 0 and not experience.scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
-        most = len(batch.indices) * sample.branching_steps
-        scores = experience.scores
+        possible = len(inputs) * len(objective.term_states(sample))
         return {
-            **{"epoch": batch.epoch, "score_mean": scores.mean(), "score_std": scores.std(), "pairs": len(experience)},
-            **{"valid_share": len(experience) / most, "states": len(experience.states)},
-            **gaps(scores.view(-1, sample.num_candidates, len(batch.indices))),
+            **{"epoch": epoch, **score_record(experience.scores, sample.num_candidates, len(inputs))},
+            **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
+            "images": experience.scores.numel(),
             **decode.record(),
+            **left_out,
             **record,
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
             **{"nonfinite_steps": self.state.skipped_steps - skipped},
@@ -481,18 +546,37 @@ class Run(TrainingRun[Config]):
         write_grid(self.run_dir / "samples" / f"{name}.png", images, self.validation_prompts())
         return score
 
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float | None:
+        """Share of the held-out pairs whose preferred image is ahead in what the loss compares; level ones count half.
+
+        None without held-out pairs. Always of the same noise. Before training Diffusion-DPO's is 1/2.
+        """
+        held_out = None if self.pairs is None else self.pairs.held_out()
+        if held_out is None:
+            return None
+        sample, most = self.cfg.sample, self.cfg.optim.states_at_once
+        whole = self.objective.collect(self.policy, self.table, None, None, held_out, sample, 1)
+        ahead = []
+        for part in whole.micro_batches(most):
+            e = self.objective.prepare(self.policy, self.table, part, sample, None)
+            sides = self.objective.sides(predict_states(self.policy, self.table, e, e.states, False), e)
+            ahead.append(sides[:, 0] - sides[:, 1])
+        return float((torch.cat(ahead).sign() + 1).mean() / 2)
+
     def show_progress(self, iteration: int, log: MetricsLog, timer: Timer) -> dict[str, float]:
         """The grid and score of the weights after `iteration`, where they are due: what to log."""
         done, every = self.state.iteration, self.cfg.run.validation_steps or self.cfg.run.checkpointing_steps
         if done % every and done != self.total:
             return {}
         with timer("validate"):
-            score = self.show(f"step-{done}")
+            score, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
+        found = {} if accuracy is None else {"validation_accuracy": accuracy}
         if score is None:
-            return {}
+            return found
         self.shown[done] = score
         log.reporter.images(iteration, "samples", self.run_dir / "samples" / f"step-{done}.png")
-        return {"validation_score": score}
+        return {**found, "validation_score": score}
 
     def report(self) -> None:
         """Write report.html. Training never ends because of it."""
@@ -522,11 +606,18 @@ class Run(TrainingRun[Config]):
             with timer("validate"):
                 before = self.before_score(log)
             timer.read_ms()  # the first iteration's record has its own times only
-            self._loop(log, timer)
+            try:
+                self._loop(log, timer)
+            finally:
+                if self.pairs is not None:
+                    self.pairs.close()
         self.finish(before)
         return self.run_dir
 
     def _loop(self, log: MetricsLog, timer: Timer) -> None:
+        costs = None if self.found.memory_bytes is None else predict(self.cfg, self.model.resolved, self.device.type)
+        telemetry = Telemetry(self.device, self.found.name, costs, read_metrics(log.path))
+        print("".join(f"{note}\n" for note in telemetry.notes()), end="")
         with ProgressLine(self.total) as progress:
             while self.state.iteration < self.total:
                 iteration = self.state.iteration
@@ -534,7 +625,8 @@ class Run(TrainingRun[Config]):
                 self.state.iteration += 1
                 record |= self.show_progress(iteration, log, timer)
                 record["device"] = self.found.name
-                record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
+                record |= (times := timer.read_ms()) | telemetry.read(record, times)
+                record |= gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {}
                 # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
                 record = log.log(iteration, record)
                 for warning in record.get("warnings", ()):
@@ -567,6 +659,8 @@ class Run(TrainingRun[Config]):
         if self.resume is not None:
             return float(path.read_text()) if path.is_file() else None
         score = self.show("before")
+        if (accuracy := self.held_out_accuracy()) is not None:
+            print(f"held-out preference accuracy before training: {accuracy:.3f}")
         if score is not None:
             checkpoint.write_atomically(path, repr(score))
             log.reporter.images(0, "samples_before", samples / "before.png")
@@ -575,6 +669,8 @@ class Run(TrainingRun[Config]):
     def finish(self, before: float | None) -> None:
         """Export the trained weights and show what training did to images from the same noise."""
         files = self.export(self.run_dir)
+        if self.pairs is not None:
+            self.pairs.split.finish()
         samples, after = self.run_dir / "samples", self.shown.get(self.state.iteration)
         if after is None:  # a finished run, resumed
             after = self.show("after")
@@ -597,11 +693,46 @@ def train(cfg: Config) -> Path:
     return Run(cfg).train()
 
 
-def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts
-    """How far the best and the worst candidate are apart, and the threshold that would keep a third of the pairs."""
-    gap = (scores.amax(1) - scores.amin(1)).flatten()
+def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
+    """Raises ValueError for a method with a scorer that it cannot use."""
+    if objective.judges not in (None, judges(scorer)):
+        method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
+        raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
+
+
+def starting_ratios(
+    policy: Any, table: StepTable, experience: Experience, cfg: SampleConfig, states_at_once: int
+) -> dict[int, float]:
+    """Timestep -> |ratio - 1| of one term before the first update: what the paths of policy and reference differ by."""
+    rows = experience.states.rows[experience.index[:, 0, 0]].tolist()
+    first = {row: n for n, row in reversed(list(enumerate(rows)))}
+    terms = torch.tensor(sorted(first.values()), device=experience.x_prev.device)
+    found: dict[int, float] = {}
+    for e in experience.select(terms).micro_batches(states_at_once):
+        m = predict_states(policy, table, e, e.states, cfg.guidance_scale > 1)  # with gradient, as in training
+        deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten(1).amax(1)
+        timesteps = table.timesteps[e.states.rows[e.index[:, 0, 0]]]
+        found |= dict(zip(timesteps.tolist(), deviation.tolist(), strict=True))
+    return dict(sorted(found.items(), reverse=True))
+
+
+def start_text(deviations: dict[int, float]) -> str:
+    if not any(deviations.values()):
+        return "probability ratio of policy to reference at the start: exactly 1"
+    by_step = ", ".join(f"{value:.1e} at {t}" for t, value in deviations.items())
+    return f"probability ratio of policy to reference at the start, distance from 1 by timestep: {by_step}"
+
+
+def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat
+    """Their mean and spread, how far the best and the worst candidate of a prompt are apart, and the threshold that
+    would keep a third of the pairs."""
+    if not len(scores):
+        return {}
+    of = scores.view(-1, K, B)
+    gap = (of.amax(1) - of.amin(1)).flatten()
     # softmax([s_w, s_l]) differs by tanh of half the gap
-    return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
+    third = torch.quantile((gap / 2).tanh().float(), 2 / 3)
+    return {"score_mean": scores.mean(), "score_std": scores.std(), "score_gap": gap.mean(), "third_threshold": third}
 
 
 class Saturation:

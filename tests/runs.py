@@ -108,7 +108,7 @@ def kill_once_logged(process: subprocess.Popen[str], metrics: Path, records: int
 def facts(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics without times, which no two runs share."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "time" and not k.endswith("_ms")} for r in records]
+    return [{k: v for k, v in r.items() if k != "time" and not k.endswith(("_ms", "_per_s"))} for r in records]
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:

@@ -164,7 +164,7 @@ def test_help_shows_every_flags_defaults(
         else:
             expected = "Default: "  # in words
         assert expected in shown[name], (name, expected, shown[name])
-    assert shown[""].count("python -m spo_fast.") == 3
+    assert shown[""].count("python -m spo_fast.") == (4 if main is train.main else 3)
 
 
 def test_help_shows_ranges(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

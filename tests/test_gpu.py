@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from golden_replay import conditioning, load, networks, policy, spm, table
+from runs import run_toy
 from torch import Tensor
 
 from benchmarks.timing import capture
 from spo_fast.config import SampleConfig
 from spo_fast.experience import Cond
+from spo_fast.metrics import read_metrics
 from spo_fast.noise import KeyedDraws
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.geglu import geglu
@@ -140,21 +142,21 @@ def test_three_replays_with_changed_inputs_equal_eager(name, backend):
         pytest.skip(f"{name} has no backend {backend} here")
     inputs = op.make(0)
     with use_backend(backend):
-        captured = capture(lambda: op.call(*inputs))
+        replay, outputs = capture(lambda: op.call(*inputs))
     before: list[Tensor] = []
     for seed in (1, 2, 3):
         for place, value in zip(inputs, op.make(seed), strict=True):
             place.copy_(value)
-        captured.graph.replay()
+        replay()
         with use_backend(backend):
             uncaptured = op.call(*inputs)
         with use_backend("eager"):
             want = op.call(*inputs)
-        for got, same, exact in zip(captured.outputs, uncaptured, want, strict=True):
+        for got, same, exact in zip(outputs, uncaptured, want, strict=True):
             assert torch.equal(got, same)  # the same kernels on the same inputs
             assert (got - exact).abs().max() <= op.tolerance * exact.abs().max().clamp_min(1)
-        assert not before or not torch.equal(before[0], captured.outputs[0])  # and the inputs did arrive
-        before = [o.clone() for o in captured.outputs]
+        assert not before or not torch.equal(before[0], outputs[0])  # and the inputs did arrive
+        before = [o.clone() for o in outputs]
 
 
 @pytest.mark.parametrize("backend", ["c", "triton"])
@@ -175,18 +177,12 @@ def test_a_captured_step_draws_fresh_noise_at_each_replay(backend):
         return x0, children, ratio
 
     with use_backend(backend):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        replay, captured = capture(step)
         seen = []
         for iteration in (1, 2, 1):
             keys[:, 1] = iteration
             x_t.copy_(torch.randn(x_t.shape, device="cuda", generator=generator))
-            graph.replay()
+            replay()
             for got, want in zip(captured, step(), strict=True):
                 assert torch.equal(got, want)  # the same kernels on the same inputs
             a, b, *_ = coefficients[rows].float().unbind(1)
@@ -194,19 +190,6 @@ def test_a_captured_step_draws_fresh_noise_at_each_replay(backend):
             seen.append((captured[1] - mean).clone())
     assert (seen[0] - seen[1]).abs().mean() > 0.01  # another iteration: other noise
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-4)  # the same key: the same noise
-
-
-def replayed(step):
-    """A captured step and its outputs, which each replay rewrites."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    return graph.replay, captured
 
 
 @pytest.mark.parametrize("backend", ["eager", "c", "triton"])
@@ -224,7 +207,7 @@ def test_a_captured_merge_rounds_afresh_at_each_replay(backend):
 
     seen = []
     with use_backend(backend):
-        replay, captured = replayed(step)
+        replay, captured = capture(step)
         for iteration in (1, 2, 1):
             key[1] = iteration
             B.mul_(1.5 if iteration == 2 else 1 / 1.5)  # trained on; back to the first replay's at the third
@@ -263,7 +246,7 @@ def test_a_captured_lora_layer_follows_its_inputs(backend, dtype):
 
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}[dtype]
     with use_backend(backend):
-        replay, captured = replayed(step)
+        replay, captured = capture(step)
         for _ in range(3):
             with torch.no_grad():
                 for v in (x, dy, A, B):
@@ -300,7 +283,7 @@ def test_captured_forward_and_backward_equal_eager_on_changed_inputs(op, dtype):
         return y.detach(), torch.autograd.grad(y, x, grad_y)[0]
 
     with use_backend("triton"):
-        replay, captured = replayed(step)
+        replay, captured = capture(step)
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     previous = None
     for seed in range(3):
@@ -329,3 +312,21 @@ def test_group_norm_of_more_than_2_to_the_31_elements(layout):
         (grad,) = torch.autograd.grad(y, x, y.detach())
         (grad_alone,) = torch.autograd.grad(alone, last, alone.detach())
     assert torch.equal(grad[16:], grad_alone)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_inner_steps": 1, "method": "mspo"}, {"rollout_weights": "merged"}],
+    ids=["spo", "mspo", "merged"],
+)
+def test_captured_iterations_equal_eager_ones(tmp_path, settings):
+    """Three iterations and more of the toy: prompts, noise, weights and the number of valid pairs change."""
+    few = {"device": "cuda", "mixed_precision": "no", "allow_tf32": False, "num_train_epochs": 3, "max_train_steps": 5}
+    records = []
+    for graphs in (False, True):
+        out = run_toy(tmp_path / str(graphs), cuda_graphs=graphs, threshold=0.0, **few, **settings)
+        records.append(read_metrics(out / "metrics.jsonl"))
+    for plain, captured in zip(*records, strict=True):
+        assert plain["pairs"] == captured["pairs"]
+        for name in ("score_mean", "loss", "grad_norm", "log_ratio_best", "log_ratio_worst"):
+            assert captured[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-4), name

@@ -499,14 +499,14 @@ def test_cuda_timer_waits_only_when_read(monkeypatch):
 
 
 def test_gpu_stats_without_a_gpu_or_nvml(monkeypatch):
-    metrics.nvml_handle.cache_clear()
+    metrics._nvml.cache_clear()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert gpu_stats() == {}
-    metrics.nvml_handle.cache_clear()
+    metrics._nvml.cache_clear()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpu_stats() == {}
-    metrics.nvml_handle.cache_clear()
+    metrics._nvml.cache_clear()
 
 
 def test_gpu_stats_reads_nvml_by_uuid(monkeypatch):
@@ -532,7 +532,7 @@ def test_gpu_stats_reads_nvml_by_uuid(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     uuids = ["abc", "hidden"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid=uuids[i]))
-    metrics.nvml_handle.cache_clear()
+    metrics._nvml.cache_clear()
     assert gpu_stats(0) == {
         "gpu_utilisation_percent": 87.0,
         "gpu_memory_used_gib": 1.5,
@@ -542,13 +542,13 @@ def test_gpu_stats_reads_nvml_by_uuid(monkeypatch):
     assert gpu_stats(1) == {}
     nvml.nvmlDeviceGetUtilizationRates = unsupported
     assert set(gpu_stats(0)) == {"gpu_memory_used_gib", "gpu_memory_total_gib", "gpu_power_w"}
-    metrics.nvml_handle.cache_clear()
+    metrics._nvml.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_stats_on_a_gpu():
     pytest.importorskip("pynvml")
-    metrics.nvml_handle.cache_clear()
+    metrics._nvml.cache_clear()
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     assert gpu_stats()["gpu_memory_total_gib"] == pytest.approx(total, rel=0.05)

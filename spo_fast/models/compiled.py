@@ -1,8 +1,8 @@
-"""torch.compile of a network's repeated blocks, or of all of it, with shapes that no iteration after the first changes.
+"""torch.compile of a network's repeated blocks, or of all of it, with no new shape after the first iteration.
 
 No graph break is allowed (fullgraph) and no size is dynamic: a graph belongs to one batch size, so Policy pads what it
 is given to the run's few batch sizes. Regional compilation is the default on a GPU: blocks of one shape share a graph,
-which takes a tenth of the time for the same speed (PERFORMANCE.md has the source).
+which takes a tenth of the time for the same speed.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig
@@ -21,7 +21,9 @@ from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
 from spo_fast.models.attention import Attend
 from spo_fast.models.fuse import FusedAttention, Text, fuse, text_of
+from spo_fast.models.graphs import Graphs
 from spo_fast.models.lora import read_lora
+from spo_fast.models.merged import MergedWeights
 
 
 class TrainedWeights:
@@ -40,17 +42,21 @@ class TrainedWeights:
         for p, master in zip(self._weights, self.masters, strict=True):
             if p is not master:
                 p.register_post_accumulate_grad_hook(_add_to(master))
+        self.averages: list[Tensor] | None = None  # moving ones of the masters, if they are kept
+        self.decay = 0.0
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters into the network after an optimizer step."""
+        """Copy the masters into the network after an optimizer step; their averages, if kept, follow."""
         for p, master in zip(self._weights, self.masters, strict=True):
             if p is not master:
                 p.copy_(master)
-        self.changed()
+        for average, master in zip(self.averages or (), self.masters, strict=False):
+            average.lerp_(master, 1 - self.decay)
 
-    def changed(self) -> None:
-        """Called whenever the network computes with other weights than before."""
+    def keep_averages(self, decay: float) -> None:
+        """From now on: average = decay * average + (1 - decay) * master at each optimizer step."""
+        self.averages, self.decay = [master.detach().clone() for master in self.masters], decay
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights (masters) by their names in the network."""
@@ -59,19 +65,33 @@ class TrainedWeights:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Exactly the weights of `state_dict`; missing, extra or misshapen ones raise ValueError."""
+        self._read(state, self.masters)
+        for p, master in zip(self._weights, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+
+    def average_state_dict(self) -> dict[str, Tensor]:
+        """The moving averages by the names of `state_dict`; empty if none are kept."""
+        return dict(zip(self.names, self.averages or (), strict=False))
+
+    @torch.no_grad()
+    def load_average_state_dict(self, state: dict[str, Tensor]) -> None:
+        assert self.averages is not None
+        self._read(state, self.averages)
+
+    def _read(self, state: dict[str, Tensor], into: list[Tensor]) -> None:
         if set(state) != set(self.names):
             odd = sorted(set(state) ^ set(self.names))
             raise ValueError(
                 f"these trained weights belong to another network or adapter: {len(odd)} names differ, such as {odd[0]}"
             )
-        for name, master in zip(self.names, self.masters, strict=True):
-            if state[name].shape != master.shape:
+        for name, value in zip(self.names, into, strict=True):
+            if state[name].shape != value.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(master.shape)}: "
+                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}: "
                     "use the same rank as the run that saved it"
                 )
-            master.copy_(state[name])
-        self.publish()
+            value.copy_(state[name])
 
 
 class Policy(TrainedWeights):
@@ -80,7 +100,6 @@ class Policy(TrainedWeights):
     def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
         self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
         self._frozen_copy: Any = None
-        self._texts: WeakKeyDictionary[Cond, dict[bool, Text]] = WeakKeyDictionary()  # by guidance
         self.fused = False
         self.batch_sizes: tuple[int, ...] = ()
         """Rising. Compiled, the network sees batches of these sizes only: `predict` fills up with its first row."""
@@ -98,6 +117,9 @@ class Policy(TrainedWeights):
         for _, p in named:
             p.data = p.data.to(dtype)
         super().__init__(named)
+        self._merged: MergedWeights | None = None
+        self.graphs = Graphs(None)
+        """Of a rollout's calls, whose shapes repeat (rollout.py)."""
         self._start: list[Tensor] | None = None
         if adapter.lora_path is not None:
             self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
@@ -108,8 +130,21 @@ class Policy(TrainedWeights):
         for p, value in zip(self._weights, values, strict=True):
             p.copy_(value)
 
-    def changed(self) -> None:
-        self._texts.clear()
+    @contextlib.contextmanager
+    def _filled(self, values: list[Tensor]) -> Iterator[None]:
+        now = [p.detach().clone() for p in self._weights]
+        self._fill(values)
+        try:
+            yield
+        finally:
+            self._fill(now)
+
+    @contextlib.contextmanager
+    def ema(self) -> Iterator[None]:
+        """Inside, `predict` is the moving average of the trained network (keep_averages)."""
+        assert self.averages is not None, "call keep_averages first"
+        with self._filled(self.averages):
+            yield
 
     def fuse(self, recompute: bool = False) -> None:
         """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""
@@ -147,12 +182,14 @@ class Policy(TrainedWeights):
             rows = rows.where(rows < B, 0)  # what is computed of the rest gets no gradient: it adds zeros
             m = self.predict(x_t[rows], t if t.ndim == 0 else t[rows], cond.select(rows), guided)
             return m.select(slice(B))
-        if not self.fused or torch.is_grad_enabled():
-            return denoise(self.unet, x_t, t, cond, guided)
-        texts = self._texts.setdefault(cond, {})
-        if guided not in texts:
-            texts[guided] = self.text(*_inputs(self.unet, len(x_t), cond, guided))
-        return denoise(self.unet, x_t, t, cond, guided, texts[guided])
+        return denoise(self.unet, x_t, t, cond, guided)
+
+    @torch.no_grad()
+    def told(self, cond: Cond, guided: bool) -> Cond:
+        """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
+        if not self.fused:
+            return cond
+        return replace(cond, text=self.text(*_inputs(self.unet, len(cond), cond, guided)))
 
     def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
         return text_of(self.unet, prompt_embeds, added_cond_kwargs)
@@ -160,15 +197,6 @@ class Policy(TrainedWeights):
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, `predict` is the network that training started from."""
-        self.changed()
-        try:
-            with self._reference():
-                yield
-        finally:
-            self.changed()
-
-    @contextlib.contextmanager
-    def _reference(self) -> Iterator[None]:
         if self._frozen_copy is not None:
             trained, self.unet = self.unet, self._frozen_copy
             try:
@@ -177,16 +205,32 @@ class Policy(TrainedWeights):
                 self.unet = trained
             return
         if self._start is not None:
-            now = [p.detach().clone() for p in self._weights]
-            self._fill(self._start)
-            try:
+            with self._filled(self._start):
                 yield
-            finally:
-                self._fill(now)
             return
         self.unet.disable_adapters()
         try:
             yield
+        finally:
+            self.unet.enable_adapters()
+
+    @contextlib.contextmanager
+    def merged(self, seed: int, iteration: int) -> Iterator[None]:
+        """Inside, `predict` uses the LoRA added into a copy of the weights, rounded by the key (seed, iteration).
+
+        Without gradient. Exact but for the order of sums in float32; in 16 bits right on average. Full fine-tuning has
+        nothing to merge.
+        """
+        if self._frozen_copy is not None:
+            yield
+            return
+        if self._merged is None:
+            self._merged = MergedWeights(self.unet, self.state_dict())
+        self._merged.merge(seed, iteration)
+        self.unet.disable_adapters()
+        try:
+            with self._merged.swapped_in():
+                yield
         finally:
             self.unet.enable_adapters()
 
@@ -211,7 +255,6 @@ def denoise(
     t: Tensor,  # () or (B,) int64 timesteps
     cond: Cond,  # of the B rows
     guided: bool,  # evaluate the unconditional half as well, in the same forward
-    text: Text | None = None,  # of a fused UNet: what it has already computed of the conditioning
 ) -> Prediction:
     """The UNet's raw outputs, one call for all rows and both halves (unconditional first, as diffusers)."""
     B = x_t.shape[0]
@@ -219,7 +262,7 @@ def denoise(
     if guided:
         x = torch.cat([x, x])
         t = t if t.ndim == 0 else torch.cat([t, t])
-    told, added = _inputs(unet, B, cond, guided) if text is None else (text, text.added)
+    told, added = _inputs(unet, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
     out = unet(x, t, encoder_hidden_states=told, added_cond_kwargs=added, return_dict=False)[0]
     return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
 

@@ -15,7 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,9 @@ class ScorerSource:
     what: str
     repository: str
     files: Mapping[str, str] | None = None
+    part: str = "clip-alone"
+    local_only: str = ""
+    """Why it is not fetched from the hub, and what to do."""
 
 
 SCORER_SOURCES = {
@@ -108,6 +111,12 @@ SCORER_SOURCES = {
         },
     ),
     "pickscore": ScorerSource("PickScore", "yuvalkirstain/PickScore_v1"),
+    "lrm": ScorerSource(
+        "latent reward model",
+        "casiatao/LRM",
+        part="latent-reward",
+        local_only="not fetched: give a folder of that repository, or train one (train_spm --parameterisation latent)",
+    ),
     "text_projection": ScorerSource("CLIP ViT-L/14 (its text projection)", "openai/clip-vit-large-patch14"),
 }
 
@@ -181,11 +190,13 @@ class _Need:
     what: str
     source: str
     flag: str
-    parts: tuple[str, ...] = ()  # sub-folders in diffusers layout; "vae-alone" and "clip-alone" are whole repositories
+    # sub-folders in diffusers layout; "vae-alone", "clip-alone" and "latent-reward" are whole repositories
+    parts: tuple[str, ...] = ()
     file: str = ""  # or one file
     kind: str = ""  # set for the model itself, whose layout is checked against it
     revision: str | None = None
     variant: str | None = None
+    local_only: str = ""
 
 
 def resolve_all(
@@ -253,8 +264,8 @@ def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]
             raise ValueError(_unknown("scorer", name, SCORER_SOURCES))
         s = SCORER_SOURCES[name]
         file = s.files[model.kind] if s.files else ""
-        parts = () if file else ("clip-alone",)
-        needs.append(_Need(s.what, path or s.repository, f"--{name}_path", parts=parts, file=file))
+        need = _Need(s.what, path or s.repository, f"--{name}_path", () if file else (s.part,), file)
+        needs.append(replace(need, local_only=s.local_only))
     return needs
 
 
@@ -267,6 +278,8 @@ def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
         return _find_in_directory(local, need, why="the directory lacks ")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", need.source) or local.suffix in WEIGHT_SUFFIXES:
         return _lacks(need, "no such file or directory")
+    if need.local_only:
+        return _lacks(need, need.local_only)
     cached = _find_in_cache(need, model.cache_dir)
     if isinstance(cached, Path) or not download:
         return cached
@@ -276,7 +289,7 @@ def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
 
 
 def _check_file(file: Path, need: _Need) -> None:
-    if need.file or need.parts == ("clip-alone",):
+    if need.file or need.parts in (("clip-alone",), ("latent-reward",)):
         if file.suffix == ".safetensors":
             read_header(file)
         return  # the scorers read their own formats
@@ -350,10 +363,13 @@ def _select_part(names: Collection[str], part: str, variant: str | None) -> tupl
             if lacking:
                 return [], lacking
         return sorted(n for n in names if re.fullmatch(rf"{part}/[^/]+\.(json|txt)", n)), []
+    if part == "latent-reward" and "state_dict.pt" in names:  # as published: a folder a network
+        weights = [n for n in names if re.fullmatch(r"(unet|text_encoder(_2)?)/[^/]+\.(json|safetensors|bin)", n)]
+        return ["state_dict.pt", *sorted(weights)], []
     if part == "vae-alone":  # either a VAE's own repository, or a pipeline whose VAE is borrowed
         part = "" if "config.json" in names or "vae/config.json" not in names else "vae"
-    folder = "" if part in ("", "clip-alone") else f"{part}/"
-    stem = "model" if part.startswith(("text_encoder", "clip-alone")) else "diffusion_pytorch_model"
+    folder = "" if part in ("", "clip-alone", "latent-reward") else f"{part}/"
+    stem = "model" if part.startswith(("text_encoder", "clip-alone", "latent-reward")) else "diffusion_pytorch_model"
     chosen, lacking = _present_or_lacking([folder + "config.json"], names)
     weights = _weight_files(names, folder, stem, variant)
     if not weights:

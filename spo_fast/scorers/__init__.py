@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from spo_fast.config import did_you_mean
 from spo_fast.scorers.clip_scorers import ClipScorer, Tokenize, load_pickscore, load_spm, make_tiny_spm
+from spo_fast.scorers.latent import TokenIds, load_lrm
 from spo_fast.scorers.weighted import WeightedSum
 
 if TYPE_CHECKING:
@@ -19,9 +22,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SCORERS",
     "ClipScorer",
+    "InPhase",
     "PixelScorer",
     "Scorer",
     "WeightedSum",
+    "judges",
     "load_scorer",
     "make_tiny_spm",
     "repeat_text",
@@ -40,6 +45,22 @@ class Scorer(Protocol):
         ...
 
 
+def judges(scorer: Any) -> str:
+    """What a scorer wants to see: "x0", clean estimates after the UNet, or "children", noisy x_{t-1} before it."""
+    return getattr(scorer, "judges", "x0")
+
+
+class InPhase:
+    """A scorer each of whose calls runs in a phase: the trainer's timer, or a count of memory."""
+
+    def __init__(self, scorer: Any, phase: Callable[[], AbstractContextManager[Any]]):
+        self.scorer, self.phase, self.judges = scorer, phase, judges(scorer)
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        with self.phase():
+            return self.scorer(candidates)
+
+
 class PixelScorer(Scorer, Protocol):
     """A scorer of decoded images, which lets a weighted sum decode once for all of them."""
 
@@ -48,9 +69,10 @@ class PixelScorer(Scorer, Protocol):
         ...
 
 
-SCORERS: dict[str, Callable[[Path, Tokenize, str | torch.device, torch.dtype], Scorer]] = {
+SCORERS: dict[str, Callable[[Path, Any, str | torch.device, torch.dtype], Scorer]] = {
     "spm": load_spm,
     "pickscore": load_pickscore,
+    "lrm": load_lrm,
 }
 
 
@@ -60,6 +82,9 @@ def load_scorer(
     tokenize: Tokenize,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    token_ids: TokenIds | None = None,  # for lrm, which has all of the diffusion model's text encoders
+    time_conditioned: bool = True,  # False: the SPM is one that does not know the timestep
 ) -> Scorer:
     """One scorer, or the weighted sum of several. Raises ValueError for an unknown name or one without a path."""
     if not specs:
@@ -71,7 +96,9 @@ def load_scorer(
             raise ValueError(
                 f"Scorer {name!r} has no weights: give a local file or directory for it (paths has {sorted(paths)})."
             )
-    scorers = [SCORERS[name](Path(paths[name]), tokenize, device, dtype) for name, _ in specs]
+    loaders: dict[str, Callable[..., Scorer]] = {**SCORERS, "spm": partial(load_spm, time_conditioned=time_conditioned)}
+    reads = {"lrm": token_ids}
+    scorers = [loaders[name](Path(paths[name]), reads.get(name, tokenize), device, dtype) for name, _ in specs]
     weights = [weight for _, weight in specs]
     return scorers[0] if weights == [1] else WeightedSum(scorers, weights)
 

@@ -134,10 +134,17 @@ class ClipScorer:
 
 
 def load_spm(
-    path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    tokenize: Tokenize,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    time_conditioned: bool = True,
 ) -> ClipScorer:
-    """The step-aware preference model, e.g. sdxl_step-aware_preference_model.bin (strict: see load_clip)."""
-    clip = load_clip(path, time_conditioned=True, device=device, dtype=dtype)
+    """The step-aware preference model, e.g. sdxl_step-aware_preference_model.bin (strict: see load_clip).
+
+    time_conditioned=False: the same training without the timestep, an ablation of the SPO paper.
+    """
+    clip = load_clip(path, time_conditioned=time_conditioned, device=device, dtype=dtype)
     return ClipScorer(check_vocabulary(clip, tokenize, path), tokenize, dtype=dtype)
 
 

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from spo_fast.files import read_json
 from spo_fast.scorers.clip import ClipConfig, TextTower, TowerConfig, read_tensors, unit, write_model
+
+if TYPE_CHECKING:
+    from spo_fast.experience import Candidates
 
 GUIDANCE_SCALE = 7.5  # of the published models, in their training and in LPO; no checkpoint holds it
 LOGIT_SCALE = 2.6592  # ln(1 / 0.07), where CLIP and the published training start
@@ -37,6 +40,8 @@ LRM_FILES = (
 
 Configs = Mapping[str, Mapping[str, Any]]
 """Name in PARTS -> its config.json: diffusers' of a UNet2DConditionModel, transformers' of a CLIPTextModel."""
+
+TokenIds = Callable[[Sequence[str]], Sequence[Tensor]]
 
 Text = tuple[Tensor, Tensor]
 """Context (P, L, C) that the UNet attends to; feature (P, D), to be compared and, in SDXL, added to the timestep's."""
@@ -191,6 +196,52 @@ class LatentReward(nn.Module):
         return self.score(x_t, t, text, (context[-1:], feature[-1:]), guidance_scale)
 
 
+class LatentScorer:
+    """LPO's scorer: noisy latents at their (parent's) timestep, before the UNet has seen them; final latents at 0.
+
+    token_ids: prompts -> (P, L) int64 for each text encoder. decode_chunk latents go through it at a time.
+    """
+
+    judges = "children"
+
+    def __init__(self, model: LatentReward, token_ids: TokenIds, guidance_scale: float = GUIDANCE_SCALE):
+        self.model, self.token_ids, self.guidance_scale = model.requires_grad_(False).eval(), token_ids, guidance_scale
+        self.empty = self.encode([""])
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Text:
+        device = self.model.logit_scale.device
+        return self.model.encode([ids.to(device) for ids in self.token_ids(prompts)])
+
+    @torch.no_grad()
+    def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
+        x = candidates.x0 if candidates.x_t is None else candidates.x_t
+        rows = torch.arange(len(x), device=x.device).split(candidates.decode_chunk)
+        context, feature = candidates.text
+        parts = [
+            self.model.score(
+                x[r], candidates.t.expand(len(r)), (context[r], feature[r]), self.empty, self.guidance_scale
+            )
+            for r in rows
+        ]
+        return torch.cat(parts)
+
+
+def load_lrm(
+    path: str | Path, token_ids: TokenIds, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LatentScorer:
+    """A latent reward model as a scorer (strict: see load_latent_reward)."""
+    model = load_latent_reward(path, device=device, dtype=dtype)
+    encoders = [model.text_encoder, model.text_encoder_2] if model.is_sdxl else [model.text_encoder]
+    known, given = [len(e.text_model.embeddings.token_embedding.weight) for e in encoders], token_ids([""])
+    if known != [int(ids.max()) + 1 for ids in given]:  # the end token is the last
+        raise ValueError(
+            f"{path} knows {known} tokens, the diffusion model's tokenizers {[int(i.max()) + 1 for i in given]}: "
+            "it belongs to another --model. Give that model's latent reward model (--lrm_path)."
+        )
+    return LatentScorer(model, token_ids)
+
+
 def _attended(block: nn.Module, context: Tensor) -> dict[str, Tensor]:
     return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
 
@@ -316,6 +367,13 @@ def _published_key(key: str) -> str:
         if key.startswith((f"{part}.embeddings.", f"{part}.encoder.", f"{part}.final_layer_norm.")):
             return key.replace(f"{part}.", f"{part}.text_model.", 1)
     return key
+
+
+def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """Of a latent reward model's parts, without its weights."""
+    if (path / "state_dict.pt").is_file():
+        return {p: read_json(path / p / "config.json") for p in PARTS if (path / p / "config.json").is_file()}
+    return read_json((path if path.is_dir() else path.parent) / "config.json")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

@@ -27,6 +27,13 @@ class WeightedSum:
                 f"A weighted sum needs scorers and as many weights; got {len(scorers)} and {len(weights)}."
             )
         self.scorers, self.weights = tuple(scorers), tuple(weights)
+        kinds = {getattr(scorer, "judges", "x0") for scorer in scorers}
+        if len(kinds) > 1:
+            raise ValueError(
+                "a weighted sum cannot mix lrm, which judges noisy latents before the UNet, with scorers of x0: "
+                "name lrm alone in --scorer, or leave it out."
+            )
+        self.judges = kinds.pop()
 
     def encode(self, prompts: list[str]) -> tuple[Any, ...]:  # one entry a scorer: what its own encode returned
         return tuple(scorer.encode(prompts) for scorer in self.scorers)

@@ -1,0 +1,59 @@
+"""Experience without a rollout: the two images of a labelled pair, noised to one timestep with one noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spo_fast.experience import Cond, Experience, States
+from spo_fast.noise import RENOISE, TIMESTEPS, KeyedDraws
+from spo_fast.schedule import StepTable
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """B labelled pairs."""
+
+    cond: Cond  # of the B prompts
+    latents: Tensor  # (2, B, C, h, w) clean and scaled, the preferred image first
+    draws: KeyedDraws
+    alphas_cumprod: Tensor  # (T,)
+
+    def __len__(self) -> int:
+        return self.latents.shape[1]
+
+
+@torch.no_grad()
+def noised(
+    latents: Tensor,  # (2, B, C, h, w)
+    t: Tensor,  # (B,) int64
+    noise: Tensor,  # (2, B, C, h, w) or (B, C, h, w)
+    alphas_cumprod: Tensor,  # (T,)
+) -> Tensor:  # (2, B, C, h, w)
+    alpha = alphas_cumprod[t].to(latents.dtype).view(-1, 1, 1, 1)
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+@torch.no_grad()
+def renoised_pairs(table: StepTable, batch: PairInputs) -> Experience:  # table: of all T timesteps, noisiest first
+    """One term a pair, K = 2, S = 1. In x_prev's place stands the output that would have been right.
+
+    From x0 = c x_t + d m it is (x0 - c x_t) / d, whatever the network predicts: of epsilon the noise itself.
+    """
+    B, T, latents = len(batch), table.num_steps, batch.latents
+    t = batch.draws.integer(TIMESTEPS, T)
+    noise = batch.draws.normal(RENOISE, tuple(latents.shape[2:])).to(latents.dtype)
+    x_t = noised(latents, t, noise, batch.alphas_cumprod)
+    rows = (T - 1 - t).repeat(2)
+    c, d = table.coefficients[rows, 2:4].to(x_t.dtype).T.view(2, 2, B, 1, 1, 1)
+    target = (latents - c * x_t) / d
+    number = torch.arange(B, device=x_t.device)
+    return Experience(
+        States(x_t.flatten(0, 1), rows, number.repeat(2)),
+        target.transpose(0, 1).unsqueeze(2),
+        torch.stack([number, number + B], dim=1).unsqueeze(2),
+        batch.cond,
+        scores=x_t.new_empty(0),
+    )

@@ -1,0 +1,79 @@
+"""What an iteration achieved: FLOP/s, their share of the card's peak, images and pairs a second, GPU-hours, energy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from spo_fast.costs import Costs
+from spo_fast.metrics import nvml_energy_j, nvml_missing
+
+PEAK_TFLOPS = {  # dense 16-bit tensor-core products with float32 accumulation, from the makers' data sheets
+    **{"A100": 312, "A10": 125, "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165},
+    **{"RTX 5090": 210, "RTX A6000": 155, "RTX 6000 Ada": 364, "H100 PCIe": 756, "H100": 989, "H200": 989},
+    **{"B200": 2250},
+}
+WORK = ("rollout", "score", "reference", "backward", "step")
+"""The timer's phases that FLOPs are counted for."""
+
+
+def peak_tflops(name: str) -> float | None:
+    """Of a card by the name its driver gives it; None if it is not in the table."""
+    words = f" {name} ".replace("-", " ")
+    known = [card for card in PEAK_TFLOPS if f" {card} " in words and " Laptop " not in words]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
+
+
+class Telemetry:
+    """Turns an iteration's record and times into what people compare.
+
+    costs: counted FLOPs of an iteration, or None: then nothing is said of FLOPs (a CPU's run does not count them).
+    records: those of the run so far, which GPU-hours go on from.
+    """
+
+    def __init__(
+        self, device: torch.device, name: str, costs: Costs | None, records: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        self.device, self.costs, self.peak = device, costs, peak_tflops(name)
+        self.on_gpu = device.type == "cuda"
+        self.gpu_hours = max((r.get("gpu_hours") or 0.0 for r in records), default=0.0)
+        self.energy_j = nvml_energy_j(device.index or 0) if self.on_gpu else None
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def notes(self) -> list[str]:
+        """What will be missing from the log, and why; said once, before the loop."""
+        if not self.on_gpu:
+            return []
+        why = nvml_missing(self.device.index or 0)
+        notes = [f"GPU load and energy are not logged: {why}"] if why else []
+        return notes + ([] if self.peak else ["this card's peak FLOP/s is not known here: mfu is not logged"])
+
+    def read(self, record: Mapping[str, Any], times_ms: Mapping[str, float]) -> dict[str, float]:
+        """Of one iteration: record has pairs, valid_share and images; times_ms is the timer's reading.
+
+        tflop: model FLOPs counted from the shapes for this share of valid pairs, in 10^12; recomputed ones not counted.
+        tflop_per_s over the phases of WORK; mfu: its share of the card's data-sheet peak. images_per_s: scored;
+        pairs_per_s: trained on. gpu_hours: of the run so far, every phase. joules, peak_memory_gib: of this iteration.
+        """
+        seconds = sum(times_ms.get(f"{phase}_ms", 0.0) for phase in WORK) / 1000
+        if seconds <= 0:
+            return {}
+        values = {"images_per_s": record["images"] / seconds, "pairs_per_s": record["pairs"] / seconds}
+        if self.costs is not None:
+            values["tflop"] = sum(self.costs.flops(record.get("valid_share", 1.0)).values()) / 1e12
+            values["tflop_per_s"] = values["tflop"] / seconds
+            if self.peak is not None:
+                values["mfu"] = values["tflop_per_s"] / self.peak
+        if self.on_gpu:
+            self.gpu_hours += math.fsum(times_ms.values()) / 3.6e6
+            values["gpu_hours"] = self.gpu_hours
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before, self.energy_j = self.energy_j, nvml_energy_j(self.device.index or 0)
+            if before is not None and self.energy_j is not None:
+                values["joules"] = self.energy_j - before
+        return values

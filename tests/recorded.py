@@ -1,0 +1,45 @@
+"""A CUDA graph's rules without CUDA: the aten calls of a function, recorded once and repeated on the same storages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Tape(TorchDispatchMode):
+    """What was called on which tensors. Python between the calls is gone when `replay` repeats them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::nonzero"):
+            raise RuntimeError(f"{func.name()} waits for the device: a graph cannot hold it")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self.calls:
+            if func.is_view:
+                continue  # a view of a storage that is rewritten in place shows the new contents
+            new = func(*args, **kwargs)
+            pairs = zip(tensors(recorded), tensors(new), strict=True)
+            for old, value in pairs:
+                if old is not value and old.untyped_storage()._cdata != value.untyped_storage()._cdata:
+                    old.copy_(value)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def capture(function: Any) -> tuple[Any, Any]:
+    """As spo_fast.models.graphs.Capture."""
+    with Tape() as tape:
+        outputs = function()
+    return tape.replay, outputs

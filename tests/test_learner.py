@@ -1,0 +1,72 @@
+"""What the learner leaves out without changing a number, and what it says at the start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runs import assert_same_tensors, facts, run_toy
+
+from spo_fast import trainer
+from spo_fast.objectives import Objective
+
+# steps so large that ratios leave a narrow clamp at once, slots of one pair: many micro-batches are dead
+DEADLY = {"learning_rate": 0.05, "clip": 1e-4, "train_batch_size": 1, "max_train_steps": 3}
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"accumulation": "published", "gradient_accumulation_steps": 2}])
+def test_dead_micro_batches_skip_their_backward_and_nothing_else(tmp_path, monkeypatch, optimizer):
+    backwards = []
+    scale = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: backwards.append(1) or scale(self, loss))
+    skipping = run_toy(tmp_path / "skipping", **DEADLY, **optimizer)
+    taken = len(backwards)
+    backwards.clear()
+    monkeypatch.setattr(trainer.Learner, "is_dead", lambda self, stats: False)
+    whole = run_toy(tmp_path / "whole", **DEADLY, **optimizer)
+    dead = sum(r["dead_batches"] for r in facts(skipping))
+    assert 0 < dead < len(backwards) and taken == len(backwards) - dead
+    for a, b in zip(facts(skipping), facts(whole), strict=True):
+        assert {k: v for k, v in a.items() if k != "dead_batches"} == {
+            k: v for k, v in b.items() if k != "dead_batches"
+        }
+    assert_same_tensors(*(run / "pytorch_lora_weights.safetensors" for run in (skipping, whole)))
+
+
+def test_the_ratio_starts_at_one_in_equal_batches(tmp_path, capsys):
+    run_toy(tmp_path / "run", max_train_steps=2, train_batch_size=1)
+    printed = capsys.readouterr().out
+    assert printed.count("probability ratio of policy to reference at the start: exactly 1") == 1
+    run_toy(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=3, train_batch_size=1)
+    assert "probability ratio" not in capsys.readouterr().out  # it is no start
+
+
+def test_a_path_that_differs_is_said_by_timestep(tmp_path, capsys, monkeypatch):
+    """A reference that is off by a constant: r = exp(log_ratio) is worked out here from the Gaussians."""
+    seen = {}
+
+    prepare = Objective.prepare
+
+    def shifted(self, policy, table, experience, cfg, *rest):
+        e = prepare(self, policy, table, experience, cfg, *rest)
+        seen["e"], seen["table"] = e, table
+        frozen = e.frozen._replace(cond=e.frozen.cond + 0.01, uncond=e.frozen.uncond + 0.01)
+        return type(e)(**{**e.__dict__, "frozen": frozen})
+
+    monkeypatch.setattr(Objective, "prepare", shifted)
+    run_toy(tmp_path / "run", max_train_steps=1)
+    (line,) = [w for w in capsys.readouterr().out.splitlines() if "probability ratio" in w]
+    e, table = seen["e"], seen["table"]
+    said = dict(reversed(part.split(" at ")) for part in line.split("by timestep: ")[1].split(", "))
+    assert set(map(int, said)) == set(table.timesteps[e.states.rows].tolist())
+    a, b, _, _, std = (table.coefficients[e.states.rows, i].view(-1, 1, 1, 1) for i in range(5))
+    m = e.frozen.uncond + 2.0 * (e.frozen.cond - e.frozen.uncond)
+    largest = {}
+    for n, sides in enumerate(e.index[..., 0].tolist()):
+        t = int(table.timesteps[e.states.rows[sides[0]]])
+        for k, u in enumerate(sides):
+            x_prev, mean = e.x_prev[n, k, 0].double(), (a * e.states.x_t + b * m)[u].double()
+            off = mean + b[u] * 0.01
+            log_ratio = (((x_prev - off) ** 2 - (x_prev - mean) ** 2) / (2 * std[u] ** 2)).mean()
+            largest.setdefault(t, {}).setdefault(n, []).append(abs(float(torch.expm1(log_ratio))))
+    for t, text in said.items():
+        assert any(float(text) == pytest.approx(max(pair), rel=0.06) for pair in largest[int(t)].values())

@@ -1,0 +1,323 @@
+"""Every objective's loss and gradient against its paper's formula in float64, term by term, and one number by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from golden_replay import load
+
+from spo_fast.config import ObjectiveConfig, SampleConfig
+from spo_fast.experience import Cond, Experience, Prediction, States
+from spo_fast.noise import KeyedDraws
+from spo_fast.objectives import OBJECTIVES, make_objective
+from spo_fast.offline import PairInputs, renoised_pairs
+from spo_fast.presets import READS
+from spo_fast.schedule import StepTable, ddim_table, full_table
+
+G = 3.0
+CFG = SampleConfig(guidance_scale=G)
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def alphas() -> torch.Tensor:
+    return load("ddim")[0]["alphas_cumprod"]
+
+
+def table(kind: str = "epsilon") -> StepTable:
+    return ddim_table(alphas(), 951 - 50 * torch.arange(20), 1.0, kind)
+
+
+def made(method: str, far: float, kind: str = "epsilon", guided: bool = True):
+    """An objective, an experience of 5 terms whose states are shared here and there, and the policy's outputs.
+
+    far: how far the policy is from its baselines, so that few or most ratios lie outside the clamp.
+    """
+    objective = make_objective(ObjectiveConfig(method=method, beta=3.0))
+    U, N, (K, S) = 7, 5, objective.shape
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(U, (N, K, S), generator=generator)
+    rows = torch.tensor([3, 0, 19, 11, 7, 16, 5])
+    if method == "gradspo":
+        index[:, 1] = index[:, 0]  # both children have one parent
+    steps, x_t = table(kind), randn(U, 2, 3, 3, seed=2)
+
+    def prediction(seed: int, scale: float, near: Prediction | None = None) -> Prediction:
+        halves = [randn(U, 2, 3, 3, seed=seed + h, scale=scale) for h in range(2)]
+        if near is not None:
+            halves = [a + b for a, b in zip(halves, (near.cond, near.uncond), strict=True)]
+        return Prediction(halves[0], halves[1] if guided else None)
+
+    frozen = Prediction(*(randn(U, 2, 3, 3, seed=s) for s in (5, 6)))
+    m = prediction(10, far, frozen)
+    anchor = prediction(20, far, frozen)
+    a, b, _, _, std = steps.coefficients[rows[index]].unbind(-1)
+    shape = (N, K, S, 1, 1, 1)
+    mean = a.view(shape) * x_t[index] + b.view(shape) * combined(frozen)[index]
+    x_prev = mean + std.view(shape) * randn(N, K, S, 2, 3, 3, seed=30)
+    if objective.sampler == "data":
+        x_prev = randn(N, K, S, 2, 3, 3, seed=31)
+    cond = Cond({"x": torch.zeros(1, 1)}, {})
+    states = States(x_t, rows, torch.zeros(U, dtype=torch.int64))
+    if not guided:
+        frozen = Prediction(frozen.cond, None)
+    e = Experience(states, x_prev, index, cond, torch.empty(0), frozen, anchor, 4 * randn(N, seed=40))
+    return objective, steps, e, m
+
+
+def combined(m: Prediction) -> torch.Tensor:
+    return m.cond if m.uncond is None else m.uncond + G * (m.cond - m.uncond)
+
+
+# ---------------------------------------------------------------------------------------------- the papers' formulas
+
+
+def log_p(m, steps, e, n, k, s):
+    """log N(x_{t-1}; mean, std^2), mean over C, H, W."""
+    u = int(e.index[n, k, s])
+    a, b, _, _, std = steps.coefficients[e.states.rows[u]]
+    mean = a * e.states.x_t[u] + b * combined(m)[u]
+    return torch.distributions.Normal(mean, std).log_prob(e.x_prev[n, k, s]).mean()
+
+
+def clamped(ratio, clip):
+    return ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
+
+
+def true_spo(o, m, steps, e, n):
+    r = [clamped((log_p(m, steps, e, n, k, 0) - log_p(e.frozen, steps, e, n, k, 0)).exp(), o.clip) for k in range(2)]
+    return -torch.sigmoid(o.beta * (r[0].log() - r[1].log())).log()
+
+
+def true_ddpo(o, m, steps, e, n):
+    r = (log_p(m, steps, e, n, 0, 0) - log_p(e.frozen, steps, e, n, 0, 0)).exp()
+    advantage = e.advantage[n].clamp(-o.advantage_clip, o.advantage_clip)
+    return torch.maximum(-advantage * r, -advantage * clamped(r, o.clip))
+
+
+def true_dpok(o, m, steps, e, n):
+    u = int(e.index[n, 0, 0])
+    return true_ddpo(o, m, steps, e, n) + o.kl_weight * ((combined(m)[u] - combined(e.anchor)[u]) ** 2).mean()
+
+
+def true_dense(o, m, steps, e, n):
+    K, S = o.shape
+    logits = [
+        o.beta
+        * sum(
+            clamped((log_p(m, steps, e, n, k, s) - log_p(e.frozen, steps, e, n, k, s)).exp(), o.clip).log()
+            for s in range(S)
+        )
+        / S
+        for k in range(K)
+    ]
+    return -sum(logits[i] - torch.logsumexp(torch.stack(logits[i:]), 0) for i in range(K - 1))
+
+
+def true_gradspo(o, m, steps, e, n):
+    u = int(e.index[n, 0, 0])
+    row = int(e.states.rows[u])
+    alpha, (a, b, c, d, std) = alphas().double()[951 - 50 * row], steps.coefficients[row]
+    sigma, x_t = (1 - alpha).sqrt(), e.states.x_t[u]
+
+    def noise(p):  # whatever the network predicts
+        return (x_t - alpha.sqrt() * (c * x_t + d * combined(p)[u])) / sigma
+
+    mean = a * x_t + b * combined(e.anchor)[u]  # any mean: it cancels
+    z = [(e.x_prev[n, k, 0] - mean) / std for k in range(2)]
+    r = []
+    for sign in (1, -1):
+        y = noise(e.anchor) - sign * o.guidance_step * sigma * (z[0] - z[1]) / 2
+        drop = -((noise(m) - y) ** 2).mean() + ((noise(e.frozen) - y) ** 2).mean()
+        r.append(clamped(drop.exp(), o.clip))
+    return -torch.sigmoid(o.beta * (r[0].log() - r[1].log())).log()
+
+
+def error(p, e, n, k):
+    return ((p.cond[int(e.index[n, k, 0])] - e.x_prev[n, k, 0]) ** 2).mean()
+
+
+def true_dpo(o, m, steps, e, n):
+    drop = [error(m, e, n, k) - error(e.frozen, e, n, k) for k in range(2)]
+    return -torch.sigmoid(-(o.beta / 2) * (drop[0] - drop[1])).log()
+
+
+def true_mapo(o, m, steps, e, n):
+    w, loser = (error(m, e, n, k) for k in range(2))
+
+    def f(x):
+        return 0.5 * x / ((0.5 * x).exp() - 1)
+
+    return w - o.beta * torch.nn.functional.logsigmoid(1000 * (f(w) - f(loser)))
+
+
+TRUTH = {
+    **dict.fromkeys(("spo", "mspo", "d3po", "lpo"), true_spo),
+    **{"gradspo": true_gradspo, "ddpo": true_ddpo, "dpok": true_dpok, "dense": true_dense},
+    **{"dpo": true_dpo, "mapo": true_mapo},
+}
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.002, None])
+@pytest.mark.parametrize("far", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_loss_and_gradient_match_the_paper(method, far, clip):
+    objective, steps, e, m = made(method, far)
+    names = {field.name for field in fields(objective)}
+    if "clip" in names:
+        objective = replace(objective, clip=clip)
+    elif clip != 0.1:
+        pytest.skip("it has no clamp")
+    losses, gradients = [], []
+    for which in ("ours", "truth"):
+        leaf = Prediction(*(half.clone().requires_grad_() for half in m))
+        if which == "ours":
+            loss, stats = objective.loss(leaf, steps, e, CFG, 0.25)
+        else:
+            loss = 0.25 * sum(TRUTH[method](objective, leaf, steps, e, n) for n in range(len(e)))
+        loss.backward()
+        losses.append(loss.detach())
+        # labelled pairs are denoised without guidance
+        gradients.append(torch.stack([torch.zeros_like(h) if h.grad is None else h.grad for h in leaf]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-11)
+    assert stats.shape == (len(objective.stats),) and stats[0] == len(e) and not stats.requires_grad
+    if far == 0.3 and clip == 0.002 and method not in ("mapo", "dpo"):
+        outside = stats[objective.stats.index("clamped")] / len(e)
+        assert outside > 0.5  # the clamp was met
+    if far == 0.3 and clip is None:
+        assert gradients[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradspo_is_of_noise_whatever_the_network_predicts(kind):
+    objective, steps, e, m = made("gradspo", 0.05, kind)
+    loss, _ = objective.loss(m, steps, e, CFG, 1.0)
+    want = sum(true_gradspo(objective, m, steps, e, n) for n in range(len(e)))
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-10)
+
+
+def test_gradspo_without_clamp_does_not_depend_on_the_average():
+    """r_w - r_l = 2 <m - m_ref, y_w - y_l>: why the average may stay that of the collection."""
+    objective, steps, e, m = made("gradspo", 0.1)
+    objective = replace(objective, clip=None)
+    other = replace(e, anchor=Prediction(*(half + 1 for half in e.anchor)))
+    losses = [objective.loss(m, steps, x, CFG, 1.0)[0] for x in (e, other)]
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [m for m, o in OBJECTIVES.items() if o.sampler != "data"])
+def test_no_guidance(method):
+    objective, steps, e, m = made(method, 0.05, guided=False)
+    loss, _ = objective.loss(m, steps, e, replace(CFG, guidance_scale=1.0), 1.0)
+    want = sum(TRUTH[method](objective, m, steps, e, n) for n in range(len(e)))
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------- numbers made by hand
+
+# one number for a latent, one row: mean = x_t + m, x0 = 2 x_t - sqrt(3) m (so alphabar = 1/4), std = 1/2; x_t = 0. The
+# policy says .1, reference and old policy 0, the moving average .05; the winner's child is .3, the loser's -.1:
+#   log p_policy - log p_ref of .3:  (-(.3 - .1)^2 + .3^2) / (2 / 4) = .1;  of -.1:  (-.2^2 + .1^2) / .5 = -.06
+BY_HAND = {
+    # log(1 + exp(-10 (.1 + .06)))
+    "spo": ({"beta": 10, "clip": None}, 0.1839006),
+    "mspo": ({"beta": 10, "clip": None}, 0.1839006),
+    # .1 is clamped to log 1.1 = .0953102: log(1 + exp(-.1 (.0953102 + .06)))
+    "d3po": ({"beta": 0.1, "clip": 0.1}, 0.6854118),
+    # log(1 + exp(-500 (log 1.0001 - log .9999))) = log(1 + exp(-.1))
+    "lpo": ({"beta": 500, "clip": 1e-4}, 0.6443967),
+    # the shift is .5 sqrt(3/4) ((.3 + .1) / .5) / 2 = .1732051, y_w = -.1232051, y_l = .2232051;
+    # r_w = .1232051^2 - .2232051^2 = -.0346410 = -r_l: log(1 + exp(10 * .0692820))
+    "gradspo": ({"beta": 10, "clip": None}, 1.0983944),
+    # advantage 2, ratio exp(.1) = 1.1051709, clamped 1.05: max(-2.2103, -2.1)
+    "ddpo": ({"clip": 0.05}, -2.1),
+    # and .5 times (.1 - .05)^2
+    "dpok": ({"clip": 0.05, "kl_weight": 0.5}, -2.1 + 0.00125),
+    # two steps each: means (.1 - .06) / 2 = .02 and -.06: log(1 + exp(-10 * .08))
+    "dense": ({"beta": 10, "clip": None, "num_sampled_steps": 2}, 0.3711007),
+    # targets .3 and -.1 of outputs .1 (reference 0): drops .09 - .04 and .01 - .04: log(1 + exp(-5 * .08))
+    "dpo": ({"beta": 10}, 0.5130153),
+    # errors .04 and .04: f alike: .04 + .1 log 2
+    "mapo": ({"beta": 0.1}, 0.1093147),
+}
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_number_by_hand(method):
+    settings, want = BY_HAND[method]
+    objective = make_objective(ObjectiveConfig(method=method, **settings))
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    coefficients = torch.tensor([[1.0, 1.0, 2.0, -math.sqrt(3), 0.5]], dtype=torch.float64)
+    steps = StepTable(torch.tensor([500]), coefficients, torch.tensor([0.25], dtype=torch.float64))
+    children = {"ddpo": [[0.3]], "dpok": [[0.3]], "dense": [[0.3, -0.1], [-0.1, -0.1]]}
+    x_prev = torch.tensor(children.get(method, [[0.3], [-0.1]]), dtype=torch.float64)
+    e = Experience(
+        States(0 * one, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
+        x_prev.view(1, *objective.shape, 1, 1, 1),
+        torch.zeros(1, *objective.shape, dtype=torch.int64),
+        Cond({}, {}),
+        torch.empty(0),
+        frozen=Prediction(0 * one, None),
+        anchor=Prediction(0.05 * one, None),
+        advantage=torch.tensor([2.0], dtype=torch.float64),
+    )
+    loss, _ = objective.loss(Prediction(0.1 * one, None), steps, e, SampleConfig(guidance_scale=1.0), 1.0)
+    assert float(loss) == pytest.approx(want, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_the_table_of_settings_is_what_the_objectives_have(method):
+    all_read = {f.name for f in fields(ObjectiveConfig)} - {"method"} - READS.keys()
+    assert not all_read  # there is no setting that every method reads
+    read = {name for name in READS if method in READS[name]} & {f.name for f in fields(ObjectiveConfig)}
+    assert {f.name for f in fields(OBJECTIVES[method])} == read
+
+
+# ---------------------------------------------------------------------------------------------- labelled pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_renoised_pairs_share_timestep_and_noise(kind):
+    B, steps = 6, full_table(alphas(), kind)
+    latents = randn(2, B, 4, 5, 3, seed=1)
+    cond = Cond({"x": torch.arange(B)[:, None]}, {})
+    draws = KeyedDraws(3, 4, torch.arange(B))
+    e = renoised_pairs(steps, PairInputs(cond, latents, draws, alphas()))
+    assert e.index.shape == (B, 2, 1) and len(e.states) == 2 * B and len(e.scores) == 0
+    assert len(set(steps.timesteps[e.states.rows].tolist())) > 1
+    for b in range(B):
+        states = e.states.select(e.index[b, :, 0])
+        t = steps.timesteps[states.rows]
+        assert t[0] == t[1] and states.prompts.tolist() == [b, b]
+        alpha = alphas().double()[t[0]]
+        noises = [(states.x_t[k] - alpha.sqrt() * latents[k, b]) / (1 - alpha).sqrt() for k in range(2)]
+        torch.testing.assert_close(noises[0], noises[1], rtol=1e-9, atol=1e-9)
+        want = {
+            "epsilon": lambda k, z=noises[0], a=alpha: z,
+            "v_prediction": lambda k, z=noises[0], a=alpha, b=b: a.sqrt() * z - (1 - a).sqrt() * latents[k, b],
+            "sample": lambda k, b=b: latents[k, b],
+        }[kind]
+        for k in range(2):
+            torch.testing.assert_close(e.x_prev[b, k, 0], want(k), rtol=1e-8, atol=1e-8)
+    assert len({tuple(row) for row in e.states.x_t[:B].flatten(1).tolist()}) == B
+    other = renoised_pairs(steps, PairInputs(cond, latents, replace(draws, iteration=5), alphas()))
+    assert not torch.equal(other.states.rows, e.states.rows)
+
+
+def test_float32_target_is_the_noise():
+    steps = full_table(alphas(), "epsilon")
+    latents = randn(2, 64, 4, 8, 8, seed=2).float()
+    draws = KeyedDraws(0, 0, torch.arange(64))
+    e = renoised_pairs(steps, PairInputs(Cond({}, {}), latents, draws, alphas()))
+    wide = renoised_pairs(steps, PairInputs(Cond({}, {}), latents.double(), draws, alphas()))
+    assert (e.x_prev.double() - wide.x_prev).abs().max() < 1e-4
