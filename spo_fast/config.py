@@ -274,6 +274,9 @@ class EngineConfig(Section):
     fuse: bool | None = None
     """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
     rollout. Default: on a GPU, and for memory=balanced."""
+    attention: Literal["auto", "sdpa", "cudnn", "xformers", "flash3"] = "auto"
+    """Attention kernel of the fused UNet: PyTorch's own choice, cuDNN's, xformers' or FlashAttention 3. auto: the
+    fastest of those that run here, timed at the start on the run's shapes; sdpa on a CPU."""
     memory: Literal["fast", "balanced", "small"] | None = None
     """What the backward keeps of the forward. fast: all it needs. balanced: norms are computed again. small: everything
     is (gradient_checkpointing), images are decoded singly and AdamW keeps 8-bit state, unless set otherwise. Default:
@@ -288,6 +291,10 @@ class EngineConfig(Section):
         _need(
             self.fuse is not False or self.compile in (None, "off"),
             f"compile={self.compile} works on the fused networks: leave out --no-fuse, or use --compile off.",
+        )
+        _need(
+            self.fuse is not False or self.attention in ("auto", "sdpa"),
+            f"attention={self.attention} is for the fused UNet: leave out --no-fuse, or use --attention sdpa.",
         )
 
 

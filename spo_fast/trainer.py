@@ -23,6 +23,7 @@ from torch import Tensor
 from spo_fast import checkpoint, window
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import (
+    Choice,
     choose,
     found_device,
     is_out_of_memory,
@@ -38,7 +39,7 @@ from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
-from spo_fast.models import resolve, scorer_paths, scorer_specs
+from spo_fast.models import attention, resolve, scorer_paths, scorer_specs
 from spo_fast.models.compiled import compile_network, keep_cache_in
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.fuse import fuse
@@ -313,6 +314,7 @@ class Run(TrainingRun[Config]):
         if cfg.engine.fuse:
             self.policy.fuse(recompute=cfg.engine.memory == "balanced")
             fuse(self.model.vae)
+            self.choices.append(self.pick_attention())
         self.objective, self.pairs = make_objective(cfg.objective), None
         if self.objective.sampler == "data":
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
@@ -341,6 +343,21 @@ class Run(TrainingRun[Config]):
         for number, part in enumerate(getattr(self.scorer, "scorers", [self.scorer])):
             if hasattr(part, "score_pixels"):
                 part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
+
+    def pick_attention(self) -> Choice:
+        """Put the attention kernel into the fused UNet that was asked for, or the fastest on this run's shapes."""
+        cfg, device, dtype = self.cfg, self.device.type, self.policy.dtype
+        shapes: Mapping[Any, int] = {}
+        if cfg.engine.attention == "auto" and device == "cuda":
+            rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
+            tokens = self.model.tokenizers[0].model_max_length
+            shapes = attention.shapes_of(self.policy.unet, rows, self.model.latent_shape, tokens)
+        name, reason = attention.pick(
+            *(cfg.engine.attention, shapes, device, dtype, cfg.engine.compile != "off"),
+            functools.partial(attention.time_on_gpu, dtype=dtype),
+        )
+        self.policy.attend_with(attention.KERNELS[name])
+        return Choice("attention", name, reason)
 
     def compile(self, backend: Any = "inductor") -> None:
         """torch.compile of all networks; from then on the policy sees few batch sizes."""
