@@ -15,12 +15,13 @@ LAYERS = {
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
     **dict.fromkeys(("preference_report", "pair_images"), 6),
     "costs": 7,
-    **dict.fromkeys(("choices", "report"), 8),
-    "model_card": 9,
-    **dict.fromkeys(("trainer", "dry_run"), 10),
-    "preference_trainer": 11,
-    "cli": 12,
-    **dict.fromkeys(("train", "train_spm"), 13),
+    "choices": 8,
+    "report": 9,
+    "model_card": 10,
+    **dict.fromkeys(("trainer", "dry_run"), 11),
+    "preference_trainer": 12,
+    "cli": 13,
+    **dict.fromkeys(("train", "train_spm"), 14),
 }
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
 BESIDE = {"toy", "prompts"}
