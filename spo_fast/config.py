@@ -409,7 +409,7 @@ class DataConfig(Section):
     prompts: str | None = None
     """Prompt file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in list."""
     caption_column: str | None = None
-    """Column or key that holds the prompt. Default: the first of caption, prompt, text."""
+    """Column or key that holds the prompt, also that of --pairs. Default: the first of caption, prompt, text."""
     shuffle: bool = True
     """A new prompt order each epoch."""
     max_prompts: Count | None = None

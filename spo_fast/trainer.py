@@ -434,8 +434,12 @@ class Run(TrainingRun[Config]):
         if len(experience) == 0 and not experience.scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
         possible = len(inputs) * len(objective.term_states(sample))
+        judged: dict[str, Any] = {}
+        if len(scores := experience.scores):  # labelled pairs have none
+            judged = {"score_mean": scores.mean(), "score_std": scores.std()}
+            judged |= gaps(scores.view(-1, sample.num_candidates, len(inputs)))
         return {
-            **{"epoch": epoch, **score_record(experience.scores, sample.num_candidates, len(inputs))},
+            **{"epoch": epoch, **judged},
             **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
             "images": experience.scores.numel(),
             **decode.record(),
@@ -709,16 +713,11 @@ def start_text(deviations: dict[int, float]) -> str:
     return f"probability ratio of policy to reference at the start, distance from 1 by timestep: {by_step}"
 
 
-def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat
-    """Their mean and spread, how far the best and the worst candidate of a prompt are apart, and the threshold that
-    would keep a third of the pairs."""
-    if not len(scores):
-        return {}
-    of = scores.view(-1, K, B)
-    gap = (of.amax(1) - of.amin(1)).flatten()
+def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts
+    """How far the best and the worst candidate are apart, and the threshold that would keep a third of the pairs."""
+    gap = (scores.amax(1) - scores.amin(1)).flatten()
     # softmax([s_w, s_l]) differs by tanh of half the gap
-    third = torch.quantile((gap / 2).tanh().float(), 2 / 3)
-    return {"score_mean": scores.mean(), "score_std": scores.std(), "score_gap": gap.mean(), "third_threshold": third}
+    return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
 
 
 class Saturation:
