@@ -304,15 +304,43 @@ class ObjectiveConfig(Section):
     """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off."""
 
 
+SCORERS_BESIDE = {"aesthetic": "clip", "image_reward": "bert", "geneval": "clip"}
+"""Scorer -> whose weights it needs beside its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ScorerConfig(Section):
-    scorer: tuple[str, ...] = ("spm",)
-    """Scorers: spm, pickscore; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum."""
+class ScorerPaths(Section):
+    """Where scorers' weights are; none takes the published ones from the hub."""
+
     spm_path: str | None = None
     """Local step-aware preference model (.bin or .safetensors file, or a directory). Default: the architecture's, from
     the hub."""
     pickscore_path: str | None = None
     """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
+    hpsv2_path: str | None = None
+    """Local HPS_v2_compressed.pt. Default: that of xswu/HPSv2 from the hub."""
+    hpsv21_path: str | None = None
+    """Local HPS_v2.1_compressed.pt. Default: that of xswu/HPSv2 from the hub."""
+    clip_path: str | None = None
+    """Local CLIP ViT-L/14 directory (scorers clip, aesthetic, geneval). Default: openai/clip-vit-large-patch14."""
+    aesthetic_path: str | None = None
+    """Local sac+logos+ava1-l14-linearMSE.pth. Default: that of camenduru/improved-aesthetic-predictor from the hub."""
+    image_reward_path: str | None = None
+    """Local ImageReward.pt. Default: that of THUDM/ImageReward from the hub."""
+    bert_path: str | None = None
+    """Local vocab.txt of BERT (scorer image_reward). Default: that of google-bert/bert-base-uncased from the hub."""
+
+    def paths_of(self, names: Iterable[str]) -> dict[str, str | None]:
+        """Scorers, and what they need beside their own weights, with the local paths given for them."""
+        wanted = dict.fromkeys(one for name in names for one in (name, SCORERS_BESIDE.get(name, name)))
+        return {name: getattr(self, f"{name}_path") for name in wanted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig(ScorerPaths):
+    scorer: tuple[str, ...] = ("spm",)
+    """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward; a weight after a colon, as in spm:1
+    pickscore:0.5, makes a weighted sum."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers; the published code uses float32 (no)."""
 

@@ -50,13 +50,19 @@ PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
 
 CUDA_BLOCK = 512  # bytes: PyTorch's CUDA allocator gives out multiples of it
 
-TIME_CONDITIONED = {"spm": True, "pickscore": False}
 VIT_H = ClipConfig(
     text=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu"),
     vision=TowerConfig(width=1280, mlp_width=5120, num_layers=32, num_heads=16, activation="gelu"),
     **{"vocab_size": 49408, "max_length": 77, "image_size": 224, "patch_size": 14, "projection_dim": 1024},
     time_conditioned=False,
 )
+VIT_L = replace(
+    VIT_H,
+    text=TowerConfig(width=768, mlp_width=3072, num_layers=12, num_heads=12, activation="quick_gelu"),
+    vision=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="quick_gelu"),
+    projection_dim=768,
+)
+SCORER_CLIPS = {"clip": VIT_L, "aesthetic": VIT_L, "image_reward": VIT_L}  # the others: VIT_H. ImageReward is a BLIP-L
 
 # ---------------------------------------------------------------------------------------------------- counting
 
@@ -277,12 +283,13 @@ class Networks:
 
     def _scorer(self, name: str, resolved: Resolved | None, dtype: torch.dtype) -> ClipScorer:
         path = resolved.scorer_paths.get(name) if resolved else None
-        if path is None:
+        aware = name == "spm"
+        if path is None or name not in ("spm", "pickscore", "clip"):  # the others' files have other layouts
             with torch.device("meta"):
-                clip = Clip(replace(VIT_H, time_conditioned=TIME_CONDITIONED[name]))
+                clip = Clip(replace(SCORER_CLIPS.get(name, VIT_H), time_conditioned=aware))
         else:
             file = find_weights(Path(path))
-            hf_config, aware = read_hf_config(file.parent), TIME_CONDITIONED[name]
+            hf_config = read_hf_config(file.parent)
             clip = load_clip(_shapes(file), time_conditioned=aware, hf_config=hf_config, device="meta", name=str(file))
         clip = self._fake(clip.set_compute_dtype(dtype))
         with self.mode:

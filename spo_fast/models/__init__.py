@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[ModelConfig], ModelSource]] = {
 }
 
 
-SCORER_NAMES = ("spm", "pickscore")
+SCORER_NAMES = ("spm", "pickscore", "hpsv2", "hpsv21", "clip", "aesthetic", "image_reward")
 
 
 def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -65,8 +65,7 @@ def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
 
 def scorer_paths(cfg: ScorerConfig) -> dict[str, str | None]:
     """The scorers of a run and the local paths given for them."""
-    given = {"spm": cfg.spm_path, "pickscore": cfg.pickscore_path}
-    return {name: given.get(name) for name, _ in scorer_specs(cfg.scorer)}
+    return cfg.paths_of(name for name, _ in scorer_specs(cfg.scorer))
 
 
 def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
@@ -85,7 +84,7 @@ def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapp
     from spo_fast.toy.pipeline import toy_files
 
     shipped = toy_files()
-    return {name: path or str(shipped[name]) for name, path in scorers.items()}
+    return {name: path or (str(shipped[name]) if name in shipped else None) for name, path in scorers.items()}
 
 
 __all__ = ["MODELS", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]

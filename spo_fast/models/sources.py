@@ -108,6 +108,16 @@ SCORER_SOURCES = {
         },
     ),
     "pickscore": ScorerSource("PickScore", "yuvalkirstain/PickScore_v1"),
+    "hpsv2": ScorerSource("HPSv2", "xswu/HPSv2", dict.fromkeys(KINDS, "HPS_v2_compressed.pt")),
+    "hpsv21": ScorerSource("HPSv2.1", "xswu/HPSv2", dict.fromkeys(KINDS, "HPS_v2.1_compressed.pt")),
+    "clip": ScorerSource("CLIP ViT-L/14", "openai/clip-vit-large-patch14"),
+    "aesthetic": ScorerSource(
+        "LAION's aesthetic predictor",
+        "camenduru/improved-aesthetic-predictor",
+        dict.fromkeys(KINDS, "sac+logos+ava1-l14-linearMSE.pth"),
+    ),
+    "image_reward": ScorerSource("ImageReward", "THUDM/ImageReward", dict.fromkeys(KINDS, "ImageReward.pt")),
+    "bert": ScorerSource("BERT's vocabulary", "google-bert/bert-base-uncased", dict.fromkeys(KINDS, "vocab.txt")),
     "text_projection": ScorerSource("CLIP ViT-L/14 (its text projection)", "openai/clip-vit-large-patch14"),
 }
 

@@ -461,6 +461,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as a file of tensors alone. Pickles that hold anything else are refused, since "
             "loading one can run code: if you trust it, load it yourself and save its state dict as .safetensors."
         ) from error
+    if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):  # beside an epoch, a name, ...
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} holds no state dict (names to tensors): save the state dict alone.")
     return dict(tensors)
