@@ -13,14 +13,15 @@ LAYERS = {
     "rollout": 3,
     "objectives": 4,
     **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
-    **dict.fromkeys(("preference_report", "costs"), 6),
+    **dict.fromkeys(("preference_report", "costs", "prompt_sets", "measure"), 6),
     "choices": 7,
     **dict.fromkeys(("report", "telemetry"), 8),
     "model_card": 9,
     **dict.fromkeys(("trainer", "dry_run"), 10),
     "preference_trainer": 11,
     "cli": 12,
-    **dict.fromkeys(("train", "train_spm"), 13),
+    **dict.fromkeys(("train", "train_spm", "evaluate"), 13),
+    "compare": 14,
 }
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
 BESIDE = {"toy", "prompts"}

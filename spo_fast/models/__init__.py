@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping
 
 from spo_fast.config import ModelConfig, ScorerConfig, did_you_mean
 from spo_fast.models.lora import find_lora
-from spo_fast.models.sources import DEFAULTS, Missing, ModelSource, Present, Resolved, look, resolve_all
+from spo_fast.models.sources import (
+    DEFAULTS,
+    Missing,
+    ModelSource,
+    Present,
+    Resolved,
+    find_contender,
+    look,
+    resolve_all,
+)
 
 
 def _public(kind: str, cfg: ModelConfig) -> ModelSource:
@@ -87,4 +96,4 @@ def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapp
     return {name: path or (str(shipped[name]) if name in shipped else None) for name, path in scorers.items()}
 
 
-__all__ = ["MODELS", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]
+__all__ = ["MODELS", "find_contender", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]
