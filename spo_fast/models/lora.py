@@ -86,7 +86,10 @@ def apply_lora(file: Path, unet: Any, kind: str) -> None:
                 f"{up.shape[0]} channels, here {tuple(weights[layer][1:])} and {weights[layer][0]}."
             )
     loader.load_lora_into_unet(state, alphas, unet, adapter_name="default", metadata=metadata)
-    unet.to(unet.dtype)
+    dtype = unet.dtype
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:  # unet.to warns of modules to keep in float32, of which it has none
+            parameter.data = parameter.data.to(dtype)
     unet.requires_grad_(False).eval()
 
 
