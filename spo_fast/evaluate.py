@@ -89,7 +89,7 @@ def find_files(cfg: EvaluationConfig) -> tuple[Any, list[Contender]]:
     missing: list[Missing] = []
     resolved = None
     try:
-        needed = [*check_metrics(cfg), *(["geneval"] if "geneval" in cfg.metric.metric_names else [])]
+        needed = [*check_metrics(cfg), *{"geneval"}.intersection(cfg.metric.metric_names)]
         resolved = resolve(cfg.model, cfg.metric.paths_of(needed))
     except MissingFilesError as error:
         missing += error.missing
@@ -276,6 +276,7 @@ def make_metric(
 
         return true_score
     from spo_fast.scorers import load_metric
+    from spo_fast.scorers.geneval import load_geneval
 
     tokenizer = load_tokenizers(resolved)[0]
 
@@ -283,6 +284,10 @@ def make_metric(
         ids = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
         return torch.tensor(ids.input_ids)
 
+    if name == "geneval":
+        judge = load_geneval(resolved.scorer_paths[name], tokenize, device, clip=resolved.scorer_paths["clip"])
+        wanted = geneval_records(cfg)
+        return lambda pixels, numbers: {name: judge.score(pixels, [wanted[n] for n in numbers])}
     scorer = load_metric(name, resolved.scorer_paths, tokenize, device, DTYPES[cfg.metric.scorer_dtype])
 
     @torch.no_grad()
@@ -329,7 +334,12 @@ def score_all(
                 print(f"{gallery.contender.name}: {name}", flush=True)
             for what, values in kept["scores"].items():
                 whole = np.array(values, dtype=np.float64)  # None, a score that was not finite, becomes NaN
-                found[gallery.contender.name][what] = whole.reshape(len(prompts), per).mean(1)
+                means = whole.reshape(len(prompts), per).mean(1)
+                if what == "geneval":  # the mean of its tasks' means
+                    from spo_fast.scorers.geneval import task_weights
+
+                    means *= task_weights([record["tag"] for record in geneval_records(cfg)])
+                found[gallery.contender.name][what] = means
     return found
 
 
@@ -476,6 +486,15 @@ def load(cfg: EvaluationConfig) -> tuple[list[str], str]:
         texts = read_prompts(known, files, c.caption_column)
         name = known.what if known else files[0].name
     return texts[: c.max_prompts], name
+
+
+def geneval_records(cfg: EvaluationConfig) -> list[dict[str, Any]]:
+    """What GenEval's prompts ask for, in their order."""
+    _, files = prompt_files(cfg.pictures.prompts or "geneval")
+    records = [json.loads(line) for line in files[0].read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not all("tag" in record and "include" in record for record in records):
+        raise ValueError(f"{files[0]} lacks tag and include, by which GenEval judges. Get evaluation_metadata.jsonl.")
+    return records[: cfg.pictures.max_prompts]
 
 
 # ----------------------------------------------------------------------------------------------------- command line

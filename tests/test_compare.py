@@ -22,6 +22,7 @@ from spo_fast.compare import QUESTIONS, Vote, read_votes, user_study
 NASTY = 'a </script><script>alert(1)</script> & "ring" <img src=x>'
 SETTINGS: dict[str, Any] = {
     **{"model": "toy", "num_steps": 3, "images_at_once": 4, "num_shown": 3, "metrics": "pickscore"},
+    "images_per_prompt": 1,,
 }
 
 
@@ -35,7 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("compare")
     run = run_toy(out / "mine", resolution=16, learning_rate=5e-3)
     (out / "prompts.txt").write_text(f"{NASTY}\na red ring\na blue cross\n")
-    assert compare.main(words(out, a="base", b=run, images_per_prompt=1)) == 0
+    assert compare.main(words(out, a="base", b=run)) == 0
     return out, run
 
 

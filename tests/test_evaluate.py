@@ -207,8 +207,11 @@ def test_loras_that_do_not_fit_are_told(run_dir: Path, tmp_path: Path, capsys: p
             (rank, "the two matrices of .* have ranks 3 and 8"),
             (width, "belongs to another base model"),
             (lambda t, n: t.update({n.replace("blocks.0", "blocks.7"): t.pop(n)}), "belongs to another base model"),
-            (lambda t, n: t.update({"text_encoder.layers.0.lora_A.weight": t[n].clone()}), "more than the UNet"),
-            (lambda t, n: [t.clear(), t.update({"hello": torch.zeros(3)})], "no LoRA"),
+            (
+                lambda t, n: t.update({"text_encoder.layers.0.lora_A.weight": t[n].clone()}),
+                "more than a LoRA of a UNet",
+            ),
+            (lambda t, n: [t.clear(), t.update({"hello": torch.zeros(3)})], "more than a LoRA of a UNet"),
         ]
     ):
         bad = changed(lora, tmp_path / f"bad{number}.safetensors", change)

@@ -66,7 +66,7 @@ def apply_lora(file: Path, unet: Any, kind: str) -> None:
             f"{file} is no LoRA that diffusers reads ({error}). Convert it to diffusers' names."
         ) from error
     if odd := next((name for name in state if not name.startswith("unet.")), None):
-        raise ValueError(f"{file} changes more than the UNet ({odd}), which is all that is compared here.")
+        raise ValueError(f"{file} holds more than a LoRA of a UNet ({odd}), which is all that is compared here.")
     layers = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in state.items()})
     if not layers:
         raise ValueError(f"{file} holds no LoRA of a UNet: no name in it begins with unet. or lora_unet_.")
