@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import io
 import json
-import platform
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_fast import __version__, cli
+from spo_fast import cli
 from spo_fast.config import EvaluationConfig, did_you_mean
 from spo_fast.files import read_json
 from spo_fast.models import find_contender, resolve, scorer_specs
@@ -361,12 +359,6 @@ class Evaluation:
         return self.cfg.metric.metric_names
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "diffusers", "transformers", "peft", "pillow", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"spo_fast": __version__, "python": platform.python_version(), **found}
-
-
 def summarised(values: Mapping[str, Mapping[str, np.ndarray]], names: list[str], seed: int) -> dict[str, Any]:
     """Contender -> name -> mean with its interval; beside the base also the paired gain and the share of wins."""
     from spo_fast.measure import bootstrap, win_rate
@@ -441,7 +433,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     scores, seen = (summarised(values, list(names), c.seed) for names in (cfg.metric.metric_names, LOOKS))
     result = {
         "settings": {**settings, **cfg.flat(), "mixed_precision": settings["mixed_precision"]},
-        "versions": versions(),
+        "versions": checkpoint.versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "prompts": {"from": set_name, "count": len(prompts), "truncated": cut},
         "contenders": {g.contender.name: {"source": g.contender.source, "kind": g.contender.kind,

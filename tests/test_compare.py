@@ -22,7 +22,7 @@ from spo_fast.compare import QUESTIONS, Vote, read_votes, user_study
 NASTY = 'a </script><script>alert(1)</script> & "ring" <img src=x>'
 SETTINGS: dict[str, Any] = {
     **{"model": "toy", "num_steps": 3, "images_at_once": 4, "num_shown": 3, "metrics": "pickscore"},
-    "images_per_prompt": 1,,
+    "images_per_prompt": 1,
 }
 
 

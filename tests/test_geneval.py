@@ -93,7 +93,7 @@ def test_colours_are_told_on_the_object_alone() -> None:
             return torch.where(x.mean((2, 3)) > 0, 1.0, 0.0) + 1e-3
 
     def tokenize(prompts: list[str]) -> torch.Tensor:
-        return torch.tensor([["red" in p, "green" in p, "blue" in p] for p in prompts]) + 0.0
+        return torch.tensor([["a red" in p, "a green" in p, "a blue" in p] for p in prompts]) + 0.0
 
     judge = GenEval(torch.nn.Identity(), Means(), tokenize)
     x = torch.full((1, 3, 20, 20), -1.0)
@@ -114,7 +114,7 @@ def test_the_detector_sees_its_published_input_and_gives_masks_of_the_picture() 
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone, num_labels=80, num_queries=5, hidden_dim=16, mask_feature_size=16, feature_size=16,
+        backbone_config=backbone, num_labels=80, num_queries=5, hidden_dim=32, mask_feature_size=32, feature_size=32,
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
     )  # fmt: skip
     with mock.patch.object(mask2former, "Mask2FormerLoss", torch.nn.Identity):
