@@ -12,7 +12,18 @@ import pytest
 import torch
 
 from spo_fast import evaluate
-from spo_fast.scorers.geneval import CLASSES, COLOURS, Found, GenEval, instances, is_right, relations, task_weights
+from spo_fast.scorers.geneval import (
+    CLASSES,
+    COLOURS,
+    Found,
+    GenEval,
+    NoLoss,
+    instances,
+    is_right,
+    load_geneval,
+    relations,
+    task_weights,
+)
 
 
 def thing(left: int, top: int, right: int, bottom: int, score: float = 0.95) -> Found:
@@ -93,7 +104,7 @@ def test_colours_are_told_on_the_object_alone() -> None:
             return torch.where(x.mean((2, 3)) > 0, 1.0, 0.0) + 1e-3
 
     def tokenize(prompts: list[str]) -> torch.Tensor:
-        return torch.tensor([["a red" in p, "a green" in p, "a blue" in p] for p in prompts]) + 0.0
+        return torch.tensor([["a red" in p, "a green" in p, "a blue" in p] for p in prompts]) + 0.01
 
     judge = GenEval(torch.nn.Identity(), Means(), tokenize)
     x = torch.full((1, 3, 20, 20), -1.0)
@@ -104,7 +115,7 @@ def test_colours_are_told_on_the_object_alone() -> None:
         assert judge.colours(x, [Found(box, 1.0, mask)], "dog") == [colour]
 
 
-def test_the_detector_sees_its_published_input_and_gives_masks_of_the_picture() -> None:
+def test_the_detector_sees_its_published_input_and_gives_masks_of_the_picture(tmp_path: Path) -> None:
     mask2former = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
     from transformers import Mask2FormerConfig, SwinConfig
 
@@ -117,9 +128,14 @@ def test_the_detector_sees_its_published_input_and_gives_masks_of_the_picture() 
         backbone_config=backbone, num_labels=80, num_queries=5, hidden_dim=32, mask_feature_size=32, feature_size=32,
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
     )  # fmt: skip
-    with mock.patch.object(mask2former, "Mask2FormerLoss", torch.nn.Identity):
-        detector = mask2former.Mask2FormerForUniversalSegmentation(config)
-    judge = GenEval(detector, None, None)  # type: ignore[arg-type]
+    with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
+        mask2former.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+    towers = mock.Mock(config=mock.Mock(vocab_size=9))
+    with mock.patch("spo_fast.scorers.geneval.load_clip", lambda *a, **k: towers):
+        judge = load_geneval(tmp_path, lambda prompts: torch.tensor([[8]]), "cpu", clip=tmp_path)
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="is no Mask2Former"):
+            load_geneval(tmp_path, lambda prompts: torch.tensor([[8]]), "cpu", clip=tmp_path)
     x = torch.rand(1, 3, 40, 30) * 2 - 1
     seen = judge.prepared(x)
     assert seen.shape == (1, 3, 1088, 800)  # 1067 x 800, padded

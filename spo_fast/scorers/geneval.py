@@ -167,12 +167,20 @@ class GenEval:
         return seen
 
 
+class NoLoss(torch.nn.Module):
+    """In the place of Mask2Former's training loss, which a network is built with and which needs scipy."""
+
+    def __init__(self, config: Any, weight_dict: Any = None):
+        super().__init__()
+        self.num_labels, self.eos_coef = config.num_labels, config.no_object_weight
+        self.register_buffer("empty_weight", torch.ones(config.num_labels + 1))
+
+
 def load_geneval(path: str | Path, tokenize: Tokenize, device: str | torch.device, *, clip: str | Path) -> GenEval:
     """facebook/mask2former-swin-small-coco-instance and CLIP ViT-L/14."""
     from transformers.models.mask2former import modeling_mask2former as mask2former
 
-    # building the network builds its training loss, which needs scipy; nothing is trained here
-    with mock.patch.object(mask2former, "Mask2FormerLoss", torch.nn.Identity):
+    with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
         try:
             detector = mask2former.Mask2FormerForUniversalSegmentation.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
