@@ -7,7 +7,6 @@ numbers: <contender>/<prompt>-<image>.png, <contender>/scores-<metric>.json, res
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -174,8 +173,8 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
     from spo_fast.models.lora import apply_lora
     from spo_fast.models.sources import load_unet_from
 
-    model_cfg = dataclasses.replace(cfg.model, mixed_precision=cfg.model.precision_on(device.type))
-    model = DiffusionModel(model_cfg, resolved, device, Path(cfg.pictures.output_dir) / "prompt_cache")
+    cfg = cfg.with_fields(mixed_precision=cfg.model.precision_on(device.type))
+    model = DiffusionModel(cfg.model, resolved, device, Path(cfg.pictures.output_dir) / "prompt_cache")
     model.prompt_cache.ensure([*prompts, ""])
     # whole UNets last: they take the base model's place
     for gallery in sorted(todo, key=lambda g: g.contender.kind == "unet"):

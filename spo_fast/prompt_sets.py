@@ -96,7 +96,8 @@ def _from_hub(prompts: PromptSet) -> tuple[Path | None, str]:
 
 def read_prompts(prompts: PromptSet | None, files: list[Path], column: str | None) -> list[str]:
     """Raises ValueError for a set that is not whole, or as load_prompts does."""
-    texts = [text for file in files for text in load_prompts(file, column or (prompts and prompts.column))]
+    column = column or (prompts.column if prompts else None)
+    texts = [text for file in files for text in load_prompts(file, column)]
     if prompts and len(texts) != prompts.count:
         names = ", ".join(map(str, files))
         raise ValueError(f"{names}: {len(texts):,} prompts, but {prompts.what} are {prompts.count:,}. Get them again.")

@@ -182,7 +182,8 @@ def load_geneval(path: str | Path, tokenize: Tokenize, device: str | torch.devic
 
     with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
         try:
-            detector = mask2former.Mask2FormerForUniversalSegmentation.from_pretrained(str(path), local_files_only=True)
+            network: Any = mask2former.Mask2FormerForUniversalSegmentation
+            detector = network.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             what = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is no Mask2Former ({what}). Give its directory (--geneval_path).") from error
