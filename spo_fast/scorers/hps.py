@@ -66,6 +66,6 @@ def load_hps(
 ) -> ClipScorer:
     """HPS_v2_compressed.pt or HPS_v2.1_compressed.pt: 100 cos of the padded picture and the prompt."""
     file = find_weights(Path(path))
-    tensors, config = from_open_clip(read_tensors(file)), read_hf_config(file.parent)
+    tensors, config = from_open_clip(read_tensors(file, "state_dict")), read_hf_config(file.parent)
     clip = load_clip(tensors, time_conditioned=False, hf_config=config, device=device, dtype=dtype, name=str(file))
     return ClipScorer(check_vocabulary(clip, tokenize, file), tokenize, dtype=dtype, preprocess=padded, scale=100.0)
