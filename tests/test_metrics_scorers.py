@@ -320,8 +320,8 @@ def test_new_scorers_judge_candidates_and_join_sums(
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("aesthetic", "hps_file", "is no aesthetic predictor of a CLIP with 24 channels"),
-        ("image_reward", "hps_file", "is no ImageReward"),
+        ("aesthetic", "clip_dir", "is no aesthetic predictor of a CLIP with 24 channels"),
+        ("image_reward", "clip_dir", "is no ImageReward"),
         ("hpsv2", "aesthetic_file", "is no CLIP"),
     ],
 )
