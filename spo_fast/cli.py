@@ -30,6 +30,8 @@ TITLES = {
     "reward": "preference model",
     "pairs": "preference pairs",
     "run": "run",
+    "metric": "metrics",
+    "pictures": "pictures",
 }
 # diffusers' shorthands, each after the field it belongs to: name, what it takes, help
 SHORTHANDS = {
