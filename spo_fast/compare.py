@@ -38,7 +38,8 @@ QUESTIONS = (
 )
 CSS = """
 .row { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); }
-.row { margin-bottom: 1.5rem; align-items: end; } .row img, #vote img { width: 100%; } .pixels img { image-rendering: pixelated; }
+.row { margin-bottom: 1.5rem; align-items: end; } .row img, #vote img { width: 100%; }
+.pixels img { image-rendering: pixelated; }
 .pixels .row { max-width: 640px; } .table + .table { margin-top: 1.2rem; } #results td { white-space: nowrap; }
 .numbers { font-size: .8rem; opacity: .75; }
 .bar { display: inline-block; width: 6rem; height: .7em; background: #8884; position: relative; margin-right: .5rem; }

@@ -158,6 +158,9 @@ class Drawn:
     def __init__(self, unet: Any) -> None:
         self.unet = unet
 
+    def told(self, cond: Any, guided: bool) -> Any:
+        return cond
+
     def predict(self, x_t: Tensor, t: Tensor, cond: Any, guided: bool) -> Any:
         from spo_fast.models.policy import denoise
 
