@@ -12,7 +12,7 @@ LAYERS = {
     **dict.fromkeys(("models", "scorers"), 2),
     **dict.fromkeys(("rollout", "offline"), 3),
     **dict.fromkeys(("objectives", "window"), 4),
-    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
+    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch", "distributed", "stopping"), 5),
     **dict.fromkeys(("preference_report", "costs", "pair_images"), 6),
     "choices": 7,
     **dict.fromkeys(("report", "telemetry"), 8),
