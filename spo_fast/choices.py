@@ -94,15 +94,9 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
         take("mixed_precision", cfg.model.precision_on(device.type), why)
     if cfg.engine.compile is None:
-        on = device.type == "cuda" and cfg.engine.fuse is not False
-        why = (
-            "pays off within minutes"
-            if on
-            else "a CPU waits longer than it gains"
-            if cfg.engine.fuse is None
-            else "not fused"
-        )
-        take("compile", "regional" if on else "off", why)
+        cuda, fuse = device.type == "cuda", cfg.engine.fuse is not False
+        why = "a CPU waits longer than it gains" if not cuda else "pays off within minutes" if fuse else "--no-fuse"
+        take("compile", "regional" if cuda and fuse else "off", why)
     if cfg.engine.fuse is None:
         engine, on = cfg.engine, device.type == "cuda"
         needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}
@@ -169,7 +163,7 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         return cfg
 
     cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
-    ladder = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
+    ladder: list[dict[str, Any]] = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
     if "gradient_checkpointing" in may:
         ladder.append({"gradient_checkpointing": True} | ({"memory": "small"} if "memory" in may else {}))
     for settings in ({}, *ladder):

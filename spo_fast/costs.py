@@ -6,7 +6,8 @@ storages that are alive. A network runs once for each shape it meets; a later ca
 prediction takes as long as the Python of a few forwards (SDXL: about 15 s on a core), whatever the batch.
 
 Not counted: what a kernel allocates inside itself (cuDNN's and cuBLAS's workspaces), the CUDA context (about 0.5 GB),
-what the allocator cannot reuse, and the validation's sampling (num_validation_images at a time, or a decode_chunk).
+what the allocator cannot reuse, the validation's sampling (num_validation_images at a time, or a decode_chunk), and
+the images of labelled pairs while they are read (pair_images.READ_BATCH at a time).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae
 from spo_fast.models.text import ENCODE_BATCH
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import make_objective, predict_states
+from spo_fast.offline import PairInputs
 from spo_fast.pair_images import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.presets import TINY_VAES
 from spo_fast.rollout import RolloutBatch
@@ -241,6 +243,7 @@ class Networks:
         self.tally: dict[str, Counter[str]] = {}
         self._seen: dict[Any, tuple[int, int, list[Any], Any]] = {}
         self._merged = False  # the LoRA is off: a rollout with merged weights
+        self._pairs: PairInputs | None = None
 
         vae_config = _vae_config(self.kind, resolved, source.pretrained_vae_model_name_or_path)
         self.vae = self._fake(_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
@@ -391,8 +394,11 @@ class Networks:
             with live.phase("step"):
                 live.note(live.current_bytes + self._step_bytes(cfg.optim))
             del leftover, part, e, m
+            self._pairs = None  # the trainer holds them through the iteration
         resident = self._resident(cfg)
         encoders = sum(self._bytes(encoder.parameters()) for encoder in self.text_encoders)
+        if objective.sampler == "data":  # new prompts come all the time
+            resident["text encoders"], encoders = encoders, 0
         samples, flops = ({part: n[what] for part, n in self.tally.items()} for what in ("samples", "flops"))
         per_prompt = flops.pop("encode prompts") // samples.pop("encode prompts")
         # the update ran one micro-batch; all take in proportion to their states
@@ -467,7 +473,10 @@ class Networks:
         """The experience of a rollout that keeps every pair."""
         if objective.rollout is None:
             self._encode_images(cfg)
-            return self._experience(plan, cond, objective)
+            read = self._latents(2, cfg.sample.sample_batch_size)
+            draws = KeyedDraws(0, 0, torch.empty(cfg.sample.sample_batch_size, dtype=torch.int64))
+            self._pairs = PairInputs(cond, torch.cat([read]), draws, torch.empty(1000))
+            return objective.collect(None, self._table(cfg), None, None, self._pairs, cfg.sample, 1)
         B, specs = cfg.sample.sample_batch_size, scorer_specs(cfg.scorer.scorer)
         scorers = [self.scorers[name] for name, _ in specs]
         scorer: Any = scorers[0] if [w for _, w in specs] == [1] else WeightedSum(scorers, [w for _, w in specs])
@@ -605,7 +614,8 @@ class Plan:
 def _plan(cfg: Config) -> Plan:
     """The first iteration's terms in its order, cut as trainer.slots and Experience.micro_batches cut them."""
     optim, B = cfg.optim, cfg.sample.sample_batch_size
-    terms = [states for states in make_objective(cfg.objective).term_states(cfg.sample) for _ in range(B)]
+    objective = make_objective(cfg.objective)
+    terms = [states for states in objective.term_states(cfg.sample) for _ in range(B)]
     shuffled = [terms[n] for n in permutation(len(terms), cfg.run.seed, 0).tolist()]
     published, N = optim.accumulation == "published", len(terms)
     if published:
@@ -616,7 +626,10 @@ def _plan(cfg: Config) -> Plan:
     batches = [(batch, slot) for slot in slots for batch in _packed(slot, cfg.optim.states_at_once)]
     batch, slot = max(batches, key=lambda both: sum(both[0]))
     straddles = published and optim.gradient_accumulation_steps > 1
-    sizes = (len(terms), sum(terms), len(batch), sum(batch), len(slot), sum(slot))
+    states = sum(batch)
+    if objective.shape[1] > 1:  # terms whose steps were drawn may share states: then more of them fit into a batch
+        states = max(states, min(cfg.optim.states_at_once, sum(slot)))
+    sizes = (len(terms), sum(terms), len(batch), states, len(slot), sum(slot))
     return Plan(*sizes, accumulates=straddles or len(batches) > len(slots), straddles=straddles)
 
 

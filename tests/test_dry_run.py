@@ -114,7 +114,7 @@ def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert train.main(flags(out, max_train_steps=1, decode_chunk="none")) == 0
     printed = capsys.readouterr().out
     chosen = "--rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --memory fast --no-gradient_checkpointing"
-    assert f"  {chosen}: memory" in printed
+    assert f"  {chosen}: memory is not planned" in printed and "--no-fuse: a CPU gains nothing" in printed
     assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import facts, run_toy
+from safetensors.torch import load_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -294,3 +297,38 @@ def test_saved_bytes_of_an_sdxl_row(mode):
             saved = live.current_bytes - held - sum(half.nbytes for half in m if half is not None)
     print(f"\n{mode}: {saved / 2 / 2**30:.2f} GiB saved a row")
     assert saved / 2 / 2**30 == pytest.approx(SAVED[mode], abs=0.01)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "balanced": {"memory": "balanced"},
+    "small": {"memory": "small", "optimizer": "adamw"},
+    "lora_path": {"lora_path": "start"},
+    "full": {"full_finetune": True, "learning_rate": 1e-5},
+    "16 bits": {"mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_fused_run_learns_what_a_plain_one_does(name, tmp_path):
+    """Two iterations, 4 optimizer steps, from rollout to the files that are written."""
+    settings = {**RUNS[name], "max_train_steps": 2, "clip": "none", "learning_rate": 1e-4}
+    if name == "lora_path":
+        run_toy(tmp_path / "start", max_train_steps=1)
+        settings["lora_path"] = tmp_path / "start"
+    plain = run_toy(tmp_path / "plain", **{k: v for k, v in settings.items() if k != "memory"}, fuse=False)
+    fused = run_toy(tmp_path / "fused", **settings, fuse=True)
+    tolerance = 0.05 if name == "16 bits" else 1e-3
+    for mine, theirs in zip(facts(fused), facts(plain), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=10 * tolerance)
+        assert mine["pairs"] == theirs["pairs"]
+    if name == "full":
+        file = Path("unet") / "diffusion_pytorch_model.safetensors"
+    else:
+        file = Path("pytorch_lora_weights.safetensors")
+    ours, other = load_file(fused / file), load_file(plain / file)
+    assert ours.keys() == other.keys() and all(ours[n].shape == other[n].shape for n in ours)
+    # resumed: what was saved fits the fused network again
+    run_toy(tmp_path / "fused", **{**settings, "max_train_steps": 3}, fuse=True, resume_from_checkpoint="latest")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo_fast.ops.backend import available_backends, use_backend
-from spo_fast.ops.lora_linear import DOWN_UP, MAX_RANK, OUTER, lora_linear, lora_linear_ref
+from spo_fast.ops.lora_linear import DOWN_UP, MAX_RANK, OUTER, lora_linear, lora_linear_ref, lora_linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device
@@ -212,3 +212,54 @@ def test_compiles_without_a_graph_break(backend):
         compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
         for got, want in zip(results(compiled, *inputs), results(lora_linear, *inputs), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masters", ["float32", "same"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_layers_that_share_x_match_float64(backend, dtype, masters):
+    """Three layers of one input, of other widths and ranks, with and without bias: the gradients of x add up."""
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and DEVICE == "cpu")):
+        pytest.skip("see above")
+    own = dtype if masters == "same" or dtype == torch.float64 else torch.float32
+    sizes = [(53, 5), (40, 5), (64, 3)]  # O, rank
+    cases = [case((3, 7), 37, rows, r, dtype, own) for rows, r in sizes]
+    x, layers = cases[0][0], [c[1:5] for c in cases]
+    layers[1] = (layers[1][0], None, *layers[1][2:])
+    dys = [randn(3, 7, rows, seed=10 + i, dtype=dtype) for i, (rows, _) in enumerate(sizes)]
+    want = [truth(x, *layer, dy) for layer, dy in zip(layers, dys, strict=True)]
+
+    def run(function):
+        leaf = x.clone().requires_grad_()
+        trained = [(w, b, A.clone().requires_grad_(), B.clone().requires_grad_()) for w, b, A, B in layers]
+        out = function(leaf, trained)
+        torch.autograd.backward(out, dys)
+        grads = [g for _, _, A, B in trained for g in (A.grad, B.grad)]
+        return [*(y.detach() for y in out), leaf.grad, *grads]
+
+    exact = [*(w[0] for w in want), sum(w[1] for w in want), *(g for w in want for g in w[2:])]
+    with use_backend(backend):
+        got = run(lambda x, layers: lora_linears(x, layers, SCALE))
+    eager = run(lambda x, layers: [lora_linear_ref(x, *layer, SCALE) for layer in layers])
+    assert [g.dtype for g in got] == [*[dtype] * 4, *[own] * 6]
+    floor = 1e-14 if dtype == torch.float64 else 1e-6
+    for mine, definition in zip(errors(got, exact), errors(eager, exact), strict=True):
+        assert mine <= 2 * definition + floor
+    with use_backend(backend), pytest.raises(ValueError, match="do not fit"):
+        lora_linears(x[..., 1:], layers, SCALE)
+
+
+def test_layers_that_share_x_save_it_once_and_read_it_once():
+    x, weight, bias, A, B, _ = case((4, 50), 64, 96, 8, torch.float32)
+    saved = []
+    layers = [(weight, bias, A.clone().requires_grad_(), B.clone().requires_grad_()) for _ in range(3)]
+    with (
+        use_backend("eager"),
+        torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v),
+        FlopCounterMode(display=False) as flops,
+    ):
+        lora_linears(x.requires_grad_(), layers, SCALE)
+    kept = {v.untyped_storage().data_ptr() for v in saved}
+    weights = {v.untyped_storage().data_ptr() for layer in layers for v in layer}
+    assert len(kept - weights) == 2  # x, and the three t's in one tensor
+    assert flops.get_total_flops() == 3 * 2 * 200 * (64 * 96 + 8 * (64 + 96))

@@ -9,8 +9,8 @@ adapters and what is saved stay as they were, and what a subclass does not know 
     SiLU of the time embedding in every ResNet block: once in all; frozen, the embedding is a table of the timesteps
     keys and values of the text at every step: once for the prompts, in `Text`, where no gradient flows
 
-Of SDXL's guided 16-bit forward of 1,856 aten operations (4,085 with its LoRA) there remain 1,313 (1,250), a fused op
-counted once: tests/test_fuse.py.
+SDXL's guided 16-bit forward has 1,860 operations (4,100 with its LoRA); with Triton's ops it has 1,387, with LoRA as
+many if the two launches of a layer are one fused op (tests/test_fuse.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from spo_fast.models.attention import Attend, sdpa
 from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
@@ -60,6 +61,8 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
         for kind, (fused, fits) in FUSED.items():
             if type(module) is kind and fits(module):
                 module.__class__ = fused
+        if isinstance(module, FusedAttention):
+            module.attend = getattr(module, "attend", sdpa)
         if isinstance(module, FusedTransformer):
             module.first_pair, cross = cross, cross + len(module.transformer_blocks)
         module.recompute = recompute  # type: ignore[assignment]
@@ -127,7 +130,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _saving_input(op: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), one of our ops: backends other than eager save x alone by themselves. A compiler decides that."""
+    """function(x), one of our ops, saving x alone, as backends other than eager do. A compiler decides by itself."""
     if torch.is_grad_enabled() and backend.choose(op, x) == "eager" and not torch.compiler.is_compiling():
         return _Recomputed.apply(x, function)
     return function(x)
@@ -137,8 +140,10 @@ def _group_norm(module: Any, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -
     if norm.weight.requires_grad and torch.is_grad_enabled():  # a full fine-tuning: the op has no gradient for it
         x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.silu(x) if silu else x
-    settings = {"weight": norm.weight, "bias": norm.bias, "num_groups": norm.num_groups, "eps": norm.eps}
-    function = functools.partial(group_norm_silu, **settings, silu=silu)
+
+    def function(x: Tensor) -> Tensor:
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu)
+
     return _saving_input("group_norm_silu", function, x) if module.recompute else function(x)
 
 
@@ -183,8 +188,8 @@ class FusedResnet(ResnetBlock2D):
 
 
 class FusedGEGLU(GEGLU):
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:  # (N, L, I) -> (N, L, D)
-        return _saving_input("geglu", geglu, self.proj(x))
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (N, L, I) -> (N, L, D)
+        return _saving_input("geglu", geglu, self.proj(hidden_states))
 
 
 class FusedTimeEmbedding(TimestepEmbedding):
@@ -201,7 +206,8 @@ class FusedLora(lora.Linear):
         if self.disable_adapters or self.merged:
             return None
         base: Any = self.base_layer
-        return base.weight, base.bias, self.lora_A["default"].weight, self.lora_B["default"].weight
+        down, up = (loras["default"].weight for loras in (self.lora_A, self.lora_B))
+        return base.weight, base.bias, down, up  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         parts = self.parts
@@ -218,6 +224,8 @@ def _linears(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
 
 
 class FusedAttention(Attention):
+    attend: Attend
+
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:  # (N, L, D') -> (N, L, D) each
         key, value = _linears(text, (self.to_k, self.to_v))
         return key, value
@@ -232,8 +240,8 @@ class FusedAttention(Attention):
         else:
             q, text = self.to_q(hidden_states), encoder_hidden_states
             k, v = text if isinstance(text, tuple) else self.keys_values(text)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))
+        return self.to_out[0](self.attend(q, k, v).flatten(2))
 
 
 class FusedBlock(BasicTransformerBlock):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
-from spo_fast.models.fuse import Text, fuse, text_of
+from spo_fast.models.attention import Attend
+from spo_fast.models.fuse import FusedAttention, Text, fuse, text_of
 from spo_fast.models.graphs import Graphs
 from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import MergedWeights
@@ -151,6 +152,13 @@ class Policy(TrainedWeights):
             fuse(unet, recompute)
         self.fused = True
 
+    def attend_with(self, attend: Attend) -> None:
+        """Another kernel for a fused network's attentions."""
+        for unet in filter(None, (self.unet, self._frozen_copy)):
+            for module in unet.modules():
+                if isinstance(module, FusedAttention):
+                    module.attend = attend
+
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
@@ -261,12 +269,12 @@ def denoise(
 
 def _inputs(unet: Any, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
     """encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
-    inputs, dtype = cond.cond, unet.dtype
+    dtype, inputs = unet.dtype, cond.cond
     if guided:
         inputs = {
             name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value]) for name, value in cond.cond.items()
         }
-    added = {name: inputs[name].to(dtype) for name in ("text_embeds", "time_ids") if name in inputs}
+    added: dict[str, Tensor] = {n: inputs[n].to(dtype) for n in ("text_embeds", "time_ids") if n in inputs}
     return inputs["prompt_embeds"].to(dtype), added or None
 
 

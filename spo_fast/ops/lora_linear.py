@@ -289,7 +289,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads):
         x, t, *parts = ctx.saved_tensors
         layers = [parts[i : i + 4] for i in range(0, len(parts), 4)]
-        grads = [dy.contiguous() for dy in grads]
+        grads = tuple(dy.contiguous() for dy in grads)
         u = torch.cat([dy @ lora_B.to(dy.dtype) for dy, (_, _, _, lora_B) in zip(grads, layers, strict=True)], 1)
         dx, scale = None, ctx.scale
         if ctx.needs_input_grad[0]:

@@ -1,0 +1,26 @@
+"""`pytest benchmarks/`: the paper's claims on the toy world, as far as --budget_s reaches; the rest shows as not run.
+
+Records are benchmarks/results/toy_claims.jsonl; what is there is not run again. Asserts no ordering that is hoped for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.records import RESULTS
+from spo_fast.toy import claims
+
+
+def test_claims(pytestconfig, tmp_path, capsys):
+    records = RESULTS / "toy_claims.jsonl"
+    torch.set_num_threads(1)  # the records' number: sums, and so choices, depend on it
+    claims.run_missing(records, tmp_path, pytestconfig.getoption("budget_s"))
+    found = claims.read(records)
+    with capsys.disabled():
+        print("\n" + claims.tables(found))
+    claims.plot(found, records.with_suffix(".png"))
+    assert "base" in found
+    for r in found.values():
+        assert r["command"] and "commit" in r and r["versions"]
+        if r["cell"] != "base":
+            assert r["spent"] >= claims.BUDGET and r["curve"][-1]["spent"] == r["spent"]

@@ -1,0 +1,454 @@
+"""`python -m spo_fast.toy.claims`: the paper's comparisons on a world whose true scores are known, at equal compute.
+
+Every method and ablation is trained from the same base until it has spent the same number of UNet sample-forwards (a
+backward counts as two), and its pictures of the test prompts are scored by the world itself. Learning rates come from
+one grid, by pictures of the tuning prompts. One record a run goes to --records as soon as it is done, so the whole can
+be spread over days: what has a record is not run again, what has none is shown as not run.
+
+    python -m spo_fast.toy.claims                       # run what is missing, in order of importance, then the tables
+    python -m spo_fast.toy.claims --budget_s 1800       # stop starting runs after half an hour
+    python -m spo_fast.toy.claims --cell spo/0          # one run again, whatever is recorded; prints its record
+    python -m spo_fast.toy.claims --tables              # run nothing
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spo_fast import cli, train, train_spm
+from spo_fast.checkpoint import versions, write_atomically
+from spo_fast.preference_report import estimate, markdown
+from spo_fast.toy import build, evaluate, world
+from spo_fast.trainer import Run
+
+BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
+MARKS = (0.25, 0.5, 0.75)  # of the budget: scored on the way, for the curve
+PICTURES, MARK_PICTURES = 512, 128
+GRID = (1e-4, 2e-4, 5e-4, 1e-3)  # learning rates of every method
+TUNING_SEED = 100
+SEEDS = (0, 1, 2)
+LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen
+PAIRS, PAIRS_SEED = 8192, 7000
+SIGMAS = 2.0
+"""A claim counts as reproduced if the difference over seeds exceeds so many of its standard errors, as not reproduced
+if it exceeds them the other way; between, it is undecided."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a run differs from the toy's preset."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    like: str = ""
+    """Whose learning rate it takes; "": it has its own from the grid."""
+    random_picks: bool = False
+
+
+# whole trajectories take many UNet calls a prompt: fewer prompts and smaller steps give as many updates
+FEW = {"sample_batch_size": 4}
+MAIN = {
+    "spo": Contender(),
+    "mspo": Contender({"method": "mspo"}),
+    "dpo": Contender({"method": "dpo", "pairs": "{pairs}", "cache_latents": False}),
+    "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 160}),
+}
+ABLATIONS = {
+    "random picks": Contender(like="spo", random_picks=True),
+    "winner start": Contender({"next_start": "winner"}, like="spo"),
+    "loser start": Contender({"next_start": "loser"}, like="spo"),
+    "blind judge": Contender({"spm_path": "{blind}", "spm_time_conditioned": False}, like="spo"),
+    "PickScore": Contender({"scorer": ("pickscore",)}, like="spo"),
+    "all noise levels": Contender({"branch_start": 0}, like="spo"),
+}
+REST = {
+    "mapo": Contender({"method": "mapo", "pairs": "{pairs}", "cache_latents": False}),
+    "d3po": Contender({"method": "d3po", **FEW}),
+    "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 160}, like="ddpo"),
+    "dense": Contender({"method": "dense", **FEW}),
+    "gradspo": Contender({"method": "gradspo"}),
+    "lpo": Contender({"method": "lpo", "lrm_path": "{lrm}"}),
+}
+CONTENDERS = MAIN | ABLATIONS | REST
+
+# ---------------------------------------------------------------------------------------------------- what is counted
+
+
+class Meter:
+    """UNet sample-forwards since it was made: a forward that will have a backward counts thrice."""
+
+    def __init__(self, unet: nn.Module):
+        self.spent, self.on = 0, True
+        unet.register_forward_pre_hook(self._count)
+
+    def _count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.on:
+            self.spent += len(args[0]) * (3 if torch.is_grad_enabled() else 1)
+
+
+def scores_of(run: Run, prompts: list[str], count: int) -> dict[str, list[float]]:
+    """True scores (mean, standard error, pictures) of the policy's pictures, always from the same noise; diversity: how
+    far two pictures of one prompt are apart, root mean square over pixels."""
+    wanted = (prompts * math.ceil(count / len(prompts)))[:count]
+    pixels = evaluate.pictures(run, wanted, run.cfg.sample.guidance_scale, seed=0)
+    found = {name: list(estimate(value)) for name, value in evaluate.true_scores(pixels, wanted).items()}
+    again = len(wanted) - len(prompts)
+    apart = (pixels[:again] - pixels[len(prompts) :]).square().mean((1, 2, 3)).sqrt() if again > 0 else torch.zeros(1)
+    return {**found, "diversity": list(estimate(apart))}
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[str, Any]:
+    """Train a contender on the budget and score it; learning_rate=None: the toy preset's own."""
+    contender, tuning = CONTENDERS[name], seed == TUNING_SEED
+    settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in contender.settings.items()}
+    directory = work / "run"
+    arguments = ["--model", "toy", "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
+    arguments += ["--output_dir", str(directory), "--checkpointing_steps", "100000000"]
+    for flag, value in (settings | ({"learning_rate": learning_rate} if learning_rate else {})).items():
+        arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, _listed(value))]
+    with fresh(directory):
+        run: Run = train.build(train.parse(arguments))
+        if contender.random_picks:
+            run.scorer = evaluate.TrueScorer(random_seed=seed)
+        meter, curve = Meter(run.policy.unet), []
+        wait = [] if tuning else [share * BUDGET for share in MARKS]
+        iterate = run.iterate
+
+        def until_spent(iteration: int, timer: Any) -> dict[str, Any]:
+            record = iterate(iteration, timer)
+            if meter.spent >= BUDGET:
+                run.total = iteration + 1
+            elif wait and meter.spent >= wait[0]:
+                wait.pop(0)
+                meter.on = False
+                curve.append({"spent": meter.spent, **scores_of(run, world.TEST, MARK_PICTURES)})
+                meter.on = True
+            return record
+
+        run.iterate = until_spent  # type: ignore[method-assign]
+        started = time.process_time()
+        run.train()
+        cpu_s = time.process_time() - started
+        meter.on = False
+        prompts, count = (world.TUNE, MARK_PICTURES) if tuning else (world.TEST, PICTURES)
+        last = {"spent": meter.spent, **scores_of(run, prompts, count)}
+        state = run.state
+    return {
+        **{"cell": key(name, seed, learning_rate if tuning else None), "name": name, "seed": seed},
+        **{"learning_rate": run.cfg.optim.learning_rate, **last, "curve": [*curve, last]},
+        **{"iterations": state.iteration, "optimizer_steps": state.optimizer_steps, "pairs": state.pairs},
+        "cpu_s": round(cpu_s, 1),
+    }
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+class fresh:  # noqa: N801  # used like a function
+    """A run directory that is empty before and gone after."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def __enter__(self) -> None:
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        import shutil
+
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def materials(work: Path, text: str) -> dict[str, str]:
+    """Paths of what a setting asks for in braces, made when first asked for: pairs, and models trained on them."""
+    made: dict[str, str] = {}
+    pairs = work / "pairs.parquet"
+    if any(f"{{{what}}}" in text for what in ("pairs", "blind", "lrm")):
+        if not pairs.is_file():
+            build.write_pairs(pairs, PAIRS, PAIRS_SEED)
+        made["pairs"] = str(pairs)
+    for what, flags in (("blind", ["--no-time_conditioned"]), ("lrm", ["--parameterisation", "latent"])):
+        if f"{{{what}}}" in text:
+            target = work / what / "preference_model"
+            if not target.is_dir():
+                out = ["--output_dir", str(work / what), "--resume_from_checkpoint", "latest"]
+                if train_spm.main(["--model", "toy", "--pairs", str(pairs), *out, *flags]) != 0:
+                    raise RuntimeError(f"training {what} failed")
+            made[what] = str(target)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- all runs
+
+
+def key(name: str, seed: int, learning_rate: float | None = None) -> str:
+    return f"{name}/{seed}" if learning_rate is None else f"{name}/tuning/{learning_rate:g}"
+
+
+def plan() -> list[tuple[str, int, float | None]]:
+    """(name, seed, learning rate of the grid) in order of importance; the grid of a group comes before its seeds."""
+    runs: list[tuple[str, int, float | None]] = []
+    for group in (MAIN, ABLATIONS, REST):
+        tuned = [name for name, contender in group.items() if not contender.like]
+        runs += [(name, TUNING_SEED, lr) for lr in GRID for name in tuned]
+        runs += [(name, seed, None) for seed in SEEDS for name in group]
+    return runs
+
+
+def chosen_rate(name: str, records: Mapping[str, Any]) -> float | None:
+    """The grid's best for the aesthetics of tuning prompts, layout kept; None while the grid is not complete."""
+    owner = CONTENDERS[name].like or name
+    tried = [records.get(key(owner, TUNING_SEED, lr)) for lr in GRID]
+    if any(r is None for r in tried) or "base" not in records:
+        return None
+    floor = records["base"]["tuning"]["layout"][0] - LAYOUT_LOSS
+    safe = [r for r in tried if r and r["layout"][0] >= floor] or [r for r in tried if r]
+    return max(safe, key=lambda r: r["aesthetics"][0])["learning_rate"]
+
+
+def base(work: Path) -> dict[str, Any]:
+    """The base model's scores at several guidance scales: what guidance alone gives."""
+    with fresh(work / "run"):
+        run = train.build(train.parse(["--model", "toy", "--output_dir", str(work / "run")]))
+        found: dict[str, Any] = {"cell": "base", "tuning": scores_of(run, world.TUNE, MARK_PICTURES)}
+        for g in evaluate.GUIDANCE_SCALES:
+            run.cfg = run.cfg.with_fields(guidance_scale=g)
+            found[f"guidance {g:g}"] = scores_of(run, world.TEST, PICTURES)
+    return found
+
+
+def software() -> dict[str, Any]:
+    """What a number depends on besides its command."""
+    here = Path(__file__).parent
+    ask = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {"commit": ask.stdout.strip() or None, "versions": versions(), "threads": torch.get_num_threads()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {record["cell"]: record for record in map(json.loads, lines)}
+
+
+def run_missing(path: Path, work: Path, budget_s: float) -> None:
+    """Every run without a record, until the time is spent."""
+    started = time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def record(make: Callable[[], dict[str, Any]], name: str) -> None:
+        found = {**make(), "command": f"python -m spo_fast.toy.claims --cell '{name}'", **software()}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+
+    if "base" not in read(path):
+        record(lambda: base(work), "base")
+    for name, seed, lr in plan():
+        records = read(path)
+        what = key(name, seed, lr)
+        if what in records:
+            continue
+        if time.monotonic() - started > budget_s:
+            return
+        rate = chosen_rate(name, records) if lr is None else lr
+        if rate is None:
+            continue  # its grid is not complete
+        print(f"== {what} at {rate:g}", flush=True)
+        record(functools.partial(cell, name, seed, rate, work), what)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def over_seeds(values: list[float], errors: list[float]) -> tuple[float, float]:
+    """Mean and its standard error: the larger of the spread between seeds and of the pictures within."""
+    n = len(values)
+    mean = sum(values) / n
+    between = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    return mean, max(between, math.sqrt(sum(e**2 for e in errors)) / n)
+
+
+def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [records[key(name, seed)] for seed in SEEDS if key(name, seed) in records]
+
+
+def score_table(records: Mapping[str, Any]) -> str:
+    columns = ("aesthetics", "layout", "out_of_range", "diversity")
+    rows = [["contender", "seeds", "learning rate", *columns, "UNet rows", "CPU s"]]
+    for g in evaluate.GUIDANCE_SCALES if "base" in records else ():
+        scores = records["base"][f"guidance {g:g}"]
+        rows.append([f"base, guidance {g:g}", "", "", *(f"{scores[c][0]:.3f} ± {scores[c][1]:.3f}" for c in columns)])
+        rows[-1] += ["0", "0"]
+    for name in CONTENDERS:
+        runs = seeds_of(name, records)
+        if not runs:
+            rows.append([name, "0", "", *["not run"] * len(columns), "", ""])
+            continue
+        cells = [
+            "{:.3f} ± {:.3f}".format(*over_seeds([r[c][0] for r in runs], [r[c][1] for r in runs])) for c in columns
+        ]
+        spent, cpu = (sum(r[what] for r in runs) / len(runs) for what in ("spent", "cpu_s"))
+        rows.append([name, str(len(runs)), f"{runs[0]['learning_rate']:g}", *cells, f"{spent:,.0f}", f"{cpu:.0f}"])
+    return markdown(rows)
+
+
+def difference(a: str, b: str, records: Mapping[str, Any], score: str = "aesthetics") -> tuple[float, float] | None:
+    """a - b over the seeds that both have, paired by seed; None with fewer than two of them."""
+    both = [(records[key(a, s)], records[key(b, s)]) for s in SEEDS if key(a, s) in records and key(b, s) in records]
+    if len(both) < 2:
+        return None
+    gaps = [x[score][0] - y[score][0] for x, y in both]
+    return over_seeds(gaps, [math.hypot(x[score][1], y[score][1]) for x, y in both])
+
+
+def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> float | None:
+    """UNet rows after which a contender's mean curve first reaches a level of aesthetics, between its points."""
+    runs = seeds_of(name, records)
+    if not runs:
+        return None
+    base_level = records["base"]["guidance 2"]["aesthetics"][0]
+    curve = [(0.0, base_level)]
+    for points in zip(*(r["curve"] for r in runs), strict=False):
+        curve.append(
+            tuple(sum(p[w] if w == "spent" else p[w][0] for p in points) / len(points) for w in ("spent", "aesthetics"))
+        )  # type: ignore[arg-type]
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+        if y1 >= level > y0:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+    return None
+
+
+CLAIMS: dict[str, tuple[str, str]] = {
+    "SPO is above Diffusion-DPO at equal compute": ("spo", "dpo"),
+    "SPO is above DDPO at equal compute": ("spo", "ddpo"),
+    "a random next start is above the winner": ("spo", "winner start"),
+    "a random next start is above the loser": ("spo", "loser start"),
+    "knowing the timestep helps the judge": ("spo", "blind judge"),
+    "PickScore in the judge's place hurts": ("spo", "PickScore"),
+    "the highest noise levels harm": ("spo", "all noise levels"),
+    "larger steps (inner steps) are better for a strong model": ("mspo", "spo"),
+    "random picks do not do it": ("spo", "random picks"),
+}
+
+
+def verdict(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return "not run"
+    mean, error = found
+    return "reproduced" if mean > SIGMAS * error else "not reproduced" if mean < -SIGMAS * error else "undecided"
+
+
+def claims_table(records: Mapping[str, Any]) -> str:
+    rows = [["claim of the paper", "difference in aesthetics", "in layout", "verdict"]]
+    for claim, (a, b) in CLAIMS.items():
+        found, layout = difference(a, b, records), difference(a, b, records, "layout")
+        cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout)]
+        rows.append([claim, *cells, verdict(found)])
+    return markdown(rows)
+
+
+def cost_table(records: Mapping[str, Any]) -> str:
+    """Compute each method needs for what Diffusion-DPO reaches with the whole budget, and for half of SPO's gain."""
+    rows = [["level of aesthetics", *MAIN]]
+    levels = {}
+    if runs := seeds_of("dpo", records):
+        levels["what dpo reaches"] = sum(r["aesthetics"][0] for r in runs) / len(runs)
+    if (runs := seeds_of("spo", records)) and "base" in records:
+        start = records["base"]["guidance 2"]["aesthetics"][0]
+        levels["half of spo's gain"] = (start + sum(r["aesthetics"][0] for r in runs) / len(runs)) / 2
+    for what, level in levels.items():
+        reached = [rows_to_reach(name, level, records) for name in MAIN]
+        rows.append([f"{level:.2f}: {what}", *("not reached" if r is None else f"{r:,.0f}" for r in reached)])
+    return markdown(rows)
+
+
+def plot(records: Mapping[str, Any], path: Path) -> None:
+    """Aesthetics against UNet rows spent, a line a contender: mean over seeds, and their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    start = records["base"]["guidance 2"]["aesthetics"][0]
+    for name in CONTENDERS:
+        runs = seeds_of(name, records)
+        if not runs:
+            continue
+        points = list(zip(*(r["curve"] for r in runs), strict=False))
+        x = [0.0] + [sum(p["spent"] for p in ps) / len(ps) for ps in points]
+        values = [[p["aesthetics"][0] for p in ps] for ps in points]
+        y = [start] + [sum(v) / len(v) for v in values]
+        (line,) = axes.plot(x, y, "o-", ms=3, label=f"{name} ({len(runs)})")
+        axes.fill_between(
+            x[1:], list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15, lw=0
+        )
+    axes.set_xlabel("UNet sample-forwards (a backward counts as two)")
+    axes.set_ylabel("true aesthetics of test prompts (0-10)")
+    if len(axes.lines):
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def tables(records: Mapping[str, Any]) -> str:
+    done = sum(key(*run) in records for run in plan())
+    head = f"{done} of {len(plan())} runs; {BUDGET:,} UNet rows each, {PICTURES} pictures of {len(world.TEST)} prompts"
+    return "\n\n".join([head, score_table(records), claims_table(records), cost_table(records)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return cli.guarded(lambda: claims(arguments), arguments)
+
+
+def claims(arguments: list[str] | None) -> None:
+    parser = cli.Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
+    parser.add_argument("--records", type=Path, default=Path("runs/claims/records.jsonl"), help="one line a run")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/claims/work"), help="pairs and models on the way")
+    parser.add_argument("--budget_s", type=float, default=math.inf, help="no run is started later than this")
+    parser.add_argument("--cell", help="NAME/SEED or NAME/tuning/RATE: only this run, whatever is recorded")
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    args = parser.parse_args(arguments)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.cell is not None:
+        print(json.dumps(repeated(args.cell, read(args.records), args.work_dir), indent=1))
+        return
+    if not args.tables:
+        run_missing(args.records, args.work_dir, args.budget_s)
+    records = read(args.records)
+    text = tables(records)
+    write_atomically(args.records.with_suffix(".md"), text + "\n")
+    if "base" in records:
+        plot(records, args.records.with_suffix(".png"))
+    print(text)
+
+
+def repeated(what: str, records: Mapping[str, Any], work: Path) -> dict[str, Any]:
+    """A run by its name, as recorded runs were made. Raises ValueError for one that there is not."""
+    if what == "base":
+        return base(work)
+    runs = {key(*run): run for run in plan()}
+    if what not in runs:
+        raise ValueError(f"--cell {what} is no run. Names: {', '.join(CONTENDERS)}; as in spo/0 or spo/tuning/0.0005.")
+    name, seed, lr = runs[what]
+    rate = (records.get(what) or {}).get("learning_rate") or lr or chosen_rate(name, records)
+    if rate is None:
+        raise ValueError(f"--cell {what} needs its learning rate: the grid of {name} has no records yet.")
+    return cell(name, seed, rate, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

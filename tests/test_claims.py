@@ -1,0 +1,128 @@
+"""The claims runner: what it plans, counts, chooses and concludes, on made-up records; and one small run of its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spo_fast.toy import claims
+from spo_fast.toy.claims import CLAIMS, CONTENDERS, GRID, MAIN, SEEDS, TUNING_SEED, key
+
+
+def scores(aesthetics, layout=1.0):
+    return {
+        "aesthetics": [aesthetics, 0.05, 512],
+        "layout": [layout, 0.002, 512],
+        **{c: [0.1, 0.01, 512] for c in ("out_of_range", "diversity")},
+    }
+
+
+def record(name, seed, aesthetics, layout=1.0, lr=None):
+    curve = [{"spent": n * 6000, **scores(6 + (aesthetics - 6) * n / 4)} for n in (1, 2, 3, 4)]
+    return {
+        **{"cell": key(name, seed, lr), "name": name, "seed": seed, "learning_rate": lr or 5e-4, "cpu_s": 60.0},
+        **{"spent": 24000, "curve": curve, **scores(aesthetics, layout)},
+    }
+
+
+def base():
+    return {"cell": "base", "tuning": scores(6.0), **{f"guidance {g}": scores(6.0) for g in (1, 2, 3, 5)}}
+
+
+def records_of(*rows):
+    return {r["cell"]: r for r in (base(), *rows)}
+
+
+def test_the_plan_is_in_order_of_importance_and_complete():
+    plan = claims.plan()
+    cells = [key(*run) for run in plan]
+    assert len(set(cells)) == len(cells)
+    tuned = [name for name, c in CONTENDERS.items() if not c.like]
+    assert len(plan) == len(CONTENDERS) * len(SEEDS) + len(tuned) * len(GRID)
+    assert {name for name, *_ in plan[: len(MAIN) * (len(GRID) + len(SEEDS))]} == set(MAIN)
+    for name in MAIN:  # the grid comes before the seeds that need it
+        assert max(cells.index(key(name, TUNING_SEED, lr)) for lr in GRID) < cells.index(key(name, 0))
+
+
+def test_the_learning_rate_is_the_best_that_keeps_the_layout():
+    grid = [record("spo", TUNING_SEED, a, layout, lr) for (a, layout), lr in zip(
+        [(6.5, 1.0), (7.0, 0.99), (8.0, 0.98), (9.0, 0.90)], GRID, strict=True)]  # fmt: skip
+    assert claims.chosen_rate("spo", records_of(*grid)) == GRID[2]
+    assert claims.chosen_rate("winner start", records_of(*grid)) == GRID[2]  # an ablation takes SPO's
+    assert claims.chosen_rate("mspo", records_of(*grid)) is None
+    assert claims.chosen_rate("spo", records_of(*grid[:3])) is None
+    assert claims.chosen_rate("spo", {r["cell"]: r for r in grid}) is None  # what the layout was is not known
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [((1.0, 1.1, 0.9), "reproduced"), ((-1.0, -1.1, -0.9), "not reproduced"), ((1.0, -1.2, 0.3), "undecided"),
+     ((0.5,), "not run"), ((), "not run")],
+)  # fmt: skip
+def test_verdicts(gains, says):
+    rows = [record("spo", s, 7 + g) for s, g in enumerate(gains)] + [record("dpo", s, 7.0) for s, _ in enumerate(gains)]
+    records = records_of(*rows)
+    assert claims.verdict(claims.difference("spo", "dpo", records)) == says
+    line = next(row for row in claims.claims_table(records).splitlines() if "Diffusion-DPO" in row)
+    assert line.rstrip(" |").endswith(says)
+
+
+def test_what_has_not_run_shows_as_not_run():
+    text = claims.tables(records_of(record("spo", 0, 7.0)))
+    assert text.startswith(f"1 of {len(claims.plan())} runs")
+    assert sum("not run" in row for row in claims.score_table(records_of()).splitlines()) == len(CONTENDERS)
+    assert claims.claims_table(records_of()).count("not run") == len(CLAIMS)
+
+
+def test_compute_to_reach_a_level():
+    records = records_of(*(record("spo", s, 8.0) for s in SEEDS), *(record("dpo", s, 7.0) for s in SEEDS))
+    assert claims.rows_to_reach("spo", 7.0, records) == pytest.approx(12000)
+    assert claims.rows_to_reach("dpo", 7.0, records) == pytest.approx(24000)
+    assert claims.rows_to_reach("dpo", 7.5, records) is None
+    assert "12,000" in claims.cost_table(records) and "not reached" in claims.cost_table(records)
+
+
+def test_rows_are_counted_as_they_cost():
+    unet = torch.nn.Linear(3, 3)
+    meter = claims.Meter(unet)
+    with torch.no_grad():
+        unet(torch.zeros(5, 3))
+    unet(torch.zeros(2, 3))
+    meter.on = False
+    unet(torch.zeros(9, 3))
+    assert meter.spent == 5 + 3 * 2
+
+
+@pytest.mark.slow
+def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, capsys):
+    """Two contenders, one rate, one seed, a tiny budget: a second call runs nothing, --cell gives the same number."""
+    for name, value in {"BUDGET": 600, "PICTURES": 66, "MARK_PICTURES": 65, "GRID": (1e-3,), "SEEDS": (0,)}.items():
+        monkeypatch.setattr(claims, name, value)
+    small = {"sample_batch_size": 2, "num_steps": 6, "branch_start": 3, "num_candidates": 2}
+    few = {"spo": claims.Contender(small), "random picks": claims.Contender(small, like="spo", random_picks=True)}
+    monkeypatch.setattr(claims, "MAIN", few)
+    monkeypatch.setattr(claims, "ABLATIONS", {})
+    monkeypatch.setattr(claims, "REST", {})
+    monkeypatch.setattr(claims, "CONTENDERS", few)
+    monkeypatch.setattr(claims.evaluate, "GUIDANCE_SCALES", (2.0,))
+    path = tmp_path / "records.jsonl"
+    common = ["--records", str(path), "--work_dir", str(tmp_path / "work")]
+    assert claims.main([*common, "--budget_s", "0"]) == 0  # the base is always scored
+    assert set(claims.read(path)) == {"base"}
+    assert claims.main(common) == 0
+    first = path.read_text()
+    found = claims.read(path)
+    assert set(found) == {"base", "spo/tuning/0.001", "spo/0", "random picks/0"}
+    assert found["spo/0"]["spent"] >= 600 and found["spo/0"]["learning_rate"] == 1e-3
+    assert path.with_suffix(".md").is_file() and path.with_suffix(".png").is_file()
+    assert claims.main(common) == 0 and path.read_text() == first
+    capsys.readouterr()
+    assert claims.main([*common, "--cell", "spo/0"]) == 0
+    printed = capsys.readouterr().out
+    again = json.loads(printed[printed.index("{") :])
+    assert {k: again[k] for k in ("aesthetics", "layout", "spent", "pairs")} == {
+        k: found["spo/0"][k] for k in ("aesthetics", "layout", "spent", "pairs")
+    }
+    assert claims.main([*common, "--cell", "spo/7"]) == 1 and "is no run" in capsys.readouterr().err
