@@ -36,7 +36,13 @@ def launch(size: int, lines: list[list[str]], timeout: float = 900) -> list[tupl
         subprocess.Popen(
             [sys.executable, "tests/ranks.py", told],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(r),
+                "WORLD_SIZE": str(size),
+                "PYTHONPATH": str(ROOT),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
