@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -27,10 +28,10 @@ from spo_fast import checkpoint, train, trainer
 from spo_fast.metrics import read_metrics
 
 ITERATIONS = 4
-LINE = (
-    "--model toy --num_steps 4 --branch_start 2 --num_candidates 2 --sample_batch_size 2 --threshold -1 "
-    "--max_prompts 4 --num_validation_images 0 --train_batch_size 2 --resolution 8 --checkpointing_steps 1 --num_train_epochs 2"
-).split()
+LINE = shlex.split(
+    "--model toy --num_steps 4 --branch_start 2 --num_candidates 2 --sample_batch_size 2 --threshold -1 --resolution 8 "
+    "--max_prompts 4 --num_validation_images 0 --train_batch_size 2 --checkpointing_steps 1 --num_train_epochs 2"
+)
 
 
 def told(line: list[str]) -> tuple[int, str]:

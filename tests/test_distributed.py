@@ -61,7 +61,7 @@ WORK: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "spo": {},
     "mspo": {"method": "mspo", "num_inner_steps": 1},
-    "ddpo": {"method": "ddpo", "clip": "none"},
+    "ddpo": {"method": "ddpo", "clip": "none", "threshold": None},
 }
 
 
@@ -109,7 +109,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_four_processes_are_one(tmp_path: Path) -> None:
     gradients_that_wait = {"recipe": "published", "gradient_accumulation_steps": 2}
-    compare(tmp_path, 4, {**METHODS, "published": gradients_that_wait, "dense": {"method": "dense"}})
+    compare(tmp_path, 4, {**METHODS, "published": gradients_that_wait, "dense": {"method": "dense", "threshold": None}})
 
 
 def test_two_processes_with_a_wrong_batch_would_differ(tmp_path: Path) -> None:
