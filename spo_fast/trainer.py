@@ -375,6 +375,8 @@ class Run(TrainingRun[Config]):
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
+        if cfg.adapter.full_finetune and self.group.size > 1:
+            raise ValueError("--full_finetune is not sharded over processes. Start one, or leave it out: train a LoRA.")
         self.prompts, self.sampler = training_prompts(cfg, self.group.size)
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
         self.lock = checkpoint.lock(self.run_dir) if self.group.main else None

@@ -83,7 +83,8 @@ def assert_same_weights(a: Path, b: Path, tolerance: float = 1e-10) -> None:
 def assert_same_log(a: Path, b: Path) -> None:
     for ours, theirs in zip(facts(a), facts(b), strict=True):
         assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"dead_batches"}:  # of other micro-batches
+        assert ours["device"] == theirs["device"]
+        for name in ours.keys() - {"dead_batches", "device"}:  # of other micro-batches
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name  # the scorer is float32
 
 
