@@ -321,7 +321,8 @@ class AdamConfig(Section):
     lr_warmup_steps: Whole = 0
     """Iterations of warm-up (schedules other than constant)."""
     train_batch_size: Count = 10
-    """Pairs of one accumulation slot: an optimizer step sees train_batch_size x gradient_accumulation_steps pairs."""
+    """Pairs of one accumulation slot on each rank: an optimizer step sees train_batch_size x
+    gradient_accumulation_steps pairs of each."""
     gradient_accumulation_steps: Count = 1
     """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
     many pairs a step."""
@@ -487,7 +488,10 @@ class LoopConfig(Section):
     checkpoints_total_limit: Count | None = None
     """Checkpoints kept; the oldest are deleted."""
     resume_from_checkpoint: str | None = None
-    """The word latest, or the path of a checkpoint."""
+    """The word latest (the last whole one), or the path of a checkpoint."""
+    stop_seconds: Count = 100
+    """After SIGTERM or Ctrl-C the run saves at its next safe point (a judgement of the rollout, or the end of the
+    iteration) and ends with status 0; after so many seconds it gives up and ends without."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Besides metrics.jsonl, which is always written."""
     device: str = "auto"

@@ -283,7 +283,8 @@ def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch)
     states = States(walk.x[first:end].flatten(0, 2), rows, torch.arange(B, device=device).repeat(S * K))
     x_prev = walk.x[first + 1 : end + 1].flatten(0, 2)[:, None, None]
     index = torch.arange(S * K * B, device=device).view(-1, 1, 1)
-    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten())
+    order = torch.arange(S * K, device=device).repeat_interleave(B)
+    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten(), order=order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,7 +404,8 @@ class DenseReward(SPO):
         steps = torch.searchsorted((weights.cumsum(0) / weights.sum())[:-1], u, right=True)
         index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
         index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)
-        return replace(every, x_prev=every.x_prev[index, 0, 0], index=index).select(slice(None))
+        drawn = torch.arange(D, device=device).repeat_interleave(B)
+        return replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn).select(slice(None))
 
 
 # ---------------------------------------------------------------------------------------------------- labelled pairs

@@ -12,7 +12,7 @@ ORDER = (
     ("models", "scorers"),
     ("rollout", "offline"),
     ("objectives", "window"),
-    ("checkpoint", "metrics", "data", "pairs", "presets", "watch"),
+    ("checkpoint", "metrics", "data", "pairs", "presets", "watch", "distributed", "stopping"),
     ("preference_report", "pair_images", "prompt_sets", "measure"),
     ("costs",),
     ("choices",),
