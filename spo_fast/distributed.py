@@ -166,10 +166,9 @@ def rebalance(
     if group.size == 1:
         shuffled = permutation(len(e), seed, iteration).to(e.x_prev.device)
         return Dealt(e.select(shuffled), len(e), _first_rows(e))
-    assert e.order is not None, "an experience that is dealt out knows its order"
-    count = prompts.stop - prompts.start
-    if count == 0:
+    if prompts.start == prompts.stop:
         e = e.select(slice(0, 0))
+    assert e.order is not None, "an experience that is dealt out knows its order"
     prompt = e.states.prompts[e.index[:, 0, 0]] + prompts.start
     about = group.gather(torch.stack((e.order, prompt, _first_rows(e)), dim=1))
     sizes = torch.tensor([len(part) for part in about])

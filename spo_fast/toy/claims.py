@@ -128,7 +128,7 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         wait = [] if tuning else [share * BUDGET for share in MARKS]
         iterate = run.iterate
 
-        def until_spent(iteration: int, timer: Any) -> dict[str, Any]:
+        def until_spent(iteration: int, timer: Any) -> dict[str, Any] | None:
             record = iterate(iteration, timer)
             if meter.spent >= BUDGET:
                 run.total = iteration + 1
