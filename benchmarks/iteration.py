@@ -24,9 +24,12 @@ from benchmarks.records import Records, quantiles
 from benchmarks.shapes import LATENTS, TINY_LATENTS, iteration_config
 from spo_fast.checkpoint import TrainState
 from spo_fast.config import Config
+from spo_fast.engine import compile_networks, replayed
 from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
 from spo_fast.metrics import Timer
 from spo_fast.models.diffusion import DTYPES
+from spo_fast.models.fuse import fuse
+from spo_fast.models.graphs import CudaCapture
 from spo_fast.models.policy import Policy
 from spo_fast.noise import KeyedDraws, permutation
 from spo_fast.objectives import make_objective, predict_states
@@ -46,8 +49,12 @@ class Technique:
     modern: bool = False
     """The published loop in one 16-bit type, without its detours (published.py)."""
     mixed_precision: str = "fp16"
-    channels_last: bool = False
-    compile_blocks: bool = False
+    fuse: bool = False
+    """The package's ops inside the networks, channels-last, text keys and values once a rollout."""
+    compile: str = "off"
+    graphs: bool = False
+    merged: bool = False
+    """Rollouts use merged weights, rounded stochastically."""
     scorer_dtype: str = "no"
     tf32: bool = False
     """float32 products in TF32: the published script allows it, and its preference model runs in float32."""
@@ -59,9 +66,14 @@ ROWS: dict[str, Technique] = {
     "ours": Technique(),
     "ours+spm_tf32": Technique(tf32=True),
     "ours+spm_bf16": Technique(scorer_dtype="bf16"),
-    "ours+channels_last": Technique(channels_last=True),
-    "ours+compile": Technique(compile_blocks=True),
-    "ours+all": Technique(channels_last=True, compile_blocks=True, scorer_dtype="bf16"),
+    "ours+fuse": Technique(fuse=True),
+    "ours+compile": Technique(fuse=True, compile="regional"),
+    "ours+graphs": Technique(fuse=True, graphs=True),
+    "ours+merged": Technique(fuse=True, merged=True),
+    "ours+all": Technique(fuse=True, compile="regional", graphs=True, scorer_dtype="bf16", tf32=True),
+    "ours+all+merged": Technique(
+        fuse=True, compile="regional", graphs=True, merged=True, scorer_dtype="bf16", tf32=True
+    ),
     "ours+bf16": Technique(mixed_precision="bf16"),
 }
 
@@ -241,25 +253,33 @@ class Ours:
         self.setup, self.dtype = setup, DTYPES[technique.mixed_precision]
         parts = setup.parts(self.dtype, DTYPES[technique.scorer_dtype])
         unet, self.vae, self.scorer = parts["unet"], parts["vae"], parts["spm"]
-        if technique.channels_last:
-            unet.to(memory_format=torch.channels_last)
-            if self.vae is not None:
-                self.vae.to(memory_format=torch.channels_last)
         self.policy = Policy(unet, setup.cfg.adapter, setup.cfg.run.seed)
         weights = networks.lora_weights({n: m.shape for n, m in self.policy.state_dict().items()})
         self.policy.load_state_dict(weights)
-        if technique.compile_blocks:
-            torch._dynamo.config.recompile_limit = 64  # reference and policy, rollout and training, each its own graph
-            unet.compile_repeated_blocks()
-        self.cfg = setup.cfg.with_fields(mixed_precision=technique.mixed_precision)
+        weights_of = "merged" if technique.merged else "unmerged"
+        self.cfg = setup.cfg.with_fields(
+            mixed_precision=technique.mixed_precision, compile=technique.compile, rollout_weights=weights_of
+        )
+        if technique.fuse:
+            self.policy.fuse()
+            if self.vae is not None:
+                fuse(self.vae)
+        if technique.compile != "off":
+            compile_networks(self.policy, self.vae, self.scorer, self.cfg)
         self.objective = make_objective(self.cfg.objective)
         self.learner = Learner(self.policy, self.objective, setup.table, self.cfg, total_iterations=1000)
-        self.state = TrainState()
-        self._time_parts()
+        self.state, self.rolling = TrainState(), False
+        self.text = None if self.scorer is None else self.scorer.encode_ids(setup.ids)  # once a run
+        self.decoder = self.decode
+        if technique.graphs and setup.device == "cuda":  # whose parts cannot be timed from outside
+            capture = CudaCapture(torch.device("cuda", torch.cuda.current_device()))
+            self.decoder = replayed(self.policy, self.decode, self.scorer, capture)
+        else:
+            self._time_parts()
 
     def _time_parts(self) -> None:
         """Phases inside the rollout. The policy's calls count as `unet` only there."""
-        timer, self.rolling = self.setup.timer, False
+        timer = self.setup.timer
         predict = self.policy.predict
 
         def timed_predict(*args: Any, **kwargs: Any) -> Prediction:
@@ -275,11 +295,10 @@ class Ours:
                     return score_pixels(*args, **kwargs)
 
             self.scorer.score_pixels = timed_score
-            self.text = self.scorer.encode_ids(self.setup.ids)  # once a run, as ClipScorer.encode keeps them
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        with self.setup.timer("decode"):
+        with contextlib.nullcontext() if self.policy.graphs.capture else self.setup.timer("decode"):
             latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
             return self.vae.decode(latents, return_dict=False)[0]
 
@@ -291,9 +310,11 @@ class Ours:
         cond = setup.conditioning(self.dtype)
         batch = RolloutBatch(cond, self.text, draws, setup.latent, torch.float32)
         self.rolling = True
-        with setup.timer("rollout"):
+        merged = self.cfg.sample.rollout_weights == "merged"
+        weights = self.policy.merged(cfg.run.seed, 0) if merged else contextlib.nullcontext()
+        with setup.timer("rollout"), weights:
             experience = self.objective.collect(
-                *(self.policy, setup.table, ScriptedScorer(self.scorer, decisions), self.decode, batch),
+                *(self.policy, setup.table, ScriptedScorer(self.scorer, decisions), self.decoder, batch),
                 *(cfg.sample, cfg.model.images_per_decode),
             )
         self.rolling = False

@@ -158,8 +158,6 @@ class ModelConfig(Section):
     Trained weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
-    cuda_graphs: bool = True
-    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 
@@ -281,6 +279,8 @@ class EngineConfig(Section):
     """What the backward keeps of the forward. fast: all it needs. balanced: norms are computed again. small: everything
     is (gradient_checkpointing), images are decoded singly and AdamW keeps 8-bit state, unless set otherwise. Default:
     the first whose activations fit into the device's memory."""
+    cuda_graphs: bool = True
+    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -409,7 +409,7 @@ class DataConfig(Section):
     prompts: str | None = None
     """Prompt file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in list."""
     caption_column: str | None = None
-    """Column or key that holds the prompt. Default: the first of caption, prompt, text."""
+    """Column or key that holds the prompt, also that of --pairs. Default: the first of caption, prompt, text."""
     shuffle: bool = True
     """A new prompt order each epoch."""
     max_prompts: Count | None = None

@@ -208,7 +208,9 @@ def prompt_file(cfg: Config) -> str | Path | None:
 
 def training_prompts(cfg: Config) -> tuple[list[str], PromptSampler]:
     """A run's prompts and their order. Raises as load_prompts does."""
-    prompts = load_prompts(prompt_file(cfg), cfg.data.caption_column)[: cfg.data.max_prompts]
+    # of pairs the column is theirs, and the built-in list has none
+    column = cfg.data.caption_column if cfg.data.prompts or cfg.pairs.pairs is None else None
+    prompts = load_prompts(prompt_file(cfg), column)[: cfg.data.max_prompts]
     return prompts, PromptSampler(len(prompts), cfg.sample.sample_batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spo_fast.checkpoint import write_atomically
 from spo_fast.config import RunError
+from spo_fast.presets import DATA
 from spo_fast.report import RunRecord, count_text, sheet_prompts, value
 
 FILES = (
@@ -18,7 +19,31 @@ FILES = (
 """What is uploaded; patterns under the run directory."""
 PIPELINE_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "toy": "stable-diffusion-xl"}
 
+SPO_PAPER = (
+    "*Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization*\n"
+    "(CVPR 2025, [arXiv 2406.04314](https://arxiv.org/abs/2406.04314))."
+)
+PAPERS = {  # of the other methods: name, arXiv id
+    "d3po": ("D3PO", "2311.13231"),
+    "lpo": ("Latent Preference Optimization", "2502.01051"),
+    "gradspo": ("GradSPO (NeurIPS 2025)", ""),
+    "ddpo": ("DDPO", "2305.13301"),
+    "dpok": ("DPOK", "2305.16381"),
+    "dense": ("a dense reward view on aligning text-to-image diffusion", "2402.08265"),
+    "dpo": ("Diffusion-DPO", "2311.12908"),
+    "mapo": ("MaPO", "2406.06424"),
+}
+
 # ---------------------------------------------------------------------------------------------------- the card
+
+
+def method_text(method: str) -> tuple[str, str]:
+    """What the training was, and the sentence that names its paper."""
+    if method not in PAPERS:
+        return f"step-by-step preference\noptimisation ({method.upper()})", f"Method: {SPO_PAPER}"
+    name, arxiv = PAPERS[method]
+    link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
+    return f"{method.upper()}", f"Method: {name}{link}."
 
 
 def write_card(run_dir: str | Path, repository: str | None = None) -> Path:
@@ -45,6 +70,10 @@ def card(run: RunRecord, repository: str | None) -> str:
         # no license: that is for the owner of the weights to say
         widget=[{"text": prompt} for prompt in prompts] or None,
     )
+    how, paper = method_text(s["method"])
+    unit = "loss terms" if s["method"] in ("ddpo", "dpok", "dense") else "pairs"
+    who = "a model that training did not ask" if s["method"] in DATA else "the model that training followed"
+    what = f"{run.pairs:,} {unit} in {count_text(run.iterations, 'iteration')}"
     images = "\n\n".join(f"{name.capitalize()}:\n\n![{name}](samples/{name}.png)" for name in grids)
     rows = "\n".join(f"| {name} | {cell(new)} | {cell(old)} |" for name, (old, new) in run.changed().items())
     table = f"| setting | this run | preset {s['model']} |\n|---|---|---|\n{rows}" if rows else "All as in the preset."
@@ -54,11 +83,9 @@ def card(run: RunRecord, repository: str | None) -> str:
 
 # {repository or run.run_dir.resolve().name}
 
-{kind[0].upper() + kind[1:]}, trained on {run.base_model or "the toy model of spo_fast"} by step-by-step preference
-optimisation ({s["method"].upper()}) with spo_fast: {run.pairs:,} pairs in {count_text(run.iterations, "iteration")}.
+{kind[0].upper() + kind[1:]}, trained on {run.base_model or "the toy model of spo_fast"} by {how} with spo_fast: {what}.
 
-Method: *Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization*
-(CVPR 2025, [arXiv 2406.04314](https://arxiv.org/abs/2406.04314)).
+{paper}
 
 ## Use
 
@@ -84,7 +111,7 @@ All settings are in config.yaml, all numbers of the run in metrics.jsonl, curves
 
 ## Limitations
 
-The score is the opinion of the model that training followed ({", ".join(s["scorer"])}), not of people, on a handful of
+The score is the opinion of {who} ({", ".join(s["scorer"])}), not of people, on a handful of
 prompts; a higher score can come with over-saturated colours and surplus texture. What the base model cannot draw, or
 should not be used for, holds here as well.
 """

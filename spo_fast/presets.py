@@ -214,8 +214,10 @@ METHODS: dict[str, Callable[[Given], dict[str, Any]]] = {
 
 def published(given: Mapping[str, Any]) -> dict[str, Any]:
     """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
-    last_step = "extend" if given["model"] in ("sdxl", "toy") else "compare"
-    return {"accumulation": "published", "max_grad_norm": None, "last_step": last_step}
+    settings: dict[str, Any] = {"accumulation": "published", "max_grad_norm": None}
+    if given.get("method", "spo") not in ("spo", "mspo"):
+        return settings
+    return settings | {"last_step": "extend" if given["model"] in ("sdxl", "toy") else "compare"}
 
 
 TINY_VAES = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}

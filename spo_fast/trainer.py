@@ -30,20 +30,20 @@ from spo_fast.choices import (
     listed,
     out_of_memory,
     pick_device,
-    rows_of_a_step,
 )
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
 from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
+from spo_fast.engine import compile_networks, replayed
 from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
 from spo_fast.models import attention, resolve, scorer_paths, scorer_specs
-from spo_fast.models.compiled import compile_network, keep_cache_in
+from spo_fast.models.compiled import keep_cache_in
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.fuse import fuse
-from spo_fast.models.graphs import Capture, CudaCapture, Graphs
+from spo_fast.models.graphs import Capture, CudaCapture
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws, permutation
@@ -53,7 +53,6 @@ from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers import InPhase, judges, load_scorer
-from spo_fast.scorers.clip import Layer
 from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
 
@@ -330,19 +329,20 @@ class Run(TrainingRun[Config]):
         if cfg.engine.compile != "off":
             self.compile()
         on_gpu = self.device.type == "cuda"
-        self.record_graphs(CudaCapture(self.device) if on_gpu and cfg.model.cuda_graphs else None)
+        self.record_graphs(CudaCapture(self.device) if on_gpu and cfg.engine.cuda_graphs else None)
         self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
 
+    def compile(self, backend: Any = "inductor") -> None:
+        """torch.compile of all networks, its cache in the run's directory."""
+        keep_cache_in(self.run_dir)
+        compile_networks(self.policy, self.model.vae, self.scorer, self.cfg, backend)
+
     def record_graphs(self, capture: Capture | None) -> None:
         """From now on calls of a rollout whose shapes came before are replayed."""
-        self.policy.graphs = graphs = Graphs(capture)
-        self.decode = graphs.wrap("decode", self.model.decode)
-        for number, part in enumerate(getattr(self.scorer, "scorers", [self.scorer])):
-            if hasattr(part, "score_pixels"):
-                part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
+        self.decode = replayed(self.policy, self.model.decode, self.scorer, capture)
 
     def pick_attention(self) -> Choice:
         """Put the attention kernel into the fused UNet that was asked for, or the fastest on this run's shapes."""
@@ -358,20 +358,6 @@ class Run(TrainingRun[Config]):
         )
         self.policy.attend_with(attention.KERNELS[name])
         return Choice("attention", name, reason)
-
-    def compile(self, backend: Any = "inductor") -> None:
-        """torch.compile of all networks; from then on the policy sees few batch sizes."""
-        cfg, sample, how = self.cfg, self.cfg.sample, str(self.cfg.engine.compile)
-        keep_cache_in(self.run_dir)
-        most = (sample.rows_per_forward or rows_of_a_step(cfg)) // (2 if sample.guidance_scale > 1 else 1)
-        rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
-        self.policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
-        for unet in filter(None, (self.policy.unet, self.policy._frozen_copy)):
-            compile_network(unet, how, backend=backend)
-        if hasattr(self.model.vae, "decoder"):
-            compile_network(self.model.vae.decoder, how, backend=backend)
-        for scorer in getattr(self.scorer, "scorers", [self.scorer]):
-            compile_network(scorer.model.vision_model, how, (Layer,), backend)
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
@@ -448,8 +434,12 @@ class Run(TrainingRun[Config]):
         if len(experience) == 0 and not experience.scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
         possible = len(inputs) * len(objective.term_states(sample))
+        judged: dict[str, Any] = {}
+        if len(scores := experience.scores):  # labelled pairs have none
+            judged = {"score_mean": scores.mean(), "score_std": scores.std()}
+            judged |= gaps(scores.view(-1, sample.num_candidates, len(inputs)))
         return {
-            **{"epoch": epoch, **score_record(experience.scores, sample.num_candidates, len(inputs))},
+            **{"epoch": epoch, **judged},
             **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
             "images": experience.scores.numel(),
             **decode.record(),
@@ -723,16 +713,11 @@ def start_text(deviations: dict[int, float]) -> str:
     return f"probability ratio of policy to reference at the start, distance from 1 by timestep: {by_step}"
 
 
-def score_record(scores: Tensor, K: int, B: int) -> dict[str, Tensor]:  # scores of J comparisons of K x B, flat
-    """Their mean and spread, how far the best and the worst candidate of a prompt are apart, and the threshold that
-    would keep a third of the pairs."""
-    if not len(scores):
-        return {}
-    of = scores.view(-1, K, B)
-    gap = (of.amax(1) - of.amin(1)).flatten()
+def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts
+    """How far the best and the worst candidate are apart, and the threshold that would keep a third of the pairs."""
+    gap = (scores.amax(1) - scores.amin(1)).flatten()
     # softmax([s_w, s_l]) differs by tanh of half the gap
-    third = torch.quantile((gap / 2).tanh().float(), 2 / 3)
-    return {"score_mean": scores.mean(), "score_std": scores.std(), "score_gap": gap.mean(), "third_threshold": third}
+    return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
 
 
 class Saturation:

@@ -14,6 +14,7 @@ from typing import Any
 from spo_fast.config import Config
 
 LN2 = math.log(2)  # the loss of a policy that has not moved: -log sigmoid(0)
+LEAVES_LN2 = ("spo", "mspo", "lpo", "dpo")  # the others' clamps or betas keep the loss there, or it starts elsewhere
 STILL_ITERATIONS, STILL = 50, 5e-4  # the loss sits at ln 2: the mean of so many iterations is so close
 REJECTED_ITERATIONS = 3
 CLAMPED_ITERATIONS, CLAMPED = 3, 0.99
@@ -68,6 +69,8 @@ class Watch:
         return text
 
     def _loss_sits_still(self, record: Mapping[str, Any]) -> str:
+        if self.cfg.objective.method not in LEAVES_LN2:
+            return ""
         if record.get("loss") is not None:
             self._losses.append(record["loss"])
         if len(self._losses) < STILL_ITERATIONS or abs(sum(self._losses) / STILL_ITERATIONS - LN2) > STILL:

@@ -140,7 +140,7 @@ def test_an_iteration_of_each_contender(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["ours+channels_last", "ours+bf16", "ours+compile"])
+@pytest.mark.parametrize("row", ["ours+fuse", "ours+merged", "ours+bf16", "ours+compile"])
 def test_every_technique_runs(row, tmp_path):
     records = Records(tmp_path / "records.jsonl", "sd15", size="tiny")
     iteration.truth(tiny("sd15"), tmp_path, records)

@@ -6,22 +6,25 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "spo_fast"
-LAYERS = {
-    "ops": 0,
-    **dict.fromkeys(("schedule", "experience", "noise", "config", "extras", "files"), 1),
-    **dict.fromkeys(("models", "scorers"), 2),
-    **dict.fromkeys(("rollout", "offline"), 3),
-    **dict.fromkeys(("objectives", "window"), 4),
-    **dict.fromkeys(("checkpoint", "metrics", "data", "pairs", "presets", "watch"), 5),
-    **dict.fromkeys(("preference_report", "costs", "pair_images"), 6),
-    "choices": 7,
-    **dict.fromkeys(("report", "telemetry"), 8),
-    "model_card": 9,
-    **dict.fromkeys(("trainer", "dry_run"), 10),
-    "preference_trainer": 11,
-    "cli": 12,
-    **dict.fromkeys(("train", "train_spm"), 13),
-}
+ORDER = (
+    ("ops",),
+    ("schedule", "experience", "noise", "config", "extras", "files"),
+    ("models", "scorers"),
+    ("rollout", "offline"),
+    ("objectives", "window"),
+    ("checkpoint", "metrics", "data", "pairs", "presets", "watch"),
+    ("preference_report", "pair_images"),
+    ("costs",),
+    ("choices",),
+    ("engine",),
+    ("report", "telemetry"),
+    ("model_card",),
+    ("trainer", "dry_run"),
+    ("preference_trainer",),
+    ("cli",),
+    ("train", "train_spm"),
+)
+LAYERS = {part: number for number, parts in enumerate(ORDER) for part in parts}
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
 BESIDE = {"toy", "prompts"}
 

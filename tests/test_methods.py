@@ -509,6 +509,25 @@ def test_a_saved_config_repeats_any_method(tmp_path: Path, of: Callable[..., Any
         assert again.objective.method == method and again.optim.learning_rate == 1e-9
 
 
+@pytest.mark.parametrize("method", ["ddpo", "dense", "lpo", "gradspo", "dpo"])
+def test_dry_run_of_other_methods(
+    tmp_path: Path, of: Callable[..., Any], capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """It runs their code on fake tensors, loads nothing, and says what a data set would have to tell."""
+    line = command_line({**SMALL, **of(method), "output_dir": tmp_path / "run"})
+    assert train.main([*line, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and "policy (" in out
+    assert ("encode images (" in out) == (method == "dpo") and ("moving averages" in out) == (method == "gradspo")
+    assert ("50% of the pairs kept" in out) == (method in ("lpo", "gradspo"))
+    assert ("scorer lrm" in out) == (method == "lpo") and ("score text (" in out) == (method == "lpo")
+
+
+def test_the_published_recipe_leaves_gradspos_last_step_alone() -> None:
+    line = ["--model", "sdxl", "--method", "gradspo", "--recipe", "published"]
+    assert train.parse(line).sample.last_step == "keep"
+
+
 PUBLISHED = {  # (method, model) -> settings of the papers' code, by hand
     ("ddpo", "sd15"): {
         "num_steps": 50,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from golden_replay import load
 
+from spo_fast import objectives
 from spo_fast.config import ObjectiveConfig, SampleConfig
 from spo_fast.experience import Cond, Experience, Prediction, States
 from spo_fast.noise import KeyedDraws
@@ -281,6 +283,24 @@ def test_the_table_of_settings_is_what_the_objectives_have(method):
     assert not all_read  # there is no setting that every method reads
     read = {name for name in READS if method in READS[name]} & {f.name for f in fields(ObjectiveConfig)}
     assert {f.name for f in fields(OBJECTIVES[method])} == read
+
+
+def test_the_readmes_method_works_as_written():
+    """IPO: under 40 lines, and its loss is (log r_w - log r_l - 1 / (2 beta))^2."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme.split("### Adding a method")[1].split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) + 8 < 40  # with the lines of config.py and presets.py
+    names = dict(vars(objectives), OBJECTIVES={})
+    exec(compile("from __future__ import annotations\n" + code, "README.md", "exec"), names)
+    ipo = names["OBJECTIVES"]["ipo"](beta=0.1)
+    _, steps, e, m = made("spo", 0.1)
+    loss, stats = ipo.loss(m, steps, e, CFG, 0.5)
+    margins = [
+        sum((1, -1)[k] * (log_p(m, steps, e, n, k, 0) - log_p(e.frozen, steps, e, n, k, 0)) for k in range(2))
+        for n in range(len(e))
+    ]
+    torch.testing.assert_close(loss, 0.5 * sum((margin - 5) ** 2 for margin in margins), rtol=1e-9, atol=1e-10)
+    assert stats.tolist() == pytest.approx([len(e), float(sum(margins))])
 
 
 # ---------------------------------------------------------------------------------------------- labelled pairs

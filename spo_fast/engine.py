@@ -1,0 +1,46 @@
+"""How a run's networks are computed, beyond what they compute: compiled, and replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from spo_fast.choices import rows_of_a_step
+from spo_fast.config import Config
+from spo_fast.models.compiled import compile_network
+from spo_fast.models.graphs import Capture, Graphs
+from spo_fast.models.policy import Policy
+from spo_fast.scorers.clip import Layer
+
+
+def compile_networks(policy: Policy, vae: Any, scorer: Any, cfg: Config, backend: Any = "inductor") -> None:
+    """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes."""
+    sample, how = cfg.sample, str(cfg.engine.compile)
+    most = (sample.rows_per_forward or rows_of_a_step(cfg)) // (2 if sample.guidance_scale > 1 else 1)
+    rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
+    policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
+    for unet in filter(None, (policy.unet, policy._frozen_copy)):
+        compile_network(unet, how, backend=backend)
+    if hasattr(vae, "decoder"):
+        compile_network(vae.decoder, how, backend=backend)
+    for part in parts_of(scorer):
+        if hasattr(part.model, "vision_model"):
+            compile_network(part.model.vision_model, how, (Layer,), backend)
+
+
+def replayed(
+    policy: Policy, decode: Callable[[Tensor], Tensor], scorer: Any, capture: Capture | None
+) -> Callable[[Tensor], Tensor]:
+    """From now on calls of a rollout whose shapes came before are replayed; returns the decoder to use."""
+    policy.graphs = graphs = Graphs(capture)
+    for number, part in enumerate(parts_of(scorer)):
+        if hasattr(part, "score_pixels"):
+            part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
+    return graphs.wrap("decode", decode)
+
+
+def parts_of(scorer: Any) -> tuple[Any, ...]:
+    """The scorers of a weighted sum, or the only one."""
+    return getattr(scorer, "scorers", (scorer,))
