@@ -347,13 +347,14 @@ class Networks:
         if key in self._seen:
             rise, flops, shapes, tree = self._seen[key]
             self.live.note(self.live.current_bytes + rise)
-            out = pytree.tree_unflatten([torch.empty(shape, dtype=dtype) for shape, dtype in shapes], tree)
+            leaves = [s if s is None else torch.empty(s[0], dtype=s[1]) for s in shapes]
+            out = pytree.tree_unflatten(leaves, tree)
         else:
             with CountFlops() as counter:
                 out, rise = self.live.rise(function)
             leaves, tree = pytree.tree_flatten(out)
             flops = counter.total
-            self._seen[key] = rise, flops, [(x.shape, x.dtype) for x in leaves], tree
+            self._seen[key] = rise, flops, [x if x is None else (x.shape, x.dtype) for x in leaves], tree
         self.tally.setdefault(part, Counter()).update(samples=samples, flops=flops)
         return out
 
