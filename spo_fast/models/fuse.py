@@ -9,8 +9,8 @@ adapters and what is saved stay as they were, and what a subclass does not know 
     SiLU of the time embedding in every ResNet block: once in all; frozen, the embedding is a table of the timesteps
     keys and values of the text at every step: once for the prompts, in `Text`, where no gradient flows
 
-SDXL's guided 16-bit forward has 1,860 operations (4,100 with its LoRA); with Triton's ops it has 1,387, with LoRA as
-many if the two launches of a layer are one fused op (tests/test_fuse.py).
+SDXL's guided 16-bit forward has 1,860 operations (4,100 with its LoRA); with Triton's ops it has 1,387, with the LoRA
+as many if the two launches of a layer are one fused op (tests/test_fuse.py).
 """
 
 from __future__ import annotations
