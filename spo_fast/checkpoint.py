@@ -2,14 +2,16 @@
 
 checkpoint-<iteration>/ holds trained.safetensors (float32 masters), averages.safetensors (only when the method keeps
 moving averages of them), optimizer.safetensors, gradients.safetensors (only when an accumulation is under way),
-state.json (counters, settings, non-tensor optimizer state, versions) and the LoRA as other software loads it. The
-directory is written under a temporary name and renamed, so a name without "tmp" is complete. There is no generator
-state to keep: all randomness is keyed by counters (noise.py).
+state.json (counters, settings, non-tensor optimizer state, versions), the LoRA as other software loads it, and
+SHA256SUMS of all that. The directory is written under a temporary name and renamed, so a name without "tmp" is
+complete; the sums tell what a disk did to it later. There is no generator state to keep, of no process: all randomness
+is keyed by counters (noise.py).
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -83,10 +85,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """A file that is either the old or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
@@ -108,6 +110,41 @@ def lock(run_dir: Path) -> Any:
     for leftover in run_dir.glob(".tmp-*"):  # of a process that was killed while it saved
         shutil.rmtree(leftover, ignore_errors=True)
     return file
+
+
+SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
+
+
+def _sum(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_sums(directory: Path) -> None:
+    """SHA256SUMS of every other file in it."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
+    sums = [f"{_sum(path)}  {path.relative_to(directory)}\n" for path in files]
+    (directory / SUMS).write_text("".join(sums), encoding="utf-8")
+
+
+def damage(checkpoint_dir: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if every one is as it was written. Reads them all."""
+    try:
+        lines = (checkpoint_dir / SUMS).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            expected, _, name = line.partition("  ")
+            if not (checkpoint_dir / name).resolve().is_relative_to(checkpoint_dir.resolve()):
+                return f"{SUMS} names a file outside"
+            if _sum(checkpoint_dir / name) != expected:
+                return f"{name} is not what was saved"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None if lines else f"{SUMS} is empty"
 
 
 def _to_disk(directory: Path) -> None:
@@ -148,6 +185,7 @@ def save(
             **{"settings": settings, "versions": versions()},
         }
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
+        write_sums(temporary)
         _to_disk(temporary)
         set_aside(final)
         os.replace(temporary, final)
@@ -175,10 +213,10 @@ def number(path: Path) -> int:
 
 
 def find(run_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: None, "latest" of the run directory, or a path.
+    """The checkpoint to resume from: None, "latest" whole one of the run directory, or a path.
 
     Raises FileExistsError if the directory holds a run and none was asked for, FileNotFoundError for a path without
-    one.
+    one, MismatchError for a damaged one.
     """
     existing = sorted(checkpoints(run_dir), key=number)
     if wanted is None:
@@ -189,13 +227,24 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
             )
         return None
     if wanted == "latest":
-        return existing[-1] if existing else None
+        for path in reversed(existing):
+            wrong = damage(path)
+            if wrong is None:
+                return path
+            print(f"skipped {path}: it is damaged ({wrong})")
+        if existing:
+            raise MismatchError(
+                f"{existing[-1]} is damaged, and no other is whole. Start again in another --output_dir."
+            )
+        return None
     path = Path(wanted)
     if not (path / "state.json").is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {wanted} is no checkpoint (no state.json in it). "
             f"{run_dir} has: {', '.join(p.name for p in existing) or 'none'}."
         )
+    if (wrong := damage(path)) is not None:
+        raise MismatchError(f"{path} is damaged: {wrong}. Resume from latest, which is the last whole one.")
     return path
 
 
@@ -215,16 +264,17 @@ FIXED = (
     "time_conditioned",
     "noise",
 )
-REORDERS = ("seed", "sample_batch_size", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
+REORDERS = ("seed", "global_batch", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
 
 
 class MismatchError(RunError):
     """A checkpoint and the run that is to go on from it do not fit together."""
 
 
-def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState, list[str]]:
+def load(path: Path, learner: Any, settings: dict[str, Any], main: bool = True) -> tuple[TrainState, list[str]]:
     """Put a checkpoint's weights, optimizer state and gradients into the learner; returns the counters and what to say.
 
+    main: process 0, which alone moves files and takes up gradients that wait for more: they are the sum of all's.
     Learning rate, betas, weight decay and schedule are this run's. Raises MismatchError if a setting of FIXED changed
     or the checkpoint is damaged.
     """
@@ -247,13 +297,13 @@ def load(path: Path, learner: Any, settings: dict[str, Any]) -> tuple[TrainState
     learner.go_to(state.iteration)
     if learner.scaler.is_enabled():
         learner.scaler.load_state_dict(record["scaler"])
-    if (path / "gradients.safetensors").is_file():
+    if main and (path / "gradients.safetensors").is_file():
         gradients = _read(path, read_tensors, "gradients.safetensors")
         for name, p in zip(learner.policy.names, learner.policy.masters, strict=True):
             p.grad = gradients[name].to(p.device) if name in gradients else None
     # what was saved after it belongs to another continuation: out of the way of "latest", but kept
     run_dir = Path(settings["output_dir"])
-    for later in checkpoints(run_dir) if path.parent.resolve() == run_dir.resolve() else []:
+    for later in checkpoints(run_dir) if main and path.parent.resolve() == run_dir.resolve() else []:
         if number(later) > state.iteration:
             set_aside(later)
     notes = [f"changed since the checkpoint: {text}" for text in changed.values()]
@@ -273,5 +323,5 @@ def _read(path: Path, reader: Callable[[Path], Any], name: str) -> Any:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """Settings that changed between the saved run and this one: name -> "name: old -> new"."""
-    skip = ("resume_from_checkpoint", "output_dir", "device", "report_to", "prompt_cache_dir")
+    skip = ("resume_from_checkpoint", "output_dir", "device", "report_to", "prompt_cache_dir", "stop_seconds")
     return {k: f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and k not in skip and old[k] != new[k]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import dis
 import functools
@@ -30,6 +31,8 @@ TITLES = {
     "reward": "preference model",
     "pairs": "preference pairs",
     "run": "run",
+    "metric": "metrics",
+    "pictures": "pictures",
 }
 # diffusers' shorthands, each after the field it belongs to: name, what it takes, help
 SHORTHANDS = {
@@ -277,15 +280,20 @@ def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
     # OpenMP threads that spin while they wait make a shared CPU several times slower; read when PyTorch is loaded
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    rank = os.environ.get("RANK", "0")  # of several processes only the first one talks, but errors are all's
+    who = "" if rank == "0" else f"[rank {rank}] "
     try:
-        work()
+        with contextlib.ExitStack() as stack:
+            if who:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            work()
     except KeyboardInterrupt as error:
-        print("; ".join(["stopped", *map(str, error.args)]), file=sys.stderr)
+        print(who + "; ".join(["stopped", *map(str, error.args)]), file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"{who}error: {told(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 

@@ -321,7 +321,8 @@ class AdamConfig(Section):
     lr_warmup_steps: Whole = 0
     """Iterations of warm-up (schedules other than constant)."""
     train_batch_size: Count = 10
-    """Pairs of one accumulation slot: an optimizer step sees train_batch_size x gradient_accumulation_steps pairs."""
+    """Pairs of one accumulation slot on each rank: an optimizer step sees train_batch_size x
+    gradient_accumulation_steps pairs of each."""
     gradient_accumulation_steps: Count = 1
     """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
     many pairs a step."""
@@ -382,11 +383,14 @@ class ObjectiveConfig(Section):
     """dpo, mapo: share of the prompts that are replaced by the empty one."""
 
 
+SCORERS_BESIDE = {"aesthetic": "clip", "image_reward": "bert", "geneval": "clip"}
+"""Scorer -> whose weights it needs beside its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ScorerConfig(Section):
-    scorer: tuple[str, ...] = ("spm",)
-    """Scorers: spm, pickscore, lrm; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum. lrm, the
-    latent reward model, judges noisy latents and cannot be mixed with the others."""
+class ScorerPaths(Section):
+    """Where scorers' weights are; none takes the published ones from the hub."""
+
     spm_path: str | None = None
     """Local step-aware preference model (.bin or .safetensors file, or a directory). Default: the architecture's, from
     the hub."""
@@ -394,6 +398,30 @@ class ScorerConfig(Section):
     """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
     lrm_path: str | None = None
     """Local latent reward model (a directory). Default: the architecture's, from casiatao/LRM on the hub."""
+    hpsv2_path: str | None = None
+    """Local HPS_v2_compressed.pt. Default: that of xswu/HPSv2 from the hub."""
+    hpsv21_path: str | None = None
+    """Local HPS_v2.1_compressed.pt. Default: that of xswu/HPSv2 from the hub."""
+    clip_path: str | None = None
+    """Local CLIP ViT-L/14 directory (scorers clip, aesthetic, geneval). Default: openai/clip-vit-large-patch14."""
+    aesthetic_path: str | None = None
+    """Local sac+logos+ava1-l14-linearMSE.pth. Default: that of camenduru/improved-aesthetic-predictor from the hub."""
+    image_reward_path: str | None = None
+    """Local ImageReward.pt. Default: that of THUDM/ImageReward from the hub."""
+    bert_path: str | None = None
+    """Local vocab.txt of BERT (scorer image_reward). Default: that of google-bert/bert-base-uncased from the hub."""
+
+    def paths_of(self, names: Iterable[str]) -> dict[str, str | None]:
+        """Scorers, and what they need beside their own weights, with the local paths given for them."""
+        wanted = dict.fromkeys(one for name in names for one in (name, SCORERS_BESIDE.get(name, name)))
+        return {name: getattr(self, f"{name}_path", None) for name in wanted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerConfig(ScorerPaths):
+    scorer: tuple[str, ...] = ("spm",)
+    """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward, lrm; a weight after a colon, as in spm:1
+    pickscore:0.5, makes a weighted sum. lrm, the latent reward model, judges noisy latents and cannot be mixed."""
     spm_time_conditioned: bool = True
     """Off: --spm_path holds a model without the timestep (train_spm --no-time_conditioned), the paper's ablation."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
@@ -460,7 +488,10 @@ class LoopConfig(Section):
     checkpoints_total_limit: Count | None = None
     """Checkpoints kept; the oldest are deleted."""
     resume_from_checkpoint: str | None = None
-    """The word latest, or the path of a checkpoint."""
+    """The word latest (the last whole one), or the path of a checkpoint."""
+    stop_seconds: Count = 100
+    """After SIGTERM or Ctrl-C the run saves at its next safe point (a judgement of the rollout, or the end of the
+    iteration) and ends with status 0; after so many seconds it gives up and ends without."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Besides metrics.jsonl, which is always written."""
     device: str = "auto"
@@ -677,3 +708,58 @@ class PreferenceConfig(Settings):
     pairs: PairsConfig = field(default_factory=PairsConfig)
     optim: RewardOptimConfig = field(default_factory=RewardOptimConfig)
     run: RewardRunConfig = field(default_factory=RewardRunConfig)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricConfig(ScorerPaths):
+    metrics: tuple[str, ...] = ("pickscore", "hpsv2", "image_reward", "aesthetic")
+    """Any scorer (spm judges at t = 0) and geneval; the toy's true scores layout and aesthetics. Commas may part
+    them."""
+    geneval_path: str | None = None
+    """Local Mask2Former directory (metric geneval). Default: facebook/mask2former-swin-small-coco-instance."""
+    scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
+    """Compute type of the scorers' towers (no: float32)."""
+
+    @property
+    def metric_names(self) -> list[str]:
+        return list(dict.fromkeys(name for entry in self.metrics for name in entry.split(",") if name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig(Section):
+    lora: tuple[str, ...] = ()
+    """What stands beside the base model, as source or name=source: a run's directory, a LoRA (diffusers' or kohya's
+    file, or its directory), a UNet's directory, or a hub id of either."""
+    prompts: str | None = None
+    """Prompt file, or a known set: pickapic (500), hpsv2 (3,200), parti (1,632), geneval (553); set=folder takes it
+    from local files. Default: the built-in list (toy: its 64 test prompts)."""
+    caption_column: str | None = None
+    """Column or key that holds the prompt. Default: the first of caption, prompt, text."""
+    max_prompts: Count | None = None
+    """Use only the first so many prompts."""
+    images_per_prompt: Count = 1
+    """Pictures of each prompt, from noise of their own; the same for every contender. GenEval's tables use 4."""
+    num_steps: Annotated[int, Range(1, 1000)] = 20
+    """DDIM steps, without noise of their own (eta 0)."""
+    guidance_scale: NotNegative = 5.0
+    """Classifier-free guidance."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42
+    """Of the noise pictures start from, of the bootstrap and of the order in blind votes."""
+    images_at_once: Count = 8
+    """Pictures drawn and scored together: memory. Their last bits depend on it."""
+    output_dir: str = "runs/evaluation"
+    """Where pictures, scores and tables go. Pictures that are there are not made again."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Settings):
+    """What evaluate.py and compare.py draw and judge."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)

@@ -61,6 +61,13 @@ VIT_H = ClipConfig(
     **{"vocab_size": 49408, "max_length": 77, "image_size": 224, "patch_size": 14, "projection_dim": 1024},
     time_conditioned=False,
 )
+VIT_L = replace(
+    VIT_H,
+    text=TowerConfig(width=768, mlp_width=3072, num_layers=12, num_heads=12, activation="quick_gelu"),
+    vision=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="quick_gelu"),
+    projection_dim=768,
+)
+SCORER_CLIPS = {"clip": VIT_L, "aesthetic": VIT_L, "image_reward": VIT_L}  # the others: VIT_H. ImageReward is a BLIP-L
 
 # ---------------------------------------------------------------------------------------------------- counting
 
@@ -304,9 +311,9 @@ class Networks:
     def _scorer(self, name: str, resolved: Resolved | None, cfg: ScorerConfig) -> ClipScorer:
         path, dtype = resolved.scorer_paths.get(name) if resolved else None, DTYPES[cfg.scorer_dtype]
         aware = name == "spm" and cfg.spm_time_conditioned
-        if path is None:
+        if path is None or name not in ("spm", "pickscore", "clip"):  # the others' files have other layouts
             with torch.device("meta"):
-                clip = Clip(replace(VIT_H, time_conditioned=aware))
+                clip = Clip(replace(SCORER_CLIPS.get(name, VIT_H), time_conditioned=aware))
         else:
             file = find_weights(Path(path))
             hf_config = read_hf_config(file.parent)
@@ -347,14 +354,13 @@ class Networks:
         if key in self._seen:
             rise, flops, shapes, tree = self._seen[key]
             self.live.note(self.live.current_bytes + rise)
-            leaves = [s if s is None else torch.empty(s[0], dtype=s[1]) for s in shapes]
-            out = pytree.tree_unflatten(leaves, tree)
+            out = pytree.tree_unflatten([s and torch.empty(s[0], dtype=s[1]) for s in shapes], tree)
         else:
             with CountFlops() as counter:
                 out, rise = self.live.rise(function)
             leaves, tree = pytree.tree_flatten(out)
             flops = counter.total
-            self._seen[key] = rise, flops, [x if x is None else (x.shape, x.dtype) for x in leaves], tree
+            self._seen[key] = rise, flops, [None if x is None else (x.shape, x.dtype) for x in leaves], tree
         self.tally.setdefault(part, Counter()).update(samples=samples, flops=flops)
         return out
 

@@ -206,12 +206,13 @@ def prompt_file(cfg: Config) -> str | Path | None:
     return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
 
 
-def training_prompts(cfg: Config) -> tuple[list[str], PromptSampler]:
+def training_prompts(cfg: Config, processes: int = 1) -> tuple[list[str], PromptSampler]:
     """A run's prompts and their order. Raises as load_prompts does."""
     # of pairs the column is theirs, and the built-in list has none
     column = cfg.data.caption_column if cfg.data.prompts or cfg.pairs.pairs is None else None
     prompts = load_prompts(prompt_file(cfg), column)[: cfg.data.max_prompts]
-    return prompts, PromptSampler(len(prompts), cfg.sample.sample_batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)
+    batch_size = processes * cfg.sample.sample_batch_size
+    return prompts, PromptSampler(len(prompts), batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)
 
 
 class PromptSampler:

@@ -96,6 +96,7 @@ class Experience:
     frozen: Prediction | None = None  # of the reference (or old policy) on the states
     anchor: Prediction | None = None  # of a second frozen network: the moving average, or the reference beside the old
     advantage: Tensor | None = None  # (N,) of policy gradients
+    order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (distributed.py)
 
     def __len__(self) -> int:
         return self.x_prev.shape[0]
@@ -112,6 +113,7 @@ class Experience:
             frozen=None if self.frozen is None else self.frozen.select(used),
             anchor=None if self.anchor is None else self.anchor.select(used),
             advantage=None if self.advantage is None else self.advantage[terms],
+            order=None if self.order is None else self.order[terms],
         )
 
     def states_per_term(self) -> list[int]:

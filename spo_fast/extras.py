@@ -24,5 +24,5 @@ def missing_extra(setting: str, value: str) -> str:
 def check_extras(settings: Mapping[str, Any]) -> None:
     """Raise ImportError if the flat settings need a package that is not installed. Imports none."""
     for (setting, value), (package, _, _) in NEEDS.items():
-        if settings[setting] == value and importlib.util.find_spec(package) is None:
+        if settings.get(setting) == value and importlib.util.find_spec(package) is None:
             raise ImportError(missing_extra(setting, value))

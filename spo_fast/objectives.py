@@ -283,7 +283,8 @@ def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch)
     states = States(walk.x[first:end].flatten(0, 2), rows, torch.arange(B, device=device).repeat(S * K))
     x_prev = walk.x[first + 1 : end + 1].flatten(0, 2)[:, None, None]
     index = torch.arange(S * K * B, device=device).view(-1, 1, 1)
-    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten())
+    order = torch.arange(S * K, device=device).repeat_interleave(B)
+    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten(), order=order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,13 +364,13 @@ class DPOK(DDPO):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseReward(Objective):
+class DenseReward(SPO):
     """DenseReward (arXiv 2402.08265): ListMLE over trajectories of a prompt, early steps weighing more.
 
     A term: num_ranked of the prompt's K trajectories, best first, and num_sampled_steps steps drawn with weights
-    gamma^i, i = 0 the noisiest, the same for all of them; logit = beta mean_s clamp(log r_s). A prompt gives
-    terms_per_prompt terms of each rollout: the published replay buffer holds exactly one rollout of 1000 prompts, from
-    which it draws 10 times as many terms.
+    gamma^i, i = 0 the noisiest, the same for all of them; logit = beta mean_s clamp(log r_s), and SPO's loss on it.
+    A prompt gives terms_per_prompt terms of each rollout: the published replay buffer holds exactly one rollout of 1000
+    prompts, from which it draws 10 times as many terms.
     """
 
     beta: float = 10.0
@@ -391,12 +392,8 @@ class DenseReward(Objective):
         self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
     ) -> Experience:
         walk = trajectory_rollout(policy, table, scorer, decode, batch, cfg, chunk)
-        every, (K, B), D, S = (
-            trajectory_terms(walk, cfg, batch),
-            walk.scores.shape,
-            self.terms_per_prompt,
-            self.shape[1],
-        )
+        every, (K, B) = trajectory_terms(walk, cfg, batch), walk.scores.shape
+        D, (_, S) = self.terms_per_prompt, self.shape
         device = walk.x.device
         # a random subset: the first of a random order, then the best of it first
         order = batch.draws.integer(SIDES, 2**30, D * K).view(D, K, B).argsort(1)[:, : self.num_ranked]
@@ -407,13 +404,8 @@ class DenseReward(Objective):
         steps = torch.searchsorted((weights.cumsum(0) / weights.sum())[:-1], u, right=True)
         index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
         index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)
-        return replace(every, x_prev=every.x_prev[index, 0, 0], index=index).select(slice(None))
-
-    def loss(
-        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
-    ) -> tuple[Tensor, Tensor]:
-        ratios = log_ratios(m, table, e, cfg)
-        return preference_loss(ratios, uniform_weights(ratios, len(e), weight), self.beta, self.clip)
+        drawn = torch.arange(D, device=device).repeat_interleave(B)
+        return replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn).select(slice(None))
 
 
 # ---------------------------------------------------------------------------------------------------- labelled pairs

@@ -237,6 +237,8 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
 
     def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
         super().__init__(cfg)
+        if self.group.size > 1:
+            raise ValueError("preference models train on one process. Start train_spm without torchrun.")
         self.cfg = cfg = cfg.with_fields(mixed_precision=cfg.model.precision_on(self.device.type))
         assert cfg.pairs.pairs is not None
         self.lock = checkpoint.lock(self.run_dir)
@@ -451,7 +453,8 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         """From the first or the resumed step to the last; returns the run directory."""
         cfg = self.cfg
         self.announce()
-        with self.start() as log, self.stream() as stream, ProgressLine(self.total) as progress:
+        with self.stop, self.start() as log, self.stream() as stream, ProgressLine(self.total) as progress:
+            assert log is not None
             self.learner.go_to(self.state.iteration)
             timer = Timer(self.device)
             while self.state.iteration < self.total:
@@ -465,6 +468,9 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
                 progress.update(log.log(self.state.iteration - 1, record))
                 if self.state.iteration % cfg.run.checkpointing_steps == 0 or done:
                     self.save()
+                if self.stop.signal and not done:
+                    self.stopped()
+                    return self.run_dir
         self.finish()
         return self.run_dir
 

@@ -10,11 +10,14 @@ from spo_fast.config import (
     AdapterConfig,
     Config,
     DataConfig,
+    EvaluationConfig,
+    MetricConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     PairsConfig,
     PairSourceConfig,
+    PicturesConfig,
     PreferenceConfig,
     RewardConfig,
     RewardOptimConfig,
@@ -329,4 +332,24 @@ PREFERENCE_PRESETS: dict[str, Callable[[], PreferenceConfig]] = {
     "toy": toy_preference,
     "sd15": sd15_preference,
     "sdxl": sdxl_preference,
+}
+
+
+def evaluation(model: Literal["sd15", "sdxl"]) -> EvaluationConfig:
+    """As the published tables were made: 20 steps, guidance 5."""
+    return EvaluationConfig(model=ModelConfig(model=model))
+
+
+def toy_evaluation() -> EvaluationConfig:
+    return EvaluationConfig(
+        model=toy().model,
+        metric=MetricConfig(metrics=("layout", "aesthetics", "pickscore")),
+        pictures=PicturesConfig(guidance_scale=2.0, images_per_prompt=2, images_at_once=128),
+    )
+
+
+EVALUATION_PRESETS: dict[str, Callable[[], EvaluationConfig]] = {
+    "toy": toy_evaluation,
+    "sd15": lambda: evaluation("sd15"),
+    "sdxl": lambda: evaluation("sdxl"),
 }

@@ -64,7 +64,7 @@ class Segments:
         slot, prompt, owner, side, rows, index = (v.to(device) for v in (slot, prompt, owner, side, rows, index))
         states = States(self.x_t[slot[owner], side, prompt[owner]], rows, prompt[owner])
         x_prev = self.x_prev[slot, :, prompt]  # (N, 2, C, H, W)
-        return Experience(states, x_prev.unsqueeze(2), index.unsqueeze(2), cond, self.scores)
+        return Experience(states, x_prev.unsqueeze(2), index.unsqueeze(2), cond, self.scores, order=slot)
 
 
 def segments(cfg: SampleConfig) -> list[tuple[int, int]]:

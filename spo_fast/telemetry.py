@@ -31,13 +31,19 @@ class Telemetry:
     """Turns an iteration's record and times into what people compare.
 
     costs: counted FLOPs of an iteration, or None: then nothing is said of FLOPs (a CPU's run does not count them).
-    records: those of the run so far, which GPU-hours go on from.
+    records: those of the run so far, which GPU-hours go on from. devices: of the run, for GPU-hours; FLOPs, memory and
+    energy are this one's, images and pairs everybody's.
     """
 
     def __init__(
-        self, device: torch.device, name: str, costs: Costs | None, records: Iterable[Mapping[str, Any]] = ()
+        self,
+        device: torch.device,
+        name: str,
+        costs: Costs | None,
+        records: Iterable[Mapping[str, Any]] = (),
+        devices: int = 1,
     ) -> None:
-        self.device, self.costs, self.peak = device, costs, peak_tflops(name)
+        self.device, self.costs, self.peak, self.devices = device, costs, peak_tflops(name), devices
         self.on_gpu = device.type == "cuda"
         self.gpu_hours = max((r.get("gpu_hours") or 0.0 for r in records), default=0.0)
         self.energy_j = nvml_energy_j(device.index or 0) if self.on_gpu else None
@@ -69,7 +75,7 @@ class Telemetry:
             if self.peak is not None:
                 values["mfu"] = values["tflop_per_s"] / self.peak
         if self.on_gpu:
-            self.gpu_hours += math.fsum(times_ms.values()) / 3.6e6
+            self.gpu_hours += self.devices * math.fsum(times_ms.values()) / 3.6e6
             values["gpu_hours"] = self.gpu_hours
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)

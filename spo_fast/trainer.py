@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
-import os
 import shutil
 import statistics
 import textwrap
@@ -20,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from spo_fast import checkpoint, window
+from spo_fast import checkpoint, distributed, window
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import (
     Choice,
@@ -34,6 +35,7 @@ from spo_fast.choices import (
 from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
 from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
+from spo_fast.distributed import ALONE, Group
 from spo_fast.engine import compile_networks, replayed
 from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
@@ -46,13 +48,14 @@ from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import Capture, CudaCapture
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
-from spo_fast.noise import KeyedDraws, permutation
+from spo_fast.noise import KeyedDraws
 from spo_fast.objectives import log_ratios, make_objective, predict_states
 from spo_fast.pair_images import PairReader
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers import InPhase, judges, load_scorer
+from spo_fast.stopping import Stopped, StopRequest
 from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
 
@@ -68,21 +71,24 @@ class Slot:
     step: bool
 
 
-def slots(num_terms: int, cfg: OptimConfig, filled: int) -> Iterator[Slot]:
-    """How an iteration's terms become optimizer steps. `filled`: slots already waiting from the iteration before.
+def slots(num_terms: int, cfg: OptimConfig, filled: int, processes: int = 1) -> Iterator[Slot]:
+    """How an iteration's terms, those of all processes, become optimizer steps. A slot is shared by all processes.
+
+    filled: slots already waiting from the iteration before.
 
     balanced: cut into equal parts of about train_batch_size x gradient_accumulation_steps terms, a mean each, so every
     term of the iteration is used once with (up to one term) equal weight. published: train_batch_size terms a slot, a
     mean each however short, a step every gradient_accumulation_steps slots, counted across iterations
     (train_spo.py: accelerator.accumulate with end_of_dataloader held off).
     """
+    size = cfg.train_batch_size * processes
     if cfg.accumulation == "published":
-        for i, start in enumerate(range(0, num_terms, cfg.train_batch_size), start=filled + 1):
-            stop = min(start + cfg.train_batch_size, num_terms)
+        for i, start in enumerate(range(0, num_terms, size), start=filled + 1):
+            stop = min(start + size, num_terms)
             weight = 1 / ((stop - start) * cfg.gradient_accumulation_steps)
             yield Slot(slice(start, stop), weight, step=i % cfg.gradient_accumulation_steps == 0)
         return
-    steps = max(1, round(num_terms / (cfg.train_batch_size * cfg.gradient_accumulation_steps))) if num_terms else 0
+    steps = max(1, round(num_terms / (size * cfg.gradient_accumulation_steps))) if num_terms else 0
     for i in range(steps):
         start, stop = i * num_terms // steps, (i + 1) * num_terms // steps
         yield Slot(slice(start, stop), 1 / (stop - start), step=True)
@@ -115,10 +121,18 @@ class LastBatch(NamedTuple):
 class Learner:
     """The policy and everything that changes it."""
 
-    def __init__(self, policy: Any, objective: Any, table: StepTable, cfg: Config, total_iterations: int):
+    def __init__(
+        self,
+        policy: Any,
+        objective: Any,
+        table: StepTable,
+        cfg: Config,
+        total_iterations: int,
+        group: Group = ALONE,
+    ):
         from diffusers.optimization import get_scheduler
 
-        self.policy, self.objective, self.table, self.cfg = policy, objective, table, cfg
+        self.policy, self.objective, self.table, self.cfg, self.group = policy, objective, table, cfg, group
         if objective.sampler == "ema":
             policy.keep_averages(objective.ema_decay)
         # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
@@ -134,24 +148,43 @@ class Learner:
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros((), device=policy.device))  # its scale exists from now on, terms or none
 
-    def batches(self, experience: Experience, state: TrainState) -> list[slice]:
+    def slots(self, total: int, state: TrainState) -> list[Slot]:
+        """Those of `total` terms of all processes."""
+        return list(slots(total, self.cfg.optim, state.slots, self.group.size))
+
+    def own(self, total: int, state: TrainState) -> Iterator[tuple[Slot, slice]]:
+        """Each slot, and which of this process's terms are in it."""
+        start = 0
+        for slot in self.slots(total, state):
+            part = self.group.share(slot.terms)
+            yield slot, slice(start, start := start + part.stop - part.start)
+
+    def batches(self, experience: Experience, total: int, state: TrainState) -> list[slice]:
         """The terms of each micro-batch of `update`."""
         most, found = self.cfg.optim.states_at_once, []
-        for slot in slots(len(experience), self.cfg.optim, state.slots):
-            first = slot.terms.start
-            found += [slice(first + b.start, first + b.stop) for b in batches(experience.index[slot.terms], most)]
+        for _, own in self.own(total, state):
+            parts = batches(experience.index[own], most)
+            found += [slice(own.start + b.start, own.start + b.stop) for b in parts]
         return found
 
-    def update(self, experience: Experience, state: TrainState, timer: Any = None) -> dict[str, Any]:
-        """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log."""
+    def update(
+        self, experience: Experience, state: TrainState, timer: Any = None, total: int | None = None
+    ) -> dict[str, Any]:
+        """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log.
+
+        total: terms of all processes, of which `experience` has this one's share of each slot.
+        """
+        total = len(experience) if total is None else total
         timed = timer or (lambda name: contextlib.nullcontext())
         totals: Tensor | None = None
         loss_sum: Tensor | float = 0.0
         norms, used, dead = [], 0, 0
         guided = self.objective.guided(self.cfg.sample)
-        for slot in slots(len(experience), self.cfg.optim, state.slots):
-            part = experience.select(slot.terms)
+        for slot, own in self.own(total, state):
+            part = experience.select(own)
             for e in part.micro_batches(self.cfg.optim.states_at_once):
                 with timed("backward"):
                     m = predict_states(self.policy, self.table, e, e.states, guided)
@@ -176,9 +209,33 @@ class Learner:
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
         state.pairs += used
+        if state.slots:
+            self.hand_in()
+        if self.group.size > 1 and used:
+            loss_sum, totals, dead = self._summed(loss_sum, totals, dead)
         record = self._log(used, loss_sum, totals, norms) | {"dead_batches": dead}
         self.go_to(self.scheduler.last_epoch + 1)
         return record
+
+    def hand_in(self) -> None:
+        """Gradients that wait for the next iteration's become process 0's alone: a checkpoint holds them once."""
+        if self.group.size > 1:
+            self._add_gradients()
+            if not self.group.main:
+                self.optimizer.zero_grad(set_to_none=True)
+
+    def _add_gradients(self) -> None:
+        for p in self.parameters:  # a share may be empty, and its gradient then zero
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.group.add([p.grad for p in self.parameters if p.grad is not None])
+
+    def _summed(self, loss_sum: Any, totals: Tensor | None, dead: int) -> tuple[Tensor, Tensor, int]:
+        """The statistics of all processes."""
+        device = self.policy.device
+        own = torch.zeros(len(self.objective.stats), device=device) if totals is None else totals
+        sums = torch.cat([torch.as_tensor([float(loss_sum), dead], device=device), own]).double()
+        self.group.add([sums])
+        return sums[0], sums[2:], int(sums[1])
 
     def is_dead(self, stats: Tensor) -> bool:
         """Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0. Waits for the device."""
@@ -193,9 +250,8 @@ class Learner:
 
         A gradient that is not finite is dropped, whatever the precision, and no step is taken.
         """
-        if all(p.grad is None for p in self.parameters):  # every backward was skipped; momentum moves on all the same
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p)
+        if self.group.size > 1 or all(p.grad is None for p in self.parameters):
+            self._add_gradients()  # of skipped backwards: zeros, momentum moves on all the same
         self.scaler.unscale_(self.optimizer)
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = float(total)  # waits for the device, once an optimizer step
@@ -246,20 +302,29 @@ class TrainingRun(Generic[C]):
     learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
 
     def __init__(self, cfg: C):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RuntimeError("several processes (WORLD_SIZE > 1) are not supported yet. Start one, without torchrun.")
-        self.device = pick_device(cfg.run.device)
+        self.device = pick_device(distributed.own_device(cfg.run.device))
+        self.group = distributed.join(self.device)
+        self.stop = StopRequest(cfg.run.stop_seconds)
         self.cfg: C = cfg
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
         self.run_dir = Path(cfg.run.output_dir)
-        self.resume = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint)
+        found = checkpoint.find(self.run_dir, cfg.run.resume_from_checkpoint) if self.group.main else None
+        self.resume: Path | None = self.group.told(found)
         self.state = TrainState()
 
-    def start(self) -> MetricsLog:
-        """Resume, or set aside what an earlier run left, and open the log."""
+    def settings(self) -> dict[str, Any]:
+        """As a checkpoint keeps them."""
+        return self.cfg.flat()
+
+    def start(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none."""
         notes: list[str] = []
         if self.resume is not None:
-            self.state, notes = checkpoint.load(self.resume, self.learner, self.cfg.flat())
+            main = self.group.main
+            self.state, notes = checkpoint.load(self.resume, self.learner, self.settings(), main)
+        if not self.group.main:
+            return contextlib.nullcontext()
+        if self.resume is not None:
             notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
         else:
             if self.cfg.run.resume_from_checkpoint is not None:  # the word latest: a path without one is an error
@@ -276,8 +341,17 @@ class TrainingRun(Generic[C]):
 
     def save(self) -> Path:
         """Write a checkpoint of the current iteration."""
-        settings, limit = self.cfg.flat(), self.cfg.run.checkpoints_total_limit
+        settings, limit = self.settings(), self.cfg.run.checkpoints_total_limit
         return checkpoint.save(self.run_dir, self.state, self.learner, self.export_beside, settings, limit)
+
+    def stopped(self) -> None:
+        """Save, unless that has just been done, and say how to go on."""
+        last = self.run_dir / f"checkpoint-{self.state.iteration}"
+        if self.group.main:
+            saved = last if last in checkpoint.checkpoints(self.run_dir) else self.save()
+            print(
+                f"stopped after iteration {self.state.iteration}; --resume_from_checkpoint latest goes on from {saved}"
+            )
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         """Other software's files that go into each checkpoint."""
@@ -287,14 +361,25 @@ class TrainingRun(Generic[C]):
         return []
 
 
+class Inputs(NamedTuple):
+    """What an iteration learns from."""
+
+    batch: Any  # RolloutBatch of this process, or offline.PairInputs
+    prompts: slice  # which of the global batch it is; empty if nothing of it is kept
+    total: int  # prompts of the global batch
+    epoch: int
+
+
 class Run(TrainingRun[Config]):
     """One run of preference optimisation: its parts, built from a Config."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        self.prompts, self.sampler = training_prompts(cfg)
+        if cfg.adapter.full_finetune and self.group.size > 1:
+            raise ValueError("--full_finetune is not sharded over processes. Start one, or leave it out: train a LoRA.")
+        self.prompts, self.sampler = training_prompts(cfg, self.group.size)
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
-        self.lock = checkpoint.lock(self.run_dir)
+        self.lock = checkpoint.lock(self.run_dir) if self.group.main else None
         self.found = found_device(self.device)
         if self.found.memory_bytes is not None:
             print("predicting what fits into memory ...", flush=True)
@@ -302,7 +387,9 @@ class Run(TrainingRun[Config]):
         self.cfg = cfg
         # before anything is loaded: nobody should learn after ten hours that nobody was logged in
         self.repository = (
-            claim_repository(cfg.run.hub_model_id or self.run_dir.resolve().name) if cfg.run.push_to_hub else None
+            claim_repository(cfg.run.hub_model_id or self.run_dir.resolve().name)
+            if cfg.run.push_to_hub and self.group.main
+            else None
         )
 
         prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
@@ -316,6 +403,8 @@ class Run(TrainingRun[Config]):
             self.choices.append(self.pick_attention())
         self.objective, self.pairs = make_objective(cfg.objective), None
         if self.objective.sampler == "data":
+            if self.group.size > 1:
+                raise ValueError(f"--method {cfg.objective.method} trains on one process. Start it without torchrun.")
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
         if self.pairs is not None:  # noised to any timestep
@@ -331,7 +420,7 @@ class Run(TrainingRun[Config]):
         on_gpu = self.device.type == "cuda"
         self.record_graphs(CudaCapture(self.device) if on_gpu and cfg.engine.cuda_graphs else None)
         self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
-        self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total)
+        self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total, self.group)
         self.warnings = Watch(cfg)
         self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
 
@@ -376,7 +465,9 @@ class Run(TrainingRun[Config]):
             print(f"{rows:,} pairs of {cfg.pairs.pairs}, {held_out:,} held out; ", end="")
         else:
             print(f"{len(self.prompts)} prompts, {repeats} of them repeats; ", end="")
-        print(f"{self.total} iterations of {cfg.sample.sample_batch_size} {'pairs' if self.pairs else 'prompts'}")
+        size, each = self.group.size, cfg.sample.sample_batch_size
+        of = f"{size * each} {'pairs' if self.pairs else 'prompts'}"
+        print(f"{self.total} iterations of {of}" + (f" on {size} processes" if size > 1 else ""))
         if cut and self.pairs is None:
             limit = self.model.tokenizers[0].model_max_length
             print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
@@ -384,18 +475,25 @@ class Run(TrainingRun[Config]):
     def encode_prompts(self) -> None:
         """All prompts through the text encoders once; they leave memory afterwards."""
         prompts = self.prompts if self.pairs is None else []  # those of pairs are encoded as they come
+        if not self.group.main:
+            self.group.any(False)  # process 0 encodes them, the others read
         encoded = self.model.prompt_cache.ensure([*prompts, "", *self.validation_prompts()])
+        if self.group.main:
+            self.group.any(False)
         if encoded:
             print(f"encoded {encoded} prompts into {self.model.prompt_cache.directory}")
 
-    def inputs(self, iteration: int) -> tuple[Any, int]:
-        """What an iteration learns from, and its epoch."""
+    def inputs(self, iteration: int) -> Inputs:
         if self.pairs is not None:
             pairs, self.state.position = self.pairs.batch(iteration, self.state.position)
-            return pairs, self.state.position // len(self.pairs.train_rows)
+            epoch = self.state.position // len(self.pairs.train_rows)
+            return Inputs(pairs, slice(0, len(pairs)), len(pairs), epoch)
         batch = self.sampler.batch(iteration)
-        inputs = self.rollout_batch(batch.indices, iteration)
-        return replace(inputs, closed=window.closed(self.state.window, iteration, self.cfg.sample)), batch.epoch
+        own = self.group.share(slice(0, len(batch.indices)))
+        # a short last batch may leave a process nothing: it draws the first prompt, of which nothing is kept
+        inputs = self.rollout_batch(batch.indices[own] or batch.indices[:1], iteration)
+        inputs = replace(inputs, closed=window.closed(self.state.window, iteration, self.cfg.sample))
+        return Inputs(inputs, own, len(batch.indices), batch.epoch)
 
     def rollout_batch(self, indices: list[int], iteration: int) -> RolloutBatch:
         prompts = [self.prompts[i] for i in indices]
@@ -408,46 +506,55 @@ class Run(TrainingRun[Config]):
         merged = sample.rollout_weights == "merged"
         return self.policy.merged(self.cfg.run.seed, iteration) if merged else contextlib.nullcontext()
 
-    def iterate(self, iteration: int, timer: Timer) -> dict[str, Any]:
-        """One iteration: experience, frozen networks, updates. Returns what to log."""
+    def iterate(self, iteration: int, timer: Timer) -> dict[str, Any] | None:
+        """One iteration: experience, frozen networks, updates. Returns what to log; None if the run is to stop."""
         cfg, sample, objective = self.cfg, self.cfg.sample, self.objective
         decode = Saturation(self.decode)
-        score = InPhase(self.scorer, functools.partial(timer, "score"))  # decoding included
-        with timer("rollout"), self.rollout_weights(sample, iteration):
-            inputs, epoch = self.inputs(iteration)
-            arguments = (self.policy, self.table, score, decode, inputs, sample, cfg.model.images_per_decode)
+        score = InPhase(self.scorer, functools.partial(self.score_phase, timer))  # decoding included
+        with contextlib.suppress(Stopped), timer("rollout"), self.rollout_weights(sample, iteration):
+            inputs = self.inputs(iteration)
+            arguments = (self.policy, self.table, score, decode, inputs.batch, sample, cfg.model.images_per_decode)
             experience = objective.collect(*arguments)
+        if self.group.any(bool(self.stop.signal)):
+            return None
+        scores = distributed.whole_scores(experience.scores, inputs.prompts, self.group)
+        cut = lambda total: (slot.terms for slot in self.learner.slots(total, self.state))  # noqa: E731
+        dealt = distributed.rebalance(experience, inputs.prompts, self.group, cfg.run.seed, iteration, cut)
+        experience, total, B = dealt.experience, dealt.total, inputs.total
         left_out: dict[str, float] = {}
         if sample.branch_window == "auto":
-            window.observe(self.state.window, experience, sample, inputs.closed, len(inputs))
-            left_out = window.saved(self.state.window, inputs.closed, sample, len(inputs))
-        order = permutation(len(experience), cfg.run.seed, iteration).to(self.device)
-        experience = experience.select(order)
+            window.observe(self.state.window, dealt.rows.tolist(), sample, inputs.batch.closed, B)
+            left_out = window.saved(self.state.window, inputs.batch.closed, sample, B)
         with timer("reference"):
-            batches = functools.partial(self.learner.batches, experience, self.state)
+            batches = functools.partial(self.learner.batches, experience, total, self.state)
             most = cfg.optim.states_at_once
             experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
         if iteration == 0 and objective.sampler != "data" and len(experience):
             print(start_text(starting_ratios(self.policy, self.table, experience, sample, cfg.optim.states_at_once)))
         skipped = self.state.skipped_steps
-        record = self.learner.update(experience, self.state, timer)
-        if len(experience) == 0 and not experience.scores.isfinite().all():
+        record = self.learner.update(experience, self.state, timer, total)
+        if total == 0 and not scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
-        possible = len(inputs) * len(objective.term_states(sample))
+        states = sum(int(n) for n in self.group.gather(torch.tensor([len(experience.states)])))
         judged: dict[str, Any] = {}
-        if len(scores := experience.scores):  # labelled pairs have none
+        if len(scores):  # labelled pairs have none
             judged = {"score_mean": scores.mean(), "score_std": scores.std()}
-            judged |= gaps(scores.view(-1, sample.num_candidates, len(inputs)))
+            judged |= gaps(scores.view(-1, sample.num_candidates, B))
         return {
-            **{"epoch": epoch, **judged},
-            **{"pairs": len(experience), "valid_share": len(experience) / possible, "states": len(experience.states)},
-            "images": experience.scores.numel(),
-            **decode.record(),
+            **{"epoch": inputs.epoch, **judged},
+            **{"pairs": total, "valid_share": total / (B * len(objective.term_states(sample))), "states": states},
+            "images": scores.numel(),
+            **decode.record(self.group, inputs.prompts),
             **left_out,
             **record,
             **{"optimizer_steps": self.state.optimizer_steps, "skipped_steps": self.state.skipped_steps},
             **{"nonfinite_steps": self.state.skipped_steps - skipped},
         }
+
+    def score_phase(self, timer: Timer) -> contextlib.AbstractContextManager[None]:
+        """A judgement is a safe point: nothing has changed yet in this iteration."""
+        self.stop.safe_point()
+        return timer("score")
 
     def diagnosis(self) -> Path:
         """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
@@ -477,6 +584,10 @@ class Run(TrainingRun[Config]):
 
     def export(self, directory: Path) -> list[Path]:
         return self.model.save(self.policy, directory)
+
+    def settings(self) -> dict[str, Any]:
+        size = self.group.size
+        return {**self.cfg.flat(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         self.export(checkpoint_dir)
@@ -582,59 +693,108 @@ class Run(TrainingRun[Config]):
         """From the first or the resumed iteration to the last; returns the run directory."""
         timer = Timer(self.device)
         try:
-            return self._train(timer)
+            with self.stop:
+                return self._train(timer)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise RunError(out_of_memory(self.cfg, timer.phase, self.found, self.model.resolved)) from error
+        finally:
+            self.group.leave()
 
     def _train(self, timer: Timer) -> Path:
         self.announce()
         with timer("encode prompts"):
             self.encode_prompts()
         with self.start() as log:
-            with timer("validate"):
-                before = self.before_score(log)
+            before = None
+            if log is not None:
+                with timer("validate"):
+                    before = self.before_score(log)
             timer.read_ms()  # the first iteration's record has its own times only
             try:
-                self._loop(log, timer)
+                done = self._loop(log, timer)
             finally:
                 if self.pairs is not None:
                     self.pairs.close()
-        self.finish(before)
+        if not done:
+            self.stopped()
+        elif self.group.main:
+            self.finish(before)
+        self.group.any(False)
         return self.run_dir
 
-    def _loop(self, log: MetricsLog, timer: Timer) -> None:
+    def _loop(self, log: MetricsLog | None, timer: Timer) -> bool:
+        """False if the run was asked to stop before its end."""
         costs = None if self.found.memory_bytes is None else predict(self.cfg, self.model.resolved, self.device.type)
-        telemetry = Telemetry(self.device, self.found.name, costs, read_metrics(log.path))
+        records = () if log is None else read_metrics(log.path)
+        telemetry = Telemetry(self.device, self.found.name, costs, records, self.group.size)
         print("".join(f"{note}\n" for note in telemetry.notes()), end="")
         with ProgressLine(self.total) as progress:
-            while self.state.iteration < self.total:
-                iteration = self.state.iteration
+            while (iteration := self.state.iteration) < self.total:
+                before = copy.deepcopy(self.state)
                 record = self.iterate(iteration, timer)
+                if record is None:
+                    self.state = before
+                    return False
                 self.state.iteration += 1
-                record |= self.show_progress(iteration, log, timer)
-                record["device"] = self.found.name
-                record |= (times := timer.read_ms()) | telemetry.read(record, times)
-                record |= gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {}
-                # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
-                record = log.log(iteration, record)
-                for warning in record.get("warnings", ()):
-                    print(f"warning: iteration {iteration}: {warning}.")
-                progress.update(record)
+                if log is not None:
+                    self.tell(iteration, record, log, timer, telemetry, progress)
+                timer.read_ms()
                 broken = self.state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps
-                if broken or ("validation_score" in record and self.state.iteration < self.total):
-                    self.report()
                 if broken:
-                    what = "optimizer steps" if record["pairs"] else "iterations' scores"
-                    raise RunError(
-                        f"{self.state.nonfinite_in_a_row} {what} in a row were not finite; see {self.diagnosis()}. "
-                        "Go on from the last checkpoint with a lower --learning_rate (--resume_from_checkpoint "
-                        "latest), or start anew in another --output_dir with --mixed_precision bf16 or no."
-                    )
+                    raise RunError(self.broken_text("optimizer steps" if record["pairs"] else "iterations' scores"))
                 if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:
-                    with timer("save"):
-                        self.save()
+                    self.check_agreement()
+                    if self.group.main:
+                        with timer("save"):
+                            self.save()
+                if self.group.any(bool(self.stop.signal)):  # where all wait for process 0's files
+                    return self.state.iteration == self.total
+        return True
+
+    def tell(
+        self,
+        iteration: int,
+        record: dict[str, Any],
+        log: MetricsLog,
+        timer: Timer,
+        telemetry: Telemetry,
+        progress: ProgressLine,
+    ) -> None:
+        """Grids, log, warnings and progress of an iteration, by process 0."""
+        record |= self.show_progress(iteration, log, timer)
+        record["device"] = self.found.name
+        record |= (times := timer.read_ms()) | telemetry.read(record, times)
+        record |= gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {}
+        # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
+        record = log.log(iteration, record)
+        for warning in record.get("warnings", ()):
+            print(f"warning: iteration {iteration}: {warning}.")
+        progress.update(record)
+        if "validation_score" in record and self.state.iteration < self.total:
+            self.report()
+
+    def broken_text(self, what: str) -> str:
+        """Why the run stops, its diagnosis written."""
+        if not self.group.main:
+            return f"{what} were not finite; process 0 says more."
+        self.report()
+        return (
+            f"{self.state.nonfinite_in_a_row} {what} in a row were not finite; see {self.diagnosis()}. "
+            "Go on from the last checkpoint with a lower --learning_rate (--resume_from_checkpoint "
+            "latest), or start anew in another --output_dir with --mixed_precision bf16 or no."
+        )
+
+    def check_agreement(self) -> None:
+        """Raises RunError if the processes' weights have come apart: a faulty device, or unequal libraries."""
+        if self.group.size > 1:
+            sums = torch.stack([p.detach().double().sum() for p in self.learner.parameters])
+            if any(not torch.equal(*pair) for pair in itertools.pairwise(self.group.gather(sums[None]))):
+                raise RunError(
+                    f"the processes' weights differ after iteration {self.state.iteration}: a device or its libraries "
+                    "compute something else. --resume_from_checkpoint latest goes on from before it."
+                )
 
     def before_score(self, log: MetricsLog) -> float | None:
         """The validation score before training, kept in the run directory so that a resumed run still has it."""
@@ -733,8 +893,12 @@ class Saturation:
         self._means.append((shown.amax(1) - shown.amin(1)).mean((1, 2)))
         return pixels
 
-    def record(self) -> dict[str, Tensor]:
-        return {"saturation": torch.cat(self._means).mean()} if self._means else {}
+    def record(self, group: Group, prompts: slice) -> dict[str, Tensor]:
+        """Of everybody's images; prompts: those of this process's that count, none or all."""
+        if not self._means:
+            return {}
+        own = torch.cat(self._means)
+        return {"saturation": torch.cat(group.gather(own if prompts.stop > prompts.start else own[:0])).mean()}
 
 
 def write_grid(path: Path, rows: list[list[Tensor]], prompts: list[str] | None = None, smallest: int = 96) -> None:

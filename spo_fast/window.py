@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from spo_fast.config import SampleConfig
-from spo_fast.experience import Experience
 from spo_fast.rollout import segments
 
 NEAR_ZERO = 0.02  # of a segment's pairs
@@ -30,9 +29,8 @@ def closed(window: Mapping[str, list[float]], iteration: int, cfg: SampleConfig)
     return frozenset(poor) if poor < starts else frozenset()
 
 
-def observe(window: Window, experience: Experience, cfg: SampleConfig, left_out: frozenset[int], prompts: int) -> None:
-    """Count the rollout's comparisons; the experience is read back, in the rollout's order or another."""
-    rows = experience.states.rows[experience.index[:, 0, 0]].tolist()
+def observe(window: Window, rows: list[int], cfg: SampleConfig, left_out: frozenset[int], prompts: int) -> None:
+    """Count a rollout's comparisons; rows: of its terms' first transitions, in any order."""
     for first, _ in segments(cfg):
         if first not in left_out:
             count, share = window.get(str(first), [0.0, 0.0])

@@ -79,8 +79,8 @@ def measure(output_dir: Path, **settings: Any) -> Measured:
     run.model.unet.register_forward_pre_hook(
         lambda _, args: rows.append(0 if torch.is_grad_enabled() else len(args[0]))
     )
-    decode = run.model.decode
-    run.model.decode = lambda x: images.append(len(x)) or decode(x)  # type: ignore[method-assign, func-returns-value]
+    decode = run.decode
+    run.decode = lambda x: images.append(len(x)) or decode(x)  # type: ignore[method-assign, func-returns-value]
     with LiveStorage() as live:
         held = live.count(weights(run))
         run.iterate(1, live.phase)  # type: ignore[arg-type]  # a timer

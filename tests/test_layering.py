@@ -12,8 +12,8 @@ ORDER = (
     ("models", "scorers"),
     ("rollout", "offline"),
     ("objectives", "window"),
-    ("checkpoint", "metrics", "data", "pairs", "presets", "watch"),
-    ("preference_report", "pair_images"),
+    ("checkpoint", "metrics", "data", "pairs", "presets", "watch", "distributed", "stopping"),
+    ("preference_report", "pair_images", "prompt_sets", "measure"),
     ("costs",),
     ("choices",),
     ("engine",),
@@ -22,7 +22,8 @@ ORDER = (
     ("trainer", "dry_run"),
     ("preference_trainer",),
     ("cli",),
-    ("train", "train_spm"),
+    ("train", "train_spm", "evaluate"),
+    ("compare",),
 )
 LAYERS = {part: number for number, parts in enumerate(ORDER) for part in parts}
 # the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them

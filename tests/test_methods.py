@@ -191,8 +191,9 @@ def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
     _, table, batch = setup(cfg)
     batch = dataclasses.replace(batch, draws=KeyedDraws(1, 0, torch.arange(3)), dtype=torch.float32)
     steps: list[int] = []
-    whole, made = rollout.Walk.step, rollout.transition
-    monkeypatch.setattr(rollout.Walk, "step", lambda walk, m, x, i, *a: steps.append(i) or whole(walk, m, x, i, *a))  # type: ignore[func-returns-value]
+    branch, advance, made = rollout.Walk.branch, rollout.Walk.advance, rollout.transition
+    monkeypatch.setattr(rollout.Walk, "branch", lambda walk, m, x, i: steps.append(i) or branch(walk, m, x, i))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(rollout.Walk, "advance", lambda walk, x, i: steps.append(i) or advance(walk, x, i))  # type: ignore[func-returns-value]
     children: list[int] = []
     monkeypatch.setattr(rollout, "transition", lambda *a, **k: children.append(k["num_children"]) or made(*a, **k))
     net = Net()

@@ -1,6 +1,6 @@
 """Do the other methods do what they are for: rewards rise, held-out pairs are told apart. Whole runs, three seeds.
 
-About ten minutes each on one core. Only what is robust is asserted; what a run printed is in benchmarks/LOG.md.
+A few minutes each on one core. Only what is robust is asserted; what a run printed is in benchmarks/LOG.md.
 """
 
 from __future__ import annotations

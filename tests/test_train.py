@@ -247,6 +247,7 @@ def test_a_resumed_run_that_forgot_something_would_differ(whole_run: Path, tmp_p
     state = load_file(file)
     state["0.step"] += 1
     save_file(state, file)
+    checkpoint.write_sums(file.parent)
     run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", checkpointing_steps=1)
     assert [r["iteration"] for r in facts(copy)] == list(range(ITERATIONS))
     with pytest.raises(AssertionError, match="trained.safetensors"):

@@ -30,18 +30,13 @@ def test_what_is_left_out():
 
 
 def test_the_running_share_is_a_mean_first_and_then_moves(monkeypatch):
-    class Fake:
-        def __init__(self, rows):
-            self.index = torch.arange(len(rows)).view(-1, 1, 1)
-            self.states = type("S", (), {"rows": torch.tensor(rows, dtype=torch.int64)})
-
     seen: window.Window = {}
-    window.observe(seen, Fake([2, 3, 2, 3, 4, 5]), CFG, frozenset(), 4)
+    window.observe(seen, [2, 3, 2, 3, 4, 5], CFG, frozenset(), 4)
     assert seen == {"2": [4.0, 0.5], "4": [4.0, 0.25], "6": [4.0, 0.0]}
-    window.observe(seen, Fake([2, 3]), CFG, frozenset({4}), 4)
+    window.observe(seen, [2, 3], CFG, frozenset({4}), 4)
     assert seen["2"] == [8.0, pytest.approx((2 + 1) / 8)] and seen["4"] == [4.0, 0.25]
     for _ in range(200):
-        window.observe(seen, Fake([]), CFG, frozenset(), 4)
+        window.observe(seen, [], CFG, frozenset(), 4)
     assert seen["2"][1] < 1e-3
 
 

@@ -131,7 +131,7 @@ SETTINGS = [
     ("--model sdx", ["--model='sdx' is none of toy, sd15, sdxl.", "Did you mean 'sdxl'"]),
     ("--method dspo", ["--method='dspo' is none of spo, mspo, d3po", "Did you mean 'spo'"]),
     ("--recipe publish", ["--recipe='publish' is none of default, published, fast.", "Did you mean 'published'"]),
-    ("--scorer pikscore", ["unknown scorer 'pikscore'. Known: spm, pickscore, lrm.", "Did you mean 'pickscore'"]),
+    ("--scorer pikscore", ["unknown scorer 'pikscore'. Known: spm, pickscore, ", "Did you mean 'pickscore'"]),
     ("--scorer text_projection", ["unknown scorer 'text_projection'. Known: spm, pickscore"]),
     ("--scorer spm:high", ["spm:high", "must be a number, as in spm:0.5"]),
     ("--scorer spm:nan", ["spm:nan", "must be a number"]),

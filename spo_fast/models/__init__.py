@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping
 
 from spo_fast.config import ModelConfig, ScorerConfig, did_you_mean
 from spo_fast.models.lora import find_lora
-from spo_fast.models.sources import DEFAULTS, Missing, ModelSource, Present, Resolved, look, resolve_all
+from spo_fast.models.sources import (
+    DEFAULTS,
+    Missing,
+    ModelSource,
+    Present,
+    Resolved,
+    find_contender,
+    look,
+    resolve_all,
+)
 
 
 def _public(kind: str, cfg: ModelConfig) -> ModelSource:
@@ -41,7 +50,7 @@ MODELS: dict[str, Callable[[ModelConfig], ModelSource]] = {
 }
 
 
-SCORER_NAMES = ("spm", "pickscore", "lrm")
+SCORER_NAMES = ("spm", "pickscore", "hpsv2", "hpsv21", "clip", "aesthetic", "image_reward", "lrm")
 
 
 def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -65,8 +74,7 @@ def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
 
 def scorer_paths(cfg: ScorerConfig) -> dict[str, str | None]:
     """The scorers of a run and the local paths given for them."""
-    given = {"spm": cfg.spm_path, "pickscore": cfg.pickscore_path, "lrm": cfg.lrm_path}
-    return {name: given[name] for name, _ in scorer_specs(cfg.scorer)}
+    return cfg.paths_of(name for name, _ in scorer_specs(cfg.scorer))
 
 
 def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
@@ -88,4 +96,4 @@ def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapp
     return {name: path or (str(shipped[name]) if name in shipped else None) for name, path in scorers.items()}
 
 
-__all__ = ["MODELS", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]
+__all__ = ["MODELS", "find_contender", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def find_lora(path: str | Path) -> Path:
-    """The file that --lora_path names. Raises FileNotFoundError, or ValueError for one that is damaged."""
+def find_lora(path: str | Path, flag: str = "--lora_path") -> Path:
+    """The file that the flag names. Raises FileNotFoundError, or ValueError for one that is damaged."""
     file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"--lora_path {path}: there is no {file}. Give a {LORA_FILE} or its directory.")
+        raise FileNotFoundError(f"{flag} {path}: there is no {file}. Give a {LORA_FILE} or its directory.")
     read_header(file)
     return file
 
@@ -44,6 +44,53 @@ def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, 
     }
     _check(f"--lora_path {file}", found, _alpha(file), unet, adapter)
     return found
+
+
+def apply_lora(file: Path, unet: Any, kind: str) -> None:
+    """Put a LoRA of any rank, alpha and layers on a UNet; `unet.delete_adapters("default")` takes it off again.
+
+    file: in diffusers' names or kohya's. Raises ValueError if it is damaged, for another model, or does not fit itself.
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    loader: Any = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}[kind]
+    read_header(file)
+    try:
+        state, alphas, metadata = loader.lora_state_dict(
+            str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True,
+            unet_config=unet.config,
+        )  # fmt: skip
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{file} is no LoRA that diffusers reads ({error}). Convert it to diffusers' names."
+        ) from error
+    if odd := next((name for name in state if not name.startswith("unet.")), None):
+        raise ValueError(f"{file} holds more than a LoRA of a UNet ({odd}), which is all that is compared here.")
+    layers = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in state.items()})
+    if not layers:
+        raise ValueError(f"{file} holds no LoRA of a UNet: no name in it begins with unet. or lora_unet_.")
+    weights = {name: module.weight.shape for name, module in unet.named_modules() if hasattr(module, "weight")}
+    for name, down in layers.items():
+        if ".lora_A." not in name:
+            continue
+        layer, up = name.split(".lora_A.")[0], layers.get(name.replace(".lora_A.", ".lora_B."))
+        if layer not in weights:
+            raise ValueError(f"{file} belongs to another base model: this one has no layer {layer}.")
+        if up is None or up.shape[1] != down.shape[0]:
+            ranks = f"{down.shape[0]} and {'none' if up is None else up.shape[1]}"
+            raise ValueError(f"{file} is damaged: the two matrices of {layer} have ranks {ranks}. Save it again.")
+        if down.shape[1:] != weights[layer][1:] or up.shape[0] != weights[layer][0]:
+            raise ValueError(
+                f"{file} belongs to another base model: its {layer} takes {tuple(down.shape[1:])} and gives "
+                f"{up.shape[0]} channels, here {tuple(weights[layer][1:])} and {weights[layer][0]}."
+            )
+    loader.load_lora_into_unet(state, alphas, unet, adapter_name="default", metadata=metadata)
+    dtype = unet.dtype
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:  # unet.to warns of modules to keep in float32, of which it has none
+            parameter.data = parameter.data.to(dtype)
+    unet.requires_grad_(False).eval()
 
 
 def _check(label: str, found: dict[str, Tensor], alpha: float | None, unet: Any, adapter: AdapterConfig) -> None:

@@ -7,6 +7,7 @@ from the disk only: the text encoders can be loaded, used and dropped before the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.client
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from spo_fast.config import did_you_mean
 from spo_fast.files import read_header, read_json
 from spo_fast.models.clip_tokenizer import clip_tokenizer
+from spo_fast.models.lora import LORA_FILE, find_lora
 from spo_fast.models.single_file import (
     TEXT_PREFIXES,
     check_model_file,
@@ -117,6 +119,17 @@ SCORER_SOURCES = {
         part="latent-reward",
         local_only="not fetched: give a folder of that repository, or train one (train_spm --parameterisation latent)",
     ),
+    "hpsv2": ScorerSource("HPSv2", "xswu/HPSv2", dict.fromkeys(KINDS, "HPS_v2_compressed.pt")),
+    "hpsv21": ScorerSource("HPSv2.1", "xswu/HPSv2", dict.fromkeys(KINDS, "HPS_v2.1_compressed.pt")),
+    "clip": ScorerSource("CLIP ViT-L/14", "openai/clip-vit-large-patch14"),
+    "aesthetic": ScorerSource(
+        "LAION's aesthetic predictor",
+        "camenduru/improved-aesthetic-predictor",
+        dict.fromkeys(KINDS, "sac+logos+ava1-l14-linearMSE.pth"),
+    ),
+    "image_reward": ScorerSource("ImageReward", "THUDM/ImageReward", dict.fromkeys(KINDS, "ImageReward.pt")),
+    "geneval": ScorerSource("GenEval's detector", "facebook/mask2former-swin-small-coco-instance"),
+    "bert": ScorerSource("BERT's vocabulary", "google-bert/bert-base-uncased", dict.fromkeys(KINDS, "vocab.txt")),
     "text_projection": ScorerSource("CLIP ViT-L/14 (its text projection)", "openai/clip-vit-large-patch14"),
 }
 
@@ -267,6 +280,22 @@ def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]
         need = _Need(s.what, path or s.repository, f"--{name}_path", () if file else (s.part,), file)
         needs.append(replace(need, local_only=s.local_only))
     return needs
+
+
+def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Missing:
+    """("lora", file) or ("unet", directory) of a run, a LoRA, a UNet or a hub id of either, downloaded if need be."""
+    local = Path(os.path.expanduser(source))
+    for folder in (local, local / "unet"):
+        if local.is_dir() and (folder / "config.json").is_file():
+            return ("unet", folder)
+    if local.exists():
+        return ("lora", find_lora(local, flag))
+    model = dataclasses.replace(DEFAULTS[kind], cache_dir=None)
+    lora = _find(_Need("LoRA", source, flag, file=LORA_FILE), model, download=True)
+    if isinstance(lora, Path):
+        return ("lora", lora)
+    unet = _find(_Need("LoRA or UNet", source, flag, parts=("unet",)), model, download=True)
+    return ("unet", unet / "unet") if isinstance(unet, Path) else unet
 
 
 def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
@@ -483,6 +512,13 @@ def load_unet(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
     return _frozen(_from_directory(UNet2DConditionModel, resolved.model_path, "unet", dtype, resolved.source.variant))
 
 
+def load_unet_from(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """Another UNet2DConditionModel, such as what full fine-tuning left."""
+    from diffusers import UNet2DConditionModel
+
+    return _frozen(_from_directory(UNet2DConditionModel, directory, "", dtype, None))
+
+
 def load_vae(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
     """The AutoencoderKL or AutoencoderTiny in dtype on the CPU, in eval mode, frozen."""
     import diffusers
@@ -528,6 +564,14 @@ def text_files(resolved: Resolved) -> list[Path]:
         return [resolved.model_path, *sorted(settings)]
     chosen, _ = select_files(_names(resolved.model_path), parts, resolved.source.variant)
     return [resolved.model_path / name for name in chosen]
+
+
+def unet_files(resolved: Resolved) -> list[Path]:
+    """The files that hold the UNet."""
+    if resolved.single_file:
+        return [resolved.model_path]
+    chosen, _ = select_files(_names(resolved.model_path), ("unet",), resolved.source.variant)
+    return [resolved.model_path / name for name in chosen if name.startswith("unet/")]
 
 
 def vae_files(resolved: Resolved) -> list[Path]:

@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from spo_fast.config import did_you_mean
-from spo_fast.scorers.clip_scorers import ClipScorer, Tokenize, load_pickscore, load_spm, make_tiny_spm
+from spo_fast.config import SCORERS_BESIDE, did_you_mean
+from spo_fast.scorers.aesthetic import load_aesthetic
+from spo_fast.scorers.clip_scorers import (
+    ClipScorer,
+    Tokenize,
+    load_clip_score,
+    load_pickscore,
+    load_spm,
+    make_tiny_spm,
+)
+from spo_fast.scorers.hps import load_hps
+from spo_fast.scorers.image_reward import load_image_reward
 from spo_fast.scorers.latent import TokenIds, load_lrm
+from spo_fast.scorers.pictures import cropped
 from spo_fast.scorers.weighted import WeightedSum
 
 if TYPE_CHECKING:
@@ -27,6 +38,7 @@ __all__ = [
     "Scorer",
     "WeightedSum",
     "judges",
+    "load_metric",
     "load_scorer",
     "make_tiny_spm",
     "repeat_text",
@@ -69,9 +81,14 @@ class PixelScorer(Scorer, Protocol):
         ...
 
 
-SCORERS: dict[str, Callable[[Path, Any, str | torch.device, torch.dtype], Scorer]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {  # (path, tokenize, device, dtype), and the path of SCORERS_BESIDE by name
     "spm": load_spm,
     "pickscore": load_pickscore,
+    "hpsv2": load_hps,
+    "hpsv21": load_hps,
+    "clip": load_clip_score,
+    "aesthetic": load_aesthetic,
+    "image_reward": load_image_reward,
     "lrm": load_lrm,
 }
 
@@ -97,10 +114,23 @@ def load_scorer(
                 f"Scorer {name!r} has no weights: give a local file or directory for it (paths has {sorted(paths)})."
             )
     loaders: dict[str, Callable[..., Scorer]] = {**SCORERS, "spm": partial(load_spm, time_conditioned=time_conditioned)}
-    reads = {"lrm": token_ids}
-    scorers = [loaders[name](Path(paths[name]), reads.get(name, tokenize), device, dtype) for name, _ in specs]
+    beside = [{b: Path(paths[b])} if (b := SCORERS_BESIDE.get(name)) else {} for name, _ in specs]
+    scorers = [
+        loaders[name](Path(paths[name]), token_ids if name == "lrm" else tokenize, device, dtype, **more)
+        for (name, _), more in zip(specs, beside, strict=True)
+    ]
     weights = [weight for _, weight in specs]
     return scorers[0] if weights == [1] else WeightedSum(scorers, weights)
+
+
+def load_metric(
+    name: str, paths: Mapping[str, str | Path], tokenize: Tokenize, device: str | torch.device, dtype: torch.dtype
+) -> Any:
+    """The scorer as published tables have it: PickScore's own processor resizes with antialias, the trainer's not."""
+    scorer: Any = load_scorer([(name, 1)], paths, tokenize, device, dtype)
+    if name == "pickscore":
+        scorer.preprocess = cropped
+    return scorer
 
 
 def repeat_text(text: Any, num_candidates: int) -> Any:

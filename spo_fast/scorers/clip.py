@@ -449,7 +449,8 @@ def find_weights(path: Path) -> Path:
     raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin. {hint}")
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, inside: str | None = None) -> dict[str, Tensor]:
+    """inside: the entry of a pickled training state that holds the tensors, if it has one of that name."""
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
@@ -461,6 +462,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as a file of tensors alone. Pickles that hold anything else are refused, since "
             "loading one can run code: if you trust it, load it yourself and save its state dict as .safetensors."
         ) from error
+    if inside is not None and isinstance(tensors, Mapping):
+        tensors = tensors.get(inside, tensors)
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} holds no state dict (names to tensors): save the state dict alone.")
     return dict(tensors)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,9 @@ from torch import Tensor
 
 from spo_fast.ops.resize_normalize import normalise_channels, resize_normalize
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_clip, save_clip, unit
+from spo_fast.scorers.pictures import CLIP_MEAN, CLIP_STD, PictureScorer, cropped
 
-if TYPE_CHECKING:
-    from spo_fast.experience import Candidates
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of pixels in [0, 1]
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
+Preprocess = Callable[[Tensor, int, torch.dtype], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
 """P prompts -> (P, L) int64 ids, L at most the text tower's max_length, the end token being the largest id."""
 
@@ -71,16 +66,26 @@ def normalise(pixels: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1]
 # --------------------------------------------------------------------------------------------------------------- scorer
 
 
-class ClipScorer:
+class ClipScorer(PictureScorer):
     """Score of decoded x0: the SPM when `model` is step-aware, PickScore (or any CLIP score) when it is plain.
 
     model: frozen here, and its towers cast to `dtype` in place (float32 as published; bfloat16 and float16 allowed).
     Whatever the dtype, the timestep's sinusoid, logit_scale and the cosine are float32.
+    preprocess: (pixels, size, dtype) -> what the vision tower sees. scale: of the cosine, in place of exp(logit_scale).
     tokenize: prompts -> ids. Each distinct prompt goes through the text tower once; its features stay on the CPU,
     MAX_CACHED_PROMPTS of them.
     """
 
-    def __init__(self, model: Clip, tokenize: Tokenize, *, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: Clip,
+        tokenize: Tokenize,
+        *,
+        dtype: torch.dtype = torch.float32,
+        preprocess: Preprocess = preprocess_for_scoring,
+        scale: float | None = None,
+    ):
+        self.preprocess, self.scale = preprocess, scale
         self.model = model.set_compute_dtype(dtype).requires_grad_(False).eval()
         self.tokenize = tokenize
         self.dtype = dtype
@@ -120,17 +125,10 @@ class ClipScorer:
         text: Tensor,  # (N, D) unit text features
     ) -> Tensor:  # (N,) float32
         """exp(logit_scale) * cos(image, text). Differentiable in pixels."""
-        x = preprocess_for_scoring(pixels, self.model.config.image_size, self.dtype)
+        x = self.preprocess(pixels, self.model.config.image_size, self.dtype)
         image = unit(self.model.get_image_features(x, t.reshape(1)))
-        return self.model.logit_scale.exp() * (image * text).sum(dim=-1)
-
-    @torch.no_grad()
-    def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
-        x0 = candidates.x0
-        scores = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
-        for rows, pixels in candidates.pixel_chunks():
-            scores[rows] = self.score_pixels(pixels, candidates.t, candidates.text[rows])
-        return scores
+        scale = self.model.logit_scale.exp() if self.scale is None else self.scale
+        return scale * (image * text).sum(dim=-1)
 
 
 def load_spm(
@@ -154,6 +152,15 @@ def load_pickscore(
     """yuvalkirstain/PickScore_v1: a plain ViT-H/14, blind to the timestep (an ablation of the SPO paper)."""
     clip = load_clip(path, time_conditioned=False, device=device, dtype=dtype)
     return ClipScorer(check_vocabulary(clip, tokenize, path), tokenize, dtype=dtype)
+
+
+def load_clip_score(
+    path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipScorer:
+    """openai/clip-vit-large-patch14: 100 cos (CLIPScore, arXiv 2104.08718, in percent and without its floor at 0)."""
+    clip = load_clip(path, time_conditioned=False, device=device, dtype=dtype)
+    checked = check_vocabulary(clip, tokenize, path)
+    return ClipScorer(checked, tokenize, dtype=dtype, preprocess=cropped, scale=100.0)
 
 
 def check_vocabulary(clip: Clip, tokenize: Tokenize, path: str | Path) -> Clip:

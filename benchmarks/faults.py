@@ -1,0 +1,203 @@
+"""python -m benchmarks.faults: faults injected into runs of the toy; what the user sees, and what was lost.
+
+Prints a Markdown table. Lost counts iterations behind the last checkpoint that a whole run of the same length would
+have, after resuming with the very same command: nothing before the last checkpoint may ever be missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from spo_fast import checkpoint, train, trainer
+from spo_fast.metrics import read_metrics
+
+ITERATIONS = 4
+LINE = shlex.split(
+    "--model toy --num_steps 4 --branch_start 2 --num_candidates 2 --sample_batch_size 2 --threshold -1 --resolution 8 "
+    "--max_prompts 4 --num_validation_images 0 --train_batch_size 2 --checkpointing_steps 1 --num_train_epochs 2"
+)
+
+
+def told(line: list[str]) -> tuple[int, str]:
+    """Exit status of a command and its last line of error, or of output if there is none."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train.main(line)
+    words = [text for text in (out.getvalue().strip(), err.getvalue().strip()) if text]
+    shown = words[-1].splitlines()
+    notes = [text for text in shown if text.startswith(("skipped", "stopped", "error", "warning"))]
+    return status, (notes or shown)[-1]
+
+
+class Faults:
+    """A finished run to copy from, and the table."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.rows = root, []
+        assert told([*LINE, "--output_dir", str(root / "whole")])[0] == 0
+
+    def copy(self, name: str, checkpoints: int = ITERATIONS) -> Path:
+        run = shutil.copytree(self.root / "whole", self.root / name)
+        for path in checkpoint.checkpoints(run):
+            if checkpoint.number(path) > checkpoints:
+                shutil.rmtree(path)
+        return run
+
+    def run(self, run_dir: Path, *more: str) -> tuple[int, str]:
+        resume = ["--resume_from_checkpoint", "latest"] if list(run_dir.glob("checkpoint-*")) else []
+        return told([*LINE, "--output_dir", str(run_dir), *resume, *more])
+
+    def row(self, fault: str, run_dir: Path | None, status: int, seen: str) -> None:
+        """run_dir: is gone on with afterwards, undisturbed, and must then hold what the whole run holds."""
+        lost = "-"
+        if run_dir is not None:
+            last = max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
+            resumed, _ = self.run(run_dir)
+            same = resumed == 0 and self.same(run_dir)
+            lost = f"nothing: went on from {last}, same end" if same else "THE END DIFFERS"
+        self.rows.append(f"| {fault} | {status} | {seen.replace(str(self.root), '...')[:200]} | {lost} |")
+        print(self.rows[-1], flush=True)
+
+    def same(self, run_dir: Path) -> bool:
+        from safetensors.torch import load_file
+
+        ours, theirs = (
+            load_file(r / f"checkpoint-{ITERATIONS}" / "trained.safetensors") for r in (run_dir, self.root / "whole")
+        )
+        counts = [r["iteration"] for r in read_metrics(run_dir / "metrics.jsonl")]
+        return counts == list(range(ITERATIONS)) and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+    # ------------------------------------------------------------------------------------------------ the faults
+
+    def damaged(self, fault: str, harm: Callable[[Path], None]) -> None:
+        run = self.copy(fault.replace(" ", "-"))
+        harm(run / f"checkpoint-{ITERATIONS}" / "trained.safetensors")
+        status, seen = self.run(run)
+        self.row(f"newest checkpoint: {fault}", run, status, seen)
+
+    def at_save(self, fault: str, error: BaseException) -> None:
+        run = self.copy(fault.replace(" ", "-"), 2)
+        with mock.patch.object(checkpoint, "save_file", side_effect=error):
+            self.row(fault, run, *self.run(run))
+
+    def signalled(self) -> None:
+        run, whole = self.copy("SIGTERM", 1), trainer.Learner.update
+
+        def signals(learner: Any, *args: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return whole(learner, *args)
+
+        with mock.patch.object(trainer.Learner, "update", signals):
+            status, seen = self.run(run)
+        self.row("SIGTERM in an update", run, status, seen)
+
+    def nan_loss(self) -> None:
+        run = self.copy("nan", 2)
+        broken = torch.full((), float("nan"))
+        whole = trainer.Run.rollout_weights
+
+        def poison(r: Any, *args: Any) -> Any:
+            with torch.no_grad():
+                r.policy.masters[0].mul_(broken)
+            return whole(r, *args)
+
+        with mock.patch.object(trainer.Run, "rollout_weights", poison):
+            status, seen = self.run(run, "--max_nonfinite_steps", "1")
+        self.row("weights turn NaN", run, status, seen)
+
+    def second_run(self) -> None:
+        run = self.copy("second", 2)
+        with checkpoint.lock(run):
+            status, seen = self.run(run)
+        self.row("a second run in the directory", run, status, seen)
+
+    def rank_killed(self) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        run = self.root / "rank"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        line = [*LINE, "--num_train_epochs", "1000", "--output_dir", str(run)]
+        command = [sys.executable, "-m", "spo_fast.train", *line]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**environment, "MASTER_PORT": str(port), "RANK": str(r)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(2)
+        ]
+        while not (run / "checkpoint-2").is_dir():
+            assert ranks[0].poll() is None
+        ranks[1].kill()
+        seen = ranks[0].communicate(timeout=100)[1].strip()
+        found = max(checkpoint.checkpoints(run), key=checkpoint.number)
+        whole = "whole" if checkpoint.damage(found) is None else "DAMAGED"
+        self.row("one of two processes killed", None, ranks[0].returncode, f"{seen} [last checkpoint {whole}]")
+
+    def hub(self) -> None:
+        gone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "no_hub")}
+        line = ["--model", "sdxl", "--output_dir", str(self.root / "hub")]
+        command = [sys.executable, "-m", "spo_fast.train", *line]
+        done = subprocess.run(command, env={**os.environ, **gone}, capture_output=True, text=True)
+        self.row("hub unreachable", None, done.returncode, " / ".join(done.stderr.strip().splitlines()[:4]))
+
+    def read_only(self) -> None:
+        error = PermissionError(errno.EACCES, "Permission denied")
+        with mock.patch.object(Path, "mkdir", side_effect=error):
+            self.row("directory that cannot be written", None, *told([*LINE, "--output_dir", str(self.root / "ro")]))
+
+    def malformed(self) -> None:
+        path = self.root / "config.yaml"
+        texts = [
+            f"{name}: {value}\n" for name in ("rank", "beta", "scorer", "sede", "seed", "method") for value in VALUES
+        ]
+        statuses, lines = set(), 0
+        for text in texts:
+            path.write_text(text)
+            status, seen = told(["--config", str(path), "--dry_run"])
+            statuses.add(status)
+            lines += seen.startswith("error: ") and "Traceback" not in seen and "unexpected" not in seen
+        self.row(f"{len(texts)} malformed configs", None, max(statuses), f"{lines} one-line errors that name the fault")
+
+
+VALUES = ("[1, 2", "{a: b}", "'", "!!python/object:os.system x", "&a *b", "\t- x", "1e999x", "nul\x01l", "- - -", "? :")
+
+
+def main() -> None:
+    print("| fault | exit status | what is seen | what was lost |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as root:
+        faults = Faults(Path(root))
+        faults.damaged("missing file", Path.unlink)
+        faults.damaged("truncated file", lambda p: p.write_bytes(p.read_bytes()[:-9]))
+        faults.damaged("bit flip", lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]))
+        faults.at_save("disk full", OSError(errno.ENOSPC, "No space left on device"))
+        faults.signalled()
+        faults.second_run()
+        faults.nan_loss()
+        faults.read_only()
+        faults.rank_killed()
+        faults.hub()
+        faults.malformed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Several processes of one run: who does what, and what they send each other.
+
+Every process rolls out its part of the global batch. The pairs that are valid then form one list, in the order in which
+a single process would have them; it is permuted once, cut into optimizer steps, and each step's terms are dealt out
+evenly. So no process waits for another that kept more pairs, and a run on W processes computes what one process does
+with W times the batch sizes. Only the terms themselves travel, each to its one owner; the LoRA's gradients are added up
+in one flat bucket before a step (SDXL, rank 4: 23 MB, far below a backward's time, so it is not overlapped with one).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spo_fast.config import RunError
+from spo_fast.experience import Cond, Experience, States
+from spo_fast.noise import permutation
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate launch set
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run. Alone, every method returns at once what it was given."""
+
+    rank: int = 0
+    size: int = 1
+    host: Any = None  # gloo, for what is in host memory; it waits for days, as process 0 draws sample grids meanwhile
+
+    @property
+    def main(self) -> bool:
+        """Process 0, which alone writes files and prints."""
+        return self.rank == 0
+
+    def share(self, whole: slice, rank: int | None = None) -> slice:
+        """A process's part of some consecutive things; parts differ by one at most and may be empty."""
+        rank, n = self.rank if rank is None else rank, whole.stop - whole.start
+        return slice(whole.start + rank * n // self.size, whole.start + (rank + 1) * n // self.size)
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """In place: the sum over all processes, by one all-reduce. All of one dtype and device."""
+        if self.size == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        with _peers():
+            dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+    def gather(self, rows: Tensor) -> list[Tensor]:  # (n, ...), n and nothing else differing between processes
+        """Everybody's rows, in host memory unless alone."""
+        if self.size == 1:
+            return [rows]
+        rows = rows.cpu().contiguous()
+        with _peers():
+            counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(counts, torch.tensor([len(rows)]), group=self.host)
+            most = max(int(n) for n in counts)
+            padded = rows.new_zeros(most, *rows.shape[1:])
+            padded[: len(rows)] = rows
+            found = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(found, padded, group=self.host)
+        return [part[: int(n)] for part, n in zip(found, counts, strict=True)]
+
+    def exchange(self, parts: list[Tensor]) -> list[Tensor]:  # (n_r, ...) for each process r -> (m_r, ...) from each
+        if self.size == 1:
+            return parts
+        like, sent = parts[0], torch.tensor([[len(part) for part in parts]])
+        got = [int(counts[0, self.rank]) for counts in self.gather(sent)]
+        width = like[:0].flatten(1).shape[1] if like.ndim > 1 else 1
+        data = torch.cat(parts).reshape(-1, width).contiguous().view(torch.uint8)  # bytes: any dtype may travel
+        received = data.new_empty(sum(got), data.shape[1])
+        with _peers():
+            dist.all_to_all_single(received, data, got, sent[0].tolist())
+        return list(received.view(like.dtype).reshape(-1, *like.shape[1:]).split(got))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so. All wait for the last one here, process 0 with its files included."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        with _peers():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host)
+        return bool(found)
+
+    def told(self, value: Any) -> Any:
+        """Process 0's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _peers():
+            dist.broadcast_object_list(box, group=self.host)
+        return box[0]
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+ALONE = Group()
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # a connection that a process's end has closed; all of torch.distributed's errors
+        raise RunError(
+            "another process of this run has ended, so this one cannot go on "
+            f"({' '.join(str(error).split())[:100]}). --resume_from_checkpoint latest goes on from the last checkpoint."
+        ) from error
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(name: str) -> str:
+    """--device as this process takes it: each of a node has a GPU of its own."""
+    if world_size() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
+def join(device: torch.device) -> Group:
+    """The group that torchrun or accelerate launch made; alone without them. NCCL between GPUs, gloo for the rest."""
+    if world_size() == 1:
+        return ALONE
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}. Start with torchrun or accelerate launch.")
+    with _peers():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        host = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    return Group(dist.get_rank(), dist.get_world_size(), host)
+
+
+# ---------------------------------------------------------------------------------------------------- rebalancing
+
+
+class Dealt(NamedTuple):
+    """A rollout after rebalancing."""
+
+    experience: Experience  # this process's terms in the order of training; the scores are everybody's
+    total: int  # terms of all processes
+    rows: Tensor  # (total,) of all terms: the StepTable's row of their first transition
+
+
+def rebalance(
+    e: Experience,  # of this process's rollout
+    prompts: slice,  # which of the global batch's prompts it rolled out; of an empty part nothing is kept
+    group: Group,
+    seed: int,
+    iteration: int,
+    cut: Callable[[int], Iterable[slice]],  # number of terms -> those of each accumulation slot
+) -> Dealt:
+    """Permute the terms of all processes once, and deal each slot's out evenly."""
+    if group.size == 1:
+        shuffled = permutation(len(e), seed, iteration).to(e.x_prev.device)
+        return Dealt(e.select(shuffled), len(e), _first_rows(e))
+    assert e.order is not None, "an experience that is dealt out knows its order"
+    count = prompts.stop - prompts.start
+    if count == 0:
+        e = e.select(slice(0, 0))
+    prompt = e.states.prompts[e.index[:, 0, 0]] + prompts.start
+    about = group.gather(torch.stack((e.order, prompt, _first_rows(e)), dim=1))
+    sizes = torch.tensor([len(part) for part in about])
+    source = torch.arange(group.size).repeat_interleave(sizes)  # (N,) whose a term is; of all terms, by process
+    number = torch.arange(len(source)) - (sizes.cumsum(0) - sizes)[source]  # (N,) its number there
+    order, prompt, rows = torch.cat(about).T
+    # as one process would have them; order and prompt may leave gaps, and terms of both alike keep theirs
+    whole = (order * (int(prompt.max()) + 1 if len(prompt) else 1) + prompt).argsort(stable=True)
+    trained = whole[permutation(len(whole), seed, iteration)]
+    source, number = source[trained], number[trained]
+    owner = torch.empty_like(source)
+    for slot in cut(len(trained)):
+        for rank in range(group.size):
+            owner[group.share(slot, rank)] = rank
+    device = e.x_prev.device
+    mine = source == group.rank
+    parts = [e.select(number[mine & (owner == rank)].to(device)) for rank in range(group.size)]
+    position = torch.cat([((owner == group.rank) & (source == rank)).nonzero()[:, 0] for rank in range(group.size)])
+    received = _joined(_exchanged(parts, group), e)
+    return Dealt(received.select(position.argsort().to(device)), len(trained), rows[trained])
+
+
+def whole_scores(scores: Tensor, prompts: slice, group: Group) -> Tensor:
+    """Everybody's scores in the order of one process. scores: (J K B,), b fastest, of a rollout of `prompts`."""
+    count = prompts.stop - prompts.start
+    if group.size == 1 or not len(scores):
+        return scores
+    by_prompt = scores.view(-1, max(count, 1)).T[:count]  # an empty part's rollout was of one prompt
+    return torch.cat(group.gather(by_prompt)).T.flatten().to(scores.device)
+
+
+def _first_rows(e: Experience) -> Tensor:  # (N,)
+    return e.states.rows[e.index[:, 0, 0]]
+
+
+def _exchanged(parts: list[Experience], group: Group) -> list[list[Tensor]]:
+    """Experience for each process -> what comes from each: x_t, places (U, 2: row and prompt), x_prev, index, advantage
+    and of the prompts that they use each tensor of the conditioning."""
+    fields: list[list[Tensor]] = []
+    for e in parts:
+        used, prompts = torch.unique(e.states.prompts, return_inverse=True)
+        places = torch.stack([e.states.rows, prompts], dim=1)
+        advantage = e.x_prev.new_zeros(len(e)) if e.advantage is None else e.advantage
+        fields.append([e.states.x_t, places, e.x_prev, e.index, advantage, *e.cond.select(used).cond.values()])
+    received = [group.exchange(list(same)) for same in zip(*fields, strict=True)]
+    return [list(part) for part in zip(*received, strict=True)]
+
+
+def _joined(parts: list[list[Tensor]], like: Experience) -> Experience:
+    """One experience of several processes' terms; what numbers states and prompts is shifted."""
+    states, prompts, shifted = 0, 0, []
+    for x_t, places, x_prev, index, advantage, *cond in parts:
+        place = places + places.new_tensor([0, prompts])
+        shifted.append([x_t, place, x_prev, index + states, advantage, *cond])
+        states, prompts = states + len(x_t), prompts + len(cond[0])
+    x_t, places, x_prev, index, advantage, *cond = (torch.cat(same) for same in zip(*shifted, strict=True))
+    return replace(
+        like,
+        states=States(x_t, *places.T),
+        x_prev=x_prev,
+        index=index,
+        cond=Cond(dict(zip(like.cond.cond, cond, strict=True)), like.cond.uncond),
+        advantage=None if like.advantage is None else advantage,
+        order=None,
+    )

@@ -1,0 +1,104 @@
+"""Prompts to evaluate on: a file, or one of the sets that published tables use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spo_fast.config import did_you_mean
+from spo_fast.data import READERS, load_prompts
+from spo_fast.models.sources import offline_reason
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    what: str
+    count: int
+    repository: str | None  # a data set of the hub; None: only elsewhere
+    files: tuple[str, ...]  # patterns
+    column: str | None = None
+    where: str = ""  # it can be had from, if there is no repository
+
+
+PROMPT_SETS = {
+    "pickapic": PromptSet(
+        "Pick-a-Pic's unique validation prompts",
+        500,
+        "pickapic-anonymous/pickapic_v1",
+        ("data/validation_unique-*.parquet",),
+        "caption",
+    ),
+    "hpsv2": PromptSet(
+        "HPSv2's benchmark",
+        3200,
+        "zhwang/HPDv2",
+        tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
+    ),
+    "parti": PromptSet("PartiPrompts", 1632, "nateraw/parti-prompts", ("PartiPrompts.tsv",), "Prompt"),
+    "geneval": PromptSet(
+        "GenEval's prompts",
+        553,
+        None,
+        ("evaluation_metadata.jsonl",),
+        "prompt",
+        where="prompts/ of github.com/djghosh13/geneval",
+    ),
+}
+
+
+def prompt_files(spec: str) -> tuple[PromptSet | None, list[Path]]:
+    """The set that `spec` names, if any, and its files: "a.txt", "hpsv2" or "hpsv2=folder" (or a file of that set).
+
+    Raises FileNotFoundError saying where a set that is not here can be had.
+    """
+    name, _, place = spec.partition("=")
+    if name not in PROMPT_SETS:
+        if Path(spec).suffix.lower() not in READERS:
+            near = did_you_mean(name, PROMPT_SETS)
+            known = ", ".join(PROMPT_SETS)
+            raise ValueError(f"--prompts {spec} is neither a file of prompts ({', '.join(READERS)}) nor {known}.{near}")
+        return None, [Path(spec)]
+    prompts = PROMPT_SETS[name]
+    if place and Path(place).is_file():
+        return prompts, [Path(place)]
+    folder, why = (Path(place), f"{place} lacks it") if place else _from_hub(prompts)
+    files = []
+    for pattern in prompts.files:
+        found = sorted({*folder.glob(pattern), *folder.glob(pattern.split("/")[-1])}) if folder else []
+        if not found:
+            source = f"the data set {prompts.repository}" if prompts.repository else prompts.where
+            raise FileNotFoundError(
+                f"--prompts {spec}: {prompts.what} ({prompts.count:,}) are not here: {why}. Get {pattern} from "
+                f"{source} and give --prompts {name}=FOLDER."
+            )
+        files += found
+    return prompts, files
+
+
+def _from_hub(prompts: PromptSet) -> tuple[Path | None, str]:
+    """(its snapshot, why it may be empty)."""
+    from huggingface_hub import snapshot_download
+
+    if prompts.repository is None:
+        return None, "the hub has no copy"
+    offline = offline_reason()
+    try:
+        folder = snapshot_download(
+            prompts.repository,
+            repo_type="dataset",
+            allow_patterns=list(prompts.files),
+            local_files_only=offline is not None,
+        )
+    except Exception as error:  # each hub client raises another HTTP library's errors
+        return None, offline or " ".join(str(error).split())[:200]
+    return Path(folder), "the data set has no such file"
+
+
+def read_prompts(prompts: PromptSet | None, files: list[Path], column: str | None) -> list[str]:
+    """Raises ValueError for a set that is not whole, or as load_prompts does."""
+    column = column or (prompts.column if prompts else None)
+    texts = [text for file in files for text in load_prompts(file, column)]
+    if prompts and len(texts) != prompts.count:
+        names = ", ".join(map(str, files))
+        raise ValueError(f"{names}: {len(texts):,} prompts, but {prompts.what} are {prompts.count:,}. Get them again.")
+    return texts

@@ -1,0 +1,193 @@
+"""GenEval (arXiv 2310.11513): is what the prompt asks for in the picture? Its rules are those of evaluate_images.py.
+
+The detector is Mask2Former (Swin-S, COCO instances) by transformers in place of mmdet; colours are told by CLIP
+ViT-L/14 on each object, cut out along its mask. A picture is right or wrong; the score is the mean of six tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spo_fast.scorers.clip import load_clip, unit
+from spo_fast.scorers.clip_scorers import Tokenize, check_vocabulary
+from spo_fast.scorers.pictures import cropped
+
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
+MAX_OBJECTS = 16  # of a class
+MAX_DETECTIONS = 100  # of a picture
+POSITION_MARGIN = 0.1  # of the sum of two boxes' sizes, by which centres must be apart
+SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32  # the detector's input
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GREY = 2 * 0x99 / 255 - 1  # around an object whose colour is asked
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+CLASSES = (  # COCO's 80 in its order, as GenEval calls them
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+
+
+class Found(NamedTuple):
+    box: tuple[int, int, int, int]  # left, top, right, bottom; the latter two outside
+    score: float
+    mask: Tensor  # (H, W) bool
+
+
+Objects = Mapping[str, Sequence[Found]]
+"""Class -> its detections, surest first."""
+
+
+def instances(class_logits: Tensor, mask_logits: Tensor, threshold: float) -> dict[str, list[Found]]:
+    """A picture's detections as mmdet makes them: (Q, 81) and (Q, H, W) at the picture's size."""
+    probabilities = class_logits.float().softmax(-1)[:, :-1]  # the last is no object
+    scores, places = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
+    found: dict[str, list[Found]] = {}
+    for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+        if score <= threshold:  # the mask's part only lowers it
+            continue
+        query, number = divmod(place, probabilities.shape[1])
+        logits = mask_logits[query].float()
+        mask = logits > 0
+        if not mask.any():
+            continue
+        score *= float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        if score > threshold:
+            found.setdefault(CLASSES[number], []).append(Found(box, score, mask))
+    return {name: sorted(group, key=lambda f: -f.score)[:MAX_OBJECTS] for name, group in found.items()}
+
+
+def relations(a: Found, b: Found) -> set[str]:
+    """Where a stands seen from b: none, one or two of left of, right of, above, below."""
+    offset, excess = [], []
+    for axis in (0, 1):
+        sides = [(f.box[axis], f.box[axis + 2]) for f in (a, b)]
+        (low_a, high_a), (low_b, high_b) = sides
+        apart = (low_a + high_a) / 2 - (low_b + high_b) / 2
+        margin = POSITION_MARGIN * (abs(high_a - low_a) + abs(high_b - low_b))
+        offset.append(apart)
+        excess.append(max(abs(apart) - margin, 0) * (1 if apart > 0 else -1))
+    if all(abs(e) < 1e-3 for e in excess):
+        return set()
+    length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
+    dx, dy = excess[0] / length, excess[1] / length
+    names = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}
+    return {name for name, share in names.items() if share > 0.5}
+
+
+def is_right(
+    objects: Objects,
+    wanted: Mapping[str, Any],  # a line of evaluation_metadata.jsonl: include, exclude
+    colours_of: Callable[[Sequence[Found], str], list[str]],  # (detections, class) -> a colour each
+) -> bool:
+    """Every include clause holds on the surest detections of its class, and no exclude clause does."""
+    groups: list[Sequence[Found] | None] = []
+    for clause in wanted.get("include", ()):
+        found = objects.get(clause["class"], ())[: clause["count"]]
+        good = len(found) == clause["count"]
+        if good and "color" in clause:
+            good = colours_of(found, clause["class"]).count(clause["color"]) >= clause["count"]
+        if good and "position" in clause:
+            relation, target = clause["position"]
+            others = groups[target]
+            good = others is not None and all(relation in relations(a, b) for a in found for b in others)
+        groups.append(found if good else None)
+    banned = any(len(objects.get(c["class"], ())) >= c["count"] for c in wanted.get("exclude", ()))
+    return None not in groups and not banned
+
+
+def task_weights(tags: Sequence[str]) -> list[float]:
+    """A prompt's weight in a mean that gives every task the same."""
+    return [len(tags) / (len(set(tags)) * tags.count(tag)) for tag in tags]
+
+
+class GenEval:
+    """100 for a picture that is right, 0 for one that is wrong."""
+
+    def __init__(self, detector: Any, clip: Any, tokenize: Tokenize):
+        self.detector, self.clip, self.tokenize = detector.eval().requires_grad_(False), clip, tokenize
+        self._classifiers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def score(self, pixels: Tensor, wanted: Sequence[Mapping[str, Any]]) -> Tensor:  # (B, 3, H, W) -> (B,) float32
+        return torch.tensor([100.0 * self._right(x[None], w) for x, w in zip(pixels, wanted, strict=True)])
+
+    def _right(self, pixels: Tensor, wanted: Mapping[str, Any]) -> bool:
+        threshold = COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
+        out = self.detector(pixel_values=self.prepared(pixels))
+        masks = self._at_size(out.masks_queries_logits, pixels)
+        objects = instances(out.class_queries_logits[0], masks[0], threshold)
+        return is_right(objects, wanted, lambda found, name: self.colours(pixels, found, name))
+
+    @staticmethod
+    def input_size(pixels: Tensor) -> tuple[int, int]:
+        h, w = pixels.shape[-2:]
+        scale = min(SHORT_SIDE / min(h, w), LONG_SIDE / max(h, w))
+        return round(h * scale), round(w * scale)
+
+    def prepared(self, pixels: Tensor) -> Tensor:  # (1, 3, H, W) in [-1, 1] -> padded to a multiple of DIVISOR
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        h, w = self.input_size(pixels)
+        x = F.interpolate(pixels / 2 + 0.5, size=(h, w), mode="bilinear", antialias=False)
+        return F.pad((x - mean) / std, (0, -w % DIVISOR, 0, -h % DIVISOR))
+
+    def _at_size(self, masks: Tensor, pixels: Tensor) -> Tensor:  # (1, Q, h, w) of the padded input -> (1, Q, H, W)
+        h, w = self.input_size(pixels)
+        whole = (h + -h % DIVISOR, w + -w % DIVISOR)
+        masks = F.interpolate(masks, size=whole, mode="bilinear")[..., :h, :w]
+        return F.interpolate(masks, size=pixels.shape[-2:], mode="bilinear")
+
+    def colours(self, pixels: Tensor, found: Sequence[Found], name: str) -> list[str]:  # (1, 3, H, W)
+        """The colour CLIP sees in each object, the rest of the picture greyed out."""
+        if name not in self._classifiers:
+            prompts = [template.format(colour, name) for colour in COLOURS for template in TEMPLATES]
+            text = unit(self.clip.get_text_features(self.tokenize(prompts).to(pixels.device)))
+            self._classifiers[name] = unit(text.unflatten(0, (len(COLOURS), -1)).mean(1))  # (10, D)
+        seen = []
+        for f in found:
+            left, top, right, bottom = f.box
+            cut = torch.where(f.mask, pixels, GREY)[..., top:bottom, left:right]
+            image = unit(self.clip.get_image_features(cropped(cut, self.clip.config.image_size)))
+            seen.append(COLOURS[int((image @ self._classifiers[name].T).argmax())])
+        return seen
+
+
+class NoLoss(torch.nn.Module):
+    """In the place of Mask2Former's training loss, which a network is built with and which needs scipy."""
+
+    def __init__(self, config: Any, weight_dict: Any = None):
+        super().__init__()
+        self.num_labels, self.eos_coef = config.num_labels, config.no_object_weight
+        self.register_buffer("empty_weight", torch.ones(config.num_labels + 1))
+
+
+def load_geneval(path: str | Path, tokenize: Tokenize, device: str | torch.device, *, clip: str | Path) -> GenEval:
+    """facebook/mask2former-swin-small-coco-instance and CLIP ViT-L/14."""
+    from transformers.models.mask2former import modeling_mask2former as mask2former
+
+    with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
+        try:
+            network: Any = mask2former.Mask2FormerForUniversalSegmentation
+            detector = network.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is no Mask2Former ({what}). Give its directory (--geneval_path).") from error
+    if detector.config.num_labels != len(CLASSES):
+        raise ValueError(f"{path} knows {detector.config.num_labels} classes, not COCO's 80 (--geneval_path).")
+    towers = check_vocabulary(load_clip(clip, time_conditioned=False, device=device), tokenize, clip)
+    return GenEval(detector.to(device), towers.requires_grad_(False), tokenize)

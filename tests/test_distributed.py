@@ -1,0 +1,277 @@
+"""Several processes compute what one does with the same global batch: terms dealt out, weights, log, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import ROOT, facts, flags, run_toy
+from safetensors.torch import load_file
+from test_objectives import randn
+
+from spo_fast.config import OptimConfig, RunError
+from spo_fast.distributed import Group, rebalance, whole_scores
+from spo_fast.experience import Cond, Experience, States
+from spo_fast.trainer import slots
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def launch(size: int, lines: list[list[str]], timeout: float = 900) -> list[tuple[int, str, str]]:
+    """Runs of `size` gloo processes, one after the other; (status, stdout, stderr) of each process."""
+    told = json.dumps([[free_port(), line] for line in lines])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/ranks.py", told],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(r),
+                "WORLD_SIZE": str(size),
+                "PYTHONPATH": str(ROOT),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(size)
+    ]
+    outputs = [p.communicate(timeout=timeout) for p in processes]
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+# 5 prompts in batches of 4: the second batch leaves all processes but one without a prompt; some pairs are rejected
+WORK: dict[str, Any] = {
+    **{"mixed_precision": "fp64", "branch_start": 1, "threshold": 0.02, "max_prompts": 5, "num_train_epochs": 1},
+    **{"optimizer": "adamw"},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "spo": {},
+    "mspo": {"method": "mspo", "num_inner_steps": 1},
+    "ddpo": {"method": "ddpo", "clip": "none", "threshold": None},
+}
+
+
+def split(size: int, **settings: Any) -> dict[str, Any]:
+    return {**WORK, "sample_batch_size": 4 // size, "train_batch_size": 4 // size, **settings}
+
+
+def assert_same_weights(a: Path, b: Path, tolerance: float = 1e-10) -> None:
+    ours, theirs = (load_file(run / "checkpoint-2" / "trained.safetensors") for run in (a, b))
+    assert ours.keys() == theirs.keys()
+    moved = 0.0
+    for name, value in ours.items():
+        assert value.dtype == torch.float64
+        assert (value - theirs[name]).abs().max() <= tolerance, name
+        moved = max(moved, float(value.abs().max())) if "lora_B" in name else moved
+    assert moved > 1e-4  # B starts at 0
+
+
+def assert_same_log(a: Path, b: Path) -> None:
+    for ours, theirs in zip(facts(a), facts(b), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["device"] == theirs["device"]
+        for name in ours.keys() - {"dead_batches", "device"}:  # of other micro-batches
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name  # the scorer is float32
+
+
+def compare(tmp_path: Path, size: int, methods: dict[str, dict[str, Any]]) -> None:
+    for name, settings in methods.items():
+        run_toy(tmp_path / f"{name}-1", **split(1, **settings))
+    lines = [flags(tmp_path / f"{name}-{size}", **split(size, **settings)) for name, settings in methods.items()]
+    for status, _, errors in launch(size, lines):
+        assert status == 0, errors
+    for name in methods:
+        one, several = tmp_path / f"{name}-1", tmp_path / f"{name}-{size}"
+        assert_same_weights(one, several)
+        assert_same_log(one, several)
+        assert (several / "report.html").is_file() and (several / "pytorch_lora_weights.safetensors").is_file()
+    if "spo" in methods:
+        assert any(0 < r["valid_share"] < 1 for r in facts(tmp_path / "spo-1"))
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    compare(tmp_path, 2, METHODS)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(tmp_path: Path) -> None:
+    gradients_that_wait = {"recipe": "published", "gradient_accumulation_steps": 2}
+    compare(tmp_path, 4, {**METHODS, "published": gradients_that_wait, "dense": {"method": "dense", "threshold": None}})
+
+
+def test_two_processes_with_a_wrong_batch_would_differ(tmp_path: Path) -> None:
+    """The comparison can fail."""
+    a = run_toy(tmp_path / "a", **split(1))
+    b = run_toy(tmp_path / "b", **split(1, train_batch_size=2))
+    with pytest.raises(AssertionError):
+        assert_same_weights(a, b)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    """Stopped after the first iteration on two, with gradients that wait; one process ends as if it had begun."""
+    waits = {"recipe": "published", "gradient_accumulation_steps": 2, "checkpointing_steps": 1}
+    whole = run_toy(tmp_path / "whole", **split(1, **waits))
+    out = tmp_path / "out"
+    for status, _, errors in launch(2, [flags(out, **split(2, **waits), max_train_steps=1)]):
+        assert status == 0, errors
+    run_toy(out, **split(1, **waits), resume_from_checkpoint="latest")
+    assert_same_weights(whole, out)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    told = json.dumps([[free_port(), flags(tmp_path / "run", **split(2, num_train_epochs=500))]])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "tests/ranks.py", told],
+            cwd=ROOT,
+            env={**environment, "RANK": str(r)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 2):
+        assert ranks[0].poll() is None and ranks[1].poll() is None
+    ranks[1].kill()
+    _, errors = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 1 and "another process of this run has ended" in errors and errors.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- dealing terms out
+
+
+class Threads:
+    """Groups of `size` threads of this process, which meet in lists."""
+
+    def __init__(self, size: int):
+        self.size, self.barrier, self.box = size, threading.Barrier(size), [None] * size
+
+    def meet(self, rank: int, value: Any) -> list[Any]:
+        self.box[rank] = value
+        self.barrier.wait(60)
+        found = list(self.box)
+        self.barrier.wait(60)
+        return found
+
+    def run(self, work: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        threads = self
+
+        class InThread(Group):
+            def gather(self, rows):
+                return threads.meet(self.rank, rows)
+
+            def exchange(self, parts):
+                return [sent[self.rank] for sent in threads.meet(self.rank, parts)]
+
+        def one(rank: int) -> None:
+            try:
+                found[rank] = work(InThread(rank, self.size))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        started = [threading.Thread(target=one, args=(r,)) for r in range(self.size)]
+        for t in started:
+            t.start()
+        for t in started:
+            t.join()
+        return found
+
+
+def experience(keep: torch.Tensor, first: int, count: int) -> Experience:  # keep (G, B) bool of the global batch
+    """A rollout of prompts first to first + count: every value says where it comes from."""
+    group, prompt = keep[:, first : first + count].nonzero(as_tuple=True)
+    label = (100.0 * group + prompt + first).double()
+    x_prev = label.view(-1, 1, 1, 1, 1, 1) + torch.tensor([0.0, 0.5]).view(1, 2, 1, 1, 1, 1)
+    index = torch.arange(2 * len(label)).view(-1, 2, 1)
+    states = States(x_prev.flatten(0, 2) + 1000, group.repeat_interleave(2), prompt.repeat_interleave(2))
+    embeds = torch.arange(first, first + max(count, 1)).to(torch.bfloat16)[:, None]
+    cond = Cond({"prompt_embeds": embeds}, {"prompt_embeds": torch.zeros(1, 1)})
+    return Experience(states, x_prev, index, cond, torch.zeros(0), advantage=-label, order=group)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
+def test_terms_are_dealt_out_evenly_and_in_one_order(size: int, share: float) -> None:
+    keep = torch.rand(6, 5, generator=torch.Generator().manual_seed(size)) < share
+    keep[:, 0] = False  # a process without a valid pair
+    optim = OptimConfig(train_batch_size=2)
+
+    def cut(total: int):
+        return (slot.terms for slot in slots(total, optim, 0, size))
+
+    def work(group: Group) -> Any:
+        own = group.share(slice(0, 5))
+        return rebalance(experience(keep, own.start, own.stop - own.start), own, group, 7, 3, cut)
+
+    one = rebalance(experience(keep, 0, 5), slice(0, 5), Group(), 7, 3, cut)
+    dealt = Threads(size).run(work)
+    assert {d.total for d in dealt} == {one.total} == {int(keep.sum())}
+    taken = [0] * size
+    for terms in cut(one.total):
+        parts = [Group(r, size).share(terms) for r in range(size)]
+        lengths = [p.stop - p.start for p in parts]
+        assert max(lengths) - min(lengths) <= 1 and sum(lengths) == terms.stop - terms.start
+        for r, part in enumerate(parts):
+            e, at = dealt[r].experience, slice(taken[r], taken[r] + lengths[r])
+            assert torch.equal(e.x_prev[at], one.experience.x_prev[part])
+            assert torch.equal(e.advantage[at], one.experience.advantage[part])
+            taken[r] = at.stop
+    for r, d in enumerate(dealt):
+        e = d.experience
+        assert len(e) == taken[r] and torch.equal(d.rows.sort().values, one.rows.sort().values)
+        assert torch.equal(e.states.x_t[e.index.flatten()], e.x_prev.flatten(0, 2) + 1000)  # its own states
+        label = e.x_prev[:, 0].flatten()[: len(e)]
+        state = e.index[:, 0, 0]
+        assert torch.equal(e.states.rows[state], (label // 100).long())
+        embeds = e.cond.cond["prompt_embeds"]
+        assert torch.equal(embeds[e.states.prompts[state], 0].long(), (label % 100).long())
+        assert embeds.dtype == torch.bfloat16
+
+
+def test_scores_of_all_are_in_the_order_of_one() -> None:
+    scores = randn(3, 2, 5, seed=0)  # J, K, B
+
+    def work(group: Group) -> torch.Tensor:
+        own = group.share(slice(0, 5))
+        seen = scores[..., own] if own.stop > own.start else scores[..., :1]  # the rollout that stands in
+        return whole_scores(seen.flatten(), own, group)
+
+    assert all(torch.equal(found, scores.flatten()) for found in Threads(7).run(work))
+
+
+def test_launched_halfway_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    from spo_fast import train
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert train.main(flags(tmp_path / "run")) == 1
+    assert "Start with torchrun or accelerate launch" in capsys.readouterr().err
+
+
+def test_lost_peers_are_named() -> None:
+    from spo_fast.distributed import _peers
+
+    with pytest.raises(RunError, match="another process of this run has ended"), _peers():
+        raise RuntimeError("Connection closed by peer")
