@@ -178,8 +178,9 @@ def test_gradients_that_straddle_rollouts_are_counted(tmp_path):
     assert predicted.gradients > 0.1 * real.transient["score"]  # they would be missed
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_other_directories_bring_their_own_sizes(kind, tmp_path):
+def test_other_directories_bring_their_own_sizes(kind, fuse, tmp_path):
     """Tiny pipelines with a VAE that enlarges, a SPM in a file of its own: read from their configs and headers."""
     make = {"sd15": make_tiny_sd15, "sdxl": make_tiny_sdxl}[kind]
     spm = make_tiny_spm(tmp_path / "spm", vocab_size=len(clip_tokenizer(END, 16, merges=())), max_length=16)
@@ -188,7 +189,7 @@ def test_other_directories_bring_their_own_sizes(kind, tmp_path):
     if kind == "sd15":  # the published form
         own["spm_path"] = spm / "spm.bin"
         torch.save(load_file(spm / "model.safetensors"), own["spm_path"])
-    real = measure(tmp_path / "run", **own, sample_batch_size=2, train_batch_size=4)
+    real = measure(tmp_path / "run", **own, sample_batch_size=2, train_batch_size=4, fuse=fuse)
     predicted = predict(real.cfg, resolve(real.cfg.model, scorer_paths(real.cfg.scorer)), "cpu")
     assert sum(predicted.resident.values()) == pytest.approx(real.resident, rel=0.01)
     for phase, taken in real.transient.items():

@@ -74,7 +74,7 @@ def forward_ops(lora: bool, fused: bool) -> Counter[str]:
     with mode, torch.no_grad():
         if fused:
             policy.fuse()
-        told = sdxl_cond(4, torch.float16)
+        told = policy.told(sdxl_cond(4, torch.float16), guided=True)
         inputs = torch.empty(4, 4, 128, 128), torch.zeros((), dtype=torch.int64)
         policy.predict(*inputs, told, guided=True)
         with CountOps() as ops:
