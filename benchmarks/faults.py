@@ -94,7 +94,8 @@ class Faults:
     def at_save(self, fault: str, error: BaseException) -> None:
         run = self.copy(fault.replace(" ", "-"), 2)
         with mock.patch.object(checkpoint, "save_file", side_effect=error):
-            self.row(fault, run, *self.run(run))
+            status, seen = self.run(run)
+        self.row(fault, run, status, seen)
 
     def signalled(self) -> None:
         run, whole = self.copy("SIGTERM", 1), trainer.Learner.update
