@@ -145,6 +145,7 @@ class Learner:
             num_training_steps=total_iterations,
         )
         self.last: LastBatch | None = None
+        self.deviations: dict[int, float] | None = None  # of the ratio from 1 before the first step, by timestep
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
@@ -183,6 +184,7 @@ class Learner:
         loss_sum: Tensor | float = 0.0
         norms, used, dead = [], 0, 0
         guided = self.objective.guided(self.cfg.sample)
+        first = state.optimizer_steps + state.skipped_steps == 0
         for slot, own in self.own(total, state):
             part = experience.select(own)
             for e in part.micro_batches(self.cfg.optim.states_at_once):
@@ -196,11 +198,14 @@ class Learner:
                 totals = stats if totals is None else totals + stats
                 loss_sum = loss_sum + loss.detach() / slot.weight
                 self.last = LastBatch(e, m.detach(), loss.detach())
+                if first and self.objective.sampler != "data":
+                    self.deviations = ratio_deviations(m, self.table, e, self.cfg.sample) | (self.deviations or {})
             state.slots += 1
             used = slot.terms.stop
             if slot.step:
                 with timed("step"):
                     norms.append(self.step())
+                first = False
                 took = math.isfinite(norms[-1])
                 state.optimizer_steps += took
                 state.skipped_steps += not took
@@ -529,10 +534,10 @@ class Run(TrainingRun[Config]):
             batches = functools.partial(self.learner.batches, experience, total, self.state)
             most = cfg.optim.states_at_once
             experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
-        if iteration == 0 and objective.sampler != "data" and len(experience):
-            print(start_text(starting_ratios(self.policy, self.table, experience, sample, cfg.optim.states_at_once)))
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer, total)
+        if self.learner.deviations is not None and iteration == 0:
+            print(start_text(self.learner.deviations))
         if total == 0 and not scores.isfinite().all():
             self.state.nonfinite_in_a_row += 1
         states = sum(int(n) for n in self.group.gather(torch.tensor([len(experience.states)])))
@@ -850,26 +855,21 @@ def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
         raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
 
 
-def starting_ratios(
-    policy: Any, table: StepTable, experience: Experience, cfg: SampleConfig, states_at_once: int
-) -> dict[int, float]:
-    """Timestep -> |ratio - 1| of one term before the first update: what the paths of policy and reference differ by."""
-    rows = experience.states.rows[experience.index[:, 0, 0]].tolist()
-    first = {row: n for n, row in reversed(list(enumerate(rows)))}
-    terms = torch.tensor(sorted(first.values()), device=experience.x_prev.device)
+@torch.no_grad()
+def ratio_deviations(m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig) -> dict[int, float]:
+    """Timestep -> largest |ratio - 1|; before the first update: what the paths of policy and reference differ by."""
+    deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten(1).amax(1)
+    timesteps = table.timesteps[e.states.rows[e.index[:, 0, 0]]]
     found: dict[int, float] = {}
-    for e in experience.select(terms).micro_batches(states_at_once):
-        m = predict_states(policy, table, e, e.states, cfg.guidance_scale > 1)  # with gradient, as in training
-        deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten(1).amax(1)
-        timesteps = table.timesteps[e.states.rows[e.index[:, 0, 0]]]
-        found |= dict(zip(timesteps.tolist(), deviation.tolist(), strict=True))
-    return dict(sorted(found.items(), reverse=True))
+    for t, value in zip(timesteps.tolist(), deviation.tolist(), strict=True):
+        found[t] = max(value, found.get(t, 0.0))
+    return found
 
 
 def start_text(deviations: dict[int, float]) -> str:
     if not any(deviations.values()):
         return "probability ratio of policy to reference at the start: exactly 1"
-    by_step = ", ".join(f"{value:.1e} at {t}" for t, value in deviations.items())
+    by_step = ", ".join(f"{value:.1e} at {t}" for t, value in sorted(deviations.items(), reverse=True))
     return f"probability ratio of policy to reference at the start, distance from 1 by timestep: {by_step}"
 
 

@@ -57,7 +57,7 @@ def test_a_path_that_differs_is_said_by_timestep(tmp_path, capsys, monkeypatch):
     (line,) = [w for w in capsys.readouterr().out.splitlines() if "probability ratio" in w]
     e, table = seen["e"], seen["table"]
     said = dict(reversed(part.split(" at ")) for part in line.split("by timestep: ")[1].split(", "))
-    assert set(map(int, said)) == set(table.timesteps[e.states.rows].tolist())
+    assert set(map(int, said)) <= set(table.timesteps[e.states.rows].tolist())  # those of the first step
     a, b, _, _, std = (table.coefficients[e.states.rows, i].view(-1, 1, 1, 1) for i in range(5))
     m = e.frozen.uncond + 2.0 * (e.frozen.cond - e.frozen.uncond)
     largest = {}
