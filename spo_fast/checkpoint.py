@@ -227,14 +227,16 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
             )
         return None
     if wanted == "latest":
+        found: list[str] = []
         for path in reversed(existing):
             wrong = damage(path)
             if wrong is None:
                 return path
+            found.append(wrong)
             print(f"skipped {path}: it is damaged ({wrong})")
         if existing:
             raise MismatchError(
-                f"{existing[-1]} is damaged, and no other is whole. Start again in another --output_dir."
+                f"{existing[-1]} is damaged ({found[0]}), and no other is whole. Start again in another --output_dir."
             )
         return None
     path = Path(wanted)

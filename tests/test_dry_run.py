@@ -39,7 +39,7 @@ def toy_on(memory_mib: float, **settings: object) -> tuple[trainer.Config, dict[
 
 def test_everything_stays_whole_where_there_is_room() -> None:
     cfg, found = toy_on(100_000)
-    assert set(found) == {*OPEN, "mixed_precision", "fuse"}
+    assert set(found) == {*OPEN, "mixed_precision", "fuse", "compile"}
     assert cfg.sample.rows_per_forward == 4 * 4 * 2 and cfg.model.decode_chunk == 8
     assert cfg.optim.states_per_forward == 8 and cfg.optim.gradient_checkpointing is False
     assert cfg.model.mixed_precision == "fp16" and cfg.engine.fuse is True and cfg.engine.memory == "fast"
@@ -89,7 +89,7 @@ def test_memory_modes_fill_in_what_was_not_given() -> None:
 def test_what_was_given_is_not_chosen() -> None:
     given = {"rows_per_forward": 64, "states_per_forward": 8, "gradient_checkpointing": False}
     cfg, found = toy_on(1, **given)
-    assert set(found) == {"mixed_precision", "decode_chunk", "fuse", "memory"}
+    assert set(found) == {"mixed_precision", "decode_chunk", "fuse", "memory", "compile"}
     assert (cfg.sample.rows_per_forward, cfg.optim.states_per_forward) == (64, 8)
 
 

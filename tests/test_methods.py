@@ -294,7 +294,7 @@ def test_lpo_needs_no_vae_and_one_unet_row_a_step(tmp_path: Path, of: Callable[.
     run.model.vae.decoder.register_forward_pre_hook(lambda *_: pytest.fail("LPO decodes nothing"))
     score = run.scorer.model.score
     run.scorer.model.score = lambda x, t, *a: seen.append((len(x), t.tolist())) or score(x, t, *a)
-    inputs, _ = run.inputs(0)
+    inputs = run.inputs(0).batch
     e = run.objective.collect(run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 64)
     # 2 prompts and both guidance halves at each of 4 steps; 3 children of each prompt scored at their parent's timestep
     assert rows == [4] * 4
@@ -381,7 +381,7 @@ def test_gradspos_average_collects_and_follows_each_step(tmp_path: Path, of: Cal
         torch.testing.assert_close(v, want[name], rtol=1e-6, atol=1e-8)
     predict, during = run.policy.predict, []
     run.policy.predict = lambda *a, **k: during.append([p.clone() for p in run.policy._weights]) or predict(*a, **k)  # type: ignore[method-assign, func-returns-value]
-    inputs, _ = run.inputs(1)
+    inputs = run.inputs(1).batch
     arguments = (run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 8)
     before = [p.clone() for p in run.policy._weights]
     run.objective.collect(*arguments)
@@ -478,7 +478,7 @@ def test_scorers_change_the_judgement_and_not_the_first_candidates(tmp_path: Pat
     for name, settings in scorers.items():
         run = built(tmp_path / name, **of("spo", **settings))
         run.encode_prompts()
-        inputs, _ = run.inputs(0)
+        inputs = run.inputs(0).batch
         arguments = (run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 64)
         kept[name] = rollout_segments(*arguments)
     first = {name: s.scores[:4] for name, s in kept.items()}

@@ -14,6 +14,7 @@ from runs import built, facts, flags
 from safetensors.torch import load_file
 
 from spo_fast import train, trainer
+from spo_fast.distributed import Group
 from spo_fast.metrics import read_metrics
 from spo_fast.presets import toy
 from spo_fast.trainer import Saturation, gaps
@@ -120,9 +121,10 @@ def test_the_threshold_it_names_keeps_a_third(tmp_path: Path) -> None:
 def test_saturation_by_hand() -> None:
     pixels = torch.tensor([[1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [3.0, -3.0, 0.0]]).view(3, 3, 1, 1)
     decode = Saturation(lambda latents: pixels)
-    assert decode.record() == {}
+    everything = (Group(), slice(0, 3))
+    assert decode.record(*everything) == {}
     assert decode(torch.zeros(3, 4, 1, 1)) is pixels
-    assert float(decode.record()["saturation"]) == pytest.approx((1 + 0 + 1) / 3)
+    assert float(decode.record(*everything)["saturation"]) == pytest.approx((1 + 0 + 1) / 3)
 
 
 def test_records_carry_what_the_watch_needs(tmp_path: Path) -> None:

@@ -283,8 +283,14 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "from a LoRA now": (lambda p: p.resume(lora_path=p.finished), ["lora_path: None -> "]),
     "no checkpoint there": (lambda p: p.resume(resume_from_checkpoint=p.path), ["is no checkpoint", "checkpoint-1"]),
     "weights cut short": (lambda p: p.resume("trained.safetensors"), ["checkpoint-1 is damaged", "Start again"]),
-    "optimizer cut short": (lambda p: p.resume("optimizer.safetensors"), ["optimizer.safetensors was cut short"]),
-    "counters torn": (lambda p: p.resume("state.json"), ["state.json is damaged: no JSON"]),
+    "optimizer cut short": (
+        lambda p: p.resume("optimizer.safetensors"),
+        ["damaged (optimizer.safetensors is not what was saved), and no other is whole"],
+    ),
+    "counters torn": (
+        lambda p: p.resume("state.json"),
+        ["damaged (state.json is not what was saved), and no other is whole"],
+    ),
     # starting from a LoRA
     "LoRA of another rank": (lambda p: p.lora(rank=4), ["has rank 8, but --rank is 4: use the same"]),
     "LoRA on other layers": (
