@@ -273,7 +273,7 @@ def test_a_fused_vae_decodes_alike(kind, directories):
     assert len(fused) >= 3 and torch.allclose(decode(vae, latents), plain, rtol=0, atol=1e-10)
 
 
-SAVED = {  # GiB a row: PERFORMANCE.md has 5.1 eager, 4.5 for a compiler's min cut, 0.43 to 0.50 checkpointed
+SAVED = {  # GiB a row; counted by other means: 5.1 eager, 4.5 for a compiler's min cut, 0.43 to 0.50 checkpointed
     "plain": 5.28,
     "fast": 4.61,
     "balanced": 3.91,
