@@ -240,11 +240,11 @@ def image_bytes(c: Comparison) -> list[list[tuple[str, bytes]]]:
 
 def pairs_html(c: Comparison) -> str:
     e, per = c.evaluation, c.evaluation.cfg.pictures.images_per_prompt
-    blocks = []
+    blocks, whose = [], f"mean of the prompt's {per}: " if per > 1 else ""
     for row, (number, images) in enumerate(zip(c.shown, image_bytes(c), strict=True)):
         figures = []
         for side, (name, (kind, data)) in enumerate(zip(c.names, images, strict=True)):
-            scores = ", ".join(f"{m} {e.values[name][m][number // per]:.4g}" for m in e.metrics)
+            scores = whose + ", ".join(f"{m} {e.values[name][m][number // per]:.4g}" for m in e.metrics)
             source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
             figures.append(
                 f'<figure><figcaption>{escape(name)} <span class="numbers">{escape(scores)}</span></figcaption>'
