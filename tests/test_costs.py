@@ -277,7 +277,8 @@ def test_text_is_projected_once_a_rollout():
     """SDXL: 0.8 % of a forward, at every step as published; here for each of the rollout's two batches of prompts."""
     cfg = PRESETS["sdxl"]()
     plain, fused = (predict(cfg.with_fields(fuse=on)).full_flops for on in (False, True))
-    assert fused["policy"] == pytest.approx(plain["policy"], rel=1e-6) and fused["reference"] == plain["reference"]
+    for part in ("policy", "reference"):  # but for the time embedding, which is a table
+        assert fused[part] == pytest.approx(plain[part], rel=1e-6)
     assert 0.990 < fused["rollout"] / plain["rollout"] < 0.994
 
 
