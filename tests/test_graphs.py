@@ -35,6 +35,21 @@ def test_the_first_call_runs_the_second_is_recorded_later_ones_replay():
     assert len(ran) == 4 and len(graphs) == 1
 
 
+def test_an_input_is_copied_when_it_changed(monkeypatch):
+    copied, whole = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: copied.append(len(of)) or whole(to, of))
+    call = Graphs(recorded.capture).wrap("f", lambda x, text: x + text)
+    text = torch.ones(2)
+    for n in range(5):
+        assert call(torch.full((2,), float(n)), text).tolist() == [n + 1.0] * 2
+    assert copied == [2, 1, 1, 1]  # from the second call on; the text once
+    text.add_(1)
+    assert call(torch.zeros(2), text).tolist() == [2.0, 2.0]
+    x = torch.zeros(2)
+    assert [call(x, text).tolist(), call(x, text).tolist()] == [[2.0, 2.0]] * 2
+    assert copied == [2, 1, 1, 1, 2, 1]
+
+
 def test_what_python_decided_stays_decided():
     """The rule that calls must keep: a number that is no input is frozen into the graph."""
     state = {"n": 1.0}

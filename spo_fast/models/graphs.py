@@ -8,6 +8,7 @@ inputs (noise.py).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,20 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
 """A call without arguments -> what replays it, and what it returned, which every replay rewrites."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
     inputs: list[Tensor]  # refilled before each replay
     replay: Callable[[], object]
     outputs: Any  # rewritten by each replay
+    filled: list[tuple[weakref.ref[Tensor], int]]  # what each input was last filled with: the tensor and its version
+
+    def fill(self, tensors: list[Tensor]) -> None:
+        """Copy what is not there already: what a rollout's prompts gave is the same at every step."""
+        now = [(weakref.ref(v), v._version) for v in tensors]
+        new = [i for i, was in enumerate(self.filled) if was[0]() is not tensors[i] or was[1] != now[i][1]]
+        if new:
+            torch._foreach_copy_([self.inputs[i] for i in new], [tensors[i] for i in new])
+        self.filled = now
 
 
 class Graphs:
@@ -63,8 +73,7 @@ class Graphs:
                     return function(*args)
                 self._captured[key] = self._record(function, leaves, spec)
             captured = self._captured[key]
-            if tensors:
-                torch._foreach_copy_(captured.inputs, tensors)
+            captured.fill(tensors)
             captured.replay()
             return pytree.tree_map_only(Tensor, Tensor.clone, captured.outputs)
 
@@ -75,7 +84,8 @@ class Graphs:
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args = pytree.tree_unflatten(static, spec)
         replay, outputs = self.capture(lambda: function(*args))
-        return _Captured([leaf for leaf in static if isinstance(leaf, Tensor)], replay, outputs)
+        inputs = [leaf for leaf in static if isinstance(leaf, Tensor)]
+        return _Captured(inputs, replay, outputs, [(weakref.ref(v), -1) for v in inputs])
 
 
 class CudaCapture:
