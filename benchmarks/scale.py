@@ -25,6 +25,7 @@ from spo_fast.metrics import read_metrics
 
 SIZES = (1, 2, 4, 8, 16, 64, 256, 1024)
 DRAWS = 200  # iterations simulated
+IMAGES = {"toy": (16, 2), "sd15": (512, 8), "sdxl": (1024, 8)}  # side in pixels, pixels a latent
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def measured(run_dir: Path, skip: int = 1) -> Work:
         weights = sum(math.prod(s.get_shape()) for s in slices)
         width = 8 if slices[0].get_dtype() == "F64" else 4
     row = next((run_dir / "prompt_cache").rglob("*.safetensors"), None)
-    latent = 4 * (cfg["height"] or 16) * (cfg["width"] or 16) // 4 * width
+    pixels, factor = IMAGES[cfg["model"]]
+    latent = 4 * ((cfg["height"] or pixels) // factor) * ((cfg["width"] or pixels) // factor) * width
     return Work(
         rollout_s=median(rollouts),
         spread=statistics.pstdev(rollouts) / median(rollouts) if len(rollouts) > 1 else 0.0,

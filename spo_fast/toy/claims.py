@@ -18,6 +18,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -115,13 +116,12 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
     """Train a contender on the budget and score it; learning_rate=None: the toy preset's own."""
     contender, tuning = CONTENDERS[name], seed == TUNING_SEED
     settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in contender.settings.items()}
-    directory = work / "run"
     arguments = ["--model", "toy", "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
-    arguments += ["--output_dir", str(directory), "--checkpointing_steps", "100000000"]
+    arguments += ["--checkpointing_steps", "100000000"]
     for flag, value in (settings | ({"learning_rate": learning_rate} if learning_rate else {})).items():
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, _listed(value))]
-    with fresh(directory):
-        run: Run = train.build(train.parse(arguments))
+    with tempfile.TemporaryDirectory(dir=work) as directory:
+        run: Run = train.build(train.parse([*arguments, "--output_dir", directory]))
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
         meter, curve = Meter(run.policy.unet), []
@@ -157,21 +157,6 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
 
 def _listed(value: Any) -> Iterable[Any]:
     return value if isinstance(value, tuple) else (value,)
-
-
-class fresh:  # noqa: N801  # used like a function
-    """A run directory that is empty before and gone after."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __enter__(self) -> None:
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        import shutil
-
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def materials(work: Path, text: str) -> dict[str, str]:
@@ -223,8 +208,8 @@ def chosen_rate(name: str, records: Mapping[str, Any]) -> float | None:
 
 def base(work: Path) -> dict[str, Any]:
     """The base model's scores at several guidance scales: what guidance alone gives."""
-    with fresh(work / "run"):
-        run = train.build(train.parse(["--model", "toy", "--output_dir", str(work / "run")]))
+    with tempfile.TemporaryDirectory(dir=work) as directory:
+        run = train.build(train.parse(["--model", "toy", "--output_dir", directory]))
         found: dict[str, Any] = {"cell": "base", "tuning": scores_of(run, world.TUNE, MARK_PICTURES)}
         for g in evaluate.GUIDANCE_SCALES:
             run.cfg = run.cfg.with_fields(guidance_scale=g)
