@@ -15,7 +15,7 @@ def scores(aesthetics, layout=1.0):
     return {
         "aesthetics": [aesthetics, 0.05, 512],
         "layout": [layout, 0.002, 512],
-        **{c: [0.1, 0.01, 512] for c in ("out_of_range", "diversity")},
+        **{c: [0.1, 0.01, 512] for c in ("held_out", "out_of_range", "diversity")},
     }
 
 
@@ -81,7 +81,26 @@ def test_compute_to_reach_a_level():
     assert claims.rows_to_reach("spo", 7.0, records) == pytest.approx(12000)
     assert claims.rows_to_reach("dpo", 7.0, records) == pytest.approx(24000)
     assert claims.rows_to_reach("dpo", 7.5, records) is None
-    assert "12,000" in claims.cost_table(records) and "not reached" in claims.cost_table(records)
+    assert "12,000 (30 s + the judge's)" in claims.cost_table(records) and "not reached" in claims.cost_table(records)
+    with_judge = claims.cost_table(records | {"judge": {"cell": "judge", "cpu_s": 90.0}})
+    assert "12,000 (30 s + 90 s)" in with_judge and "24,000 (60 s)" in with_judge  # dpo needs no judge
+
+
+def test_layouts_are_matched_by_the_best_point_that_keeps_them():
+    rows = [record("spo", s, 8.0) for s in SEEDS] + [record("dpo", s, 7.0) for s in SEEDS]
+    for r in rows[: len(SEEDS)]:  # SPO's last quarter lost the layout
+        r["curve"][-1]["layout"][0] = 0.5
+    records = records_of(*rows)
+    kept = claims.layout_kept(1.0 - claims.LAYOUT_LOSS)
+    assert claims.difference("spo", "dpo", records, of_a=kept, of_b=kept)[0] == pytest.approx(7.5 - 7.0)
+    line = next(row for row in claims.claims_table(records).splitlines() if "equal compute" in row)
+    assert "+1.000" in line and "+0.500" in line
+    for r in rows[: len(SEEDS)]:
+        for point in r["curve"]:
+            point["layout"][0] = 0.5
+    assert claims.difference("spo", "dpo", records, of_a=kept, of_b=kept) is None
+    quarter = next(row for row in claims.claims_table(records).splitlines() if "quarter" in row)
+    assert "-0.500" in quarter and quarter.endswith("not reproduced |")  # 6.5 against 7.0
 
 
 def test_rows_are_counted_as_they_cost():
@@ -109,6 +128,7 @@ def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, caps
     monkeypatch.setattr(claims.evaluate, "GUIDANCE_SCALES", (2.0,))
     path = tmp_path / "records.jsonl"
     common = ["--records", str(path), "--work_dir", str(tmp_path / "work")]
+    monkeypatch.setattr(claims, "ONCE", {"base": claims.base})  # a judge trains for minutes
     assert claims.main([*common, "--budget_s", "0"]) == 0  # the base is always scored
     assert set(claims.read(path)) == {"base"}
     assert claims.main(common) == 0

@@ -1,9 +1,10 @@
 """`python -m spo_fast.toy.claims`: the paper's comparisons on a world whose true scores are known, at equal compute.
 
 Every method and ablation is trained from the same base until it has spent the same number of UNet sample-forwards (a
-backward counts as two), and its pictures of the test prompts are scored by the world itself. Learning rates come from
-one grid, by pictures of the tuning prompts. One record a run goes to --records as soon as it is done, so the whole can
-be spread over days: what has a record is not run again, what has none is shown as not run.
+backward counts as two), and its pictures of the test prompts are scored by the world itself, and by the toy's
+PickScore, which trains none of them but the ablation of its name. Learning rates come from one grid, by pictures of
+the tuning prompts. One record a run goes to --records as soon as it is done, so the whole can be spread over days: what
+has a record is not run again, what has none is shown as not run.
 
     python -m spo_fast.toy.claims                       # run what is missing, in order of importance, then the tables
     python -m spo_fast.toy.claims --budget_s 1800       # stop starting runs after half an hour
@@ -26,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spo_fast import cli, train, train_spm
 from spo_fast.checkpoint import versions, write_atomically
 from spo_fast.preference_report import estimate, markdown
+from spo_fast.scorers import load_metric
 from spo_fast.toy import build, evaluate, world
+from spo_fast.toy.pipeline import toy_files
 from spo_fast.trainer import Run
 
 BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
@@ -40,7 +43,7 @@ PICTURES, MARK_PICTURES = 512, 128
 GRID = (1e-4, 2e-4, 5e-4, 1e-3)  # learning rates of every method
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
-LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen
+LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen; nor a point of a curve kept
 PAIRS, PAIRS_SEED = 8192, 7000
 SIGMAS = 2.0
 """A claim counts as reproduced if the difference over seeds exceeds so many of its standard errors, as not reproduced
@@ -55,6 +58,8 @@ class Contender:
     like: str = ""
     """Whose learning rate it takes; "": it has its own from the grid."""
     random_picks: bool = False
+    judged: bool = True
+    """It needs a preference model, whose training belongs to its cost."""
 
 
 # whole trajectories take many UNet calls a prompt: fewer prompts and smaller steps give as many updates
@@ -62,7 +67,7 @@ FEW = {"sample_batch_size": 4}
 MAIN = {
     "spo": Contender(),
     "mspo": Contender({"method": "mspo"}),
-    "dpo": Contender({"method": "dpo", "pairs": "{pairs}", "cache_latents": False}),
+    "dpo": Contender({"method": "dpo", "pairs": "{pairs}", "cache_latents": False}, judged=False),
     "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 160}),
 }
 ABLATIONS = {
@@ -74,7 +79,7 @@ ABLATIONS = {
     "all noise levels": Contender({"branch_start": 0}, like="spo"),
 }
 REST = {
-    "mapo": Contender({"method": "mapo", "pairs": "{pairs}", "cache_latents": False}),
+    "mapo": Contender({"method": "mapo", "pairs": "{pairs}", "cache_latents": False}, judged=False),
     "d3po": Contender({"method": "d3po", **FEW}),
     "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 160}, like="ddpo"),
     "dense": Contender({"method": "dense", **FEW}),
@@ -99,14 +104,21 @@ class Meter:
 
 
 def scores_of(run: Run, prompts: list[str], count: int) -> dict[str, list[float]]:
-    """True scores (mean, standard error, pictures) of the policy's pictures, always from the same noise; diversity: how
-    far two pictures of one prompt are apart, root mean square over pixels."""
+    """True scores (mean, standard error, pictures) of the policy's pictures, always from the same noise; held_out: the
+    toy's PickScore; diversity: how far two pictures of one prompt are apart, root mean square over pixels."""
     wanted = (prompts * math.ceil(count / len(prompts)))[:count]
     pixels = evaluate.pictures(run, wanted, run.cfg.sample.guidance_scale, seed=0)
-    found = {name: list(estimate(value)) for name, value in evaluate.true_scores(pixels, wanted).items()}
+    scores = evaluate.true_scores(pixels, wanted) | {"held_out": held_out(run, pixels, wanted)}
+    found = {name: list(estimate(value)) for name, value in scores.items()}
     again = len(wanted) - len(prompts)
     apart = (pixels[:again] - pixels[len(prompts) :]).square().mean((1, 2, 3)).sqrt() if again > 0 else torch.zeros(1)
     return {**found, "diversity": list(estimate(apart))}
+
+
+@torch.no_grad()
+def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 16, 16) -> (B,)
+    judge = load_metric("pickscore", toy_files(), run.model.tokenize, "cpu", torch.float32)
+    return judge.score_pixels(pixels, torch.zeros((), dtype=torch.long), judge.encode(prompts))
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -178,6 +190,16 @@ def materials(work: Path, text: str) -> dict[str, str]:
     return made
 
 
+def judge(work: Path) -> dict[str, Any]:
+    """What a step-aware preference model costs, trained from PickScore as the shipped one was."""
+    pairs = materials(work, "{pairs}")["pairs"]
+    with tempfile.TemporaryDirectory(dir=work) as directory:
+        started = time.process_time()
+        if train_spm.main(["--model", "toy", "--pairs", pairs, "--output_dir", directory]) != 0:
+            raise RuntimeError("training the judge failed")
+        return {"cell": "judge", "pairs": PAIRS, "cpu_s": round(time.process_time() - started, 1)}
+
+
 # ---------------------------------------------------------------------------------------------------- all runs
 
 
@@ -217,6 +239,9 @@ def base(work: Path) -> dict[str, Any]:
     return found
 
 
+ONCE = {"base": base, "judge": judge}
+
+
 def software() -> dict[str, Any]:
     """What a number depends on besides its command."""
     here = Path(__file__).parent
@@ -239,8 +264,9 @@ def run_missing(path: Path, work: Path, budget_s: float) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
 
-    if "base" not in read(path):
-        record(lambda: base(work), "base")
+    for name, once in ONCE.items():
+        if name not in read(path):
+            record(functools.partial(once, work), name)
     for name, seed, lr in plan():
         records = read(path)
         what = key(name, seed, lr)
@@ -271,7 +297,7 @@ def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def score_table(records: Mapping[str, Any]) -> str:
-    columns = ("aesthetics", "layout", "out_of_range", "diversity")
+    columns = ("aesthetics", "layout", "held_out", "out_of_range", "diversity")
     rows = [["contender", "seeds", "learning rate", *columns, "UNet rows", "CPU s"]]
     for g in evaluate.GUIDANCE_SCALES if "base" in records else ():
         scores = records["base"][f"guidance {g:g}"]
@@ -290,9 +316,32 @@ def score_table(records: Mapping[str, Any]) -> str:
     return markdown(rows)
 
 
-def difference(a: str, b: str, records: Mapping[str, Any], score: str = "aesthetics") -> tuple[float, float] | None:
+Point = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+"""Which scores of a run are compared: at its end, at a quarter of the budget, or the best with the layout kept."""
+
+
+def at_end(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record
+
+
+def at_a_quarter(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record["curve"][0]
+
+
+def layout_kept(floor: float) -> Point:
+    def best(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        safe = [point for point in record["curve"] if point["layout"][0] >= floor]
+        return max(safe, key=lambda point: point["aesthetics"][0], default=None)
+
+    return best
+
+
+def difference(
+    a: str, b: str, records: Mapping[str, Any], score: str = "aesthetics", of_a: Point = at_end, of_b: Point = at_end
+) -> tuple[float, float] | None:
     """a - b over the seeds that both have, paired by seed; None with fewer than two of them."""
-    both = [(records[key(a, s)], records[key(b, s)]) for s in SEEDS if key(a, s) in records and key(b, s) in records]
+    runs = [(records[key(a, s)], records[key(b, s)]) for s in SEEDS if key(a, s) in records and key(b, s) in records]
+    both = [(x, y) for run_a, run_b in runs if (x := of_a(run_a)) is not None and (y := of_b(run_b)) is not None]
     if len(both) < 2:
         return None
     gaps = [x[score][0] - y[score][0] for x, y in both]
@@ -316,8 +365,9 @@ def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> float 
     return None
 
 
-CLAIMS: dict[str, tuple[str, str]] = {
+CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Point]] = {
     "SPO is above Diffusion-DPO at equal compute": ("spo", "dpo"),
+    "SPO with a quarter of the compute is above Diffusion-DPO": ("spo", "dpo", at_a_quarter),
     "SPO is above DDPO at equal compute": ("spo", "ddpo"),
     "a random next start is above the winner": ("spo", "winner start"),
     "a random next start is above the loser": ("spo", "loser start"),
@@ -337,26 +387,41 @@ def verdict(found: tuple[float, float] | None) -> str:
 
 
 def claims_table(records: Mapping[str, Any]) -> str:
-    rows = [["claim of the paper", "difference in aesthetics", "in layout", "verdict"]]
-    for claim, (a, b) in CLAIMS.items():
-        found, layout = difference(a, b, records), difference(a, b, records, "layout")
-        cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout)]
+    rows = [["claim of the paper", "difference in aesthetics", "in layout", "in aesthetics, layout kept", "verdict"]]
+    kept = layout_kept(records["base"]["guidance 2"]["layout"][0] - LAYOUT_LOSS) if "base" in records else at_end
+    for claim, (a, b, *point) in CLAIMS.items():
+        of_a = point[0] if point else at_end
+        found, layout = (difference(a, b, records, score, of_a) for score in ("aesthetics", "layout"))
+        safe = None if point else difference(a, b, records, of_a=kept, of_b=kept)
+        cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout, safe)]
         rows.append([claim, *cells, verdict(found)])
     return markdown(rows)
 
 
 def cost_table(records: Mapping[str, Any]) -> str:
-    """Compute each method needs for what Diffusion-DPO reaches with the whole budget, and for half of SPO's gain."""
+    """Compute each method needs for what Diffusion-DPO reaches with the whole budget, and for half of SPO's gain.
+
+    In UNet rows and in CPU seconds, to which the training of the preference model belongs.
+    """
     rows = [["level of aesthetics", *MAIN]]
+    judge_s = records.get("judge", {}).get("cpu_s")
     levels = {}
+
+    def cost(name: str, reached: float | None) -> str:
+        if reached is None:
+            return "not reached"
+        runs = seeds_of(name, records)
+        trained_s = reached * sum(r["cpu_s"] for r in runs) / sum(r["spent"] for r in runs)
+        more = (f" + {judge_s:,.0f} s" if judge_s else " + the judge's") if CONTENDERS[name].judged else ""
+        return f"{reached:,.0f} ({trained_s:,.0f} s{more})"
+
     if runs := seeds_of("dpo", records):
         levels["what dpo reaches"] = sum(r["aesthetics"][0] for r in runs) / len(runs)
     if (runs := seeds_of("spo", records)) and "base" in records:
         start = records["base"]["guidance 2"]["aesthetics"][0]
         levels["half of spo's gain"] = (start + sum(r["aesthetics"][0] for r in runs) / len(runs)) / 2
     for what, level in levels.items():
-        reached = [rows_to_reach(name, level, records) for name in MAIN]
-        rows.append([f"{level:.2f}: {what}", *("not reached" if r is None else f"{r:,.0f}" for r in reached)])
+        rows.append([f"{level:.2f}: {what}", *(cost(name, rows_to_reach(name, level, records)) for name in MAIN)])
     return markdown(rows)
 
 
@@ -423,8 +488,8 @@ def claims(arguments: list[str] | None) -> None:
 
 def repeated(what: str, records: Mapping[str, Any], work: Path) -> dict[str, Any]:
     """A run by its name, as recorded runs were made. Raises ValueError for one that there is not."""
-    if what == "base":
-        return base(work)
+    if what in ONCE:
+        return ONCE[what](work)
     runs = {key(*run): run for run in plan()}
     if what not in runs:
         raise ValueError(f"--cell {what} is no run. Names: {', '.join(CONTENDERS)}; as in spo/0 or spo/tuning/0.0005.")
