@@ -32,6 +32,7 @@ POINTERS = {  # what each argument points to
     **dict.fromkeys(("grad_log_ratio_ptr", "grad_kl_ptr"), "*fp32"),
     **dict.fromkeys(("log_ratio_ptr", "weight_ptr", "loss_ptr", "grad_ptr", "stats_ptr"), "*fp32"),
     **dict.fromkeys(("down_ptr", "up_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
+    **{f"{name}_{i}_ptr": "*bf16" for name in ("down", "up") for i in range(3)},  # a rollout has no masters
     "key_ptr": "*i64",
     **dict.fromkeys(("partial_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"), "*fp32"),
 }
@@ -68,6 +69,13 @@ KERNELS = {
             *((tokens, rank, torch.bfloat16) for tokens, rank in ((32768, 64), (616, 64), (32768, 4), (32768, 128))),
             (32768, 64, torch.float32),
         )
+    },
+    **{
+        f"lora_linear, queries keys values, rank {rank}, bfloat16": (
+            lora_linear._down_up_three_kernel,
+            {"R": lora_linear._padded(rank), **lora_linear._down_up_blocks(32768, rank, torch.bfloat16)},
+        )
+        for rank in (4, 64, 128)
     },
     **{
         f"lora_linear, gradients, rank {rank}, {str(dtype)[6:]}": (

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo_fast.ops.backend import available_backends, use_backend
-from spo_fast.ops.lora_linear import DOWN_UP, MAX_RANK, OUTER, lora_linear, lora_linear_ref, lora_linears
+from spo_fast.ops.lora_linear import DOWN_UP, MAX_RANK, OUTER, lora_linear, lora_linear_ref, lora_linears, lora_three
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device
@@ -247,6 +247,30 @@ def test_layers_that_share_x_match_float64(backend, dtype, masters):
         assert mine <= 2 * definition + floor
     with use_backend(backend), pytest.raises(ValueError, match="do not fit"):
         lora_linears(x[..., 1:], layers, SCALE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rows", "r"), [((1,), 1, 1, 1), ((3, 7), 37, 53, 5), ((2, 70), 64, 96, 8)]
+)
+def test_queries_keys_and_values_without_gradient(backend, dtype, tokens, columns, rows, r):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton takes Python scalars as float32; float64 is left to the other backends")
+    x = randn(*tokens, columns, seed=0, dtype=dtype)
+    weight = randn(3 * rows, columns, seed=1).div(columns**0.5).to(dtype)
+    downs = [randn(r, columns, seed=2 + i).div(columns**0.5).to(dtype) for i in range(3)]
+    ups = [randn(rows, r, seed=5 + i).div(2 * r**0.5).to(dtype) for i in range(3)]
+    layers = list(zip(weight.split(rows), downs, ups, strict=True))
+    with use_backend(backend):
+        got = lora_three(x, weight, downs, ups, SCALE)
+    want = [truth(x, W, None, A, B, x.new_zeros(*tokens, rows))[0] for W, A, B in layers]
+    apart = [lora_linear_ref(x, W, None, A, B, SCALE) for W, A, B in layers]
+    floor = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+    for mine, definition in zip(errors(got, want), errors(apart, want), strict=True):
+        assert mine <= 2 * definition + floor
+    with pytest.raises(ValueError, match="do not fit"):
+        lora_three(x, weight, downs, [up[:, 1:] for up in ups] if r > 1 else [up[1:] for up in ups], SCALE)
 
 
 def test_layers_that_share_x_save_it_once_and_read_it_once():

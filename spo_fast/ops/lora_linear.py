@@ -71,6 +71,57 @@ except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing be
 if triton is not None:
 
     @triton.jit
+    def _down_up(
+        x_ptr,
+        down_ptr,
+        up_ptr,
+        bias_ptr,
+        y_ptr,
+        t_ptr,
+        scale,
+        M,
+        K,
+        N,
+        r,
+        down_r,
+        down_k,
+        up_n,
+        up_r,
+        y_m,
+        HAS_BIAS: tl.constexpr,
+        SAVE_T: tl.constexpr,
+        R: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ):
+        """One block of tokens: t = x down^T stays in registers for y = s t up^T + bias."""
+        token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rank = tl.arange(0, R)
+        is_token = (token < M)[:, None]
+        is_rank = rank < r
+        token = token.to(tl.int64)[:, None]
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        t = tl.zeros([BLOCK_M, R], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptr + token * K + k[None, :], mask=is_token & (k < K)[None, :], other=0.0)
+            at = rank[None, :] * down_r + k[:, None] * down_k
+            down = tl.load(down_ptr + at, mask=is_rank[None, :] & (k < K)[:, None], other=0.0)
+            t = tl.dot(x, down.to(dtype), t, input_precision="ieee")
+        t_rounded = t.to(dtype)
+        if SAVE_T:
+            tl.store(t_ptr + token * r + rank[None, :], t_rounded, mask=is_token & is_rank[None, :])
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            at = n[None, :] * up_n + rank[:, None] * up_r
+            up = tl.load(up_ptr + at, mask=is_rank[:, None] & (n < N)[None, :], other=0.0)
+            y = scale * tl.dot(t_rounded, up.to(dtype), input_precision="ieee")
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            tl.store(y_ptr + token * y_m + n[None, :], y.to(dtype), mask=is_token & (n < N)[None, :])
+
+    @triton.jit
     def _down_up_kernel(
         x_ptr,
         down_ptr,
@@ -93,30 +144,53 @@ if triton is not None:
         BLOCK_K: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
-        """One block of tokens: t = x down^T stays in registers for y = s t up^T + bias."""
-        token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        rank = tl.arange(0, R)
-        is_token = (token < M)[:, None]
-        is_rank = rank < r
-        token = token.to(tl.int64)[:, None]
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        t = tl.zeros([BLOCK_M, R], tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            x = tl.load(x_ptr + token * K + k[None, :], mask=is_token & (k < K)[None, :], other=0.0)
-            at = rank[None, :] * down_r + k[:, None] * down_k
-            down = tl.load(down_ptr + at, mask=is_rank[None, :] & (k < K)[:, None], other=0.0)
-            t = tl.dot(x, down.to(dtype), t, input_precision="ieee")
-        t_rounded = t.to(dtype)
-        tl.store(t_ptr + token * r + rank[None, :], t_rounded, mask=is_token & is_rank[None, :])
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            at = n[None, :] * up_n + rank[:, None] * up_r
-            up = tl.load(up_ptr + at, mask=is_rank[:, None] & (n < N)[None, :], other=0.0)
-            y = scale * tl.dot(t_rounded, up.to(dtype), input_precision="ieee")
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            tl.store(y_ptr + token * N + n[None, :], y.to(dtype), mask=is_token & (n < N)[None, :])
+        _down_up(
+            *(x_ptr, down_ptr, up_ptr, bias_ptr, y_ptr, t_ptr, scale, M, K, N, r, down_r, down_k, up_n, up_r, N),
+            HAS_BIAS=HAS_BIAS,
+            SAVE_T=True,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_K=BLOCK_K,
+            BLOCK_N=BLOCK_N,
+        )
+
+    @triton.jit
+    def _down_up_three_kernel(
+        x_ptr,
+        down_0_ptr,
+        down_1_ptr,
+        down_2_ptr,
+        up_0_ptr,
+        up_1_ptr,
+        up_2_ptr,
+        y_ptr,
+        scale,
+        M,
+        K,
+        N,
+        r,
+        R: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+    ):
+        """Three layers of one x, side by side in the rows of y (M, 3 N): program (block of tokens, layer)."""
+        if tl.program_id(1) == 0:
+            down_ptr, up_ptr = down_0_ptr, up_0_ptr
+        elif tl.program_id(1) == 1:
+            down_ptr, up_ptr = down_1_ptr, up_1_ptr
+        else:
+            down_ptr, up_ptr = down_2_ptr, up_2_ptr
+        y_ptr += tl.program_id(1) * N
+        _down_up(
+            *(x_ptr, down_ptr, up_ptr, x_ptr, y_ptr, y_ptr, scale, M, K, N, r, K, 1, r, 1, 3 * N),
+            HAS_BIAS=False,
+            SAVE_T=False,
+            R=R,
+            BLOCK_M=BLOCK_M,
+            BLOCK_K=BLOCK_K,
+            BLOCK_N=BLOCK_N,
+        )
 
     @triton.jit
     def _outer_kernel(
@@ -187,6 +261,17 @@ def _launch_down_up(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, sc
     return y, t
 
 
+def _launch_down_up_three(x: Tensor, downs: list[Tensor], ups: list[Tensor], scale: float) -> Tensor:
+    (M, K), (N, r) = x.shape, ups[0].shape
+    y = x.new_empty(M, 3 * N)
+    blocks = _down_up_blocks(M, r, x.dtype)
+    downs, ups = [w.contiguous() for w in downs], [w.contiguous() for w in ups]
+    launch(_down_up_three_kernel)[(-(-M // blocks["BLOCK_M"]), 3)](
+        *(x, *downs, *ups, y, scale, M, K, N, r), R=_padded(r), **blocks
+    )
+    return y
+
+
 def _launch_outer(p: Tensor, q: Tensor, scale: float) -> Tensor:
     M, rows, columns = p.shape[0], p.shape[1], q.shape[1]
     strides = (columns, 1)
@@ -213,6 +298,14 @@ def _down_up_fake(x, down, up, bias, scale):
     return x.new_empty(x.shape[0], up.shape[0]), x.new_empty(x.shape[0], down.shape[0])
 
 
+def _down_up_three_ref(x, downs, ups, scale):
+    return torch.cat([_down_up_ref(x, down, up, None, scale)[0] for down, up in zip(downs, ups, strict=True)], 1)
+
+
+def _down_up_three_fake(x, downs, ups, scale):
+    return x.new_empty(x.shape[0], 3 * ups[0].shape[0])
+
+
 def _outer_fake(p, q, scale):
     return p.new_empty(p.shape[1], q.shape[1], dtype=torch.float32)
 
@@ -223,6 +316,14 @@ DOWN_UP = {
         "lora_down_up_triton",
         "(Tensor x, Tensor down, Tensor up, Tensor? bias, float scale) -> (Tensor, Tensor)",
         *(_launch_down_up, _down_up_fake),
+    ),
+}
+DOWN_UP_THREE = {
+    "eager": _down_up_three_ref,
+    "triton": library_op(
+        "lora_down_up_three_triton",
+        "(Tensor x, Tensor[] downs, Tensor[] ups, float scale) -> Tensor",
+        *(_launch_down_up_three, _down_up_three_fake),
     ),
 }
 OUTER = {
@@ -236,6 +337,11 @@ OUTER = {
 @register_flop_formula(torch.ops.spo_fast.lora_down_up_triton)
 def _down_up_flops(x: torch.Size, down: torch.Size, up: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x[0] * down[0] * (x[1] + up[0])
+
+
+@register_flop_formula(torch.ops.spo_fast.lora_down_up_three_triton)
+def _down_up_three_flops(x: torch.Size, downs: Any, ups: Any, *_: Any, **__: Any) -> int:
+    return sum(2 * x[0] * down[0] * (x[1] + up[0]) for down, up in zip(downs, ups, strict=True))
 
 
 @register_flop_formula(torch.ops.spo_fast.lora_outer_triton)
@@ -347,6 +453,24 @@ def lora_linears(
     parts = [part for layer in layers for part in layer]
     out = _LoraLinears.apply(x.reshape(-1, x.shape[-1]).contiguous(), float(scale), *parts)
     return tuple(y.view(*x.shape[:-1], -1) for y in out)
+
+
+@torch.no_grad()
+def lora_three(
+    x: Tensor,  # (..., I)
+    weight: Tensor,  # (3 O, I) of three layers without bias, one below the other
+    downs: Sequence[Tensor],  # (r, I) each
+    ups: Sequence[Tensor],  # (O, r) each
+    scale: float,
+) -> tuple[Tensor, ...]:  # (..., O) views of one tensor
+    """lora_linears of queries, keys and values in two launches, where no gradient is wanted."""
+    rows = len(weight) // 3
+    for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
+        _check(x, weight[i * rows : (i + 1) * rows], None, down, up)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = DOWN_UP_THREE[backend.choose("lora_linear", x)](flat, list(downs), list(ups), float(scale))
+    y = torch.addmm(y, flat, weight.t(), out=y)
+    return y.view(*x.shape[:-1], 3 * rows).split(rows, -1)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
