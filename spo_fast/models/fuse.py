@@ -4,13 +4,14 @@ A module's class becomes a subclass that has another `forward`, nothing else cha
 adapters and what is saved stay as they were, and what a subclass does not know is left to diffusers. What goes:
     GroupNorm, SiLU             ops.group_norm_silu, channels-last
     a gelu(g)                   ops.geglu
-    base + LoRA                 ops.lora_linear; one product of the three A's where queries, keys and values share x
+    base + LoRA                 ops.lora_linear; one product of the three A's where queries, keys and values share x,
+                                and without gradient one of the three bases, which lie one below the other
     divisions by 1.0, copies to NCHW after each transformer
     SiLU of the time embedding in every ResNet block: once in all; frozen, the embedding is a table of the timesteps
     keys and values of the text at every step: once for the prompts, in `Text`, where no gradient flows
 
 SDXL's guided 16-bit forward has 1,860 operations (4,100 with its LoRA); with Triton's ops it has 1,387, with the LoRA
-as many if the two launches of a layer are one fused op (tests/test_fuse.py).
+1,527 (tests/test_fuse.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from spo_fast.models.attention import Attend, sdpa
 from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
-from spo_fast.ops.lora_linear import lora_linear, lora_linears
+from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
 
 NUM_TIMESTEPS = 1000  # of every noise schedule that these networks were trained with
 
@@ -68,6 +69,9 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
         module.recompute = recompute  # type: ignore[assignment]
         if isinstance(getattr(module, "conv_act", None), nn.SiLU) and type(module.conv_norm_out) is nn.GroupNorm:
             module.conv_norm_out.__class__, module.conv_act = FusedGroupNormSiLU, nn.Identity()
+    for module in network.modules():
+        if isinstance(module, FusedAttention):
+            module.stack()
     if cross:
         _fuse_embeddings(network)
 
@@ -225,10 +229,30 @@ def _linears(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
 
 class FusedAttention(Attention):
     attend: Attend
+    stacked: Tensor | None = None
+    """(3 D, D') the frozen weights of queries, keys and values: the layers' own are views of it."""
+
+    def stack(self) -> None:
+        """Put the three weights one below the other, if they share x and nothing else is to be computed of it."""
+        layers: list[Any] = [self.to_q, self.to_k, self.to_v]
+        if self.stacked is not None or not all(isinstance(layer, FusedLora) for layer in layers):
+            return
+        weights = [layer.base_layer.weight for layer in layers]
+        if len({w.shape for w in weights}) == 1 and all(layer.base_layer.bias is None for layer in layers):
+            self.stacked = torch.cat([w.data for w in weights])
+            for w, place in zip(weights, self.stacked.split(len(weights[0])), strict=True):
+                w.data = place
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:  # (N, L, D') -> (N, L, D) each
         key, value = _linears(text, (self.to_k, self.to_v))
         return key, value
+
+    def queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:  # (N, L, D') -> (N, L, D) each
+        layers: list[Any] = [self.to_q, self.to_k, self.to_v]
+        if self.stacked is None or torch.is_grad_enabled() or self.to_q.parts is None:
+            return _linears(x, layers)
+        downs, ups = zip(*(layer.parts[2:] for layer in layers), strict=True)
+        return lora_three(x, self.stacked, downs, ups, self.to_q.scaling["default"])
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **_: Any
@@ -236,7 +260,7 @@ class FusedAttention(Attention):
         """hidden_states (N, L, D); encoder_hidden_states the text (N, L', D'), its keys and values, or None."""
         assert attention_mask is None
         if encoder_hidden_states is None:
-            q, k, v = _linears(hidden_states, (self.to_q, self.to_k, self.to_v))
+            q, k, v = self.queries_keys_values(hidden_states)
         else:
             q, text = self.to_q(hidden_states), encoder_hidden_states
             k, v = text if isinstance(text, tuple) else self.keys_values(text)
