@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -145,4 +147,14 @@ def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, caps
     assert {k: again[k] for k in ("aesthetics", "layout", "spent", "pairs")} == {
         k: found["spo/0"][k] for k in ("aesthetics", "layout", "spent", "pairs")
     }
+    iterate = claims.Run.iterate
+
+    def stopped(run, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(run, *args)
+
+    monkeypatch.setattr(claims.Run, "iterate", stopped)
+    path.write_text("".join(line for line in first.splitlines(True) if "random picks" not in line))
+    assert claims.main(common) == 1 and "before its budget was spent" in capsys.readouterr().err
+    assert "random picks/0" not in claims.read(path)  # a run cut short is no result
     assert claims.main([*common, "--cell", "spo/7"]) == 1 and "is no run" in capsys.readouterr().err

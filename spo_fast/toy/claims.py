@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from spo_fast import cli, train, train_spm
 from spo_fast.checkpoint import versions, write_atomically
+from spo_fast.config import RunError
 from spo_fast.preference_report import estimate, markdown
 from spo_fast.scorers import load_metric
 from spo_fast.toy import build, evaluate, world
@@ -155,6 +156,8 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         started = time.process_time()
         run.train()
         cpu_s = time.process_time() - started
+        if meter.spent < BUDGET:
+            raise RunError(f"{name} was stopped before its budget was spent, so it is not recorded.")
         meter.on = False
         prompts, count = (world.TUNE, MARK_PICTURES) if tuning else (world.TEST, PICTURES)
         last = {"spent": meter.spent, **scores_of(run, prompts, count)}
