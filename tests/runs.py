@@ -135,7 +135,7 @@ def leave_run(run_dir: Path, records: list[dict[str, Any]], before: float | None
     lines = [json.dumps({"iteration": i, "time": 0.0, "epoch": 0, **r}) + "\n" for i, r in enumerate(records)]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     if before is not None:
-        (run_dir / "samples" / "before.txt").write_text(repr(before))
+        (run_dir / "samples" / "before.json").write_text(json.dumps({"score": before, "values": {}}))
     return run_dir
 
 

@@ -113,7 +113,7 @@ def test_grids_during_training(shown_run: Path) -> None:
     scores = [r["validation_score"] for r in facts(shown_run)]
     assert len(set(scores)) == ITERATIONS and all(map(math.isfinite, scores))
     grids = samples(shown_run)
-    assert grids.keys() == {"before.png", "before.txt", "after.png", *(f"step-{i + 1}.png" for i in range(ITERATIONS))}
+    assert grids.keys() == {"before.png", "before.json", "after.png", *(f"step-{i + 1}.png" for i in range(ITERATIONS))}
     assert len({grids[f"step-{i + 1}.png"] for i in range(ITERATIONS)} | {grids["before.png"]}) == ITERATIONS + 1
     assert grids["after.png"] == grids[f"step-{ITERATIONS}.png"]
     with Image.open(shown_run / "samples" / "step-2.png") as image:
@@ -123,9 +123,9 @@ def test_grids_during_training(shown_run: Path) -> None:
 def test_grids_are_of_the_weights_of_their_iteration(shown_run: Path, tmp_path: Path) -> None:
     run = built(tmp_path / "run", **GRIDS)
     run.encode_prompts()
-    assert run.show("before") == float((shown_run / "samples" / "before.txt").read_text())
+    assert run.show("before")._asdict() == json.loads((shown_run / "samples" / "before.json").read_text())
     checkpoint.load(shown_run / "checkpoint-2", run.learner, run.cfg.flat())
-    assert run.show("again") == facts(shown_run)[1]["validation_score"]
+    assert run.show("again").score == facts(shown_run)[1]["validation_score"]
     grids = samples(tmp_path / "run")
     assert grids["again.png"] == samples(shown_run)["step-2.png"]
     assert grids["before.png"] == samples(shown_run)["before.png"]
@@ -158,7 +158,7 @@ def test_resumed_without_grids_keeps_none_of_what_it_repeats(shown_run: Path, tm
     copy = shutil.copytree(shown_run, tmp_path / "run")
     settings = {**GRIDS, "num_validation_images": 0}
     run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", **settings)
-    assert samples(copy).keys() == {"before.png", "before.txt", "step-1.png", "step-2.png"}
+    assert samples(copy).keys() == {"before.png", "before.json", "step-1.png", "step-2.png"}
     assert [r.get("validation_score") for r in facts(copy)][2:] == [None, None]
 
 
