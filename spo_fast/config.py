@@ -524,7 +524,7 @@ class RunConfig(LoopConfig):
     """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
     validation_metrics: tuple[str, ...] = ()
     """Held-out scores of the sample grids: what --metrics of spo_fast.evaluate takes, best one that is not trained on.
-    Loaded at each grid and dropped again. Default: the toy's true scores, if all prompts are captions of its world."""
+    Loaded at each grid and dropped again. Default: of the toy its true scores, if prompts and size are its world's."""
     num_validation_images: Whole = 4
     """Images of each validation prompt, from fixed noise."""
     validation_steps: Count | None = None

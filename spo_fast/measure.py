@@ -119,6 +119,8 @@ def make_metric(
         def true_score(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
             if odd := next((prompt for prompt in prompts if prompt not in world.CAPTIONS), None):
                 raise ValueError(f"metric {name} knows captions of the toy's world only, not {odd!r:.60}.")
+            if pixels.shape[-2:] != (world.SIZE, world.SIZE):
+                raise ValueError(f"metric {name} is of pictures of {world.SIZE} pixels: leave out --resolution.")
             return {name: world.layout(pixels, prompts).all(1) if name == "layout" else world.aesthetics(pixels)}
 
         return true_score

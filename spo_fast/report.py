@@ -444,9 +444,7 @@ def page(run: RunRecord) -> str:
     """The whole report as HTML."""
     s = run.settings
     title = f"{s['method'].upper()} on {s['model']}: {run.run_dir.resolve().name}"
-    held_out = [
-        Chart(f"Held-out {m}", (f"held_out_{m}",), "not trained on; of the same pictures") for m in run.held_out
-    ]
+    held_out = [Chart(f"Held-out {m}", (f"held_out_{m}",), "not trained on, same pictures") for m in run.held_out]
     drawn = [(chart, draw(chart, run)) for chart in (*CHARTS[:1], *held_out, *CHARTS[1:])]
     charts = "".join(
         f"<figure><figcaption><b>{escape(c.title)}</b> <span>{escape(c.about)}</span></figcaption>{svg}</figure>"

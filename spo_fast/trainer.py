@@ -658,7 +658,8 @@ class Run(TrainingRun[Config]):
     def measured(self, images: list[list[Tensor]]) -> dict[str, list[float]]:
         """Held-out metrics and looks of the pictures, prompt after prompt. A metric's weights are loaded for it and
         dropped again: training has the memory."""
-        pictures, found = torch.stack([image for row in images for image in row]).clamp(-1, 1), {}
+        found: dict[str, list[float]] = {}
+        pictures = torch.stack([image for row in images for image in row]).clamp(-1, 1)
         texts = [prompt for prompt, row in zip(self.validation_prompts(), images, strict=True) for _ in row]
         for name in ("looks", *self.metrics):
             paths, dtype = self.model.resolved.scorer_paths, DTYPES[self.cfg.scorer.scorer_dtype]
@@ -829,7 +830,7 @@ class Run(TrainingRun[Config]):
         for grid in (*later, samples / "after.png"):
             grid.unlink(missing_ok=True)
         if self.resume is not None:
-            return Validation(**read_json(path)) if path.is_file() else None
+            return Validation.read(path) if path.is_file() else None
         shown = self.show("before")
         if (accuracy := self.held_out_accuracy()) is not None:
             print(f"held-out preference accuracy before training: {accuracy:.3f}")
@@ -871,6 +872,12 @@ class Validation(NamedTuple):
     score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
     values: dict[str, list[float]]  # held-out metric or look -> of each picture
 
+    @classmethod
+    def read(cls, file: Path) -> Validation:
+        kept = read_json(file)
+        values = {name: [math.nan if v is None else v for v in them] for name, them in kept["values"].items()}
+        return cls(kept["score"], values)
+
     def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, Any]:
         """As it is logged. Looks are logged against those before training, with the signs of reward hacking there."""
         found: dict[str, Any] = {"validation_score": self.score}
@@ -885,8 +892,9 @@ class Validation(NamedTuple):
         """Score and held-out metrics, each with what it was before training."""
 
         def text(name: str, now: float | None, was: float | None) -> str:
-            numbers = [f"{value:.3f}" for value in (was, now) if value is not None]
-            return f"{name} {' -> '.join(numbers)}" + (f" ({now - was:+.3f})" if len(numbers) == 2 else "")
+            if now is None or was is None:
+                return f"{name} not finite" if now is None else f"{name} {now:.3f}"
+            return f"{name} {was:.3f} -> {now:.3f} ({now - was:+.3f})"
 
         old = before or Validation(None, {})
         held_out = [text(f"held-out {m}", self.mean(m), old.mean(m) if m in old.values else None) for m in metrics]
@@ -901,7 +909,8 @@ def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
         return parted(cfg.run.validation_metrics)
     from spo_fast.toy import world
 
-    return list(TRUE_SCORES) if set(prompts) <= set(world.CAPTIONS) else []
+    whole = all(side in (None, world.SIZE) for side in (cfg.model.height, cfg.model.width))
+    return list(TRUE_SCORES) if whole and set(prompts) <= set(world.CAPTIONS) else []
 
 
 def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | None:

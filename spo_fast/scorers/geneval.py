@@ -139,10 +139,12 @@ class GenEval(PictureScorer):
 
     def _right(self, pixels: Tensor, wanted: Mapping[str, Any]) -> bool:
         threshold = COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
-        out = self.detector(pixel_values=self.prepared(pixels))
-        masks = self._at_size(out.masks_queries_logits, pixels)
-        objects = instances(out.class_queries_logits[0], masks[0], threshold)
+        objects = instances(*self.logits(pixels), threshold)
         return is_right(objects, wanted, lambda found, name: self.colours(pixels, found, name))
+
+    def logits(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (1, 3, H, W) -> (Q, 81) classes, (Q, H, W) masks
+        out = self.detector(pixel_values=self.prepared(pixels))
+        return out.class_queries_logits[0], self._at_size(out.masks_queries_logits, pixels)[0]
 
     @staticmethod
     def input_size(pixels: Tensor) -> tuple[int, int]:
