@@ -131,7 +131,8 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
     assert again == result
 
 
-@pytest.mark.parametrize("pictures_made", [1, 7])  # of 12: the base is being drawn, the LoRA is
+# of 12: the base's are being drawn, or the LoRA's
+@pytest.mark.parametrize("pictures_made", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_sigkill_in_another_process(
     whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path, pictures_made: int
 ) -> None:

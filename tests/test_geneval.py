@@ -193,12 +193,12 @@ def test_a_run_is_trained_with_it(detector: Path, asked: Path, tmp_path: Path, m
     whole, dogs = GenEval.logits, []
 
     def logits(self: GenEval, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        classes, masks = whole(self, pixels)
+        if not dogs:  # once is enough of the network
+            assert whole(self, pixels)[1].shape == (5, 8, 8)
         dogs.append(bool(pixels.mean() > 0))
-        classes[:] = 0
+        classes = torch.zeros(5, 81)
         classes[0, CLASSES.index("dog") if dogs[-1] else 80] = 30.0
-        masks[:] = 30.0
-        return classes, masks
+        return classes, torch.full((5, 8, 8), 30.0)
 
     monkeypatch.setattr(GenEval, "logits", logits)
     out = run_toy(tmp_path / "run", **settings(detector, asked), validation_metrics="pickscore")

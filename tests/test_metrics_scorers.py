@@ -200,7 +200,7 @@ def test_clip_metrics_equal_transformers_in_float64(
         found = score(name, paths, x)
         assert found.dtype == torch.float32 and found.shape == (2,)
         assert (found.double() - expected).abs().max() < 1e-4, name
-        assert (found[0] - found[1]).abs() > 1e-2
+        assert (found[0] - found[1]).abs() > 5e-3
 
 
 def test_one_tower_serves_spm_pickscore_and_hps(clip_dir: Path, hps_file: Path, tmp_path: Path) -> None:
@@ -307,13 +307,8 @@ def test_vision_names_cover_the_published_ones() -> None:
 
 def bilinear_matrix(source: int, target: int) -> Tensor:
     """(target, source) float64: between the two nearest centres, no antialias, the border repeated."""
-    matrix = torch.zeros(target, source, dtype=torch.float64)
-    for i in range(target):
-        place = min(max((i + 0.5) * source / target - 0.5, 0.0), source - 1.0)
-        low = int(place)
-        matrix[i, low] += 1 - (place - low)
-        matrix[i, min(low + 1, source - 1)] += place - low
-    return matrix
+    places = ((torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(0, source - 1)
+    return (1 - (places[:, None] - torch.arange(source)).abs()).clamp(min=0)
 
 
 def bilinear64(x: Tensor, height: int, width: int) -> Tensor:
