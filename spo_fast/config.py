@@ -605,6 +605,9 @@ class Config(Settings):
     """A run of preference optimisation (train.py)."""
 
     def __post_init__(self) -> None:
+        trained = {entry.split(":")[0] for entry in self.scorer.scorer}
+        shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
+        _need(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
         _need(
             self.objective.method != "gradspo" or self.sample.num_inner_steps == 0,
             "method=gradspo compares children of one x_t: num_inner_steps must be 0.",

@@ -220,7 +220,7 @@ CHARTS = (
     Chart(
         "Looks of the validation pictures",
         ("look_*",),
-        "1: as before training. Above the dotted line, and not by chance, a sign of reward hacking",
+        "1: before training; above the dotted line: reward hacking?",
         level=1 + RISE,
     ),
     Chart("Loss", ("loss",), "dotted: 0.693, where it stands when policy and reference agree", level=math.log(2)),
@@ -277,7 +277,13 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
         else:
             for name, (x, mean, least, greatest) in curves.items():
                 (line,) = axes.plot(
-                    x, mean, "o-" if len(x) <= 40 else "-", ms=2.5, lw=1.2, label=name, gid=f"curve-{name}"
+                    x,
+                    mean,
+                    "o-" if len(x) <= 40 else "-",
+                    ms=2.5,
+                    lw=1.2,
+                    label=name.removeprefix("look_"),
+                    gid=f"curve-{name}",
                 )
                 if len(run.curve(name)[0]) > MAX_POINTS:
                     axes.fill_between(x, least, greatest, color=line.get_color(), alpha=0.25, lw=0)

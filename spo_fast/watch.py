@@ -108,7 +108,7 @@ class Watch:
         if "hacking" in record:  # a validation: sentences that begin with the look
             self._signs = {text.split()[0]: text for text in record["hacking"].split("; ") if text}
         return {
-            f"look {name}": f"of the validation pictures {text}, and not by chance: a sign of reward hacking. Compare "
+            f"look {name}": f"in the validation pictures {text}, and not by chance: a sign of reward hacking. Compare "
             "the sample grids and what was not trained on (--validation_metrics); stop earlier, or lower "
             "--learning_rate"
             for name, text in self._signs.items()

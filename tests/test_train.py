@@ -231,6 +231,7 @@ def test_nothing_is_loaded_for_validation_unasked(tmp_path: Path, monkeypatch: p
     ("settings", "message"),
     [
         ({"validation_metrics": "aestetics"}, "--validation_metrics: unknown scorer 'aestetics'"),
+        ({"validation_metrics": "spm", "scorer": "spm:2"}, "spm is the scorer, whose score is shown anyway"),
         ({"validation_metrics": "lrm"}, "lrm judges noisy latents, not pictures"),
         ({"validation_metrics": "pickscore:2"}, "metrics have no weights"),
         ({"validation_metrics": "image_reward,aesthetic"}, "--image_reward_path"),
@@ -272,8 +273,8 @@ def test_garish_pictures_raise_the_alarm(
     told = [text for text in records[1]["warnings"] if "sign of reward hacking" in text]
     assert len(told) >= 3 and any("saturation is" in text for text in told)
     assert not any("sign of reward hacking" in text for r in records[2:] for text in r.get("warnings", ()))
-    assert capsys.readouterr().out.count("warning: iteration 1: of the validation pictures saturation is") == 1
-    assert "of the validation pictures saturation is" in (tmp_path / "run" / "report.html").read_text()
+    assert capsys.readouterr().out.count("warning: iteration 1: in the validation pictures saturation is") == 1
+    assert "in the validation pictures saturation is" in (tmp_path / "run" / "report.html").read_text()
     assert "Signs of reward hacking in these images: saturation is" in (tmp_path / "run" / "README.md").read_text()
 
 
