@@ -37,6 +37,10 @@ TITLES = {
 # diffusers' shorthands, each after the field it belongs to: name, what it takes, help
 SHORTHANDS = {
     "height": ("resolution", Kind(int, Range(1), (), False, False), "Height and width in pixels of a square image."),
+    "validation_prompt": (
+        *("validation_prompts", Kind(str, None, (), False, True)),
+        "The same as --validation_prompt.",
+    ),
     "optimizer": ("use_8bit_adam", Kind(bool, None, (), False, False), "The same as --optimizer adamw8bit."),
 }
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -70,7 +74,8 @@ class Parser(argparse.ArgumentParser):
 
 def known_names(settings: type[Settings]) -> dict[str, Kind]:
     """Every name a YAML file may have."""
-    return settings.kinds() | {name: kind for name, kind, _ in SHORTHANDS.values()}
+    kinds = settings.kinds()
+    return kinds | {name: kind for field, (name, kind, _) in SHORTHANDS.items() if field in kinds}
 
 
 def build_parser(
@@ -210,6 +215,8 @@ def _expanded(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if values.pop("use_8bit_adam", False):
         values.setdefault("optimizer", "adamw8bit")
+    if "validation_prompts" in values:
+        values.setdefault("validation_prompt", values.pop("validation_prompts"))
     if "resolution" in values:
         resolution = values.pop("resolution")
         values = {"height": resolution, "width": resolution, **values}

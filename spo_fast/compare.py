@@ -304,9 +304,9 @@ each from the same noise, {s.num_steps} steps, guidance {s.guidance_scale:g}.</p
 that training works; only eyes show whether it is for the better.</p>
 {wins_html(c)}
 {scores_html(c)}
+{looks_html(c)}
 {study_html(votes, s.seed, num_files)}
 {ballot}
-{looks_html(c)}
 <h2>Pairs</h2><p>Pictures in a row began as the same noise. Shown: {len(c.shown)} of {total}.</p>
 {pairs_html(c)}
 <h2>Settings</h2><details><summary>Settings and versions</summary>

@@ -118,6 +118,11 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def parted(entries: Iterable[str]) -> list[str]:
+    """Names of a list whose entries may hold several, parted by commas; each once."""
+    return list(dict.fromkeys(name for entry in entries for name in entry.split(",") if name))
+
+
 @functools.cache
 def kinds_of(section: type) -> dict[str, Kind]:
     """A section's fields."""
@@ -263,18 +268,33 @@ class SampleConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(Section):
+class ComputeConfig(Section):
     """How the networks are computed. Nothing here changes what is computed."""
 
     compile: Literal["off", "regional", "full"] | None = None
-    """torch.compile of UNet, VAE decoder and scorer: of their repeated blocks, or whole; the first iterations wait for
-    it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
+    """torch.compile of UNet, VAE decoder and a training's scorer: of their repeated blocks, or whole; the first use
+    waits for it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
     fuse: bool | None = None
     """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
     rollout. Default: on a GPU, and for memory=balanced."""
     attention: Literal["auto", "sdpa", "cudnn", "xformers", "flash3"] = "auto"
     """Attention kernel of the fused UNet: PyTorch's own choice, cuDNN's, xformers' or FlashAttention 3. auto: the
     fastest of those that run here, timed at the start on the run's shapes; sdpa on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(
+            self.fuse is not False or self.compile in (None, "off"),
+            f"compile={self.compile} works on the fused networks: leave out --no-fuse, or use --compile off.",
+        )
+        _need(
+            self.fuse is not False or self.attention in ("auto", "sdpa"),
+            f"attention={self.attention} is for the fused UNet: leave out --no-fuse, or use --attention sdpa.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(ComputeConfig):
     memory: Literal["fast", "balanced", "small"] | None = None
     """What the backward keeps of the forward. fast: all it needs. balanced: norms are computed again. small: everything
     is (gradient_checkpointing), images are decoded singly and AdamW keeps 8-bit state, unless set otherwise. Default:
@@ -287,14 +307,6 @@ class EngineConfig(Section):
         _need(
             self.fuse is not False or self.memory != "balanced",
             "memory=balanced is a property of the fused networks: leave out --no-fuse, or use fast or small.",
-        )
-        _need(
-            self.fuse is not False or self.compile in (None, "off"),
-            f"compile={self.compile} works on the fused networks: leave out --no-fuse, or use --compile off.",
-        )
-        _need(
-            self.fuse is not False or self.attention in ("auto", "sdpa"),
-            f"attention={self.attention} is for the fused UNet: leave out --no-fuse, or use --attention sdpa.",
         )
 
 
@@ -408,6 +420,8 @@ class ScorerPaths(Section):
     """Local sac+logos+ava1-l14-linearMSE.pth. Default: that of camenduru/improved-aesthetic-predictor from the hub."""
     image_reward_path: str | None = None
     """Local ImageReward.pt. Default: that of THUDM/ImageReward from the hub."""
+    geneval_path: str | None = None
+    """Local Mask2Former directory (geneval). Default: facebook/mask2former-swin-small-coco-instance from the hub."""
     bert_path: str | None = None
     """Local vocab.txt of BERT (scorer image_reward). Default: that of google-bert/bert-base-uncased from the hub."""
 
@@ -420,8 +434,10 @@ class ScorerPaths(Section):
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(ScorerPaths):
     scorer: tuple[str, ...] = ("spm",)
-    """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward, lrm; a weight after a colon, as in spm:1
-    pickscore:0.5, makes a weighted sum. lrm, the latent reward model, judges noisy latents and cannot be mixed."""
+    """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward, geneval, lrm; a weight after a colon, as
+    in spm:1 pickscore:0.5, makes a weighted sum. geneval (1 if all is as asked, else 0) needs --prompts with what it
+    looks for, such as evaluation_metadata.jsonl. lrm, the latent reward model, judges noisy latents and cannot be
+    mixed."""
     spm_time_conditioned: bool = True
     """Off: --spm_path holds a model without the timestep (train_spm --no-time_conditioned), the paper's ablation."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
@@ -506,6 +522,9 @@ class LoopConfig(Section):
 class RunConfig(LoopConfig):
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
+    validation_metrics: tuple[str, ...] = ()
+    """Held-out scores of the sample grids: what --metrics of spo_fast.evaluate takes, best one that is not trained on.
+    Loaded at each grid and dropped again. Default: of the toy its true scores, if prompts and size are its world's."""
     num_validation_images: Whole = 4
     """Images of each validation prompt, from fixed noise."""
     validation_steps: Count | None = None
@@ -586,6 +605,9 @@ class Config(Settings):
     """A run of preference optimisation (train.py)."""
 
     def __post_init__(self) -> None:
+        trained = {entry.split(":")[0] for entry in self.scorer.scorer}
+        shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
+        _need(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
         _need(
             self.objective.method != "gradspo" or self.sample.num_inner_steps == 0,
             "method=gradspo compares children of one x_t: num_inner_steps must be 0.",
@@ -716,16 +738,14 @@ class PreferenceConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class MetricConfig(ScorerPaths):
     metrics: tuple[str, ...] = ("pickscore", "hpsv2", "image_reward", "aesthetic")
-    """Any scorer (spm judges at t = 0) and geneval; the toy's true scores layout and aesthetics. Commas may part
-    them."""
-    geneval_path: str | None = None
-    """Local Mask2Former directory (metric geneval). Default: facebook/mask2former-swin-small-coco-instance."""
+    """Any scorer but lrm (spm judges at t = 0; geneval in percent); the toy's true scores layout and aesthetics. Commas
+    may part them."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers (no: float32)."""
 
     @property
     def metric_names(self) -> list[str]:
-        return list(dict.fromkeys(name for entry in self.metrics for name in entry.split(",") if name))
+        return parted(self.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -761,5 +781,6 @@ class EvaluationConfig(Settings):
     """What evaluate.py and compare.py draw and judge."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    engine: ComputeConfig = field(default_factory=ComputeConfig)
     metric: MetricConfig = field(default_factory=MetricConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)

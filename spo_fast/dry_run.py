@@ -13,7 +13,7 @@ from spo_fast.config import Config
 from spo_fast.costs import Costs, predict
 from spo_fast.data import training_prompts
 from spo_fast.metrics import read_metrics
-from spo_fast.models import find_lora, look_for, resolve, scorer_paths
+from spo_fast.models import find_lora, look_for, resolve, run_paths
 from spo_fast.models.sources import Missing, Present
 from spo_fast.objectives import make_objective
 from spo_fast.presets import COMPARED, DATA
@@ -28,10 +28,10 @@ def report(cfg: Config, device: Device | None = None) -> str:
     """The text of a dry run. device: None looks for one."""
     if device is None:
         device = found_device(pick_device(cfg.run.device))
-    looked = look_for(cfg.model, scorer_paths(cfg.scorer))
+    looked = look_for(cfg.model, run_paths(cfg))
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
-    resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, scorer_paths(cfg.scorer))
+    resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, run_paths(cfg))
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
     total, encoded, steps = steps_text(cfg)

@@ -12,18 +12,19 @@ import io
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_fast import cli
-from spo_fast.config import EvaluationConfig, did_you_mean
+from spo_fast.config import EvaluationConfig
 from spo_fast.files import read_json
-from spo_fast.models import find_contender, resolve, scorer_specs
+from spo_fast.models import find_contender, metric_scorers, resolve
 from spo_fast.models.sources import Missing, MissingFilesError
 from spo_fast.presets import EVALUATION_PRESETS
-from spo_fast.prompt_sets import prompt_files, read_prompts
+from spo_fast.prompt_sets import geneval_records, prompt_files, read_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,6 @@ EXAMPLES = [
     "--model sdxl --lora runs/sdxl spo=SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep_LoRA --prompts pickapic",
 ]
 NOISE = 2**32 - 3  # the iteration whose noise the pictures start from: no other use gets there
-TRUE_SCORES = ("layout", "aesthetics")  # of the toy's world
 OF_THE_RUN = (  # settings that a run's directory brings along, unless they are given
     *("model", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"),
     *("height", "width", "num_steps", "guidance_scale"),
@@ -68,17 +68,7 @@ def check_metrics(cfg: EvaluationConfig) -> list[str]:
     names = cfg.metric.metric_names
     if "geneval" in names and not (cfg.pictures.prompts or "").startswith("geneval"):
         raise ValueError("metric geneval judges GenEval's own prompts: add --prompts geneval (or geneval=FILE).")
-    if odd := [name for name in names if name in TRUE_SCORES and cfg.model.model != "toy"]:
-        raise ValueError(f"metric {odd[0]} is a true score of the toy's world: --model {cfg.model.model} has none.")
-    scorers = [name for name in names if name not in (*TRUE_SCORES, "geneval")]
-    if any(":" in name for name in scorers):
-        raise ValueError("metrics have no weights: write --metrics pickscore aesthetic.")
-    try:
-        scorer_specs(tuple(scorers))
-    except ValueError as error:
-        near = next((did_you_mean(n, (*TRUE_SCORES, "geneval")) for n in scorers if n), "")
-        raise ValueError(f"--metrics: {error}{'' if 'Did you mean' in str(error) else near}") from None
-    return scorers
+    return metric_scorers(names, cfg.model.model, "--metrics")
 
 
 def find_files(cfg: EvaluationConfig) -> tuple[Any, list[Contender]]:
@@ -86,8 +76,7 @@ def find_files(cfg: EvaluationConfig) -> tuple[Any, list[Contender]]:
     missing: list[Missing] = []
     resolved = None
     try:
-        needed = [*check_metrics(cfg), *{"geneval"}.intersection(cfg.metric.metric_names)]
-        resolved = resolve(cfg.model, cfg.metric.paths_of(needed))
+        resolved = resolve(cfg.model, cfg.metric.paths_of(check_metrics(cfg)))
     except MissingFilesError as error:
         missing += error.missing
     contenders = [Contender("base", "base", "base")]
@@ -155,11 +144,16 @@ def fingerprint(contender: Contender) -> str:
 class Drawn:
     """What sample_latents asks of a policy."""
 
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
+    def __init__(self, unet: Any, fused: bool) -> None:
+        self.unet, self.fused = unet, fused
 
     def told(self, cond: Any, guided: bool) -> Any:
-        return cond
+        from spo_fast.models.fuse import text_of
+        from spo_fast.models.policy import inputs_of
+
+        if not self.fused:
+            return cond
+        return replace(cond, text=text_of(self.unet, *inputs_of(self.unet, len(cond), cond, guided)))
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Any, guided: bool) -> Any:
         from spo_fast.models.policy import denoise
@@ -172,13 +166,22 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
     todo = [g for g in galleries if not all(file.is_file() for file in g.files)]
     if not todo:
         return
+    from spo_fast.engine import prepare_drawing
+    from spo_fast.models.compiled import compile_network, keep_cache_in
     from spo_fast.models.diffusion import DiffusionModel
+    from spo_fast.models.fuse import fuse
     from spo_fast.models.lora import apply_lora
-    from spo_fast.models.sources import load_unet_from
+    from spo_fast.models.sources import load_unet, load_unet_from
 
-    cfg = cfg.with_fields(mixed_precision=cfg.model.precision_on(device.type))
-    model = DiffusionModel(cfg.model, resolved, device, Path(cfg.pictures.output_dir) / "prompt_cache")
+    out, c, engine = Path(cfg.pictures.output_dir), cfg.pictures, cfg.engine
+    model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
     model.prompt_cache.ensure([*prompts, ""])
+    if engine.fuse:
+        fuse(model.vae)
+    if engine.compile != "off":
+        keep_cache_in(out)
+        if hasattr(model.vae, "decoder"):
+            compile_network(model.vae.decoder, str(engine.compile))
     # whole UNets last: they take the base model's place
     for gallery in sorted(todo, key=lambda g: g.contender.kind == "unet"):
         contender = gallery.contender
@@ -188,11 +191,20 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
             model.unet = load_unet_from(contender.path, model.dtype).to(device)
             if model.unet.config.in_channels != model.latent_shape[0]:
                 raise ValueError(f"{contender.path} belongs to another base model than --model {cfg.model.model}.")
+        elif model.unet is None:
+            model.unet = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":
             assert contender.path is not None
             apply_lora(contender.path, model.unet, model.kind)
+        if engine.fuse:
+            rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
+            tokens = model.tokenizers[0].model_max_length
+            kernel = prepare_drawing(model.unet, engine, rows, model.latent_shape, tokens)
+            print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
-        if contender.kind == "lora":
+        if engine.fuse:
+            model.unet = None  # fused with what it wore: the next one starts from the file
+        elif contender.kind == "lora":
             model.unet.delete_adapters("default")
 
 
@@ -204,18 +216,21 @@ def draw(cfg: EvaluationConfig, model: Any, gallery: Gallery, prompts: list[str]
     from spo_fast.rollout import sample_latents
 
     c, files = cfg.pictures, gallery.files
-    table = model.table(c.num_steps, 0.0)
+    table, policy = model.table(c.num_steps, 0.0), Drawn(model.unet, bool(cfg.engine.fuse))
     for start in range(0, len(files), c.images_at_once):
         numbers = range(start, min(start + c.images_at_once, len(files)))
         if all(files[n].is_file() for n in numbers):
             continue
-        part = [prompts[n // c.images_per_prompt] for n in numbers]
-        draws = KeyedDraws(c.seed, NOISE, torch.tensor(list(numbers), device=model.device))
+        drawn = list(numbers)
+        if cfg.engine.compile != "off":  # a graph is for one size: a short last batch is filled up
+            drawn += [start] * (c.images_at_once - len(drawn))
+        part = [prompts[n // c.images_per_prompt] for n in drawn]
+        draws = KeyedDraws(c.seed, NOISE, torch.tensor(drawn, device=model.device))
         x = draws.latents(model.latent_shape, model.latent_dtype)
-        latents = sample_latents(Drawn(model.unet), table, model.cond(part), c.guidance_scale, x)
-        for at in range(0, len(part), cfg.model.images_per_decode):
+        latents = sample_latents(policy, table, model.cond(part), c.guidance_scale, x)
+        for at in range(0, len(drawn), cfg.model.images_per_decode):
             chunk = slice(at, at + cfg.model.images_per_decode)
-            for n, pixels in zip(numbers[chunk], model.decode(latents[chunk]).float().cpu(), strict=True):
+            for n, pixels in zip(drawn[chunk], model.decode(latents[chunk]).float().cpu(), strict=True):
                 if not files[n].is_file():
                     write_picture(files[n], pixels)
         print(f"{gallery.contender.name}: {numbers.stop} of {len(files)} pictures", flush=True)
@@ -253,30 +268,20 @@ def read_picture(file: Path) -> Tensor:  # (3, H, W) in [-1, 1]
 # ----------------------------------------------------------------------------------------------------------- scores
 
 
-def make_metric(
-    name: str, cfg: EvaluationConfig, resolved: Any, prompts: list[str], device: torch.device
-) -> Callable[[Tensor, list[int]], dict[str, Tensor]]:
-    """(pictures (B, 3, H, W) in [-1, 1], their prompts' numbers) -> name -> (B,)."""
+def wanted(cfg: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    """What GenEval looks for in the prompts' pictures."""
+    return geneval_records(prompt_files(cfg.pictures.prompts or "geneval")[1][0])
+
+
+def metric_of(
+    name: str, cfg: EvaluationConfig, resolved: Any, device: torch.device
+) -> Callable[[Tensor, list[str]], dict[str, Tensor]]:
+    """See measure.Metric."""
     import torch
 
-    from spo_fast.measure import looks
+    from spo_fast.measure import make_metric
     from spo_fast.models.diffusion import DTYPES
     from spo_fast.models.sources import load_tokenizers
-
-    if name == "looks":
-        return lambda pixels, numbers: looks(pixels)
-    if name in TRUE_SCORES:
-        from spo_fast.toy import world
-
-        def true_score(pixels: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-            if odd := next((prompts[n] for n in numbers if prompts[n] not in world.CAPTIONS), None):
-                raise ValueError(f"metric {name} knows captions of the toy's world only, not {odd!r:.60}.")
-            texts = [prompts[n] for n in numbers]
-            return {name: world.layout(pixels, texts).all(1) if name == "layout" else world.aesthetics(pixels)}
-
-        return true_score
-    from spo_fast.scorers import load_metric
-    from spo_fast.scorers.geneval import load_geneval
 
     tokenizer = load_tokenizers(resolved)[0]
 
@@ -284,18 +289,8 @@ def make_metric(
         ids = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
         return torch.tensor(ids.input_ids)
 
-    if name == "geneval":
-        judge = load_geneval(resolved.scorer_paths[name], tokenize, device, clip=resolved.scorer_paths["clip"])
-        wanted = geneval_records(cfg)
-        return lambda pixels, numbers: {name: judge.score(pixels, [wanted[n] for n in numbers])}
-    scorer = load_metric(name, resolved.scorer_paths, tokenize, device, DTYPES[cfg.metric.scorer_dtype])
-
-    @torch.no_grad()
-    def score(pixels: Tensor, numbers: list[int]) -> dict[str, Tensor]:
-        text = scorer.encode([prompts[n] for n in numbers])
-        return {name: scorer.score_pixels(pixels, torch.zeros((), dtype=torch.long, device=device), text)}
-
-    return score
+    asked = wanted(cfg) if name == "geneval" else None
+    return make_metric(name, resolved.scorer_paths, tokenize, device, DTYPES[cfg.metric.scorer_dtype], asked)
 
 
 def score_all(
@@ -321,13 +316,13 @@ def score_all(
             key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}"
             kept = read_json(file) if file.is_file() else {}
             if kept.get("of") != key:
-                metric = metric or make_metric(name, cfg, resolved, prompts, device)
+                metric = metric or metric_of(name, cfg, resolved, device)
                 scores: dict[str, list[float]] = {}
                 for start in range(0, len(gallery.files), size):
                     part = gallery.files[start : start + size]
                     pixels = torch.stack([read_picture(f) for f in part]).to(device)
-                    numbers = [n // per for n in range(start, start + len(part))]
-                    for what, values in metric(pixels, numbers).items():
+                    texts = [prompts[n // per] for n in range(start, start + len(part))]
+                    for what, values in metric(pixels, texts).items():
                         scores.setdefault(what, []).extend(values.double().tolist())
                 kept = {"of": key, "scores": scores}
                 write_atomically(file, json.dumps(without_nan(kept)) + "\n")
@@ -338,7 +333,7 @@ def score_all(
                 if what == "geneval":  # the mean of its tasks' means
                     from spo_fast.scorers.geneval import task_weights
 
-                    means *= task_weights([record["tag"] for record in geneval_records(cfg)])
+                    means *= task_weights([wanted(cfg)[prompt]["tag"] for prompt in prompts])
                 found[gallery.contender.name][what] = means
     return found
 
@@ -397,6 +392,19 @@ def table(result: Mapping[str, Any], model: str, metrics: list[str]) -> str:
     return markdown(rows)
 
 
+def decided(cfg: EvaluationConfig, device: torch.device) -> tuple[EvaluationConfig, list[Any]]:
+    """cfg with what it leaves to the device filled in as a training fills it in, and why."""
+    from spo_fast.choices import choose, found_device
+    from spo_fast.config import Config, EngineConfig
+
+    asked = {f.name: getattr(cfg.engine, f.name) for f in fields(cfg.engine)}
+    training = Config(model=cfg.model, engine=EngineConfig(**asked))
+    resolved, choices = choose(training, replace(found_device(device), memory_bytes=None))
+    names = ("mixed_precision", "compile", "fuse")
+    filled = cfg.with_fields(**{name: resolved.flat()[name] for name in names})
+    return filled, [choice for choice in choices if choice.flag in names]
+
+
 def evaluate(cfg: EvaluationConfig) -> Evaluation:
     """Draw, score, and write results.json and results.md. Raises before anything is drawn if something is missing."""
     resolved, contenders = find_files(cfg)
@@ -404,7 +412,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     import torch
 
     from spo_fast import checkpoint
-    from spo_fast.choices import pick_device
+    from spo_fast.choices import found_device, listed, pick_device
     from spo_fast.measure import LOOKS, hacking_signs
     from spo_fast.models.row_cache import fingerprint_files
     from spo_fast.models.sources import load_tokenizers, text_files, unet_files, vae_files
@@ -412,6 +420,9 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     from spo_fast.preference_report import without_nan
 
     device = pick_device(cfg.pictures.device)
+    cfg, choices = decided(cfg, device)
+    if choices:
+        print(f"chosen for this device ({found_device(device).name}):\n{textwrap.indent(listed(choices), '  ')}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
     out, c = Path(cfg.pictures.output_dir), cfg.pictures
     held = checkpoint.lock(out)
@@ -421,9 +432,9 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     settings = {
         "model": fingerprint_files([*unet_files(resolved), *vae_files(resolved), *text_files(resolved)]),
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "mixed_precision": cfg.model.precision_on(device.type),
         "sampler": "DDIM, eta 0",
-        **{name: getattr(cfg.model, name) for name in ("height", "width")},
+        **{name: getattr(cfg.model, name) for name in ("mixed_precision", "height", "width")},
+        **{name: getattr(cfg.engine, name) for name in ("compile", "fuse", "attention")},
         **{name: getattr(c, name) for name in ("images_per_prompt", "num_steps", "guidance_scale", "seed")},
     }
     galleries = [Gallery(one, out / one.name, len(prompts), c.images_per_prompt) for one in contenders]
@@ -434,7 +445,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     values = score_all(cfg, resolved, galleries, prompts, device)
     scores, seen = (summarised(values, list(names), c.seed) for names in (cfg.metric.metric_names, LOOKS))
     result = {
-        "settings": {**settings, **cfg.flat(), "mixed_precision": settings["mixed_precision"]},
+        "settings": {**settings, **cfg.flat()},
         "versions": checkpoint.versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "prompts": {"from": set_name, "count": len(prompts), "truncated": cut},
@@ -480,15 +491,6 @@ def load(cfg: EvaluationConfig) -> tuple[list[str], str]:
         texts = read_prompts(known, files, c.caption_column)
         name = known.what if known else files[0].name
     return texts[: c.max_prompts], name
-
-
-def geneval_records(cfg: EvaluationConfig) -> list[dict[str, Any]]:
-    """What GenEval's prompts ask for, in their order."""
-    _, files = prompt_files(cfg.pictures.prompts or "geneval")
-    records = [json.loads(line) for line in files[0].read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not all("tag" in record and "include" in record for record in records):
-        raise ValueError(f"{files[0]} lacks tag and include, by which GenEval judges. Get evaluation_metadata.jsonl.")
-    return records[: cfg.pictures.max_prompts]
 
 
 # ----------------------------------------------------------------------------------------------------- command line

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spo_fast.models import TRUE_SCORES
+from spo_fast.scorers import load_metric
+from spo_fast.scorers.clip_scorers import Tokenize
 
 RESAMPLES = 2000
 RISE = 0.25  # of a look against the base model's, above which it is called a sign of reward hacking
@@ -91,3 +97,39 @@ def hacking_signs(base: dict[str, np.ndarray], ours: dict[str, np.ndarray], seed
         if before > 0 and gain.mean > RISE * before and gain.low > 0:
             signs[name] = f"{name} is {gain.mean / before:.0%} above the base model's"
     return signs
+
+
+Metric = Callable[[Tensor, list[str]], dict[str, Tensor]]
+"""Pictures (B, 3, H, W) in [-1, 1] and their prompts -> name -> (B,)."""
+
+
+def make_metric(
+    name: str,  # a scorer, one of TRUE_SCORES, or looks
+    paths: Mapping[str, str | Path],  # of scorers' weights
+    tokenize: Tokenize,
+    device: torch.device,
+    dtype: torch.dtype,
+    wanted: Mapping[str, Mapping[str, Any]] | None = None,  # of geneval: see load_scorer
+) -> Metric:
+    if name == "looks":
+        return lambda pixels, prompts: looks(pixels)
+    if name in TRUE_SCORES:
+        from spo_fast.toy import world
+
+        def true_score(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+            if odd := next((prompt for prompt in prompts if prompt not in world.CAPTIONS), None):
+                raise ValueError(f"metric {name} knows captions of the toy's world only, not {odd!r:.60}.")
+            if pixels.shape[-2:] != (world.SIZE, world.SIZE):
+                raise ValueError(f"metric {name} is of pictures of {world.SIZE} pixels: leave out --resolution.")
+            return {name: world.layout(pixels, prompts).all(1) if name == "layout" else world.aesthetics(pixels)}
+
+        return true_score
+    scorer = load_metric(name, paths, tokenize, device, dtype, wanted)
+    scale = 100 if name == "geneval" else 1  # tables have percent
+
+    @torch.no_grad()
+    def score(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        now = torch.zeros((), dtype=torch.long, device=device)
+        return {name: scale * scorer.score_pixels(pixels.to(device), now, scorer.encode(prompts))}
+
+    return score

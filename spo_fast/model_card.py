@@ -129,9 +129,15 @@ def measured(run: RunRecord, prompts: int) -> str:
     before = "not on record" if run.before is None else f"{run.before:.4g}"
     gain = "" if run.before is None else f" ({run.after - run.before:+.3g})"
     s = run.settings
+    held_out = "".join(
+        f"\n| {name} | {'not on record' if was is None else f'{was:.4g}'} | {now:.4g} |"
+        for name, (was, now) in run.held_out.items()
+    )
+    table = f"\n\n| not trained on | before | after |\n|---|---|---|{held_out}" if held_out else ""
+    signs = f"\n\nSigns of reward hacking in these images: {run.signs}." if run.signs else ""
     return (
         f"Mean score by {who}, {images} from the same noise, {s['num_steps']} DDIM steps, guidance "
-        f"{s['guidance_scale']}: before {before}, after {run.after:.4g}{gain}."
+        f"{s['guidance_scale']}: before {before}, after {run.after:.4g}{gain}.{table}{signs}"
     )
 
 

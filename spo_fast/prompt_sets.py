@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spo_fast.config import did_you_mean
-from spo_fast.data import READERS, load_prompts
+from spo_fast.data import READERS, load_prompts, parse_json, read_lines
 from spo_fast.models.sources import offline_reason
 
 
@@ -102,3 +103,24 @@ def read_prompts(prompts: PromptSet | None, files: list[Path], column: str | Non
         names = ", ".join(map(str, files))
         raise ValueError(f"{names}: {len(texts):,} prompts, but {prompts.what} are {prompts.count:,}. Get them again.")
     return texts
+
+
+def geneval_records(file: str | Path | None) -> dict[str, dict[str, Any]]:
+    """Prompt -> what GenEval looks for in its pictures, in the file's order. Raises ValueError naming the line."""
+    if file is None or Path(file).suffix.lower() != ".jsonl":
+        raise ValueError("geneval has to know what to look for: give --prompts evaluation_metadata.jsonl, GenEval's.")
+    from spo_fast.scorers.geneval import CLASSES
+
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(read_lines(Path(file)), 1):
+        if not line.strip():
+            continue
+        record, where = parse_json(Path(file), line, number), f"{file}, line {number}:"
+        if not isinstance(record, dict) or not {"tag", "include", "prompt"} <= record.keys():
+            raise ValueError(f"{where} lacks tag and include, by which GenEval judges. Get evaluation_metadata.jsonl.")
+        clauses = [*record["include"], *record.get("exclude", ())]
+        if odd := next((c for c in clauses if c.get("class") not in CLASSES or not c.get("count")), None):
+            raise ValueError(f"{where} {odd!s:.80} needs a count and one of COCO's 80 classes, as GenEval calls them.")
+        if found.setdefault(record["prompt"].strip(), record) != record:
+            raise ValueError(f"{where} another line asks something else for the same prompt. Delete one.")
+    return found

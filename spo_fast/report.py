@@ -24,6 +24,8 @@ import yaml
 
 from spo_fast.checkpoint import write_atomically
 from spo_fast.choices import DECIDES
+from spo_fast.files import read_json
+from spo_fast.measure import LOOKS, RISE
 from spo_fast.metrics import read_metrics
 from spo_fast.models.sources import DEFAULTS
 from spo_fast.presets import PRESETS
@@ -45,7 +47,7 @@ class RunRecord:
     run_dir: Path
     settings: dict[str, Any]  # config.yaml
     records: list[dict[str, Any]]  # metrics.jsonl
-    before: float | None  # validation score before training
+    start: dict[str, float]  # field -> its value before training: validation score, held-out metrics, looks
 
     @classmethod
     def read(cls, run_dir: str | Path) -> RunRecord:
@@ -59,13 +61,30 @@ class RunRecord:
             raise ValueError(f"{run_dir / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(settings, dict) or "method" not in settings:
             raise ValueError(f"{run_dir} holds no run of spo_fast.train. Reports of other runs are not made here.")
-        metrics, before = run_dir / "metrics.jsonl", run_dir / "samples" / "before.txt"
+        metrics, before = run_dir / "metrics.jsonl", run_dir / "samples" / "before.json"
         return cls(
             run_dir,
             settings,
             read_metrics(metrics) if metrics.is_file() else [],
-            finite(float(before.read_text())) if before.is_file() else None,
+            started(read_json(before)) if before.is_file() else {},
         )
+
+    @property
+    def before(self) -> float | None:
+        """Validation score before training."""
+        return self.start.get("validation_score")
+
+    @property
+    def held_out(self) -> dict[str, tuple[float | None, float]]:
+        """Metric that was not trained on -> before training, and the latest."""
+        fields = dict.fromkeys(f for r in self.records for f in r if f.startswith("held_out_") and r[f] is not None)
+        latest = {field: next(r[field] for r in reversed(self.records) if r.get(field) is not None) for field in fields}
+        return {field.removeprefix("held_out_"): (self.start.get(field), now) for field, now in latest.items()}
+
+    @property
+    def signs(self) -> str:
+        """Of reward hacking, in the latest validation."""
+        return next((r["hacking"] for r in reversed(self.records) if "hacking" in r), "")
 
     @property
     def iterations(self) -> int:
@@ -84,8 +103,8 @@ class RunRecord:
     def curve(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """(iterations done, values) of the records that have the field; NaN where it was not finite."""
         points = [(r["iteration"] + 1, math.nan if r[field] is None else r[field]) for r in self.records if field in r]
-        if field == "validation_score" and self.before is not None:
-            points.insert(0, (0, self.before))
+        if field in self.start:
+            points.insert(0, (0, self.start[field]))
         x, y = np.array(points, dtype=float).reshape(-1, 2).T
         return x, y
 
@@ -172,6 +191,14 @@ def duration(seconds: float) -> str:
     return f"{h} h {m} min" if h else f"{m} min {s} s" if m else f"{s} s"
 
 
+def started(before: dict[str, Any]) -> dict[str, float]:
+    """samples/before.json as fields of the log."""
+    means = {name: np.mean([np.nan if v is None else v for v in values]) for name, values in before["values"].items()}
+    found = {f"held_out_{name}": float(mean) for name, mean in means.items() if name not in LOOKS}
+    found |= {f"look_{name}": 1.0 for name, mean in means.items() if name in LOOKS and mean > 0}
+    return {k: v for k, v in {"validation_score": before["score"], **found}.items() if v is not None}
+
+
 def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -190,6 +217,12 @@ class Chart:
 
 CHARTS = (
     Chart("Validation score", ("validation_score",), "of the validation prompts, always from the same noise"),
+    Chart(
+        "Looks of the validation pictures",
+        ("look_*",),
+        "1: before training; above the dotted line: reward hacking?",
+        level=1 + RISE,
+    ),
     Chart("Loss", ("loss",), "dotted: 0.693, where it stands when policy and reference agree", level=math.log(2)),
     Chart("Candidates' mean score", ("score_mean",), "of the prompts of each iteration: it varies with them"),
     Chart("Share of valid pairs", ("valid_share",), "pairs whose scores differ by more than the threshold"),
@@ -244,7 +277,13 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
         else:
             for name, (x, mean, least, greatest) in curves.items():
                 (line,) = axes.plot(
-                    x, mean, "o-" if len(x) <= 40 else "-", ms=2.5, lw=1.2, label=name, gid=f"curve-{name}"
+                    x,
+                    mean,
+                    "o-" if len(x) <= 40 else "-",
+                    ms=2.5,
+                    lw=1.2,
+                    label=name.removeprefix("look_"),
+                    gid=f"curve-{name}",
                 )
                 if len(run.curve(name)[0]) > MAX_POINTS:
                     axes.fill_between(x, least, greatest, color=line.get_color(), alpha=0.25, lw=0)
@@ -411,7 +450,8 @@ def page(run: RunRecord) -> str:
     """The whole report as HTML."""
     s = run.settings
     title = f"{s['method'].upper()} on {s['model']}: {run.run_dir.resolve().name}"
-    drawn = [(chart, draw(chart, run)) for chart in CHARTS]
+    held_out = [Chart(f"Held-out {m}", (f"held_out_{m}",), "not trained on, same pictures") for m in run.held_out]
+    drawn = [(chart, draw(chart, run)) for chart in (*CHARTS[:1], *held_out, *CHARTS[1:])]
     charts = "".join(
         f"<figure><figcaption><b>{escape(c.title)}</b> <span>{escape(c.about)}</span></figcaption>{svg}</figure>"
         for c, svg in drawn

@@ -11,7 +11,7 @@ from typing import Any
 from spo_fast import cli
 from spo_fast.config import Config, RunError
 from spo_fast.extras import check_extras
-from spo_fast.models import find_lora, resolve, scorer_paths
+from spo_fast.models import find_lora, resolve, run_paths
 from spo_fast.presets import DATA, MEMORY, METHODS, PRESETS, READS, RECIPES
 
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
@@ -58,7 +58,7 @@ def build(cfg: Config) -> Any:
     check_extras(cfg.flat())
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
-    resolve(cfg.model, scorer_paths(cfg.scorer))  # everything missing is named at once, before PyTorch is imported
+    resolve(cfg.model, run_paths(cfg))  # everything missing is named at once, before PyTorch is imported
     from spo_fast.choices import found_device, is_out_of_memory, out_of_memory, pick_device
     from spo_fast.trainer import Run
 

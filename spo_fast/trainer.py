@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -32,16 +33,19 @@ from spo_fast.choices import (
     out_of_memory,
     pick_device,
 )
-from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig
+from spo_fast.config import AdamConfig, Config, OptimConfig, PreferenceConfig, RunError, SampleConfig, parted
 from spo_fast.costs import predict
 from spo_fast.data import count_repeats, training_prompts
 from spo_fast.distributed import ALONE, Group
-from spo_fast.engine import compile_networks, replayed
+from spo_fast.engine import compile_networks, pick_attention, replayed
 from spo_fast.experience import Candidates, Experience, Prediction, batches
 from spo_fast.extras import missing_extra
+from spo_fast.files import read_json
+from spo_fast.measure import LOOKS, hacking_signs, make_metric
 from spo_fast.metrics import MetricsLog, ProgressLine, Timer, gpu_stats, read_metrics
 from spo_fast.model_card import claim_repository, upload, write_card
-from spo_fast.models import attention, resolve, scorer_paths, scorer_specs
+from spo_fast.models import TRUE_SCORES, resolve, run_paths, scorer_specs
+from spo_fast.models.attention import KERNELS
 from spo_fast.models.compiled import keep_cache_in
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.fuse import fuse
@@ -51,10 +55,13 @@ from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws
 from spo_fast.objectives import log_ratios, make_objective, predict_states
 from spo_fast.pair_images import PairReader
+from spo_fast.preference_report import without_nan
+from spo_fast.prompt_sets import geneval_records
 from spo_fast.report import write_report
 from spo_fast.rollout import RolloutBatch, sample_latents
 from spo_fast.schedule import StepTable, full_table
 from spo_fast.scorers import InPhase, judges, load_scorer
+from spo_fast.scorers.geneval import check_wanted
 from spo_fast.stopping import Stopped, StopRequest
 from spo_fast.telemetry import Telemetry
 from spo_fast.watch import Watch
@@ -383,7 +390,8 @@ class Run(TrainingRun[Config]):
         if cfg.adapter.full_finetune and self.group.size > 1:
             raise ValueError("--full_finetune is not sharded over processes. Start one, or leave it out: train a LoRA.")
         self.prompts, self.sampler = training_prompts(cfg, self.group.size)
-        resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
+        self.metrics, self.wanted = held_out_metrics(cfg, self.validation_prompts()), wanted_by(cfg, self.prompts)
+        resolved = resolve(cfg.model, run_paths(cfg))
         self.lock = checkpoint.lock(self.run_dir) if self.group.main else None
         self.found = found_device(self.device)
         if self.found.memory_bytes is not None:
@@ -417,7 +425,7 @@ class Run(TrainingRun[Config]):
         self.scorer = load_scorer(
             scorer_specs(cfg.scorer.scorer), resolved.scorer_paths, self.model.tokenize, self.device,
             DTYPES[cfg.scorer.scorer_dtype], token_ids=self.model.token_ids,
-            time_conditioned=cfg.scorer.spm_time_conditioned,
+            time_conditioned=cfg.scorer.spm_time_conditioned, wanted=self.wanted,
         )  # fmt: skip
         check_fit(self.objective, self.scorer, cfg)
         if cfg.engine.compile != "off":
@@ -427,7 +435,8 @@ class Run(TrainingRun[Config]):
         self.total = cfg.run.iterations((self.pairs or self.sampler).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total, self.group)
         self.warnings = Watch(cfg)
-        self.shown: dict[int, float] = {}  # validation scores of this process, by iterations done
+        self.before: Validation | None = None
+        self.shown: dict[int, Validation] = {}  # of this process, by iterations done
 
     def compile(self, backend: Any = "inductor") -> None:
         """torch.compile of all networks, its cache in the run's directory."""
@@ -440,18 +449,11 @@ class Run(TrainingRun[Config]):
 
     def pick_attention(self) -> Choice:
         """Put the attention kernel into the fused UNet that was asked for, or the fastest on this run's shapes."""
-        cfg, device, dtype = self.cfg, self.device.type, self.policy.dtype
-        shapes: Mapping[Any, int] = {}
-        if cfg.engine.attention == "auto" and device == "cuda":
-            rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
-            tokens = self.model.tokenizers[0].model_max_length
-            shapes = attention.shapes_of(self.policy.unet, rows, self.model.latent_shape, tokens)
-        name, reason = attention.pick(
-            *(cfg.engine.attention, shapes, device, dtype, cfg.engine.compile != "off"),
-            functools.partial(attention.time_on_gpu, dtype=dtype),
-        )
-        self.policy.attend_with(attention.KERNELS[name])
-        return Choice("attention", name, reason)
+        rows = self.cfg.optim.states_at_once * (2 if self.cfg.sample.guidance_scale > 1 else 1)
+        tokens = self.model.tokenizers[0].model_max_length
+        choice = pick_attention(self.policy.unet, self.cfg.engine, rows, self.model.latent_shape, tokens)
+        self.policy.attend_with(KERNELS[choice.value])
+        return choice
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
@@ -643,14 +645,30 @@ class Run(TrainingRun[Config]):
         # already decoded: the scorer gets the same pixels, whatever it asks for
         return pixels, self.scorer(Candidates(None, latents, now, text, 1, lambda _: pixels, size))
 
-    def show(self, name: str) -> float | None:
-        """Validate and write samples/<name>.png, a row a prompt; returns the mean score."""
+    def show(self, name: str) -> Validation | None:
+        """Validate and write samples/<name>.png, a row a prompt."""
         result = self.validate()
         if result is None:
             return None
         images, score = result
         write_grid(self.run_dir / "samples" / f"{name}.png", images, self.validation_prompts())
-        return score
+        return Validation(score, self.measured(images))
+
+    @torch.no_grad()
+    def measured(self, images: list[list[Tensor]]) -> dict[str, list[float]]:
+        """Held-out metrics and looks of the pictures, prompt after prompt. A metric's weights are loaded for it and
+        dropped again: training has the memory."""
+        found: dict[str, list[float]] = {}
+        pictures = torch.stack([image for row in images for image in row]).clamp(-1, 1)
+        texts = [prompt for prompt, row in zip(self.validation_prompts(), images, strict=True) for _ in row]
+        for name in ("looks", *self.metrics):
+            paths, dtype = self.model.resolved.scorer_paths, DTYPES[self.cfg.scorer.scorer_dtype]
+            metric = make_metric(name, paths, self.model.tokenize, self.device, dtype, self.wanted)
+            for start in range(0, len(texts), self.cfg.model.images_per_decode):
+                part = slice(start, start + self.cfg.model.images_per_decode)
+                for what, values in metric(pictures[part].to(self.device), texts[part]).items():
+                    found.setdefault(what, []).extend(values.double().tolist())
+        return found
 
     @torch.no_grad()
     def held_out_accuracy(self) -> float | None:
@@ -670,19 +688,20 @@ class Run(TrainingRun[Config]):
             ahead.append(sides[:, 0] - sides[:, 1])
         return float((torch.cat(ahead).sign() + 1).mean() / 2)
 
-    def show_progress(self, iteration: int, log: MetricsLog, timer: Timer) -> dict[str, float]:
-        """The grid and score of the weights after `iteration`, where they are due: what to log."""
+    def show_progress(self, iteration: int, log: MetricsLog, timer: Timer) -> dict[str, Any]:
+        """The grid and scores of the weights after `iteration`, where they are due: what to log."""
         done, every = self.state.iteration, self.cfg.run.validation_steps or self.cfg.run.checkpointing_steps
         if done % every and done != self.total:
             return {}
         with timer("validate"):
-            score, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
-        found = {} if accuracy is None else {"validation_accuracy": accuracy}
-        if score is None:
+            shown, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
+        found: dict[str, Any] = {} if accuracy is None else {"validation_accuracy": accuracy}
+        if shown is None:
             return found
-        self.shown[done] = score
+        self.shown[done] = shown
         log.reporter.images(iteration, "samples", self.run_dir / "samples" / f"step-{done}.png")
-        return {**found, "validation_score": score}
+        print(f"validation after {done} iterations: {shown.words(self.metrics, self.before)}")
+        return {**found, **shown.record(self.metrics, self.before, self.cfg.run.seed)}
 
     def report(self) -> None:
         """Write report.html. Training never ends because of it."""
@@ -712,10 +731,9 @@ class Run(TrainingRun[Config]):
         with timer("encode prompts"):
             self.encode_prompts()
         with self.start() as log:
-            before = None
             if log is not None:
                 with timer("validate"):
-                    before = self.before_score(log)
+                    self.before = self.before_training(log)
             timer.read_ms()  # the first iteration's record has its own times only
             try:
                 done = self._loop(log, timer)
@@ -725,7 +743,7 @@ class Run(TrainingRun[Config]):
         if not done:
             self.stopped()
         elif self.group.main:
-            self.finish(before)
+            self.finish()
         self.group.any(False)
         return self.run_dir
 
@@ -801,10 +819,10 @@ class Run(TrainingRun[Config]):
                     "compute something else. --resume_from_checkpoint latest goes on from before it."
                 )
 
-    def before_score(self, log: MetricsLog) -> float | None:
-        """The validation score before training, kept in the run directory so that a resumed run still has it."""
+    def before_training(self, log: MetricsLog) -> Validation | None:
+        """The validation before training, kept in the run directory so that a resumed run still has it."""
         samples = self.run_dir / "samples"
-        path = samples / "before.txt"
+        path = samples / "before.json"
         # like the log's records: what this run is about to repeat, and the end that is none any more
         later = [
             p for p in samples.glob("step-*.png") if p.stem[5:].isdigit() and int(p.stem[5:]) > self.state.iteration
@@ -812,28 +830,28 @@ class Run(TrainingRun[Config]):
         for grid in (*later, samples / "after.png"):
             grid.unlink(missing_ok=True)
         if self.resume is not None:
-            return float(path.read_text()) if path.is_file() else None
-        score = self.show("before")
+            return Validation.read(path) if path.is_file() else None
+        shown = self.show("before")
         if (accuracy := self.held_out_accuracy()) is not None:
             print(f"held-out preference accuracy before training: {accuracy:.3f}")
-        if score is not None:
-            checkpoint.write_atomically(path, repr(score))
+        if shown is not None:
+            checkpoint.write_atomically(path, json.dumps(without_nan(shown._asdict())) + "\n")
             log.reporter.images(0, "samples_before", samples / "before.png")
-        return score
+        return shown
 
-    def finish(self, before: float | None) -> None:
+    def finish(self) -> None:
         """Export the trained weights and show what training did to images from the same noise."""
         files = self.export(self.run_dir)
         if self.pairs is not None:
             self.pairs.split.finish()
-        samples, after = self.run_dir / "samples", self.shown.get(self.state.iteration)
+        samples, before, after = self.run_dir / "samples", self.before, self.shown.get(self.state.iteration)
         if after is None:  # a finished run, resumed
             after = self.show("after")
         else:
             shutil.copyfile(samples / f"step-{self.state.iteration}.png", samples / "after.png")
         if before is not None and after is not None:
-            count, gain = len(self.validation_prompts()) * self.cfg.run.num_validation_images, after - before
-            print(f"score of {count} images from the same noise: {before:.3f} before, {after:.3f} after ({gain:+.3f})")
+            count = len(self.validation_prompts()) * self.cfg.run.num_validation_images
+            print(f"{count} images from the same noise, before and after: {after.words(self.metrics, before)}")
             print(f"sample grids: {samples / 'before.png'}, {samples / 'after.png'}")
         self.report()
         write_card(self.run_dir, self.repository)
@@ -846,6 +864,63 @@ class Run(TrainingRun[Config]):
 def train(cfg: Config) -> Path:
     """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids."""
     return Run(cfg).train()
+
+
+class Validation(NamedTuple):
+    """What the validation pictures of some weights were measured at."""
+
+    score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
+    values: dict[str, list[float]]  # held-out metric or look -> of each picture
+
+    @classmethod
+    def read(cls, file: Path) -> Validation:
+        kept = read_json(file)
+        values = {name: [math.nan if v is None else v for v in them] for name, them in kept["values"].items()}
+        return cls(kept["score"], values)
+
+    def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, Any]:
+        """As it is logged. Looks are logged against those before training, with the signs of reward hacking there."""
+        found: dict[str, Any] = {"validation_score": self.score}
+        found |= {f"held_out_{name}": self.mean(name) for name in metrics}
+        if before is not None:
+            ours, base = ({name: np.array(v) for name, v in one.values.items()} for one in (self, before))
+            found |= {f"look_{name}": self.mean(name) / mean for name in LOOKS if (mean := before.mean(name)) > 0}
+            found["hacking"] = "; ".join(hacking_signs(base, ours, seed).values())
+        return found
+
+    def words(self, metrics: list[str], before: Validation | None) -> str:
+        """Score and held-out metrics, each with what it was before training."""
+
+        def text(name: str, now: float | None, was: float | None) -> str:
+            if now is None or was is None:
+                return f"{name} not finite" if now is None else f"{name} {now:.3f}"
+            return f"{name} {was:.3f} -> {now:.3f} ({now - was:+.3f})"
+
+        old = before or Validation(None, {})
+        held_out = [text(f"held-out {m}", self.mean(m), old.mean(m) if m in old.values else None) for m in metrics]
+        return ", ".join([text("score", self.score, old.score), *held_out])
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(self.values[name])
+
+
+def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
+    if cfg.run.validation_metrics or cfg.model.model != "toy":
+        return parted(cfg.run.validation_metrics)
+    from spo_fast.toy import world
+
+    whole = all(side in (None, world.SIZE) for side in (cfg.model.height, cfg.model.width))
+    return list(TRUE_SCORES) if whole and set(prompts) <= set(world.CAPTIONS) else []
+
+
+def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | None:
+    """What GenEval looks for, if it judges. Raises ValueError for a prompt of which that is not known."""
+    in_training = "geneval" in dict(scorer_specs(cfg.scorer.scorer))
+    if not in_training and "geneval" not in parted(cfg.run.validation_metrics):
+        return None
+    wanted = geneval_records(cfg.data.prompts)
+    check_wanted([*(prompts if in_training else ()), *cfg.run.validation_prompt], wanted)
+    return wanted
 
 
 def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:

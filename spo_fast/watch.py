@@ -32,6 +32,7 @@ class Watch:
         self._first: list[float] = []
         self._recent: deque[float] = deque(maxlen=SATURATION_WINDOW)
         self._next_rise = SATURATION_RISE
+        self._signs: dict[str, str] = {}  # of reward hacking in the last validation, by look
 
     def look(self, record: Mapping[str, Any]) -> list[str]:
         """The new warnings of a record as MetricsLog writes it (None for what is not finite)."""
@@ -41,6 +42,7 @@ class Watch:
             "still": self._loss_sits_still(record),
             "clamped": self._all_clamped(record),
             "skipped": self._step_skipped(record),
+            **self._signs_of_hacking(record),
         }
         new = [text for name, text in found.items() if text and name not in self._told]
         self._told = {name for name, text in found.items() if text}
@@ -101,6 +103,16 @@ class Watch:
             f"{record['nonfinite_steps']} optimizer steps of this iteration had a gradient that was not finite and "
             f"were skipped. The run stops after {self.cfg.optim.max_nonfinite_steps} in a row"
         )
+
+    def _signs_of_hacking(self, record: Mapping[str, Any]) -> dict[str, str]:
+        if "hacking" in record:  # a validation: sentences that begin with the look
+            self._signs = {text.split()[0]: text for text in record["hacking"].split("; ") if text}
+        return {
+            f"look {name}": f"in the validation pictures {text}, and not by chance: a sign of reward hacking. Compare "
+            "the sample grids and what was not trained on (--validation_metrics); stop earlier, or lower "
+            "--learning_rate"
+            for name, text in self._signs.items()
+        }
 
     def _saturation_climbs(self, record: Mapping[str, Any]) -> str:
         value = record.get("saturation")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,15 @@ def start(line: list[str], module: str = "spo_fast.train", **environment: str) -
 
 def kill_once_logged(process: subprocess.Popen[str], metrics: Path, records: int) -> None:
     """SIGKILL a training process as soon as its log has so many records."""
+    kill_once(process, lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= records)
+
+
+def kill_once(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """SIGKILL as soon as the condition holds."""
     deadline = time.monotonic() + 300
-    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= records):
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
@@ -135,7 +141,7 @@ def leave_run(run_dir: Path, records: list[dict[str, Any]], before: float | None
     lines = [json.dumps({"iteration": i, "time": 0.0, "epoch": 0, **r}) + "\n" for i, r in enumerate(records)]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     if before is not None:
-        (run_dir / "samples" / "before.txt").write_text(repr(before))
+        (run_dir / "samples" / "before.json").write_text(json.dumps({"score": before, "values": {}}))
     return run_dir
 
 

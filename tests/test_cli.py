@@ -153,7 +153,7 @@ def test_help_shows_every_flags_defaults(
     shown = help_of(main, capsys)
     made = {name: preset() for name, preset in presets.items()}
     names = [f.name for cls in type(made["toy"]).sections().values() for f in dataclasses.fields(cls)]
-    actions = {"help", "debug", *(["dry_run"] if main is train.main else [])}
+    actions = {"help", "debug", *(["dry_run", "validation_prompts"] if main is train.main else [])}
     assert set(shown) == {"", *actions, "config", "resolution", "use_8bit_adam", *names}
     for name in set(names) - {"model"}:
         values = {preset: as_typed(cfg.flat()[name]) for preset, cfg in made.items()}

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import Killed, command_line, run_toy
+from PIL import Image
+from runs import Killed, command_line, kill_once, run_toy, start
 from safetensors.torch import load_file, save_file
 
 from spo_fast import evaluate
@@ -89,7 +90,7 @@ def test_a_second_run_draws_and_scores_nothing(
     out, _ = whole
     before = (out / "results.json").read_bytes()
     monkeypatch.setattr(evaluate, "draw", None)
-    monkeypatch.setattr(evaluate, "make_metric", None)
+    monkeypatch.setattr(evaluate, "metric_of", None)
     done(out, lora=[run_dir])
     assert (out / "results.json").read_bytes() == before
 
@@ -112,7 +113,7 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*.png")}
     assert len(kept) == 9 and not (tmp_path / "results.json").exists()
 
-    measured = evaluate.make_metric
+    measured = evaluate.metric_of
     with monkeypatch.context() as patch, pytest.raises(Killed):  # and once more while it scores
 
         def dies_too(name: str, *rest: Any) -> Any:
@@ -120,7 +121,7 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
                 raise Killed
             return measured(name, *rest)
 
-        patch.setattr(evaluate, "make_metric", dies_too)
+        patch.setattr(evaluate, "metric_of", dies_too)
         evaluate.main(words(tmp_path, lora=[run_dir]))
     again = done(tmp_path, lora=[run_dir])
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
@@ -128,6 +129,83 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
     for one in (again, result):
         one["settings"].pop("output_dir", None)
     assert again == result
+
+
+# of 12: the base's are being drawn, or the LoRA's
+@pytest.mark.parametrize("pictures_made", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_sigkill_in_another_process(
+    whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path, pictures_made: int
+) -> None:
+    process = start(words(tmp_path, lora=[run_dir]), "spo_fast.evaluate")
+    kill_once(process, lambda: len(list(tmp_path.glob("*/*.png"))) >= pictures_made)
+    assert not (tmp_path / "results.json").exists()
+    again, result = done(tmp_path, lora=[run_dir]), dict(whole[1])
+    assert again["settings"].pop("output_dir") != (result["settings"] | {"output_dir": str(whole[0])})["output_dir"]
+    result["settings"] = {k: v for k, v in result["settings"].items() if k != "output_dir"}
+    assert again == result
+    for name in ("base", "mine"):
+        assert pictures(tmp_path / name) == pictures(whole[0] / name)
+
+
+# ------------------------------------------------------------------------------------------------ fused and compiled
+
+
+def levels(folder: Path) -> np.ndarray:
+    """All pictures of a contender, 0..255."""
+    return np.stack([np.asarray(Image.open(file)).astype(int) for file in sorted(folder.glob("*.png"))])
+
+
+def test_fused_pictures_are_the_plain_ones(whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path) -> None:
+    """float32: a level of 255 at most, here and there. Two LoRAs, so that the second starts from clean weights."""
+    out, result = whole
+    plain = done(tmp_path / "plain", lora=[run_dir], compile="off", fuse=False)
+    assert pictures(tmp_path / "plain" / "mine") == pictures(out / "mine")  # what a CPU does by itself
+    assert plain["scores"] == result["scores"]
+    fused = done(tmp_path / "fused", lora=[run_dir, f"again={run_dir}"], fuse=True)
+    assert fused["settings"]["fuse"] is True and fused["settings"]["compile"] == "off"
+    for name in ("base", "mine", "again"):
+        difference = levels(tmp_path / "fused" / name) - levels(out / ("base" if name == "base" else "mine"))
+        assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.02
+    assert pictures(tmp_path / "fused" / "again") == pictures(tmp_path / "fused" / "mine")
+    for name, row in fused["scores"].items():
+        expected = result["scores"]["base" if name == "base" else "mine"]
+        assert row["pickscore"]["mean"] == pytest.approx(expected["pickscore"]["mean"], abs=2e-2)
+
+
+def test_compiled_networks_see_one_batch_size(
+    whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 pictures, 4 at once: the second batch is filled up, and what is kept are the same pictures."""
+    from spo_fast.models import compiled, policy
+
+    compiled_parts, sizes, whole_call = [], set(), policy.denoise
+    monkeypatch.setattr(compiled, "compile_network", lambda network, how: compiled_parts.append((type(network), how)))
+    monkeypatch.setattr("spo_fast.engine.compile_network", compiled.compile_network)
+    monkeypatch.setattr(policy, "denoise", lambda *a: sizes.add(len(a[1])) or whole_call(*a))
+    done(tmp_path, lora=[run_dir], compile="regional")
+    assert sizes == {4} and [how for _, how in compiled_parts] == ["regional"] * 3  # decoder, base, LoRA
+    for name in ("base", "mine"):
+        assert abs(levels(tmp_path / name) - levels(whole[0] / name)).max() <= 1
+
+
+@pytest.mark.slow
+def test_really_compiled_pictures(whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path) -> None:
+    done(tmp_path, lora=[run_dir], compile="regional")
+    for name in ("base", "mine"):
+        assert abs(levels(tmp_path / name) - levels(whole[0] / name)).max() <= 1
+    assert list((tmp_path / "compile_cache").iterdir())
+
+
+def test_other_ways_of_computing_do_not_mix(
+    whole: tuple[Path, dict[str, Any]], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "fuse: False there, True now" in told(capsys, words(whole[0], lora=[run_dir], fuse=True))
+    error = told(capsys, words(whole[0], lora=[run_dir], fuse=False, compile="regional"))
+    assert "leave out --no-fuse" in error
+    assert "cannot run here" in told(capsys, words(whole[0] / "x", fuse=True, attention="flash3"))
+
+
+# ------------------------------------------------------------------------------------------------------- contenders
 
 
 def test_a_lora_in_any_form_and_a_whole_unet(whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path) -> None:
@@ -143,6 +221,28 @@ def test_a_lora_in_any_form_and_a_whole_unet(whole: tuple[Path, dict[str, Any]],
     assert pictures(tmp_path / "out" / "file") == pictures(out / "mine")
     assert pictures(tmp_path / "out" / "kohya") == pictures(out / "mine")
     assert pictures(tmp_path / "out" / "base") == pictures(tmp_path / "out" / "tuned") == pictures(out / "base")
+
+
+def test_a_hub_id_is_a_lora_or_a_unet(
+    whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "HF_HUB_OFFLINE is set")
+    for name in ("lora", "unet"):
+        snapshot = tmp_path / f"models--me--{name}" / "snapshots" / "abc"
+        if name == "lora":
+            snapshot.mkdir(parents=True)
+            shutil.copy(run_dir / "pytorch_lora_weights.safetensors", snapshot)
+        else:
+            shutil.copytree(WEIGHTS / "unet", snapshot / "unet")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    result = done(tmp_path / "out", lora=["me/lora", "me/unet"], num_steps=3, guidance_scale=2)
+    kinds = {name: (row["source"], row["kind"]) for name, row in result["contenders"].items()}
+    assert kinds["lora"] == ("me/lora", "lora") and kinds["unet"] == ("me/unet", "unet")
+    assert pictures(tmp_path / "out" / "lora") == pictures(whole[0] / "mine")
+    assert pictures(tmp_path / "out" / "unet") == pictures(whole[0] / "base")
 
 
 def test_a_run_brings_its_model_and_sampling_along(run_dir: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,23 @@ from unittest import mock
 
 import pytest
 import torch
+from runs import built, facts, flags, run_toy
+from tiny import tiny_detector
 
-from spo_fast import evaluate
+from spo_fast import evaluate, train
+from spo_fast.prompt_sets import geneval_records
 from spo_fast.scorers.geneval import (
     CLASSES,
     COLOURS,
     Found,
     GenEval,
-    NoLoss,
     instances,
     is_right,
     load_geneval,
     relations,
     task_weights,
 )
+from spo_fast.toy.pipeline import toy_files
 
 
 def thing(left: int, top: int, right: int, bottom: int, score: float = 0.95) -> Found:
@@ -106,7 +108,7 @@ def test_colours_are_told_on_the_object_alone() -> None:
     def tokenize(prompts: list[str]) -> torch.Tensor:
         return torch.tensor([["a red" in p, "a green" in p, "a blue" in p] for p in prompts]) + 0.01
 
-    judge = GenEval(torch.nn.Identity(), Means(), tokenize)
+    judge = GenEval(torch.nn.Identity(), Means(), tokenize, {})
     x = torch.full((1, 3, 20, 20), -1.0)
     x[0, 0, :, 10:], x[0, 2, :, :10] = 1.0, 1.0  # blue left, red right
     for box, colour in (((0, 0, 10, 20), "blue"), ((10, 0, 20, 20), "red")):
@@ -115,33 +117,26 @@ def test_colours_are_told_on_the_object_alone() -> None:
         assert judge.colours(x, [Found(box, 1.0, mask)], "dog") == [colour]
 
 
-def test_the_detector_sees_its_published_input_and_gives_masks_of_the_picture(tmp_path: Path) -> None:
-    mask2former = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
-    from transformers import Mask2FormerConfig, SwinConfig
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_detector(tmp_path_factory.mktemp("detector"))
 
-    torch.manual_seed(0)
-    backbone = SwinConfig(
-        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4, drop_path_rate=0.0,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = Mask2FormerConfig(
-        backbone_config=backbone, num_labels=80, num_queries=5, hidden_dim=32, mask_feature_size=32, feature_size=32,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
-    )  # fmt: skip
-    with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
-        mask2former.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+
+def test_the_detector_sees_its_published_input(detector: Path, tmp_path: Path) -> None:
     towers = mock.Mock(config=mock.Mock(vocab_size=9))
+    wanted = {"a dog": {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}}
     with mock.patch("spo_fast.scorers.geneval.load_clip", lambda *a, **k: towers):
-        judge = load_geneval(tmp_path, lambda prompts: torch.tensor([[8]]), "cpu", clip=tmp_path)
+        judge = load_geneval(detector, lambda prompts: torch.tensor([[8]]), clip=tmp_path, wanted=wanted)
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(ValueError, match="is no Mask2Former"):
-            load_geneval(tmp_path, lambda prompts: torch.tensor([[8]]), "cpu", clip=tmp_path)
+            load_geneval(tmp_path, lambda prompts: torch.tensor([[8]]), clip=tmp_path, wanted=wanted)
     x = torch.rand(1, 3, 40, 30) * 2 - 1
     seen = judge.prepared(x)
     assert seen.shape == (1, 3, 1088, 800)  # 1067 x 800, padded
     assert seen[..., 1067:, :].abs().max() == 0
-    wanted = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-    assert judge.score(x, [wanted]).tolist() in ([0.0], [100.0])
+    assert judge.score_pixels(x, torch.tensor(0), judge.encode(["a dog"])).tolist() in ([0.0], [1.0])
+    with pytest.raises(ValueError, match="does not know what to look for in pictures of 'a cat'"):
+        judge.encode(["a dog", "a cat"])
 
 
 def test_geneval_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +148,90 @@ def test_geneval_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cfg = evaluate.parse(["--model", "toy", "--prompts", f"geneval={file}", "--metrics", "geneval"])
     prompts, name = evaluate.load(cfg)
     assert len(prompts) == 553 and prompts[552] == "picture 552" and name == "GenEval's prompts"
-    assert [r["tag"] for r in evaluate.geneval_records(cfg)] == tags
-    file.write_text('{"prompt": "a"}')
-    with pytest.raises(ValueError, match="lacks tag and include"):
-        evaluate.geneval_records(cfg)
+    assert [record["tag"] for record in evaluate.wanted(cfg).values()] == tags
+
+
+LINE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([LINE, {"prompt": "a"}], "line 2: lacks tag and include"),
+        ([{**LINE, "include": [{"class": "unicorn", "count": 1}]}], "line 1: .*'unicorn'.* COCO's 80 classes"),
+        ([LINE, {**LINE, "tag": "counting"}], "line 2: another line asks something else for the same prompt"),
+        (["a dog"], "line 1: lacks tag and include"),
+    ],
+)
+def test_bad_lines_are_named(lines: list[Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=message):
+        geneval_records(tmp_path / "a.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------- in training
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """What is asked for in two pictures."""
+    cat = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}], "prompt": "a red cat"}
+    (tmp_path / "asked.jsonl").write_text(f"{json.dumps(LINE)}\n{json.dumps(cat)}\n")
+    return tmp_path / "asked.jsonl"
+
+
+def settings(detector: Path, asked: Path) -> dict[str, Any]:
+    """A run with tiny random weights; the toy's PickScore stands in for CLIP ViT-L/14."""
+    return {
+        **{"scorer": "geneval", "prompts": asked, "max_prompts": None, "geneval_path": detector},
+        **{"clip_path": toy_files()["pickscore"], "max_train_steps": 1, "num_validation_images": 1},
+    }
+
+
+def test_a_run_is_trained_with_it(detector: Path, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line; what the random network finds is replaced by a dog in every bright picture."""
+    whole, dogs = GenEval.logits, []
+
+    def logits(self: GenEval, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not dogs:  # once is enough of the network
+            assert whole(self, pixels)[1].shape == (5, 8, 8)
+        dogs.append(bool(pixels.mean() > 0))
+        classes = torch.zeros(5, 81)
+        classes[0, CLASSES.index("dog") if dogs[-1] else 80] = 30.0
+        return classes, torch.full((5, 8, 8), 30.0)
+
+    monkeypatch.setattr(GenEval, "logits", logits)
+    out = run_toy(tmp_path / "run", **settings(detector, asked), validation_metrics="pickscore")
+    (record,) = facts(out)
+    assert record["images"] == 8 and record["pairs"] == 4  # threshold -1 keeps level pairs too
+    judged = 2 + 8 + 2  # before, 2 comparisons of 2 candidates of 2 prompts, after
+    assert len(dogs) == judged
+    # a dog is right, a cat never is: the mean score is the share of dogs among the pictures that asked for one
+    assert record["validation_score"] in (0, 0.5) and 0 <= record["score_mean"] <= 0.5
+    assert "held_out_pickscore" in record and record["score_mean"] * 8 == round(record["score_mean"] * 8)
+
+
+def test_what_is_not_known_is_told(
+    detector: Path, asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded."""
+    given, out = settings(detector, asked), tmp_path / "run"
+
+    def told(**changed: Any) -> str:
+        assert train.main(flags(out, **{**given, **changed})) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not out.exists()
+        return error
+
+    assert "give --prompts evaluation_metadata.jsonl" in told(prompts=None)
+    (tmp_path / "a.txt").write_text("a dog\n")
+    assert "give --prompts evaluation_metadata.jsonl" in told(prompts=tmp_path / "a.txt")
+    assert "pictures of 'a bird'" in told(validation_prompt="a bird")
+    (tmp_path / "a.jsonl").write_text(f'{json.dumps(LINE)}\n{{"prompt": "a fox"}}\n')
+    assert "a.jsonl, line 2: lacks tag and include" in told(prompts=tmp_path / "a.jsonl")
+
+
+def test_no_graph_is_captured_of_it(detector: Path, asked: Path, tmp_path: Path) -> None:
+    run = built(tmp_path / "run", **settings(detector, asked))
+    run.record_graphs(lambda function: pytest.fail("captured"))
+    assert "score_pixels" not in vars(run.scorer)

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_detector
 from torch import Tensor
 
 from spo_fast.experience import Candidates
 from spo_fast.files import read_json
 from spo_fast.scorers import load_metric, load_scorer, repeat_text
-from spo_fast.scorers.clip import ClipConfig, TowerConfig, load_clip, save_clip
-from spo_fast.scorers.clip_scorers import _random_tensor
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_clip, save_clip
+from spo_fast.scorers.clip_scorers import _random_tensor, make_tiny_spm
+from spo_fast.scorers.geneval import CLASSES, COLOURS, Found, instances
 from spo_fast.scorers.image_reward import vision_name
 
 SHAPES = {"square": (40, 40), "wide": (24, 60), "tall": (61, 23), "tiny": (3, 5), "huge": (700, 900)}
@@ -23,6 +25,7 @@ PROMPTS = ["a cat", "two dogs and " * 40]
 SIZE = 32  # of the tiny towers
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)[:, None, None]
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def tokenize(prompts: list[str]) -> Tensor:  # (P, 16): a start, one id a letter, cut, ends
@@ -96,8 +99,6 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = TowerConfig(width=48, mlp_width=96, num_layers=2, num_heads=4, activation="gelu")
     sizes = dict(vocab_size=256, max_length=16, image_size=SIZE, patch_size=8, projection_dim=24)
     config = ClipConfig(text=text, vision=vision, time_conditioned=False, **sizes)
-    from spo_fast.scorers.clip import Clip
-
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in Clip(config).state_dict().items()}
     generator = torch.Generator().manual_seed(1)
@@ -198,10 +199,14 @@ def test_clip_metrics_equal_transformers_in_float64(
     for name, expected in truth.items():
         found = score(name, paths, x)
         assert found.dtype == torch.float32 and found.shape == (2,)
-        # 1e-4 of the cosine, or of the aesthetic score itself; tables show 100 cosines with two digits
-        unit_of = 1.0 if name == "aesthetic" else 100.0
-        assert (found.double() - expected).abs().max() < 1e-4 * unit_of, name
-        assert (found[0] - found[1]).abs() > 1e-3 * unit_of
+        assert (found.double() - expected).abs().max() < 1e-4, name
+        assert (found[0] - found[1]).abs() > 5e-3
+
+
+def test_one_tower_serves_spm_pickscore_and_hps(clip_dir: Path, hps_file: Path, tmp_path: Path) -> None:
+    paths = {"pickscore": clip_dir, "hpsv2": hps_file, "spm": make_tiny_spm(tmp_path / "spm")}
+    scorers = [load_scorer([(name, 1)], paths, lambda p: tokenize(p).clamp(max=255)) for name in paths]
+    assert {type(scorer.model) for scorer in scorers} == {Clip}
 
 
 def test_a_prompt_is_cut_at_the_limit_and_read_before_it(clip_dir: Path) -> None:
@@ -295,6 +300,87 @@ def test_vision_names_cover_the_published_ones() -> None:
         if "." in new and not new.startswith(("self_attn", "layer")):
             assert vision_name(old) == new
     assert vision_name("blocks.7.attn.proj.bias") == "encoder.layers.7.self_attn.projection.bias"
+
+
+# ---------------------------------------------------------------------------------------------------------- GenEval
+
+
+def bilinear_matrix(source: int, target: int) -> Tensor:
+    """(target, source) float64: between the two nearest centres, no antialias, the border repeated."""
+    places = ((torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(0, source - 1)
+    return (1 - (places[:, None] - torch.arange(source)).abs()).clamp(min=0)
+
+
+def bilinear64(x: Tensor, height: int, width: int) -> Tensor:
+    return bilinear_matrix(x.shape[-2], height) @ x @ bilinear_matrix(x.shape[-1], width).T
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory: pytest.TempPathFactory, clip_dir: Path) -> tuple[Any, Any]:
+    """(ours, transformers' network in float64)."""
+    path = tiny_detector(tmp_path_factory.mktemp("detector"))
+    paths = {"geneval": path, "clip": clip_dir}
+    return [load_metric("geneval", paths, tokenize, "cpu", torch.float32, {}) for _ in range(2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_geneval_equals_transformers_in_float64(shape: str, detectors: Any, theirs: Any) -> None:
+    ours, network = detectors[0], detectors[1].detector.double()
+    x = pictures(SHAPES[shape])[:1].clamp(-1, 1)
+    H, W = x.shape[-2:]
+    scale = min(800 / min(H, W), 1333 / max(H, W))
+    h, w = round(H * scale), round(W * scale)
+    whole = torch.zeros(1, 3, -(-h // 32) * 32, -(-w // 32) * 32, dtype=torch.float64)
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in IMAGENET)
+    whole[..., :h, :w] = (bilinear64(x.double() / 2 + 0.5, h, w) - mean) / std
+    with torch.no_grad():
+        out = network(pixel_values=whole)
+        classes, masks = ours.logits(x)
+    expected = bilinear64(bilinear64(out.masks_queries_logits, *whole.shape[-2:])[0, :, :h, :w], H, W)
+    assert masks.shape == (5, H, W) and (masks.sigmoid().double() - expected.sigmoid()).abs().max() < 1e-4
+    probabilities = out.class_queries_logits[0].softmax(-1)[:, :80]
+    assert (classes.softmax(-1)[:, :80].double() - probabilities).abs().max() < 1e-4
+    # detections: the 100 likeliest pairs of a query and a class, times the mean of the mask inside itself
+    found = {name: [f.score for f in group] for name, group in instances(classes, masks, 0.006).items()}
+    truth: dict[str, list[float]] = {}
+    for p, place in zip(*probabilities.flatten().topk(100), strict=True):
+        mask = expected[place // 80].sigmoid()
+        score = float(p * mask[mask > 0.5].mean()) if (mask > 0.5).any() else 0.0
+        if p > 0.006 and score > 0.006:
+            truth.setdefault(CLASSES[place % 80], []).append(score)
+    assert truth.keys() == found.keys() and len(truth) > 5
+    for name, scores in truth.items():
+        assert found[name] == pytest.approx(sorted(scores, reverse=True)[:16], abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_colours_equal_transformers_in_float64(shape: str, detectors: Any, theirs: Any) -> None:
+    """Of an object in the left half; the prompts of colours are over this tokenizer's limit."""
+    x = pictures(SHAPES[shape])[:1].clamp(-1, 1)
+    H, W = x.shape[-2:]
+    mask = torch.zeros(H, W, dtype=torch.bool)
+    mask[:, : W // 2 + 1] = True
+    seen = torch.where(mask, x.double(), 2 * 0x99 / 255 - 1)[..., : W // 2 + 1]
+    with torch.no_grad():
+        image = theirs.visual_projection(theirs.vision_model(pixel_values=cropped64(seen)).pooler_output)
+        likeness = []
+        for colour in COLOURS:
+            texts = (
+                f"a photo of a {colour} cat",
+                f"a photo of a {colour}-colored cat",
+                f"a photo of a {colour} object",
+            )
+            ids = tokenize(list(texts))
+            hidden = theirs.text_model(input_ids=ids).last_hidden_state[torch.arange(3), ids.argmax(1)]
+            text = theirs.text_projection(hidden)
+            mean = (text / text.norm(dim=1, keepdim=True)).mean(0)
+            likeness.append(float(torch.cosine_similarity(image[0], mean, dim=0)))
+    found = Found((0, 0, W // 2 + 1, H), 1.0, mask)
+    assert detectors[0].colours(x, [found], "cat") == [COLOURS[max(range(10), key=likeness.__getitem__)]]
+    classifiers = detectors[0]._classifiers["cat"].double()
+    ours = detectors[0].clip.get_image_features(cropped64(seen).float()).double()
+    ours = torch.cosine_similarity(ours, classifiers)
+    assert (ours - torch.tensor(likeness, dtype=torch.float64)).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------- in training

@@ -30,8 +30,12 @@ from safetensors.torch import load_file, save_file
 from spo_fast import checkpoint, report, train, trainer
 from spo_fast.checkpoint import TrainState
 from spo_fast.choices import choose, found_device
+from spo_fast.measure import looks
 from spo_fast.metrics import Timer, read_metrics
 from spo_fast.objectives import predict_states
+from spo_fast.scorers import load_metric
+from spo_fast.toy import world
+from spo_fast.toy.pipeline import toy_files
 
 LORA = "pytorch_lora_weights.safetensors"
 EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
@@ -113,7 +117,7 @@ def test_grids_during_training(shown_run: Path) -> None:
     scores = [r["validation_score"] for r in facts(shown_run)]
     assert len(set(scores)) == ITERATIONS and all(map(math.isfinite, scores))
     grids = samples(shown_run)
-    assert grids.keys() == {"before.png", "before.txt", "after.png", *(f"step-{i + 1}.png" for i in range(ITERATIONS))}
+    assert grids.keys() == {"before.png", "before.json", "after.png", *(f"step-{i + 1}.png" for i in range(ITERATIONS))}
     assert len({grids[f"step-{i + 1}.png"] for i in range(ITERATIONS)} | {grids["before.png"]}) == ITERATIONS + 1
     assert grids["after.png"] == grids[f"step-{ITERATIONS}.png"]
     with Image.open(shown_run / "samples" / "step-2.png") as image:
@@ -123,9 +127,9 @@ def test_grids_during_training(shown_run: Path) -> None:
 def test_grids_are_of_the_weights_of_their_iteration(shown_run: Path, tmp_path: Path) -> None:
     run = built(tmp_path / "run", **GRIDS)
     run.encode_prompts()
-    assert run.show("before") == float((shown_run / "samples" / "before.txt").read_text())
+    assert run.show("before")._asdict() == json.loads((shown_run / "samples" / "before.json").read_text())
     checkpoint.load(shown_run / "checkpoint-2", run.learner, run.cfg.flat())
-    assert run.show("again") == facts(shown_run)[1]["validation_score"]
+    assert run.show("again").score == facts(shown_run)[1]["validation_score"]
     grids = samples(tmp_path / "run")
     assert grids["again.png"] == samples(shown_run)["step-2.png"]
     assert grids["before.png"] == samples(shown_run)["before.png"]
@@ -135,8 +139,11 @@ def test_grids_come_with_checkpoints_and_change_no_number(shown_run: Path, tmp_p
     out = run_toy(tmp_path / "run", num_validation_images=1, checkpointing_steps=3)
     assert [i for i, r in enumerate(facts(out)) if "validation_score" in r] == [2, 3]
     assert {"step-3.png", "step-4.png"} == {name for name in samples(out) if name.startswith("step")}
-    without = [{k: v for k, v in r.items() if k != "validation_score"} for r in facts(shown_run)]
-    assert without == [{k: v for k, v in r.items() if k != "validation_score"} for r in facts(out)]
+    of_grids = ("validation_score", "hacking", "look_", "held_out_", "warnings")
+    without = [
+        [{k: v for k, v in r.items() if not k.startswith(of_grids)} for r in facts(run)] for run in (shown_run, out)
+    ]
+    assert without[0] == without[1]
 
 
 def test_killed_and_resumed_has_the_same_grids(
@@ -158,7 +165,7 @@ def test_resumed_without_grids_keeps_none_of_what_it_repeats(shown_run: Path, tm
     copy = shutil.copytree(shown_run, tmp_path / "run")
     settings = {**GRIDS, "num_validation_images": 0}
     run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", **settings)
-    assert samples(copy).keys() == {"before.png", "before.txt", "step-1.png", "step-2.png"}
+    assert samples(copy).keys() == {"before.png", "before.json", "step-1.png", "step-2.png"}
     assert [r.get("validation_score") for r in facts(copy)][2:] == [None, None]
 
 
@@ -167,6 +174,108 @@ def test_finished_run_resumed_keeps_its_grids(shown_run: Path, tmp_path: Path) -
     run_toy(copy, resume_from_checkpoint="latest", validation_steps=1, **GRIDS)
     assert samples(copy) == samples(shown_run)
     assert facts(copy) == facts(shown_run)
+
+
+def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The toy's true scores, and a metric that was asked for, of the pictures of the grids."""
+    settings = {**GRIDS, "resolution": 16, "num_validation_images": 2}
+    out = run_toy(tmp_path / "run", **settings)
+    assert "held-out layout" in capsys.readouterr().out
+    records = [r for r in facts(out) if "validation_score" in r]
+    run = built(tmp_path / "again", **settings)
+    run.encode_prompts()
+    texts = [prompt for prompt in run.validation_prompts() for _ in range(2)]
+    start = json.loads((out / "samples" / "before.json").read_text())
+    for where, expected in ((None, start["values"]), ("checkpoint-4", records[-1])):
+        if where:
+            checkpoint.load(out / where, run.learner, run.cfg.flat())
+        images, _ = run.validate()
+        pixels = torch.stack([image for row in images for image in row]).clamp(-1, 1)
+        truth = {"aesthetics": world.aesthetics(pixels), "layout": world.layout(pixels, texts).all(1).float()}
+        for name, values in truth.items():
+            if where:
+                assert expected[f"held_out_{name}"] == pytest.approx(float(values.mean()), rel=1e-6)
+            else:
+                assert expected[name] == pytest.approx(values.tolist(), rel=1e-6)
+        saturation = float(looks(pixels)["saturation"].mean())
+        if where:
+            ratio = saturation / (sum(start["values"]["saturation"]) / len(texts))
+            assert expected["look_saturation"] == pytest.approx(ratio, rel=1e-6) and "hacking" in expected
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for name in ("curve-held_out_layout", "curve-held_out_aesthetics", "curve-look_contrast"):
+        assert f'id="{name}"' in page
+    before, after = sum(start["values"]["aesthetics"]) / len(texts), records[-1]["held_out_aesthetics"]
+    assert f"| aesthetics | {before:.4g} | {after:.4g} |" in card
+
+
+def test_a_held_out_metric_is_that_of_evaluate(tmp_path: Path) -> None:
+    run = built(tmp_path / "run", **GRIDS, validation_metrics="pickscore")
+    run.encode_prompts()
+    images, _ = run.validate()
+    scorer = load_metric("pickscore", toy_files(), run.model.tokenize, "cpu", torch.float32)
+    texts = run.validation_prompts()
+    pixels = torch.stack([row[0] for row in images]).clamp(-1, 1)
+    truth = scorer.score_pixels(pixels, torch.tensor(0), scorer.encode(texts))
+    assert run.measured(images)["pickscore"] == pytest.approx(truth.tolist(), rel=1e-6)
+
+
+def test_nothing_is_loaded_for_validation_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, whole = [], trainer.make_metric
+    monkeypatch.setattr(trainer, "make_metric", lambda name, *rest: made.append(name) or whole(name, *rest))
+    (tmp_path / "mine.txt").write_text("a prompt of another world\na red cube\n")
+    run_toy(tmp_path / "run", **GRIDS, prompts=tmp_path / "mine.txt", max_train_steps=1)
+    assert set(made) == {"looks"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation_metrics": "aestetics"}, "--validation_metrics: unknown scorer 'aestetics'"),
+        ({"validation_metrics": "spm", "scorer": "spm:2"}, "spm is the scorer, whose score is shown anyway"),
+        ({"validation_metrics": "lrm"}, "lrm judges noisy latents, not pictures"),
+        ({"validation_metrics": "pickscore:2"}, "metrics have no weights"),
+        ({"validation_metrics": "image_reward,aesthetic"}, "--image_reward_path"),
+        ({"validation_metrics": "layout", "num_validation_images": 1}, "pictures of 16 pixels"),
+        ({"model": "sd15", "resolution": None, "validation_metrics": "layout"}, "--model sd15 has none"),
+    ],
+)
+def test_wrong_validation_metrics_are_told(
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "HF_HUB_OFFLINE is set")
+    assert train.main(flags(tmp_path / "run", **settings)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_garish_pictures_raise_the_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the pictures at step 0, also after a resume: on the terminal, in the log, report and card."""
+    whole, seen = trainer.Run.validate, []
+
+    def garish(run: trainer.Run) -> Any:
+        images, score = whole(run)
+        seen.append(run.state.iteration)
+        return [[(2 if run.state.iteration >= 2 else 0.5) * image for image in row] for row in images], score
+
+    monkeypatch.setattr(trainer.Run, "validate", garish)
+    settings = {**GRIDS, "resolution": 16, "validation_steps": 1, "checkpointing_steps": 1, "num_validation_images": 2}
+    run_toy(tmp_path / "run", **settings, max_train_steps=1)
+    assert "hacking" not in capsys.readouterr().out
+    run_toy(tmp_path / "run", **settings, resume_from_checkpoint="latest")
+    assert seen == [0, 1, 2, 3, 4]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [bool(r["hacking"]) for r in records] == [False, True, True, True]
+    told = [text for text in records[1]["warnings"] if "sign of reward hacking" in text]
+    assert len(told) >= 3 and any("saturation is" in text for text in told)
+    assert not any("sign of reward hacking" in text for r in records[2:] for text in r.get("warnings", ()))
+    assert capsys.readouterr().out.count("warning: iteration 1: in the validation pictures saturation is") == 1
+    assert "in the validation pictures saturation is" in (tmp_path / "run" / "report.html").read_text()
+    assert "Signs of reward hacking in these images: saturation is" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,17 @@ def test_grey_pictures_have_no_saturation_to_compare_with() -> None:
     assert warnings_of([{"saturation": 0.0}] * 40 + [{"saturation": 0.2}] * 40) == []
 
 
+def test_looks_of_the_validation_pictures_are_told_once_each() -> None:
+    vivid, hard = "saturation is 40% above the base model's", "edges is 30% above the base model's"
+    seen = ["", vivid, f"{vivid}; {hard}", f"{vivid}; {hard}", hard, f"{vivid}; {hard}"]
+    records: list[dict[str, Any]] = []
+    for text in seen:  # two iterations between validations
+        records += [{"hacking": text}, {}]
+    found = warnings_of(records)
+    assert [(i, "saturation" in text) for i, text in found] == [(2, True), (4, False), (10, True)]
+    assert "40%" in found[0][1] and "reward hacking" in found[0][1] and "--validation_metrics" in found[0][1]
+
+
 def test_latent_scorers_have_no_saturation() -> None:
     assert warnings_of({"saturation": None} for _ in range(60)) == []
 

@@ -88,3 +88,27 @@ def _unet_settings() -> dict[str, Any]:
 
 def _noise_settings() -> dict[str, Any]:
     return dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+
+def tiny_detector(path: Path) -> Path:
+    """A random Mask2Former of COCO's 80 classes that finds 5 things, as transformers saves it."""
+    import importlib
+    from unittest import mock
+
+    from transformers import Mask2FormerConfig, SwinConfig
+
+    from spo_fast.scorers.geneval import NoLoss
+
+    mask2former = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
+    backbone = SwinConfig(
+        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4, drop_path_rate=0.0,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, num_labels=80, num_queries=5, hidden_dim=32, mask_feature_size=32, feature_size=32,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
+        torch.manual_seed(0)
+        mask2former.Mask2FormerForUniversalSegmentation(config).save_pretrained(path)
+    return path

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from spo_fast.config import ModelConfig, ScorerConfig, did_you_mean
+from spo_fast.config import Config, ModelConfig, ScorerConfig, did_you_mean, parted
 from spo_fast.models.lora import find_lora
 from spo_fast.models.sources import (
     DEFAULTS,
@@ -50,7 +50,9 @@ MODELS: dict[str, Callable[[ModelConfig], ModelSource]] = {
 }
 
 
-SCORER_NAMES = ("spm", "pickscore", "hpsv2", "hpsv21", "clip", "aesthetic", "image_reward", "lrm")
+SCORER_NAMES = ("spm", "pickscore", "hpsv2", "hpsv21", "clip", "aesthetic", "image_reward", "geneval", "lrm")
+TRUE_SCORES = ("layout", "aesthetics")
+"""Of the toy's world."""
 
 
 def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -77,6 +79,29 @@ def scorer_paths(cfg: ScorerConfig) -> dict[str, str | None]:
     return cfg.paths_of(name for name, _ in scorer_specs(cfg.scorer))
 
 
+def metric_scorers(metrics: Iterable[str], model: str, flag: str) -> list[str]:
+    """The scorers among the metrics. Raises ValueError for a metric that is none, or not of this model."""
+    scorers = [name for name in metrics if name not in TRUE_SCORES]
+    if model != "toy" and (odd := next((name for name in metrics if name in TRUE_SCORES), None)):
+        raise ValueError(f"{flag}: {odd} is a true score of the toy's world: --model {model} has none.")
+    if any(":" in name for name in scorers):
+        raise ValueError(f"{flag}: metrics have no weights: write {flag} pickscore aesthetic.")
+    if "lrm" in scorers:
+        raise ValueError(f"{flag}: lrm judges noisy latents, not pictures. Leave it out.")
+    try:
+        scorer_specs(tuple(scorers))
+    except ValueError as error:
+        near = next((did_you_mean(name, TRUE_SCORES) for name in scorers), "") if model == "toy" else ""
+        raise ValueError(f"{flag}: {error}{'' if 'Did you mean' in str(error) else near}") from None
+    return scorers
+
+
+def run_paths(cfg: Config) -> dict[str, str | None]:
+    """The scorers and held-out metrics of a run and the local paths given for them."""
+    metrics = metric_scorers(parted(cfg.run.validation_metrics), cfg.model.model, "--validation_metrics")
+    return {**scorer_paths(cfg.scorer), **cfg.scorer.paths_of(metrics)}
+
+
 def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
     """Every file of the run, found (or downloaded) before anything heavy is imported. Raises MissingFilesError."""
     return resolve_all(MODELS[model.model](model), _with_shipped(model, scorers))
@@ -96,4 +121,15 @@ def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapp
     return {name: path or (str(shipped[name]) if name in shipped else None) for name, path in scorers.items()}
 
 
-__all__ = ["MODELS", "find_contender", "find_lora", "look_for", "resolve", "scorer_paths", "scorer_specs"]
+__all__ = [
+    "MODELS",
+    "TRUE_SCORES",
+    "find_contender",
+    "find_lora",
+    "look_for",
+    "metric_scorers",
+    "resolve",
+    "run_paths",
+    "scorer_paths",
+    "scorer_specs",
+]

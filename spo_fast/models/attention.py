@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, L', H, D) -> (B, L, H, D)
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  # of q, of k and v
@@ -49,6 +49,13 @@ KERNELS: dict[str, Attend] = {"sdpa": sdpa, "cudnn": cudnn, "xformers": xformers
 PACKAGES = {"xformers": "xformers", "flash3": "flash_attn_interface"}
 TRACED = ("sdpa", "cudnn")
 """What torch.compile sees into; the others would break a graph."""
+
+
+def attend_with(unet: nn.Module, attend: Attend) -> None:
+    """Another kernel for a fused network's attentions."""
+    for module in unet.modules():
+        if hasattr(module, "attend"):
+            module.attend = attend  # type: ignore[assignment]
 
 
 def why_not(name: str, device_type: str, dtype: torch.dtype, compiled: bool) -> str | None:

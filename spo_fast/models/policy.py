@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from spo_fast.config import AdapterConfig
 from spo_fast.experience import Cond, Prediction
-from spo_fast.models.attention import Attend
-from spo_fast.models.fuse import FusedAttention, Text, fuse, text_of
+from spo_fast.models.attention import Attend, attend_with
+from spo_fast.models.fuse import Text, fuse, text_of
 from spo_fast.models.graphs import Graphs
 from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import MergedWeights
@@ -155,9 +155,7 @@ class Policy(TrainedWeights):
     def attend_with(self, attend: Attend) -> None:
         """Another kernel for a fused network's attentions."""
         for unet in filter(None, (self.unet, self._frozen_copy)):
-            for module in unet.modules():
-                if isinstance(module, FusedAttention):
-                    module.attend = attend
+            attend_with(unet, attend)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,7 +187,7 @@ class Policy(TrainedWeights):
         """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
         if not self.fused:
             return cond
-        return replace(cond, text=self.text(*_inputs(self.unet, len(cond), cond, guided)))
+        return replace(cond, text=self.text(*inputs_of(self.unet, len(cond), cond, guided)))
 
     def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
         return text_of(self.unet, prompt_embeds, added_cond_kwargs)
@@ -262,12 +260,12 @@ def denoise(
     if guided:
         x = torch.cat([x, x])
         t = t if t.ndim == 0 else torch.cat([t, t])
-    told, added = _inputs(unet, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
+    told, added = inputs_of(unet, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
     out = unet(x, t, encoder_hidden_states=told, added_cond_kwargs=added, return_dict=False)[0]
     return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
 
 
-def _inputs(unet: Any, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
+def inputs_of(unet: Any, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
     """encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
     dtype, inputs = unet.dtype, cond.cond
     if guided:

@@ -21,6 +21,7 @@ from spo_fast.scorers.clip_scorers import (
     load_spm,
     make_tiny_spm,
 )
+from spo_fast.scorers.geneval import load_geneval
 from spo_fast.scorers.hps import load_hps
 from spo_fast.scorers.image_reward import load_image_reward
 from spo_fast.scorers.latent import TokenIds, load_lrm
@@ -53,7 +54,7 @@ class Scorer(Protocol):
         ...
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        """(K*B,) float32 scores, k-major. Takes no gradient and never waits for the device."""
+        """(K*B,) float32 scores, k-major. Takes no gradient and, but for geneval, never waits for the device."""
         ...
 
 
@@ -89,6 +90,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {  # (path, tokenize, device, dtype)
     "clip": load_clip_score,
     "aesthetic": load_aesthetic,
     "image_reward": load_image_reward,
+    "geneval": load_geneval,
     "lrm": load_lrm,
 }
 
@@ -102,6 +104,7 @@ def load_scorer(
     *,
     token_ids: TokenIds | None = None,  # for lrm, which has all of the diffusion model's text encoders
     time_conditioned: bool = True,  # False: the SPM is one that does not know the timestep
+    wanted: Mapping[str, Mapping[str, Any]] | None = None,  # for geneval: prompt -> line of evaluation_metadata.jsonl
 ) -> Scorer:
     """One scorer, or the weighted sum of several. Raises ValueError for an unknown name or one without a path."""
     if not specs:
@@ -113,7 +116,11 @@ def load_scorer(
             raise ValueError(
                 f"Scorer {name!r} has no weights: give a local file or directory for it (paths has {sorted(paths)})."
             )
-    loaders: dict[str, Callable[..., Scorer]] = {**SCORERS, "spm": partial(load_spm, time_conditioned=time_conditioned)}
+    loaders: dict[str, Callable[..., Scorer]] = {
+        **SCORERS,
+        "spm": partial(load_spm, time_conditioned=time_conditioned),
+        "geneval": partial(load_geneval, wanted=wanted or {}),
+    }
     beside = [{b: Path(paths[b])} if (b := SCORERS_BESIDE.get(name)) else {} for name, _ in specs]
     scorers = [
         loaders[name](Path(paths[name]), token_ids if name == "lrm" else tokenize, device, dtype, **more)
@@ -124,10 +131,15 @@ def load_scorer(
 
 
 def load_metric(
-    name: str, paths: Mapping[str, str | Path], tokenize: Tokenize, device: str | torch.device, dtype: torch.dtype
+    name: str,
+    paths: Mapping[str, str | Path],
+    tokenize: Tokenize,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    wanted: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """The scorer as published tables have it: PickScore's own processor resizes with antialias, the trainer's not."""
-    scorer: Any = load_scorer([(name, 1)], paths, tokenize, device, dtype)
+    scorer: Any = load_scorer([(name, 1)], paths, tokenize, device, dtype, wanted=wanted)
     if name == "pickscore":
         scorer.preprocess = cropped
     return scorer

@@ -1,7 +1,7 @@
 """GenEval (arXiv 2310.11513): is what the prompt asks for in the picture? Its rules are those of evaluate_images.py.
 
 The detector is Mask2Former (Swin-S, COCO instances) by transformers in place of mmdet; colours are told by CLIP
-ViT-L/14 on each object, cut out along its mask. A picture is right or wrong; the score is the mean of six tasks.
+ViT-L/14 on each object, cut out along its mask. A picture is right or wrong; tables show the mean of six tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spo_fast.scorers.clip import load_clip, unit
 from spo_fast.scorers.clip_scorers import Tokenize, check_vocabulary
-from spo_fast.scorers.pictures import cropped
+from spo_fast.scorers.pictures import PictureScorer, cropped
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
 MAX_OBJECTS = 16  # of a class
@@ -116,23 +116,35 @@ def task_weights(tags: Sequence[str]) -> list[float]:
     return [len(tags) / (len(set(tags)) * tags.count(tag)) for tag in tags]
 
 
-class GenEval:
-    """100 for a picture that is right, 0 for one that is wrong."""
+class GenEval(PictureScorer):
+    """1 for a picture that is right, 0 for one that is wrong. Detections are read back: no CUDA graph holds this."""
 
-    def __init__(self, detector: Any, clip: Any, tokenize: Tokenize):
+    reads_device = True
+
+    def __init__(self, detector: Any, clip: Any, tokenize: Tokenize, wanted: Mapping[str, Mapping[str, Any]]):
         self.detector, self.clip, self.tokenize = detector.eval().requires_grad_(False), clip, tokenize
+        self.wanted = wanted  # prompt -> its line of evaluation_metadata.jsonl
+        self._records, self._numbers = list(wanted.values()), {prompt: n for n, prompt in enumerate(wanted)}
         self._classifiers: dict[str, Tensor] = {}
 
+    def encode(self, prompts: list[str]) -> Tensor:  # (P,) int64 numbers of their lines
+        check_wanted(prompts, self.wanted)
+        return torch.tensor([self._numbers[prompt] for prompt in prompts])
+
     @torch.no_grad()
-    def score(self, pixels: Tensor, wanted: Sequence[Mapping[str, Any]]) -> Tensor:  # (B, 3, H, W) -> (B,) float32
-        return torch.tensor([100.0 * self._right(x[None], w) for x, w in zip(pixels, wanted, strict=True)])
+    def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:  # (N, 3, H, W) -> (N,) float32
+        shown = pixels.float().clamp(-1, 1)
+        right = [self._right(x[None], self._records[n]) for x, n in zip(shown, text.tolist(), strict=True)]
+        return torch.tensor(right, dtype=torch.float32, device=pixels.device)
 
     def _right(self, pixels: Tensor, wanted: Mapping[str, Any]) -> bool:
         threshold = COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
-        out = self.detector(pixel_values=self.prepared(pixels))
-        masks = self._at_size(out.masks_queries_logits, pixels)
-        objects = instances(out.class_queries_logits[0], masks[0], threshold)
+        objects = instances(*self.logits(pixels), threshold)
         return is_right(objects, wanted, lambda found, name: self.colours(pixels, found, name))
+
+    def logits(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (1, 3, H, W) -> (Q, 81) classes, (Q, H, W) masks
+        out = self.detector(pixel_values=self.prepared(pixels))
+        return out.class_queries_logits[0], self._at_size(out.masks_queries_logits, pixels)[0]
 
     @staticmethod
     def input_size(pixels: Tensor) -> tuple[int, int]:
@@ -167,6 +179,15 @@ class GenEval:
         return seen
 
 
+def check_wanted(prompts: Sequence[str], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError for a prompt of which it is not known what should be in the picture."""
+    if odd := next((prompt for prompt in prompts if prompt not in wanted), None):
+        raise ValueError(
+            f"geneval does not know what to look for in pictures of {odd!r:.80}: the file of --prompts must have a "
+            "line with tag and include for it, as GenEval's evaluation_metadata.jsonl does."
+        )
+
+
 class NoLoss(torch.nn.Module):
     """In the place of Mask2Former's training loss, which a network is built with and which needs scipy."""
 
@@ -176,7 +197,15 @@ class NoLoss(torch.nn.Module):
         self.register_buffer("empty_weight", torch.ones(config.num_labels + 1))
 
 
-def load_geneval(path: str | Path, tokenize: Tokenize, device: str | torch.device, *, clip: str | Path) -> GenEval:
+def load_geneval(
+    path: str | Path,
+    tokenize: Tokenize,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,  # of other scorers: detections are made in float32
+    *,
+    clip: str | Path,
+    wanted: Mapping[str, Mapping[str, Any]],
+) -> GenEval:
     """facebook/mask2former-swin-small-coco-instance and CLIP ViT-L/14."""
     from transformers.models.mask2former import modeling_mask2former as mask2former
 
@@ -190,4 +219,4 @@ def load_geneval(path: str | Path, tokenize: Tokenize, device: str | torch.devic
     if detector.config.num_labels != len(CLASSES):
         raise ValueError(f"{path} knows {detector.config.num_labels} classes, not COCO's 80 (--geneval_path).")
     towers = check_vocabulary(load_clip(clip, time_conditioned=False, device=device), tokenize, clip)
-    return GenEval(detector.to(device), towers.requires_grad_(False), tokenize)
+    return GenEval(detector.to(device), towers.requires_grad_(False), tokenize, wanted)
