@@ -23,8 +23,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
-from spo_fast import checkpoint, train, trainer
+from spo_fast import checkpoint, cli, train, trainer
+from spo_fast.data import load_prompts
 from spo_fast.metrics import read_metrics
 
 ITERATIONS = 4
@@ -34,13 +37,13 @@ LINE = shlex.split(
 )
 
 
-def told(line: list[str]) -> tuple[int, str]:
+def told(line: list[str], work: Callable[[list[str]], int] = train.main) -> tuple[int, str]:
     """Exit status of a command and its last line of error, or of output if there is none."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = train.main(line)
+        status = work(line)
     words = [text for text in (out.getvalue().strip(), err.getvalue().strip()) if text]
-    shown = words[-1].splitlines()
+    shown = words[-1].splitlines() if words else [""]
     notes = [text for text in shown if text.startswith(("skipped", "stopped", "error", "warning"))]
     return status, (notes or shown)[-1]
 
@@ -92,6 +95,27 @@ class Faults:
         self.row(f"newest checkpoint: {fault}", run, status, seen)
 
     def disk_full(self) -> None:
+        disk = self.root / "disk"
+        disk.mkdir()
+
+        def mount(*options: str) -> bool:
+            return not subprocess.run(["mount", *options, disk], capture_output=True).returncode
+
+        if not mount("-t", "tmpfs", "-o", "size=1g", "tmpfs"):
+            self.disk_full_simulated()
+            return
+        try:
+            run = self.copy("disk/run", 2)
+            last = sum(path.stat().st_size for path in (run / "checkpoint-2").rglob("*"))
+            kib = (shutil.disk_usage(disk).used + last // 2) // 1024  # the next checkpoint fits by half
+            assert mount("-o", f"remount,size={kib}k")
+            status, seen = self.run(run)
+            assert mount("-o", "remount,size=1g")  # the user makes room
+            self.row(f"disk full (a tmpfs of {kib:,} KiB)", run, status, seen)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+    def disk_full_simulated(self) -> None:
         run = self.copy("full", 2)
 
         def full(*args: Any) -> None:  # a new error each time: a kept one would hold the run, and its lock
@@ -99,7 +123,7 @@ class Faults:
 
         with mock.patch.object(checkpoint, "save_file", full):
             status, seen = self.run(run)
-        self.row("disk full (simulated)", run, status, seen)
+        self.row("disk full (simulated: mounting a tmpfs is not allowed here)", run, status, seen)
 
     def signalled(self) -> None:
         run, whole = self.copy("SIGTERM", 1), trainer.Learner.update
@@ -170,21 +194,36 @@ class Faults:
         with mock.patch.object(Path, "mkdir", side_effect=error):
             self.row("directory that cannot be written", None, *told([*LINE, "--output_dir", str(self.root / "ro")]))
 
-    def malformed(self) -> None:
-        path = self.root / "config.yaml"
-        texts = [
-            f"{name}: {value}\n" for name in ("rank", "beta", "scorer", "sede", "seed", "method") for value in VALUES
-        ]
-        statuses, lines = set(), 0
-        for text in texts:
-            path.write_text(text)
-            status, seen = told(["--config", str(path), "--dry_run"])
-            statuses.add(status)
-            lines += seen.startswith("error: ") and "Traceback" not in seen and "--debug" not in seen
-        self.row(f"{len(texts)} malformed configs", None, max(statuses), f"{lines} one-line errors that name the fault")
+    def malformed(self, what: str, contents: st.SearchStrategy[bytes], read: Callable[[Path], Any]) -> None:
+        """Files that hypothesis draws; those that can be read after all do not count."""
+        path = self.root / what
+        errors: list[str] = []
+
+        @settings(max_examples=150, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+        @given(contents)
+        def one(content: bytes) -> None:
+            path.write_bytes(content)
+            status, seen = told([], lambda words: cli.guarded(lambda: read(path), words))
+            if status:
+                errors.append(seen)
+
+        one()
+        assert len(errors) >= 60
+        good = sum(e.startswith("error: ") and "--debug" not in e for e in errors)
+        lines = f"{good} one-line errors that name the fault, such as {errors[-1]}"
+        self.row(f"{len(errors)} malformed files: {what}", None, 1, " ".join(lines.split()).replace("|", "/"))
 
 
-VALUES = ("[1, 2", "{a: b}", "'", "!!python/object:os.system x", "&a *b", "\t- x", "1e999x", "nul\x01l", "- - -", "? :")
+def config_of(path: Path) -> None:
+    train.parse(["--config", str(path)])
+
+
+NAMES = st.sampled_from(["rank", "beta", "scorer", "sede", "seed", "method", "eta", "clip"])
+VALUES = st.text("[]{}&*!|>%@`'\"-?:#0x1e9 \t\nab", min_size=1, max_size=12) | st.just("!!python/object:os.system x")
+CONFIGS = st.builds(lambda name, value: f"model: toy\n{name}: {value}\n".encode(), NAMES, VALUES) | st.binary(
+    max_size=40
+)
+PROMPTS = st.binary(max_size=60) | st.text('[]{}",:captionx0 \n', max_size=40).map(str.encode)
 
 
 def main() -> None:
@@ -201,7 +240,9 @@ def main() -> None:
         faults.read_only()
         faults.rank_killed()
         faults.hub()
-        faults.malformed()
+        faults.malformed("config.yaml", CONFIGS, config_of)
+        faults.malformed("prompts.json", PROMPTS, load_prompts)
+        faults.malformed("prompts.parquet", PROMPTS, load_prompts)
 
 
 if __name__ == "__main__":

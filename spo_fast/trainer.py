@@ -310,6 +310,7 @@ C = TypeVar("C", Config, PreferenceConfig)
 class TrainingRun(Generic[C]):
     """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
 
+    model: DiffusionModel
     learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
 
     def __init__(self, cfg: C):
@@ -324,8 +325,8 @@ class TrainingRun(Generic[C]):
         self.state = TrainState()
 
     def settings(self) -> dict[str, Any]:
-        """As a checkpoint keeps them."""
-        return self.cfg.flat()
+        """As a checkpoint keeps them; prompt_cache names what the prompts' embeddings come from."""
+        return {**self.cfg.flat(), "prompt_cache": self.model.prompt_cache.fingerprint}
 
     def start(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
         """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none."""
@@ -608,7 +609,7 @@ class Run(TrainingRun[Config]):
 
     def settings(self) -> dict[str, Any]:
         size = self.group.size
-        return {**self.cfg.flat(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
+        return {**super().settings(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         self.export(checkpoint_dir)

@@ -12,10 +12,12 @@ import sys
 import torch
 
 from spo_fast import train
+from spo_fast.models import sharded
 
 
 def main() -> int:
     torch.set_num_threads(1)
+    sharded.BUCKET = 2**18  # the toy's weights in several
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for port, line in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = str(port)

@@ -100,8 +100,10 @@ class TrainedWeights:
     def keep_averages(self, decay: float) -> None:
         """From now on: average = decay * average + (1 - decay) * master at each optimizer step."""
         # parts are cut from masters that the network begins with
-        whole = self.masters if self.shards is None else [p.float() for p in self._weights]
-        self.averages, self.decay = [master.detach().clone() for master in whole], decay
+        whole = self.masters if self.shards is None else self._weights
+        dtypes = [master.dtype for master in self.masters]
+        self.averages = [p.detach().to(dtype, copy=True) for p, dtype in zip(whole, dtypes, strict=True)]
+        self.decay = decay
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights (masters, or this process's parts of them) by their names in the network."""

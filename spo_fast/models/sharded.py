@@ -73,7 +73,7 @@ class Shards:
         return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, shape=self.shapes[i], stride=stride)
 
     def save(self, directory: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Each process's parts as safetensors. An OSError of any process is raised by all."""
+        """Each process's parts as safetensors. An error of any process is raised by all."""
         from torch.distributed import checkpoint as dcp
 
         flat = {
@@ -83,8 +83,7 @@ class Shards:
             # not DCP's own format: its index is a pickle, and loading one runs code
             dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True))
         except dcp.api.CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            raise (first if isinstance(first, OSError) else RuntimeError(str(first))) from error
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def load(directory: Path, kind: str, shards: Shards | None) -> dict[str, Tensor]:
