@@ -113,7 +113,7 @@ class Faults:
             assert mount("-o", "remount,size=1g")  # the user makes room
             self.row(f"disk full (a tmpfs of {kib:,} KiB)", run, status, seen)
         finally:
-            subprocess.run(["umount", disk], check=True)
+            subprocess.run(["umount", "-l", disk], check=True)  # the run's lock may still be open
 
     def disk_full_simulated(self) -> None:
         run = self.copy("full", 2)

@@ -580,9 +580,7 @@ class Networks:
             "LoRA": 0 if full else self._bytes(policy._weights),
             "float32 masters": self._bytes(self._parts(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self._bytes(merged),
-            "optimizer state": sum(
-                map(self._rounded, _optimizer_state(self._parts(cfg, policy.masters), cfg.optim))
-            ),
+            "optimizer state": sum(map(self._rounded, _optimizer_state(self._parts(cfg, policy.masters), cfg.optim))),
             "moving averages": self._bytes(policy.averages or ()),
             "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),

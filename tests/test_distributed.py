@@ -33,7 +33,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def launch(size: int, lines: list[list[str]], timeout: float = 900) -> list[tuple[int, str, str]]:
+def launch(size: int, lines: list[list[str]], timeout: float = 900, **environment: str) -> list[tuple[int, str, str]]:
     """Runs of `size` gloo processes, one after the other; (status, stdout, stderr) of each process."""
     told = json.dumps([[free_port(), line] for line in lines])
     processes = [
@@ -46,6 +46,7 @@ def launch(size: int, lines: list[list[str]], timeout: float = 900) -> list[tupl
                 "RANK": str(r),
                 "WORLD_SIZE": str(size),
                 "PYTHONPATH": str(ROOT),
+                **environment,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -158,6 +159,15 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> N
     ranks[1].kill()
     _, errors = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == 1 and "another process of this run has ended" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.slow  # for what it sleeps
+def test_no_process_times_out_while_process_0_works_alone(tmp_path: Path) -> None:
+    lines = [
+        flags(tmp_path / name, **split(2, max_train_steps=1, **more)) for name, more in (("lora", {}), ("full", FULL))
+    ]
+    for status, _, errors in launch(2, lines, PATIENCE_S="15"):
+        assert status == 0, errors
 
 
 # ------------------------------------------------------------------------------------------------- sharded masters
