@@ -1,7 +1,7 @@
 """python -m benchmarks.faults: faults injected into runs of the toy; what the user sees, and what was lost.
 
-Prints a Markdown table. Lost counts iterations behind the last checkpoint that a whole run of the same length would
-have, after resuming with the very same command: nothing before the last checkpoint may ever be missing.
+Prints a Markdown table. Lost is told after resuming with the very same command, whose end must be that of a whole run:
+nothing before the last whole checkpoint may ever be missing. The full disk is a small tmpfs, where mounting is allowed.
 """
 
 from __future__ import annotations
@@ -66,14 +66,18 @@ class Faults:
         resume = ["--resume_from_checkpoint", "latest"] if list(run_dir.glob("checkpoint-*")) else []
         return told([*LINE, "--output_dir", str(run_dir), *resume, *more])
 
-    def row(self, fault: str, run_dir: Path | None, status: int, seen: str) -> None:
-        """run_dir: is gone on with afterwards, undisturbed, and must then hold what the whole run holds."""
-        lost = "-"
+    def row(
+        self, fault: str, run_dir: Path | None, status: int, seen: str, last: int | None = None, lost: str = "-"
+    ) -> None:
+        """run_dir: is gone on with afterwards, undisturbed, and must then hold what the whole run holds.
+
+        last: the checkpoint that the run itself went on from, if it has done that already.
+        """
         if run_dir is not None:
-            last = max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
+            last = last or max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
             resumed, _ = self.run(run_dir)
             same = resumed == 0 and self.same(run_dir)
-            lost = f"nothing: went on from {last}, same end" if same else "THE END DIFFERS"
+            lost = f"nothing before checkpoint {last}, which it went on from; same end" if same else "THE END DIFFERS"
         self.rows.append(f"| {fault} | {status} | {seen.replace(str(self.root), '...')[:200]} | {lost} |")
         print(self.rows[-1], flush=True)
 
@@ -92,7 +96,7 @@ class Faults:
         run = self.copy(fault.replace(" ", "-"))
         harm(run / f"checkpoint-{ITERATIONS}" / "trained.safetensors")
         status, seen = self.run(run)
-        self.row(f"newest checkpoint: {fault}", run, status, seen)
+        self.row(f"newest checkpoint: {fault}", run, status, seen, ITERATIONS - 1)
 
     def disk_full(self) -> None:
         disk = self.root / "disk"
@@ -136,7 +140,7 @@ class Faults:
             status, seen = self.run(run)
         self.row("SIGTERM in an update", run, status, seen)
 
-    def nan_loss(self) -> None:
+    def nan_weights(self) -> None:
         run = self.copy("nan", 2)
         broken = torch.full((), float("nan"))
         whole = trainer.Run.rollout_weights
@@ -149,6 +153,17 @@ class Faults:
         with mock.patch.object(trainer.Run, "rollout_weights", poison):
             status, seen = self.run(run, "--max_nonfinite_steps", "1")
         self.row("weights turn NaN", run, status, seen)
+
+    def nan_loss(self) -> None:
+        run, whole = self.copy("nan-loss", 2), trainer.predict_states
+
+        def broken(*args: Any) -> Any:
+            m = whole(*args)
+            return m._replace(cond=m.cond * float("nan"))
+
+        with mock.patch.object(trainer, "predict_states", broken):
+            status, seen = self.run(run, "--max_nonfinite_steps", "1")
+        self.row("NaN loss", run, status, seen)
 
     def second_run(self) -> None:
         run = self.copy("second", 2)
@@ -180,7 +195,8 @@ class Faults:
         seen = ranks[0].communicate(timeout=100)[1].strip()
         found = max(checkpoint.checkpoints(run), key=checkpoint.number)
         whole = "whole" if checkpoint.damage(found) is None else "DAMAGED"
-        self.row("one of two processes killed", None, ranks[0].returncode, f"{seen} [last checkpoint {whole}]")
+        lost = f"nothing before checkpoint {checkpoint.number(found)}, which is {whole}"
+        self.row("one of two processes killed", None, ranks[0].returncode, seen, lost=lost)
 
     def hub(self) -> None:
         gone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "no_hub")}
@@ -237,6 +253,7 @@ def main() -> None:
         faults.signalled()
         faults.second_run()
         faults.nan_loss()
+        faults.nan_weights()
         faults.read_only()
         faults.rank_killed()
         faults.hub()
