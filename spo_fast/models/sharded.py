@@ -29,6 +29,7 @@ class Shards:
 
         self.names, self.shapes = names, [m.shape for m in masters]
         self.mesh = init_device_mesh(masters[0].device.type, (dist.get_world_size(),))
+        self.host = init_device_mesh("cpu", (dist.get_world_size(),))  # of what is saved and loaded
         self.buckets = [_Bucket(masters[part], part) for part in _cut([m.numel() for m in masters])]
         for bucket in self.buckets:
             module: Any = fully_shard(bucket, mesh=self.mesh, reshard_after_forward=True)
@@ -65,12 +66,11 @@ class Shards:
         """A part as what torch.distributed.checkpoint knows to be one; what is whole everywhere as it is."""
         from torch.distributed.tensor import DTensor, Shard
 
-        i = self.index(kind, name)
+        part, i = part.cpu(), self.index(kind, name)
         if kind == "averages" or part.shape != self.own[i].shape:
             return part
         stride = torch.empty(self.shapes[i], device="meta").stride()
-        part = part.to(self.own[i].device)
-        return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, shape=self.shapes[i], stride=stride)
+        return DTensor.from_local(part, self.host, [Shard(0)], run_check=False, shape=self.shapes[i], stride=stride)
 
     def save(self, directory: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Each process's parts as safetensors. An error of any process is raised by all."""
