@@ -1,7 +1,7 @@
 """python -m benchmarks.faults: faults injected into runs of the toy; what the user sees, and what was lost.
 
-Prints a Markdown table. Lost counts iterations behind the last checkpoint that a whole run of the same length would
-have, after resuming with the very same command: nothing before the last checkpoint may ever be missing.
+Prints a Markdown table. Lost is told after resuming with the very same command, whose end must be that of a whole run:
+nothing before the last whole checkpoint may ever be missing. The full disk is a small tmpfs, where mounting is allowed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
-from spo_fast import checkpoint, train, trainer
+from spo_fast import checkpoint, cli, train, trainer
+from spo_fast.data import load_prompts
 from spo_fast.metrics import read_metrics
 
 ITERATIONS = 4
@@ -34,13 +37,13 @@ LINE = shlex.split(
 )
 
 
-def told(line: list[str]) -> tuple[int, str]:
+def told(line: list[str], work: Callable[[list[str]], int] = train.main) -> tuple[int, str]:
     """Exit status of a command and its last line of error, or of output if there is none."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = train.main(line)
+        status = work(line)
     words = [text for text in (out.getvalue().strip(), err.getvalue().strip()) if text]
-    shown = words[-1].splitlines()
+    shown = words[-1].splitlines() if words else [""]
     notes = [text for text in shown if text.startswith(("skipped", "stopped", "error", "warning"))]
     return status, (notes or shown)[-1]
 
@@ -63,14 +66,18 @@ class Faults:
         resume = ["--resume_from_checkpoint", "latest"] if list(run_dir.glob("checkpoint-*")) else []
         return told([*LINE, "--output_dir", str(run_dir), *resume, *more])
 
-    def row(self, fault: str, run_dir: Path | None, status: int, seen: str) -> None:
-        """run_dir: is gone on with afterwards, undisturbed, and must then hold what the whole run holds."""
-        lost = "-"
+    def row(
+        self, fault: str, run_dir: Path | None, status: int, seen: str, last: int | None = None, lost: str = "-"
+    ) -> None:
+        """run_dir: is gone on with afterwards, undisturbed, and must then hold what the whole run holds.
+
+        last: the checkpoint that the run itself went on from, if it has done that already.
+        """
         if run_dir is not None:
-            last = max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
+            last = last or max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
             resumed, _ = self.run(run_dir)
             same = resumed == 0 and self.same(run_dir)
-            lost = f"nothing: went on from {last}, same end" if same else "THE END DIFFERS"
+            lost = f"nothing before checkpoint {last}, which it went on from; same end" if same else "THE END DIFFERS"
         self.rows.append(f"| {fault} | {status} | {seen.replace(str(self.root), '...')[:200]} | {lost} |")
         print(self.rows[-1], flush=True)
 
@@ -89,9 +96,30 @@ class Faults:
         run = self.copy(fault.replace(" ", "-"))
         harm(run / f"checkpoint-{ITERATIONS}" / "trained.safetensors")
         status, seen = self.run(run)
-        self.row(f"newest checkpoint: {fault}", run, status, seen)
+        self.row(f"newest checkpoint: {fault}", run, status, seen, ITERATIONS - 1)
 
     def disk_full(self) -> None:
+        disk = self.root / "disk"
+        disk.mkdir()
+
+        def mount(*options: str) -> bool:
+            return not subprocess.run(["mount", *options, disk], capture_output=True).returncode
+
+        if not mount("-t", "tmpfs", "-o", "size=1g", "tmpfs"):
+            self.disk_full_simulated()
+            return
+        try:
+            run = self.copy("disk/run", 2)
+            last = sum(path.stat().st_size for path in (run / "checkpoint-2").rglob("*"))
+            kib = (shutil.disk_usage(disk).used + last // 2) // 1024  # the next checkpoint fits by half
+            assert mount("-o", f"remount,size={kib}k")
+            status, seen = self.run(run)
+            assert mount("-o", "remount,size=1g")  # the user makes room
+            self.row(f"disk full (a tmpfs of {kib:,} KiB)", run, status, seen)
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)  # the run's lock may still be open
+
+    def disk_full_simulated(self) -> None:
         run = self.copy("full", 2)
 
         def full(*args: Any) -> None:  # a new error each time: a kept one would hold the run, and its lock
@@ -99,7 +127,7 @@ class Faults:
 
         with mock.patch.object(checkpoint, "save_file", full):
             status, seen = self.run(run)
-        self.row("disk full (simulated)", run, status, seen)
+        self.row("disk full (simulated: mounting a tmpfs is not allowed here)", run, status, seen)
 
     def signalled(self) -> None:
         run, whole = self.copy("SIGTERM", 1), trainer.Learner.update
@@ -112,7 +140,7 @@ class Faults:
             status, seen = self.run(run)
         self.row("SIGTERM in an update", run, status, seen)
 
-    def nan_loss(self) -> None:
+    def nan_weights(self) -> None:
         run = self.copy("nan", 2)
         broken = torch.full((), float("nan"))
         whole = trainer.Run.rollout_weights
@@ -125,6 +153,17 @@ class Faults:
         with mock.patch.object(trainer.Run, "rollout_weights", poison):
             status, seen = self.run(run, "--max_nonfinite_steps", "1")
         self.row("weights turn NaN", run, status, seen)
+
+    def nan_loss(self) -> None:
+        run, whole = self.copy("nan-loss", 2), trainer.predict_states
+
+        def broken(*args: Any) -> Any:
+            m = whole(*args)
+            return m._replace(cond=m.cond * float("nan"))
+
+        with mock.patch.object(trainer, "predict_states", broken):
+            status, seen = self.run(run, "--max_nonfinite_steps", "1")
+        self.row("NaN loss", run, status, seen)
 
     def second_run(self) -> None:
         run = self.copy("second", 2)
@@ -156,7 +195,8 @@ class Faults:
         seen = ranks[0].communicate(timeout=100)[1].strip()
         found = max(checkpoint.checkpoints(run), key=checkpoint.number)
         whole = "whole" if checkpoint.damage(found) is None else "DAMAGED"
-        self.row("one of two processes killed", None, ranks[0].returncode, f"{seen} [last checkpoint {whole}]")
+        lost = f"nothing before checkpoint {checkpoint.number(found)}, which is {whole}"
+        self.row("one of two processes killed", None, ranks[0].returncode, seen, lost=lost)
 
     def hub(self) -> None:
         gone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "no_hub")}
@@ -170,21 +210,36 @@ class Faults:
         with mock.patch.object(Path, "mkdir", side_effect=error):
             self.row("directory that cannot be written", None, *told([*LINE, "--output_dir", str(self.root / "ro")]))
 
-    def malformed(self) -> None:
-        path = self.root / "config.yaml"
-        texts = [
-            f"{name}: {value}\n" for name in ("rank", "beta", "scorer", "sede", "seed", "method") for value in VALUES
-        ]
-        statuses, lines = set(), 0
-        for text in texts:
-            path.write_text(text)
-            status, seen = told(["--config", str(path), "--dry_run"])
-            statuses.add(status)
-            lines += seen.startswith("error: ") and "Traceback" not in seen and "--debug" not in seen
-        self.row(f"{len(texts)} malformed configs", None, max(statuses), f"{lines} one-line errors that name the fault")
+    def malformed(self, what: str, contents: st.SearchStrategy[bytes], read: Callable[[Path], Any]) -> None:
+        """Files that hypothesis draws; those that can be read after all do not count."""
+        path = self.root / what
+        errors: list[str] = []
+
+        @settings(max_examples=150, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+        @given(contents)
+        def one(content: bytes) -> None:
+            path.write_bytes(content)
+            status, seen = told([], lambda words: cli.guarded(lambda: read(path), words))
+            if status:
+                errors.append(seen)
+
+        one()
+        assert len(errors) >= 60
+        good = sum(e.startswith("error: ") and "--debug" not in e for e in errors)
+        lines = f"{good} one-line errors that name the fault, such as {errors[-1]}"
+        self.row(f"{len(errors)} malformed files: {what}", None, 1, " ".join(lines.split()).replace("|", "/"))
 
 
-VALUES = ("[1, 2", "{a: b}", "'", "!!python/object:os.system x", "&a *b", "\t- x", "1e999x", "nul\x01l", "- - -", "? :")
+def config_of(path: Path) -> None:
+    train.parse(["--config", str(path)])
+
+
+NAMES = st.sampled_from(["rank", "beta", "scorer", "sede", "seed", "method", "eta", "clip"])
+VALUES = st.text("[]{}&*!|>%@`'\"-?:#0x1e9 \t\nab", min_size=1, max_size=12) | st.just("!!python/object:os.system x")
+CONFIGS = st.builds(lambda name, value: f"model: toy\n{name}: {value}\n".encode(), NAMES, VALUES) | st.binary(
+    max_size=40
+)
+PROMPTS = st.binary(max_size=60) | st.text('[]{}",:captionx0 \n', max_size=40).map(str.encode)
 
 
 def main() -> None:
@@ -198,10 +253,13 @@ def main() -> None:
         faults.signalled()
         faults.second_run()
         faults.nan_loss()
+        faults.nan_weights()
         faults.read_only()
         faults.rank_killed()
         faults.hub()
-        faults.malformed()
+        faults.malformed("config.yaml", CONFIGS, config_of)
+        faults.malformed("prompts.json", PROMPTS, load_prompts)
+        faults.malformed("prompts.parquet", PROMPTS, load_prompts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How an iteration's time grows with the number of GPUs: simulated from measured phase times and link bandwidths.
 
     python -m benchmarks.scale RUN_DIR [--network_gb_s 50]      1 to 1,024 GPUs from a run's metrics.jsonl
-    python -m benchmarks.scale RUN_DIR --against RUN_DIR_OF_W   the same for W processes, beside what they measured
+    python -m benchmarks.scale --check 1 2 4                    runs of the toy on so many gloo processes, beside what
+                                                                the one-process run predicts of them
 
 Measured: the medians of a one-process run's phases. Assumed, and printed: the links. The batch of a GPU stays what it
 was, so a perfect line is flat. Rollouts take equally long on every GPU up to their measured spread; valid pairs of a
@@ -12,10 +13,19 @@ optimizer step's terms, without it all wait for the one that kept most.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import shlex
+import socket
 import statistics
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -83,6 +93,8 @@ def simulate(work: Work, links: Links, size: int, seed: int = 0) -> dict[str, fl
     return {
         **{"rollout_s": slowest, "exchange_s": exchanged, "train_s": most * work.train_s, "all_reduce_s": reduce_s},
         **{"total_s": fixed + exchanged + most * work.train_s},
+        **{"steps": steps.mean(), "most_terms": most},
+        "exchanged_bytes": (size - 1) / size * pairs.mean() * work.term_bytes,
         "unbalanced_s": fixed + pairs.max(1).mean() * work.train_s,
     }
 
@@ -141,27 +153,132 @@ def iteration_s(run_dir: Path, skip: int = 1) -> float:
     return statistics.median(sum(r.get(f"{p}_ms", 0.0) for p in phases) / 1000 for r in records)
 
 
+# ---------------------------------------------------------------------------------------------------- real processes
+
+TOY = shlex.split(
+    "--model toy --num_steps 6 --branch_start 2 --num_candidates 2 --sample_batch_size 4 --threshold -1 --resolution 8 "
+    "--max_prompts 16 --num_train_epochs 100 --num_validation_images 0 --train_batch_size 4 --checkpointing_steps 100 "
+    "--gradient_accumulation_steps 2"
+)
+
+
+def counted_process(told: Path, line: list[str]) -> int:
+    """A training process that writes down what it hands to the others: one JSON object."""
+    from spo_fast import distributed, train, trainer
+
+    sent: dict[str, list[int]] = {"gradients": [], "exchanged": [], "terms": []}
+
+    def count(owner: Any, name: str, into: str, amount: Callable[..., int | None]) -> None:
+        whole = getattr(owner, name)
+
+        def call(self: Any, *args: Any) -> Any:
+            if (n := amount(self, *args)) is not None:
+                sent[into].append(n)
+            return whole(self, *args)
+
+        setattr(owner, name, call)
+
+    def others(group: Any, parts: list[Any]) -> int:
+        return sum(part.nbytes for rank, part in enumerate(parts) if rank != group.rank)
+
+    group = distributed.Group
+    # an all-reduce of one tensor is of statistics
+    count(group, "add", "gradients", lambda _, tensors: sum(t.nbytes for t in tensors) if len(tensors) > 1 else None)
+    count(group, "exchange", "exchanged", others)
+    count(trainer.Learner, "update", "terms", lambda _, experience, *rest: len(experience))
+    status = train.main(line)
+    told.write_text(json.dumps(sent))
+    return status
+
+
+def run_processes(root: Path, size: int, iterations: int) -> tuple[Path, list[dict[str, list[int]]]]:
+    """A run of the toy on so many gloo processes; its directory, and what each process wrote down."""
+    out = root / f"of-{size}"
+    line = [*TOY, "--max_train_steps", str(iterations), "--output_dir", str(out)]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        environment = {**os.environ, "MASTER_PORT": str(s.getsockname()[1]), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
+    told = [root / f"{size}-{rank}.json" for rank in range(size)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.scale", "--counted", str(told[rank]), "--", *line],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(size)
+    ]
+    assert [p.wait() for p in started] == [0] * size
+    return out, [json.loads(path.read_text()) for path in told]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was predicted and what was counted or measured, of one iteration."""
+
+    size: int
+    all_reduces: tuple[float, float]
+    all_reduce_bytes: tuple[int, int]  # each
+    most_terms: tuple[float, float]  # trained on by one process
+    exchanged_bytes: tuple[float, float]  # that leave a process, on average
+    seconds: tuple[float, float]
+
+
+def check(root: Path, sizes: Sequence[int], iterations: int = 8, cores: int | None = None) -> Iterator[Checked]:
+    """Runs of 1 and of each size. Processes that share cores are predicted to take turns."""
+    cores = cores or len(os.sched_getaffinity(0))
+    links = Links(node_gb_s=1.0, latency_us=200.0)  # gloo on one machine, assumed
+    work: Work | None = None
+    for size in (1, *(size for size in sizes if size > 1)):
+        run_dir, counted = run_processes(root, size, iterations)
+        work = work or measured(run_dir)
+        turns = max(1.0, size / cores)
+        t = simulate(work, links, size)
+        computed = t["rollout_s"] + t["train_s"] + t["steps"] * work.step_s
+        seconds = turns * computed + t["exchange_s"] + t["all_reduce_s"]
+        reduced = counted[0]["gradients"]
+        yield Checked(
+            size,
+            (t["steps"] if size > 1 else 0, len(reduced) / iterations),
+            (work.gradient_bytes if size > 1 else 0, max(reduced, default=0)),
+            (t["most_terms"], max(sum(c["terms"]) for c in counted) / iterations),
+            (t["exchanged_bytes"], statistics.fmean(sum(c["exchanged"]) for c in counted) / iterations),
+            (seconds, iteration_s(run_dir)),
+        )
+
+
+def check_table(rows: Iterable[Checked], cores: int) -> Iterator[str]:
+    heads = ("all-reduces", "bytes of each", "terms of the busiest", "KiB that leave a process")
+    yield f"| processes on {cores} cores | " + " | ".join(f"{h}: predicted, counted" for h in heads) + " | s | ratio |"
+    yield "|" + "---|" * 7
+    for c in rows:
+        cells = ["{:g}, {:g}".format(*pair) for pair in (c.all_reduces, c.all_reduce_bytes, c.most_terms)]
+        cells.append("{:.1f}, {:.1f}".format(*(n / 1024 for n in c.exchanged_bytes)))
+        cells.append("{:.3f}, {:.3f} measured | {:.2f}".format(*c.seconds, c.seconds[1] / c.seconds[0]))
+        yield f"| {c.size} | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--counted"]:
+        sys.exit(counted_process(Path(sys.argv[2]), sys.argv[4:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--against", type=Path, help="run directory of several processes with the same batch each")
-    parser.add_argument("--processes", type=int, default=2, help="of --against")
-    parser.add_argument("--cores_each", type=float, default=1.0, help="share of a core that each of --against had")
+    parser.add_argument("run_dir", type=Path, nargs="?")
+    parser.add_argument("--check", type=int, nargs="+", help="numbers of real processes")
     for name in ("node_gb_s", "network_gb_s", "latency_us"):
         parser.add_argument(f"--{name}", type=float, default=getattr(Links, name))
     args = parser.parse_args()
+    if args.check:
+        cores = len(os.sched_getaffinity(0))
+        with tempfile.TemporaryDirectory() as root:
+            for row in check_table(check(Path(root), args.check), cores):
+                print(row, flush=True)
+        return
+    if args.run_dir is None:
+        parser.error("a RUN_DIR or --check is needed")
     work = measured(args.run_dir)
     links = Links(node_gb_s=args.node_gb_s, network_gb_s=args.network_gb_s, latency_us=args.latency_us)
     print(f"measured: {work}\nassumed: {links}")
-    if args.against is None:
-        print(table(work, links))
-        return
-    slower = 1 / args.cores_each
-    work = replace(work, rollout_s=slower * work.rollout_s, train_s=slower * work.train_s, step_s=slower * work.step_s)
-    predicted, found = simulate(work, links, args.processes)["total_s"], iteration_s(args.against)
-    alone, measured_alone = simulate(work, links, 1)["total_s"] / slower, iteration_s(args.run_dir)
-    print(f"1 process: {alone:.3f} s predicted, {measured_alone:.3f} s measured")
-    print(f"{args.processes} processes: {predicted:.3f} s predicted, {found:.3f} s measured")
+    print(table(work, links))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 checkpoint-<iteration>/ holds trained.safetensors (float32 masters), averages.safetensors (only when the method keeps
 moving averages of them), optimizer.safetensors, gradients.safetensors (only when an accumulation is under way),
 state.json (counters, settings, non-tensor optimizer state, versions), the LoRA as other software loads it, and
-SHA256SUMS of all that. The directory is written under a temporary name and renamed, so a name without "tmp" is
-complete; the sums tell what a disk did to it later. There is no generator state to keep, of no process: all randomness
-is keyed by counters (noise.py).
+SHA256SUMS of all that. Of sharded masters (models/sharded.py) shards/ takes the tensors' place: each process's parts,
+as torch.distributed.checkpoint writes them. The directory is written under a temporary name and renamed, so a name
+without "tmp" is complete; the sums tell what a disk did to it later. There is no generator state to keep, of no
+process: all randomness is keyed by counters (noise.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from spo_fast.config import RunError
 from spo_fast.files import read_json, read_tensors
+from spo_fast.models import sharded
 
 
 @dataclass
@@ -113,6 +115,7 @@ def lock(run_dir: Path) -> Any:
 
 
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
+SHARDS = "shards"
 
 
 def _sum(path: Path) -> str:
@@ -158,28 +161,37 @@ def _to_disk(directory: Path) -> None:
 
 
 def save(
-    run_dir: Path, state: TrainState, learner: Any, export: Any, settings: dict[str, Any], limit: int | None
+    run_dir: Path,
+    state: TrainState,
+    learner: Any,
+    export: Any,
+    settings: dict[str, Any],
+    limit: int | None,
+    group: Any = None,  # distributed.Group: with sharded masters all its processes call this
 ) -> Path:
     """Write checkpoint-<iteration>; `export(directory)` adds the LoRA files. Keeps the newest `limit`."""
-    final = run_dir / f"checkpoint-{state.iteration}"
-    temporary = run_dir / f".tmp-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
+    final, shards = run_dir / f"checkpoint-{state.iteration}", learner.policy.shards
+    temporary, main = run_dir / f".tmp-{uuid.uuid4().hex}", True
+    if shards is not None:
+        temporary, main = group.told(temporary), group.main
+    temporary.mkdir(parents=True, exist_ok=shards is not None)
     try:
-        save_file(
-            {k: v.cpu().contiguous() for k, v in learner.policy.state_dict().items()}, temporary / "trained.safetensors"
-        )
-        tensors, rest = flatten_optimizer(learner.optimizer.state_dict())
-        save_file(tensors, temporary / "optimizer.safetensors")
+        optimizer, rest = flatten_optimizer(learner.optimizer.state_dict())
         gradients = {
-            name: p.grad.cpu().contiguous()
+            name: p.grad
             for name, p in zip(learner.policy.names, learner.policy.masters, strict=True)
             if p.grad is not None
         }
-        if gradients:
-            save_file(gradients, temporary / "gradients.safetensors")
-        if averages := learner.policy.average_state_dict():
-            save_file({k: v.cpu().contiguous() for k, v in averages.items()}, temporary / "averages.safetensors")
+        kinds = {"trained": learner.policy.state_dict(), "optimizer": optimizer, "gradients": gradients}
+        kinds = {k: v for k, v in {**kinds, "averages": learner.policy.average_state_dict()}.items() if v}
+        if shards is not None:
+            shards.save(temporary / SHARDS, kinds)
+        else:
+            for kind, tensors in kinds.items():
+                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / f"{kind}.safetensors")
         export(temporary)
+        if not main:
+            return final
         record = {
             **{"state": asdict(state), "optimizer": rest, "scaler": learner.scaler.state_dict()},
             **{"settings": settings, "versions": versions()},
@@ -190,7 +202,8 @@ def save(
         set_aside(final)
         os.replace(temporary, final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
     older = sorted((c for c in checkpoints(run_dir) if c != final), key=number)
     for old in older[: max(len(older) + 1 - limit, 0)] if limit else []:
         shutil.rmtree(old)
@@ -290,17 +303,17 @@ def load(path: Path, learner: Any, settings: dict[str, Any], main: bool = True) 
             f"{path} cannot go on with other settings ({'; '.join(fixed)}): use those it was saved with."
         )
     state = TrainState(**record["state"])
-    learner.policy.load_state_dict(_read(path, read_tensors, "trained.safetensors"))
+    learner.policy.load_state_dict(_tensors(path, "trained", learner))
     if learner.policy.averages is not None:
-        learner.policy.load_average_state_dict(_read(path, read_tensors, "averages.safetensors"))
-    tensors = _read(path, read_tensors, "optimizer.safetensors")
+        learner.policy.load_average_state_dict(_tensors(path, "averages", learner))
+    tensors = _tensors(path, "optimizer", learner)
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict(unflatten_optimizer(tensors, record["optimizer"], groups))
     learner.go_to(state.iteration)
     if learner.scaler.is_enabled():
         learner.scaler.load_state_dict(record["scaler"])
-    if main and (path / "gradients.safetensors").is_file():
-        gradients = _read(path, read_tensors, "gradients.safetensors")
+    if main or learner.policy.shards is not None:
+        gradients = _tensors(path, "gradients", learner)
         for name, p in zip(learner.policy.names, learner.policy.masters, strict=True):
             p.grad = gradients[name].to(p.device) if name in gradients else None
     # what was saved after it belongs to another continuation: out of the way of "latest", but kept
@@ -312,6 +325,20 @@ def load(path: Path, learner: Any, settings: dict[str, Any], main: bool = True) 
     if any(name in changed for name in REORDERS):
         notes.append("iterations now mean other data: some of it is repeated or left out in this epoch")
     return state, notes
+
+
+def _tensors(path: Path, kind: str, learner: Any) -> dict[str, Tensor]:
+    """trained, optimizer, gradients or averages, as the learner holds them; no gradients is none."""
+    shards = learner.policy.shards
+    if (path / SHARDS).is_dir():
+        return _read(path, lambda directory: sharded.load(directory, kind, shards), SHARDS)
+    if kind == "gradients" and not (path / "gradients.safetensors").is_file():
+        return {}
+    tensors = _read(path, read_tensors, f"{kind}.safetensors")
+    if shards is None or kind == "averages":
+        return tensors
+    whole = {name: value.shape == shards.shapes[shards.index(kind, name)] for name, value in tensors.items()}
+    return {name: shards.part(value) if whole[name] else value for name, value in tensors.items()}
 
 
 def _read(path: Path, reader: Callable[[Path], Any], name: str) -> Any:

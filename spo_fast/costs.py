@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from spo_fast.config import AdamConfig, Config, ScorerConfig
+from spo_fast.distributed import world_size
 from spo_fast.experience import Cond, Experience, Prediction, States
 from spo_fast.files import read_header, read_json
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
@@ -36,6 +37,7 @@ from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, va
 from spo_fast.models.fuse import fuse
 from spo_fast.models.merged import lora_layers
 from spo_fast.models.policy import Policy, TrainedWeights
+from spo_fast.models.sharded import BUCKET
 from spo_fast.models.single_file import text_class, vae_class
 from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
 from spo_fast.models.text import ENCODE_BATCH
@@ -399,7 +401,7 @@ class Networks:
                 m = self._backward(cfg, plan, e)
             del last
             with live.phase("step"):
-                live.note(live.current_bytes + self._step_bytes(cfg.optim))
+                live.note(live.current_bytes + self._step_bytes(cfg))
             del leftover, part, e, m
             self._pairs = None  # the trainer holds them through the iteration
         resident = self._resident(cfg)
@@ -569,15 +571,16 @@ class Networks:
     def _resident(self, cfg: Config) -> dict[str, int]:
         policy, trained = self.policy, {id(p) for p in self.policy._weights}
         full = cfg.adapter.full_finetune
-        copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if m is not p]
+        sharded = processes(cfg) > 1
+        copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharded or m is not p]
         rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
         merged = [layer.get_base_layer().weight for _, layer in lora_layers(policy.unet)]
         held = {
             "UNet": self._bytes(rest),
             "LoRA": 0 if full else self._bytes(policy._weights),
-            "float32 masters": self._bytes(copies),
+            "float32 masters": self._bytes(self._parts(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self._bytes(merged),
-            "optimizer state": sum(map(self._rounded, _optimizer_state(policy.masters, cfg.optim))),
+            "optimizer state": sum(map(self._rounded, _optimizer_state(self._parts(cfg, policy.masters), cfg.optim))),
             "moving averages": self._bytes(policy.averages or ()),
             "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),
@@ -585,12 +588,24 @@ class Networks:
         }
         return {part: n for part, n in held.items() if n or part == "optimizer state"}
 
-    def _step_bytes(self, cfg: AdamConfig) -> int:
-        """What torch's AdamW allocates in a step: for all weights at once on CUDA, for each in turn on a CPU."""
-        if cfg.optimizer != "adamw":
-            return 0
-        sizes = [self._bytes([master]) for master in self.policy.masters]
-        return sum(sizes) if self.cuda else 2 * max(sizes)
+    def _parts(self, cfg: Config, masters: list[Tensor]) -> list[Tensor]:
+        """The largest process's rows of the masters, which are all of them unless they are sharded."""
+        with self.mode:
+            return [m.detach()[: -(-len(m) // processes(cfg))] for m in masters]
+
+    def _step_bytes(self, cfg: Config) -> int:
+        """What torch's AdamW allocates in a step: for all weights at once on CUDA, for each in turn on a CPU; sharded
+        masters' gradients besides, and two buffers in which a bucket travels."""
+        sizes = [self._bytes([part]) for part in self._parts(cfg, self.policy.masters)]
+        adamw = sum(sizes) if self.cuda else 2 * max(sizes)
+        width = self.policy.masters[0].element_size()
+        travels = sum(sizes) + 2 * width * min(BUCKET, sum(m.numel() for m in self.policy.masters))
+        return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if processes(cfg) > 1 else 0)
+
+
+def processes(cfg: Config) -> int:
+    """Over which the masters and the optimizer's state are sharded: those that this one was launched with."""
+    return world_size() if cfg.adapter.full_finetune else 1
 
 
 def _optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:

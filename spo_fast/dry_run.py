@@ -10,7 +10,7 @@ import yaml
 
 from spo_fast.choices import GIB, Device, choose, found_device, listed, pick_device
 from spo_fast.config import Config
-from spo_fast.costs import Costs, predict
+from spo_fast.costs import Costs, predict, processes
 from spo_fast.data import training_prompts
 from spo_fast.metrics import read_metrics
 from spo_fast.models import find_lora, look_for, resolve, run_paths
@@ -92,7 +92,8 @@ def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[fl
 def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
     """A checkpoint holds masters, optimizer state, and the LoRA in two formats; a full fine-tune its UNet."""
     masters = costs.gradients  # as many bytes
-    checkpoint = (2 if cfg.adapter.full_finetune else 3) * masters + costs.resident["optimizer state"]
+    state = costs.resident["optimizer state"] * processes(cfg)
+    checkpoint = (2 if cfg.adapter.full_finetune else 3) * masters + state
     written = -(-iterations // cfg.run.checkpointing_steps)
     kept = min(written, cfg.run.checkpoints_total_limit or written)
     return (

@@ -230,13 +230,16 @@ class Learner:
         return record
 
     def hand_in(self) -> None:
-        """Gradients that wait for the next iteration's become process 0's alone: a checkpoint holds them once."""
+        """Gradients that wait for the next iteration's become process 0's alone, or parts: they are saved once."""
         if self.group.size > 1:
             self._add_gradients()
-            if not self.group.main:
+            if not self.group.main and self.policy.shards is None:
                 self.optimizer.zero_grad(set_to_none=True)
 
     def _add_gradients(self) -> None:
+        if self.policy.shards is not None:
+            self.policy.hand_in()
+            return
         for p in self.parameters:  # a share may be empty, and its gradient then zero
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.group.add([p.grad for p in self.parameters if p.grad is not None])
@@ -266,6 +269,9 @@ class Learner:
             self._add_gradients()  # of skipped backwards: zeros, momentum moves on all the same
         self.scaler.unscale_(self.optimizer)
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.policy.shards is not None:  # of this process's parts so far
+            self.group.add([total.square_()])
+            total = total.sqrt()
         norm = float(total)  # waits for the device, once an optimizer step
         finite = math.isfinite(norm)
         if finite:
@@ -311,6 +317,7 @@ C = TypeVar("C", Config, PreferenceConfig)
 class TrainingRun(Generic[C]):
     """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
 
+    model: DiffusionModel
     learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
 
     def __init__(self, cfg: C):
@@ -325,8 +332,8 @@ class TrainingRun(Generic[C]):
         self.state = TrainState()
 
     def settings(self) -> dict[str, Any]:
-        """As a checkpoint keeps them."""
-        return self.cfg.flat()
+        """As a checkpoint keeps them; prompt_cache names what the prompts' embeddings come from."""
+        return {**self.cfg.flat(), "prompt_cache": self.model.prompt_cache.fingerprint}
 
     def start(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
         """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none."""
@@ -352,17 +359,21 @@ class TrainingRun(Generic[C]):
         return log
 
     def save(self) -> Path:
-        """Write a checkpoint of the current iteration."""
-        settings, limit = self.settings(), self.cfg.run.checkpoints_total_limit
-        return checkpoint.save(self.run_dir, self.state, self.learner, self.export_beside, settings, limit)
+        """Write a checkpoint of the current iteration: process 0, or all of them their parts."""
+        if self.group.main or self.learner.policy.shards is not None:
+            settings, limit = self.settings(), self.cfg.run.checkpoints_total_limit
+            beside = self.export_beside
+            checkpoint.save(self.run_dir, self.state, self.learner, beside, settings, limit, self.group)
+        return self.run_dir / f"checkpoint-{self.state.iteration}"
 
     def stopped(self) -> None:
         """Save, unless that has just been done, and say how to go on."""
         last = self.run_dir / f"checkpoint-{self.state.iteration}"
+        if not self.group.told(last in checkpoint.checkpoints(self.run_dir)):
+            self.save()
         if self.group.main:
-            saved = last if last in checkpoint.checkpoints(self.run_dir) else self.save()
             print(
-                f"stopped after iteration {self.state.iteration}; --resume_from_checkpoint latest goes on from {saved}"
+                f"stopped after iteration {self.state.iteration}; --resume_from_checkpoint latest goes on from {last}"
             )
 
     def export_beside(self, checkpoint_dir: Path) -> None:
@@ -387,8 +398,12 @@ class Run(TrainingRun[Config]):
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        if cfg.adapter.full_finetune and self.group.size > 1:
-            raise ValueError("--full_finetune is not sharded over processes. Start one, or leave it out: train a LoRA.")
+        sharded = cfg.adapter.full_finetune and self.group.size > 1
+        if sharded and cfg.optim.optimizer != "adamw":
+            raise ValueError(
+                f"--full_finetune on several processes keeps a part of the optimizer's state on each, which "
+                f"--optimizer {cfg.optim.optimizer} cannot be cut into. Use --optimizer adamw."
+            )
         self.prompts, self.sampler = training_prompts(cfg, self.group.size)
         self.metrics, self.wanted = held_out_metrics(cfg, self.validation_prompts()), wanted_by(cfg, self.prompts)
         resolved = resolve(cfg.model, run_paths(cfg))
@@ -410,6 +425,8 @@ class Run(TrainingRun[Config]):
         if cfg.optim.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
+        if sharded:
+            self.policy.shard()
         if cfg.engine.fuse:
             self.policy.fuse(recompute=cfg.engine.memory == "balanced")
             fuse(self.model.vae)
@@ -457,7 +474,7 @@ class Run(TrainingRun[Config]):
 
     def announce(self) -> None:
         """What the run is about to do, in a few lines."""
-        cfg, trained = self.cfg, sum(p.numel() for p in self.learner.parameters)
+        cfg, trained = self.cfg, sum(p.numel() for p in self.policy.network().values())
         if self.choices:
             print(f"chosen for this device ({self.found.name}):\n{textwrap.indent(listed(self.choices), '  ')}")
         repeats = count_repeats(self.prompts)
@@ -567,7 +584,7 @@ class Run(TrainingRun[Config]):
         """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
         from safetensors.torch import save_file
 
-        weights = self.learner.policy.state_dict()
+        weights = self.policy.network()
         report: dict[str, Any] = {"state": dataclasses.asdict(self.state), "gradients": self.learner.broken}
         report["weights"] = [name for name, value in weights.items() if not value.isfinite().all()]
         if self.learner.scaler.is_enabled():
@@ -594,7 +611,7 @@ class Run(TrainingRun[Config]):
 
     def settings(self) -> dict[str, Any]:
         size = self.group.size
-        return {**self.cfg.flat(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
+        return {**super().settings(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         self.export(checkpoint_dir)
@@ -744,6 +761,8 @@ class Run(TrainingRun[Config]):
             self.stopped()
         elif self.group.main:
             self.finish()
+        elif self.policy.shards is not None:
+            self.export(self.run_dir)  # its part of what process 0 writes
         self.group.any(False)
         return self.run_dir
 
@@ -769,9 +788,8 @@ class Run(TrainingRun[Config]):
                     raise RunError(self.broken_text("optimizer steps" if record["pairs"] else "iterations' scores"))
                 if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:
                     self.check_agreement()
-                    if self.group.main:
-                        with timer("save"):
-                            self.save()
+                    with timer("save"):
+                        self.save()
                 if self.group.any(bool(self.stop.signal)):  # where all wait for process 0's files
                     return self.state.iteration == self.total
         return True
@@ -812,7 +830,9 @@ class Run(TrainingRun[Config]):
     def check_agreement(self) -> None:
         """Raises RunError if the processes' weights have come apart: a faulty device, or unequal libraries."""
         if self.group.size > 1:
-            sums = torch.stack([p.detach().double().sum() for p in self.learner.parameters])
+            parts = self.policy.shards is not None
+            weights = self.policy.network().values() if parts else self.learner.parameters
+            sums = torch.stack([p.detach().double().sum() for p in weights])
             if any(not torch.equal(*pair) for pair in itertools.pairwise(self.group.gather(sums[None]))):
                 raise RunError(
                     f"the processes' weights differ after iteration {self.state.iteration}: a device or its libraries "

@@ -5,17 +5,43 @@ argv: a JSON list of [port, [flags of a run ...]]; RANK and WORLD_SIZE come from
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
 import os
 import sys
+import time
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from spo_fast import train
+from spo_fast import checkpoint, train, trainer
+from spo_fast.models import sharded
+
+
+def process_0_takes_longer_than(seconds: float) -> None:
+    """Collectives of the networks time out after so many seconds; process 0's grids and checkpoints take longer."""
+    dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=seconds))
+
+    def slow(whole: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if os.environ["RANK"] == "0":
+                time.sleep(1.5 * seconds)
+            return whole(*args)
+
+        return call
+
+    trainer.Run.before_score = slow(trainer.Run.before_score)  # type: ignore[method-assign]
+    trainer.Run.show_progress = slow(trainer.Run.show_progress)  # type: ignore[method-assign]
+    checkpoint.write_sums = slow(checkpoint.write_sums)
 
 
 def main() -> int:
     torch.set_num_threads(1)
+    sharded.BUCKET = 2**18  # the toy's weights in several
+    if patience := os.environ.get("PATIENCE_S"):
+        process_0_takes_longer_than(float(patience))
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for port, line in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = str(port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -398,6 +399,25 @@ def test_auto_precision_is_the_devices():
     cpu, cuda = (predict(cfg, device_type=device) for device in ("cpu", "cuda"))
     assert "float32 masters" in cuda.resident and "float32 masters" not in cpu.resident
     assert cuda.transient["backward"] < 0.7 * cpu.transient["backward"]
+
+
+def test_sharded_masters_and_moments_are_the_largest_part(monkeypatch):
+    """Full fine-tuning on 4 processes, by hand; everything else but the step stays as it is on one."""
+    cfg = PRESETS["toy"]().with_fields(full_finetune=True, sample_batch_size=2, train_batch_size=2, optimizer="adamw")
+    one = predict(cfg, device_type="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four = predict(cfg, device_type="cpu")
+    unet = load_unet(resolve(cfg.model, scorer_paths(cfg.scorer)), torch.float32)
+    part = 4 * sum(math.ceil(p.shape[0] / 4) * p[0].numel() for p in unet.parameters())
+    assert "float32 masters" not in one.resident and four.resident["float32 masters"] == part
+    assert four.resident["optimizer state"] == 2 * part < 0.26 * one.resident["optimizer state"]
+    fewer = ("float32 masters", "optimizer state")
+    assert all(four.resident[n] == size for n, size in one.resident.items() if n not in fewer)
+    assert {p for p in one.transient if one.transient[p] != four.transient[p]} == {"step"}
+    lora = cfg.with_fields(full_finetune=False)
+    there = predict(lora, device_type="cpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert predict(lora, device_type="cpu") == there
 
 
 # ------------------------------------------------------------------------------------------------- other methods

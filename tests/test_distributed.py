@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from runs import ROOT, facts, flags, run_toy
 from safetensors.torch import load_file
 from test_objectives import randn
 
+from spo_fast import checkpoint
 from spo_fast.config import OptimConfig, RunError
 from spo_fast.distributed import Group, rebalance, whole_scores
 from spo_fast.experience import Cond, Experience, States
+from spo_fast.models import sharded
+from spo_fast.models.policy import TrainedWeights
 from spo_fast.trainer import slots
 
 
@@ -29,7 +33,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def launch(size: int, lines: list[list[str]], timeout: float = 900) -> list[tuple[int, str, str]]:
+def launch(size: int, lines: list[list[str]], timeout: float = 900, **environment: str) -> list[tuple[int, str, str]]:
     """Runs of `size` gloo processes, one after the other; (status, stdout, stderr) of each process."""
     told = json.dumps([[free_port(), line] for line in lines])
     processes = [
@@ -42,6 +46,7 @@ def launch(size: int, lines: list[list[str]], timeout: float = 900) -> list[tupl
                 "RANK": str(r),
                 "WORLD_SIZE": str(size),
                 "PYTHONPATH": str(ROOT),
+                **environment,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -154,6 +159,127 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> N
     ranks[1].kill()
     _, errors = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == 1 and "another process of this run has ended" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.slow  # for what it sleeps
+def test_no_process_times_out_while_process_0_works_alone(tmp_path: Path) -> None:
+    lines = [
+        flags(tmp_path / name, **split(2, max_train_steps=1, **more)) for name, more in (("lora", {}), ("full", FULL))
+    ]
+    for status, _, errors in launch(2, lines, PATIENCE_S="15"):
+        assert status == 0, errors
+
+
+# ------------------------------------------------------------------------------------------------- sharded masters
+
+# a clip that acts: the norm is of all parts
+FULL: dict[str, Any] = {"full_finetune": True, "learning_rate": 1e-4, "max_grad_norm": 0.1}
+STRADDLES: dict[str, Any] = {"recipe": "published", "gradient_accumulation_steps": 2, "checkpointing_steps": 1}
+AVERAGES: dict[str, Any] = {"method": "gradspo", "threshold": 0.02, "checkpointing_steps": 1}
+
+
+def assert_same_unet(a: Path, b: Path, tolerance: float = 1e-10) -> None:
+    """As diffusers loads them, but in the files' own float64; both away from where training started."""
+    from diffusers import UNet2DConditionModel
+
+    ours, theirs, base = (
+        UNet2DConditionModel.from_pretrained(str(d), torch_dtype=torch.float64).state_dict()
+        for d in (a / "unet", b / "unet", ROOT / "spo_fast" / "toy" / "weights" / "unet")
+    )
+    assert ours.keys() == base.keys()
+    assert max((ours[n] - theirs[n]).abs().max() for n in ours) <= tolerance
+    assert all((ours[n] - base[n]).abs().max() > 1e-6 for n in ours)
+
+
+def test_a_sharded_full_finetune_is_that_of_one_process(tmp_path: Path) -> None:
+    """Also from one process's checkpoint to two processes' and back, with gradients that wait and moving averages."""
+    first = {"max_train_steps": 1}
+    one = {
+        name: run_toy(tmp_path / f"{name}-1", **split(1, **FULL, **more))
+        for name, more in {"spo": {}, "straddles": STRADDLES, "averages": AVERAGES}.items()
+    }
+    up, down = tmp_path / "up", tmp_path / "down"
+    run_toy(up, **split(1, **FULL, **STRADDLES, **first))
+    lines = [
+        flags(tmp_path / "spo-2", **split(2, **FULL)),
+        flags(up, **split(2, **FULL, **STRADDLES), resume_from_checkpoint="latest"),
+        flags(down, **split(2, **FULL, **AVERAGES, **first)),
+    ]
+    for status, _, errors in launch(2, lines):
+        assert status == 0 and errors == "", errors
+    run_toy(down, **split(1, **FULL, **AVERAGES), resume_from_checkpoint="latest")
+    for a, b in ((tmp_path / "spo-2", one["spo"]), (up, one["straddles"]), (down, one["averages"])):
+        assert_same_unet(a, b)
+        assert_same_log(b, a)
+    assert max(r["grad_norm"] for r in facts(one["spo"])) > 0.1
+    assert any((up / "checkpoint-1").glob("gradients.safetensors")) and (up / "checkpoint-2" / "shards").is_dir()
+    saved = down / "checkpoint-1"
+    parts = [{n: v.numel() for n, v in load_file(f).items() if n[:7] == "trained"} for f in saved.glob("shards/*")]
+    whole = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
+    assert len(parts) == 2 and max(sum(p.values()) for p in parts) < 0.52 * sum(v.numel() for v in whole.values())
+    assert {p.suffix for p in saved.rglob("*") if p.is_file()} <= {".safetensors", ".json", ""}  # no pickle
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sharded_weights_do_what_whole_ones_do(
+    group_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Bit for bit: steps, a hand-in between them, a step that is dropped, averages, what is saved and exported."""
+    monkeypatch.setattr(sharded, "BUCKET", 32)
+
+    def trained(shard: bool) -> tuple[TrainedWeights, torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)).to(dtype)
+        weights = TrainedWeights(list(net.named_parameters()))
+        if shard:
+            weights.shard()
+        weights.keep_averages(0.9)
+        optimizer = torch.optim.AdamW(weights.masters, lr=1e-2)
+        for step in range(4):
+            for batch in range(2):
+                net(randn(2, 4, seed=3 * step + batch).to(dtype)).square().sum().backward()
+                if shard and (step, batch) == (1, 0):
+                    weights.hand_in()
+            if shard:
+                weights.hand_in()
+            if step != 2:
+                optimizer.step()
+                weights.publish()
+            optimizer.zero_grad()
+        return weights, net, optimizer
+
+    whole, net, _ = trained(False)
+    parts, own, optimizer = trained(True)
+    assert parts.shards is not None and len(parts.shards.buckets) == 3
+    for a, b in zip(net.parameters(), own.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.averages or (), parts.averages or (), strict=True):
+        assert torch.equal(a, b)
+    exported = parts.whole()
+    assert all(torch.equal(value, exported[name]) for name, value in whole.state_dict().items())
+    moments, _ = checkpoint.flatten_optimizer(optimizer.state_dict())
+    kinds = {"trained": parts.state_dict(), "optimizer": moments, "averages": parts.average_state_dict()}
+    parts.shards.save(tmp_path / "shards", kinds)
+    for kind, tensors in kinds.items():
+        for shards in (parts.shards, None):
+            found = sharded.load(tmp_path / "shards", kind, shards)
+            assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
+    assert sharded.load(tmp_path / "shards", "gradients", None) == {}
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        parts.shards.save(tmp_path / "file" / "shards", kinds)
+
+
+def test_eight_bit_state_cannot_be_sharded(tmp_path: Path) -> None:
+    for status, _, errors in launch(2, [flags(tmp_path / "run", **split(2, **{**FULL, "optimizer": "adamw8bit"}))]):
+        assert status == 1 and errors.count("\n") == 1 and "Use --optimizer adamw." in errors
 
 
 # ------------------------------------------------------------------------------------------------- dealing terms out

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks.scale import Links, Work, all_reduce_s, exchange_s, simulate
+from benchmarks.scale import Links, Work, all_reduce_s, check, exchange_s, simulate
 
 # 10 prompts of 16 pairs, all valid, steps of 40 terms: 4 optimizer steps an iteration
 WORK = Work(
@@ -34,3 +35,15 @@ def test_rebalancing_spares_the_wait_for_the_luckiest() -> None:
     assert t["train_s"] < 1.15 * 0.2 * 160 * 0.25  # each step's share is rounded up
     without = t["unbalanced_s"] - t["total_s"] + t["exchange_s"] + t["train_s"]
     assert without > 1.3 * 0.2 * 160 * 0.25  # 32 pairs on average, the most of 256 GPUs about 46
+
+
+@pytest.mark.slow
+def test_real_processes_send_what_is_predicted(tmp_path: Path) -> None:
+    """Steps, all-reduced bytes and the busiest process's terms to the number; who is dealt which term is chance."""
+    one, two = check(tmp_path, [2], iterations=3)
+    assert one.all_reduces == (0, 0) and one.exchanged_bytes == (0, 0)
+    for found in (one, two):
+        for predicted, counted in (found.all_reduces, found.all_reduce_bytes, found.most_terms):
+            assert predicted == counted
+    assert two.all_reduces[0] > 1 and two.all_reduce_bytes[0] > 10_000
+    assert 0.5 < two.exchanged_bytes[1] / two.exchanged_bytes[0] < 1.5

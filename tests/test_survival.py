@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ITERATIONS, ROOT, Killed, assert_same_end, facts, flags, run_toy, start
+from runs import ITERATIONS, ROOT, Killed, assert_same_end, built, facts, flags, run_toy, start
 from safetensors.torch import load_file
 from test_distributed import free_port
 
@@ -166,6 +166,19 @@ def test_latest_is_the_last_whole_one(whole_run: Path, tmp_path: Path, kind: str
     assert f"skipped {last}: it is damaged" in told and told.count("\n") == 1
     with pytest.raises((checkpoint.MismatchError, FileNotFoundError)):
         checkpoint.find(copy, str(last))
+
+
+def test_a_checkpoint_knows_what_its_prompts_were_encoded_by(whole_run: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    fingerprint = built(tmp_path / "other", **EACH).model.prompt_cache.fingerprint
+    for path in copy.glob("checkpoint-*/state.json"):
+        record = json.loads(path.read_text())
+        assert record["settings"]["prompt_cache"] == fingerprint
+        record["settings"]["prompt_cache"] = "another encoder"
+        path.write_text(json.dumps(record))
+        checkpoint.write_sums(path.parent)
+    run_toy(copy, resume_from_checkpoint="latest", **EACH)
+    assert f"changed since the checkpoint: prompt_cache: another encoder -> {fingerprint}" in capsys.readouterr().out
 
 
 def test_damaged_checkpoint_costs_only_its_own_iteration(whole_run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -284,6 +285,29 @@ def test_killed_and_resumed_ends_bit_identical(
     trained(other, resume_from_checkpoint="latest", **settings)
     assert_same_end(whole, other)
     assert_same_model(whole, other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(
+    whole_run: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int
+) -> None:
+    out, calls, step = tmp_path / "run", [0], RewardLearner.step
+
+    def signals(self: RewardLearner) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 3:
+            os.kill(os.getpid(), number)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardLearner, "step", signals)
+        assert train_spm.main(line(out, pairs=pairs, checkpointing_steps=100)) == 0
+    assert "stopped after iteration 3" in capsys.readouterr().out
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-3"] and len(facts(out)) == 3
+    assert not (out / "preference_model").exists()  # it is no end
+    trained(out, pairs=pairs, resume_from_checkpoint="latest")
+    assert_same_end(whole_run, out)
+    assert_same_model(whole_run, out)
 
 
 def test_a_folder_of_images_resumes_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,24 +148,22 @@ class DiffusionModel:
         """A policy's trained weights in the formats other software loads; returns the files (or the UNet's directory).
 
         LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ in diffusers
-        layout.
+        layout. Of sharded masters every process calls it, and process 0 writes.
         """
         # the pipelines inherit these; importing the pipelines would pull in image processors and their warnings
         from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
         from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
         from safetensors.torch import save_file
 
+        weights = policy.whole()  # the float32 masters, not the 16-bit weights the network computes with
+        if not weights:
+            return []
         directory.mkdir(parents=True, exist_ok=True)
         if policy.adapter.full_finetune:
-            # the float32 masters, not the 16-bit weights the network computes with
             policy.unet.save_config(directory / "unet")
-            weights = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
             save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [directory / "unet"]
-        state = {
-            name.replace(".default.", "."): value.detach().cpu().contiguous()
-            for name, value in policy.state_dict().items()
-        }
+        state = {name.replace(".default.", "."): value for name, value in weights.items()}
         writers = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}
         writer: Any = writers[self.kind]
         published = convert_state_dict_to_diffusers(state)  # ...lora.down.weight, which it knows for attention only
