@@ -96,7 +96,9 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
                 f"--base_weights fp8 needs a GPU of compute capability {needs} or later; {device.name} has {has}. "
                 "Use --base_weights int8 or nf4."
             )
-        why = "as given. Inexact: policy and reference share a rounded base; its error is printed in the first iteration"
+        why = (
+            "as given. Inexact: policy and reference share a rounded base; its error is printed in the first iteration"
+        )
         choices.append(Choice("base_weights", rounded, why))
 
     def take(flag: str, value: Any, reason: str) -> None:

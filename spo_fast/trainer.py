@@ -537,7 +537,7 @@ class Run(TrainingRun[Config]):
             batches = functools.partial(self.learner.batches, experience, total, self.state)
             most = cfg.optim.states_at_once
             experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
-            if iteration == 0 and cfg.engine.base_weights != "full" and self.group.main:
+            if iteration == 0 and self.policy.keeps_full_base and self.group.main:
                 errors = base_errors(self.policy, self.table, experience, sample, objective, most)
                 print(base_text(cfg.engine.base_weights, errors))
                 left_out |= {name: float(values.mean()) for name, (_, values) in errors.items()}

@@ -160,6 +160,10 @@ class Policy(TrainedWeights):
             yield
         self.forget_full_base()
 
+    @property
+    def keeps_full_base(self) -> bool:
+        return bool(self._full)
+
     def forget_full_base(self) -> None:
         self._full = {}
 

@@ -68,7 +68,7 @@ def quantise_base(unet: Any, how: str) -> dict[QuantisedLinear, Tensor]:
 
 @contextlib.contextmanager
 def in_full(weights: dict[QuantisedLinear, Tensor]) -> Iterator[None]:
-    """Inside, the layers compute with these weights, brought to the device one at a time; nothing is compiled for it."""
+    """Inside, the layers compute with these weights, brought to the device one at a time, uncompiled."""
     for layer, weight in weights.items():
         layer.full = weight
     try:

@@ -69,28 +69,28 @@ def add_product(y: Tensor, x: Tensor, values: Tensor, scale: Tensor | None, out:
     if scale is None or values.dtype == torch.uint8:
         return torch.addmm(y, x, dense(values, scale, x.dtype).t(), out=out)  # addmm_ would escape the FLOP counter
     q, x_scale = _rounded(x, values.dtype)
-    product = torch._int_mm if values.dtype == torch.int8 else FP8_PRODUCT
-    return torch.add(y, product(q, values.t()).mul(x_scale).mul_(scale.t()).to(x.dtype), out=out)
+    sums = torch._int_mm(q, values.t()) if values.dtype == torch.int8 else FP8_PRODUCT(q, values)
+    return torch.add(y, sums.mul(x_scale).mul_(scale.t()).to(x.dtype), out=out)
 
 
-def _fp8_product(q: Tensor, w: Tensor) -> Tensor:  # (M, I), (I, O) of e4m3 -> (M, O) float32
+def _fp8_product(q: Tensor, values: Tensor) -> Tensor:  # (M, I), (O, I) of e4m3 -> (M, O) float32
     if not q.is_cuda:  # PyTorch's own took 800 times as long there
-        return q.float() @ w.float()
+        return q.float() @ values.float().t()
     one = torch.ones((), device=q.device)  # scales come afterwards: with those of rows kernels write bfloat16 only
-    return torch._scaled_mm(q, w, one, one, out_dtype=torch.float32)
+    return torch._scaled_mm(q, values.t(), one, one, out_dtype=torch.float32)
 
 
 FP8_PRODUCT = library_op(
     "fp8_product",
-    "(Tensor q, Tensor w) -> Tensor",
+    "(Tensor q, Tensor values) -> Tensor",
     _fp8_product,
-    lambda q, w: q.new_empty(q.shape[0], w.shape[1], dtype=torch.float32),
+    lambda q, values: q.new_empty(q.shape[0], values.shape[0], dtype=torch.float32),
 )
 
 
 @register_flop_formula(torch.ops.spo_fast.fp8_product)
-def _fp8_flops(q: torch.Size, w: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * q[0] * q[1] * w[1]
+def _fp8_flops(q: torch.Size, values: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * q[0] * q[1] * values[0]
 
 
 class _FrozenLinear(torch.autograd.Function):
