@@ -91,15 +91,13 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     choices: list[Choice] = []
     if (rounded := cfg.engine.base_weights) != "full":
         if rounded == "fp8" and device.capability is not None and device.capability < FP8_CAPABILITY:
-            has, needs = (".".join(map(str, version)) for version in (device.capability, FP8_CAPABILITY))
+            has, least = (".".join(map(str, version)) for version in (device.capability, FP8_CAPABILITY))
             raise ValueError(
-                f"--base_weights fp8 needs a GPU of compute capability {needs} or later; {device.name} has {has}. "
+                f"--base_weights fp8 needs a GPU of compute capability {least} or later; {device.name} has {has}. "
                 "Use --base_weights int8 or nf4."
             )
-        why = (
-            "as given. Inexact: policy and reference share a rounded base; its error is printed in the first iteration"
-        )
-        choices.append(Choice("base_weights", rounded, why))
+        inexact = "as given. Inexact: policy and reference share a rounded base; its error is printed in iteration 0"
+        choices.append(Choice("base_weights", rounded, inexact))
 
     def take(flag: str, value: Any, reason: str) -> None:
         nonlocal cfg
