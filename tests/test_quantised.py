@@ -20,6 +20,7 @@ from spo_fast.costs import predict
 from spo_fast.models.quantised import QuantisedLinear, import_for
 from spo_fast.ops.lora_linear import lora_linear, lora_linears
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
+from spo_fast.toy.build import write_pairs
 
 import_for("nf4")
 HOW = ("nf4", "int8", "fp8")
@@ -180,6 +181,16 @@ def test_sdxls_base_takes_less_than_2_gib():
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how, unet, peak", [("full", 4.78, 13.1), ("nf4", 1.83, 10.1), ("fp8", 2.73, 11.2)])
+def test_the_readmes_peaks_of_small(how, unet, peak):
+    cfg = train.parse(["--model", "sdxl", "--memory", "small", "--base_weights", how])
+    cfg, _ = choose(cfg, Device("16 GB", "cuda", 2**34, capability=(8, 9)))
+    costs = predict(cfg)
+    assert costs.peak / 2**30 == pytest.approx(peak, abs=0.1)
+    assert costs.resident["UNet"] / 2**30 == pytest.approx(unet, abs=0.01)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_fused_and_checkpointed_networks_agree_with_plain_ones(how, tmp_path):
     """NF4 in float64, where sums differ by nothing; the others round what sums leave, so that a step may be another."""
@@ -273,7 +284,17 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     assert facts(tmp_path / "run")[0]["base_error"] == pytest.approx(float(want.mean()), rel=tolerance)
 
 
-def test_labelled_pairs_and_empty_iterations(tmp_path, capsys):
+def test_labelled_pairs_have_no_log_ratio(tmp_path, capsys):
+    write_pairs(tmp_path / "pairs.parquet", 10, seed=0)
+    beside: dict[str, Any] = {"num_candidates": None, "threshold": None, "branch_start": None, "validation_share": 0.1}
+    beside |= {"method": "mapo", "pairs": tmp_path / "pairs.parquet"}
+    run = run_toy(tmp_path / "run", base_weights="fp8", max_train_steps=1, **beside)
+    out = capsys.readouterr().out
+    assert "relative error of the prediction" in out and "log-ratio to it" not in out
+    assert 0 < facts(run)[0]["base_error"] < 0.5 and "base_log_ratio" not in facts(run)[0]
+
+
+def test_an_iteration_that_keeps_nothing_measures_nothing(tmp_path, capsys):
     run_toy(tmp_path / "run", base_weights="int8", max_train_steps=1, threshold=0.9999999)
     assert "the full one, not measured, the first iteration kept nothing\n" in capsys.readouterr().out
     assert "base_error" not in facts(tmp_path / "run")[0]
