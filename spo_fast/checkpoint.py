@@ -273,6 +273,7 @@ FIXED = (
     "lora_targets",
     "lora_path",
     "full_finetune",
+    "base_weights",
     "optimizer",
     "min_8bit_size",
     "parameterisation",

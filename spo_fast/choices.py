@@ -20,6 +20,7 @@ from spo_fast.models.sources import Resolved
 GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
 CONTEXT = GIB // 2  # the CUDA context
+FP8_CAPABILITY = (8, 9)  # Ada Lovelace, the first with such products
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Device:
     type: str  # cuda or cpu
     memory_bytes: int | None  # None: not planned with
     taken_bytes: int = CONTEXT  # by this process's CUDA context and by other programs
+    capability: tuple[int, int] | None = None  # of a CUDA device
 
     @property
     def usable_bytes(self) -> int | None:
@@ -77,12 +79,25 @@ def found_device(device: torch.device) -> Device:
         return Device("CPU", device.type, None)
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
-    return Device(torch.cuda.get_device_name(device), "cuda", total, max(taken, CONTEXT))
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return Device(name, "cuda", total, max(taken, CONTEXT), capability)
 
 
 def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tuple[Config, list[Choice]]:
-    """cfg with every open setting filled in, and why. Settings that were given are not touched."""
+    """cfg with every open setting filled in, and why. Settings that were given are not touched.
+
+    Raises ValueError for one that the device cannot do.
+    """
     choices: list[Choice] = []
+    if (rounded := cfg.engine.base_weights) != "full":
+        if rounded == "fp8" and device.capability is not None and device.capability < FP8_CAPABILITY:
+            has, least = (".".join(map(str, version)) for version in (device.capability, FP8_CAPABILITY))
+            raise ValueError(
+                f"--base_weights fp8 needs a GPU of compute capability {least} or later; {device.name} has {has}. "
+                "Use --base_weights int8 or nf4."
+            )
+        inexact = "as given. Inexact: policy and reference share a rounded base; its error is printed in iteration 0"
+        choices.append(Choice("base_weights", rounded, inexact))
 
     def take(flag: str, value: Any, reason: str) -> None:
         nonlocal cfg

@@ -295,10 +295,16 @@ class ComputeConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ComputeConfig):
+    """How the networks are computed. Nothing here but base_weights changes what is computed."""
+
     memory: Literal["fast", "balanced", "small"] | None = None
     """What the backward keeps of the forward. fast: all it needs. balanced: norms are computed again. small: everything
     is (gradient_checkpointing), images are decoded singly and AdamW keeps 8-bit state, unless set otherwise. Default:
     the first whose activations fit into the device's memory."""
+    base_weights: Literal["full", "nf4", "int8", "fp8"] = "full"
+    """How the frozen UNet's transformers hold their linear layers. nf4 (bitsandbytes): a quarter of the memory. int8,
+    fp8 (a GPU of compute capability 8.9): half, and products in 8 bits. All but full are inexact, for policy and
+    reference alike; what they change is measured and printed in the first iteration."""
     cuda_graphs: bool = True
     """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs."""
 
@@ -611,6 +617,16 @@ class Config(Settings):
         _need(
             self.objective.method != "gradspo" or self.sample.num_inner_steps == 0,
             "method=gradspo compares children of one x_t: num_inner_steps must be 0.",
+        )
+        rounded = self.engine.base_weights
+        _need(
+            rounded == "full" or not self.adapter.full_finetune,
+            f"base_weights={rounded} rounds the weights that full_finetune trains: leave one of them out.",
+        )
+        _need(
+            rounded == "full" or self.sample.rollout_weights == "unmerged",
+            f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
+            "--rollout_weights unmerged, or --base_weights full.",
         )
         most = self.sample.num_candidates
         _need(

@@ -37,6 +37,7 @@ from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, va
 from spo_fast.models.fuse import fuse
 from spo_fast.models.merged import lora_layers
 from spo_fast.models.policy import Policy, TrainedWeights
+from spo_fast.models.quantised import import_for
 from spo_fast.models.sharded import BUCKET
 from spo_fast.models.single_file import text_class, vae_class
 from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
@@ -153,6 +154,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 _aten = torch.ops.aten
 FLOPS = {  # FlopCounterMode does not know the CPU's fused attention, and its module hooks keep gradients alive
     **flop_registry,
+    _aten._int_mm: flop_registry[_aten.mm],
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -223,7 +225,7 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
     # settings of memory and batches may change: the networks and what they took are kept
     global _latest
     model = replace(cfg.model, decode_chunk=None)
-    key = (model, cfg.adapter, cfg.scorer, cfg.engine.fuse, resolved, device_type)
+    key = (model, cfg.adapter, cfg.scorer, cfg.engine.fuse, cfg.engine.base_weights, resolved, device_type)
     if _latest is None or _latest[0] != key:
         _latest = None  # the old ones go first
         _latest = key, Networks(cfg, resolved, device_type)
@@ -265,6 +267,11 @@ class Networks:
             self._fake(network, self.dtype)
             network.forward = self._once(network.forward)
         self.policy.text = self._once(self.policy.text, samples=False)  # type: ignore[method-assign]
+        if (rounded := cfg.engine.base_weights) != "full":
+            import_for(rounded)
+            with self.mode:
+                self.policy.quantise(rounded)
+            self.policy.forget_full_base()
         with self.mode:  # masters and hooks again, for the fake weights
             TrainedWeights.__init__(self.policy, [(n, p) for n, p in unet.named_parameters() if p.requires_grad])
             if self.fused:

@@ -9,6 +9,7 @@ from typing import Any
 NEEDS = {  # (setting, value) -> package, extra of this one, value that needs neither
     ("optimizer", "adamw8bit"): ("bitsandbytes", "8bit", "adamw"),
     ("optimizer", "paged_adamw8bit"): ("bitsandbytes", "8bit", "adamw"),
+    ("base_weights", "nf4"): ("bitsandbytes", "8bit", "int8"),
     ("attention", "xformers"): ("xformers", "xformers", "auto"),
     ("report_to", "tensorboard"): ("tensorboard", "tensorboard", "none"),
     ("report_to", "wandb"): ("wandb", "wandb", "none"),

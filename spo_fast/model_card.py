@@ -76,6 +76,8 @@ def card(run: RunRecord, repository: str | None) -> str:
     what = f"{run.pairs:,} {unit} in {count_text(run.iterations, 'iteration')}"
     images = "\n\n".join(f"{name.capitalize()}:\n\n![{name}](samples/{name}.png)" for name in grids)
     rows = "\n".join(f"| {name} | {cell(new)} | {cell(old)} |" for name, (old, new) in run.changed().items())
+    base = s.get("base_weights", "full")
+    rounded = "" if base == "full" else f" Training was inexact: it computed with the base model rounded to {base}."
     table = f"| setting | this run | preset {s['model']} |\n|---|---|---|\n{rows}" if rows else "All as in the preset."
     return f"""---
 {data.to_yaml()}
@@ -113,7 +115,7 @@ All settings are in config.yaml, all numbers of the run in metrics.jsonl, curves
 
 The score is the opinion of {who} ({", ".join(s["scorer"])}), not of people, on a handful of
 prompts; a higher score can come with over-saturated colours and surplus texture. What the base model cannot draw, or
-should not be used for, holds here as well.
+should not be used for, holds here as well.{rounded}
 """
 
 

@@ -53,7 +53,8 @@ from spo_fast.models.graphs import Capture, CudaCapture
 from spo_fast.models.policy import Policy
 from spo_fast.models.text import count_truncated
 from spo_fast.noise import KeyedDraws
-from spo_fast.objectives import log_ratios, make_objective, predict_states
+from spo_fast.objectives import frozen_predictions, log_ratios, make_objective, predict_states
+from spo_fast.ops.transition import guided
 from spo_fast.pair_images import PairReader
 from spo_fast.preference_report import without_nan
 from spo_fast.prompt_sets import geneval_records
@@ -427,6 +428,8 @@ class Run(TrainingRun[Config]):
         self.policy = Policy(self.model.unet, cfg.adapter, cfg.run.seed)
         if sharded:
             self.policy.shard()
+        if cfg.engine.base_weights != "full":
+            self.policy.quantise(cfg.engine.base_weights)
         if cfg.engine.fuse:
             self.policy.fuse(recompute=cfg.engine.memory == "balanced")
             fuse(self.model.vae)
@@ -553,6 +556,11 @@ class Run(TrainingRun[Config]):
             batches = functools.partial(self.learner.batches, experience, total, self.state)
             most = cfg.optim.states_at_once
             experience = objective.prepare(self.policy, self.table, experience, sample, most, batches)
+            if iteration == 0 and self.policy.keeps_full_base and self.group.main:
+                errors = base_errors(self.policy, self.table, experience, sample, objective, most)
+                print(base_text(cfg.engine.base_weights, errors))
+                left_out |= {name: float(values.mean()) for name, (_, values) in errors.items()}
+            self.policy.forget_full_base()
         skipped = self.state.skipped_steps
         record = self.learner.update(experience, self.state, timer, total)
         if self.learner.deviations is not None and iteration == 0:
@@ -966,6 +974,41 @@ def start_text(deviations: dict[int, float]) -> str:
         return "probability ratio of policy to reference at the start: exactly 1"
     by_step = ", ".join(f"{value:.1e} at {t}" for t, value in sorted(deviations.items(), reverse=True))
     return f"probability ratio of policy to reference at the start, distance from 1 by timestep: {by_step}"
+
+
+@torch.no_grad()
+def base_errors(
+    policy: Policy, table: StepTable, e: Experience, cfg: SampleConfig, objective: Any, states_per_forward: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a rounded base changes: name -> timesteps, values. Of the reference, with the rounded and the full base.
+
+    base_error: |m' - m| / |m| of each state's guided prediction. base_log_ratio: |log p'(x_{t-1}) - log p(x_{t-1})| of
+    each transition; labelled pairs have none. Nothing if no term was kept.
+    """
+    if not len(e):
+        return {}
+    both = functools.partial(frozen_predictions, policy, table, e, objective.guided(cfg), states_per_forward)
+    with policy.reference():
+        rounded = both()
+        with policy.full_base():
+            full = both()
+    m, truth = (guided(*p, cfg.guidance_scale, e.states.x_t.dtype).flatten(1) for p in (rounded, full))
+    t = table.timesteps[e.states.rows]
+    found = {"base_error": (t, (m - truth).norm(dim=1) / truth.norm(dim=1))}
+    if objective.sampler != "data":
+        ratio = log_ratios(rounded, table, replace(e, frozen=full), cfg)
+        found["base_log_ratio"] = (t[e.index].flatten(), ratio.abs().flatten())
+    return found
+
+
+def base_text(how: str, errors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    told = {"base_error": "relative error of the prediction", "base_log_ratio": "size of the log-ratio to it"}
+    lines = [
+        f"  {told[name]}: " + ", ".join(f"{values[t == at].mean():.1e} at {at}" for at in t.unique().tolist()[::-1])
+        for name, (t, values) in errors.items()
+    ]
+    found = "means by timestep of the first states" if lines else "not measured, the first iteration kept nothing"
+    return "\n".join([f"{how} base (inexact) against the full one, {found}" + ":" * bool(lines), *lines])
 
 
 def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparisons of B prompts

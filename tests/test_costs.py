@@ -107,6 +107,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"scorer": ("spm:1", "pickscore:0.5"), "train_batch_size": 4},
     },
     "full": {"full_finetune": True, "mixed_precision": "bf16"},
+    "nf4": {"base_weights": "nf4", "mixed_precision": "bf16"},
+    "int8": {"base_weights": "int8", "fuse": True},
+    "fp8": {"base_weights": "fp8", "mixed_precision": "bf16", "fuse": True},
     "half the batch": {"sample_batch_size": 4, "train_batch_size": 4},
 }
 

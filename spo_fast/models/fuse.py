@@ -33,10 +33,12 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from spo_fast.models.attention import Attend, sdpa
+from spo_fast.models.quantised import QuantisedLinear
 from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
 from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
+from spo_fast.ops.quantised import Quantised
 
 NUM_TIMESTEPS = 1000  # of every noise schedule that these networks were trained with
 
@@ -205,13 +207,14 @@ class FusedTimeEmbedding(TimestepEmbedding):
 
 class FusedLora(lora.Linear):
     @property
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+    def parts(self) -> tuple[Tensor | Quantised, Tensor | None, Tensor, Tensor] | None:
         """weight, bias, A, B; None while the LoRA is off."""
         if self.disable_adapters or self.merged:
             return None
         base: Any = self.base_layer
         down, up = (loras["default"].weight for loras in (self.lora_A, self.lora_B))
-        return base.weight, base.bias, down, up  # type: ignore[return-value]
+        weight = base.frozen_weight if isinstance(base, QuantisedLinear) else base.weight
+        return weight, base.bias, down, up  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         parts = self.parts
@@ -236,6 +239,8 @@ class FusedAttention(Attention):
         """Put the three weights one below the other, if they share x and nothing else is to be computed of it."""
         layers: list[Any] = [self.to_q, self.to_k, self.to_v]
         if self.stacked is not None or not all(isinstance(layer, FusedLora) for layer in layers):
+            return
+        if any(type(layer.base_layer) is not nn.Linear for layer in layers):
             return
         weights = [layer.base_layer.weight for layer in layers]
         if len({w.shape for w in weights}) == 1 and all(layer.base_layer.bias is None for layer in layers):
@@ -332,7 +337,7 @@ def _plain_block(m: Any) -> bool:
 
 def _plain_lora(m: Any) -> bool:
     adapter = list(m.lora_A) == ["default"] and not m.lora_variant and not m.lora_bias["default"]
-    frozen = type(m.base_layer) is nn.Linear and not m.base_layer.weight.requires_grad
+    frozen = type(m.base_layer) in (nn.Linear, QuantisedLinear) and not m.base_layer.weight.requires_grad
     return adapter and frozen and not m.fan_in_fan_out and isinstance(m.lora_dropout["default"], nn.Identity)
 
 

@@ -25,6 +25,7 @@ from spo_fast.models.fuse import Text, fuse, text_of
 from spo_fast.models.graphs import Graphs
 from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import MergedWeights
+from spo_fast.models.quantised import import_for, in_full, quantise_base
 from spo_fast.models.sharded import Shards
 
 
@@ -161,6 +162,7 @@ class Policy(TrainedWeights):
         self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
         self._frozen_copy: Any = None
         self.fused = False
+        self._full: dict[Any, Tensor] = {}  # the base's weights before they were rounded
         self.batch_sizes: tuple[int, ...] = ()
         """Rising. Compiled, the network sees batches of these sizes only: `predict` fills up with its first row."""
         if adapter.full_finetune:
@@ -205,6 +207,25 @@ class Policy(TrainedWeights):
         assert self.averages is not None, "call keep_averages first"
         with self._filled(self.averages):
             yield
+
+    def quantise(self, how: str) -> None:
+        """Keep the frozen base in fewer bits (quantised.py), before `fuse`. Inexact."""
+        import_for(how)
+        self._full = quantise_base(self.unet, how)
+
+    @contextlib.contextmanager
+    def full_base(self) -> Iterator[None]:
+        """Inside, `predict` uses the base as it was loaded; afterwards that is forgotten."""
+        with in_full(self._full):
+            yield
+        self.forget_full_base()
+
+    @property
+    def keeps_full_base(self) -> bool:
+        return bool(self._full)
+
+    def forget_full_base(self) -> None:
+        self._full = {}
 
     def fuse(self, recompute: bool = False) -> None:
         """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""

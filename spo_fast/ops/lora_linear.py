@@ -1,7 +1,7 @@
 """A frozen linear layer with a LoRA: y = x W^T + bias + s (x A^T) B^T, and dx, dA, dB.
 
-Compute is in x's type (W and bias have it too), accumulated in float32; A and B are float32 masters, cast once, or
-already 16-bit. Only x and t = x A^T are saved; W and bias get no gradient.
+Compute is in x's type (W and bias have it too, or W is quantised), accumulated in float32; A and B are float32 masters,
+cast once, or already 16-bit. Only x and t = x A^T are saved; W and bias get no gradient.
 
 The product with W is cuBLAS' on every backend: nothing here would beat it. The LoRA is a matter of bytes, not FLOPs, so
 its part goes FIRST and the base accumulates on it (beta = 1, where the read of y hides behind the multiplications):
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.quantised import Quantised, add_product, dense
 
 backend.register(
     backend.Op(
@@ -353,25 +354,25 @@ class _LoraLinear(torch.autograd.Function):
     """x (M, I) contiguous. The base's products stay PyTorch's, in the open, whatever computes the LoRA's part."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, lora_A, lora_B, scale, name):
+    def forward(ctx: Any, x, weight, weight_scale, bias, lora_A, lora_B, scale, name):
         y, t = DOWN_UP[name](x, lora_A, lora_B, bias, scale)
-        ctx.save_for_backward(x, t, weight, lora_A, lora_B)
+        ctx.save_for_backward(x, t, weight, weight_scale, lora_A, lora_B)
         ctx.scale, ctx.name = scale, name
-        return torch.addmm(y, x, weight.t(), out=y)  # addmm_ would escape torch's FLOP counter
+        return add_product(y, x, weight, weight_scale, out=y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy):
-        x, t, weight, lora_A, lora_B = ctx.saved_tensors
+        x, t, weight, weight_scale, lora_A, lora_B = ctx.saved_tensors
         outer, dy, dx = OUTER[ctx.name], dy.contiguous(), None
         if ctx.needs_input_grad[0]:
             dx, u = DOWN_UP[ctx.name](dy, lora_B.t(), lora_A.t(), None, ctx.scale)
-            torch.addmm(dx, dy, weight, out=dx)
+            torch.addmm(dx, dy, dense(weight, weight_scale, dy.dtype), out=dx)
         else:  # text keys and values: their input has no gradient
             u = dy @ lora_B.to(dy.dtype)
-        grad_A = outer(u, x, ctx.scale).to(lora_A.dtype) if ctx.needs_input_grad[3] else None
-        grad_B = outer(dy, t, ctx.scale).to(lora_B.dtype) if ctx.needs_input_grad[4] else None
-        return dx, None, None, grad_A, grad_B, None, None
+        grad_A = outer(u, x, ctx.scale).to(lora_A.dtype) if ctx.needs_input_grad[4] else None
+        grad_B = outer(dy, t, ctx.scale).to(lora_B.dtype) if ctx.needs_input_grad[5] else None
+        return dx, None, None, None, grad_A, grad_B, None, None
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -379,39 +380,39 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, scale, *parts):
-        layers = [parts[i : i + 4] for i in range(0, len(parts), 4)]
-        down = torch.cat([lora_A for _, _, lora_A, _ in layers]).to(x.dtype)
+        layers = [parts[i : i + 5] for i in range(0, len(parts), 5)]
+        down = torch.cat([lora_A for *_, lora_A, _ in layers]).to(x.dtype)
         t = x @ down.t()
         ctx.save_for_backward(x, t, *parts)
         ctx.scale, out = scale, []
-        for (weight, bias, _, lora_B), t_i in zip(layers, _parts(t, layers), strict=True):
+        for (weight, weight_scale, bias, _, lora_B), t_i in zip(layers, _parts(t, layers), strict=True):
             up = (lora_B if scale == 1 else scale * lora_B).to(x.dtype).t()
             y = t_i @ up if bias is None else torch.addmm(bias, t_i, up)
-            out.append(torch.addmm(y, x, weight.t(), out=y))
+            out.append(add_product(y, x, weight, weight_scale, out=y))
         return tuple(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads):
         x, t, *parts = ctx.saved_tensors
-        layers = [parts[i : i + 4] for i in range(0, len(parts), 4)]
+        layers = [parts[i : i + 5] for i in range(0, len(parts), 5)]
         grads = tuple(dy.contiguous() for dy in grads)
-        u = torch.cat([dy @ lora_B.to(dy.dtype) for dy, (_, _, _, lora_B) in zip(grads, layers, strict=True)], 1)
+        u = torch.cat([dy @ lora_B.to(dy.dtype) for dy, (*_, lora_B) in zip(grads, layers, strict=True)], 1)
         dx, scale = None, ctx.scale
         if ctx.needs_input_grad[0]:
-            down = torch.cat([lora_A for _, _, lora_A, _ in layers])
+            down = torch.cat([lora_A for *_, lora_A, _ in layers])
             dx = u @ (down if scale == 1 else scale * down).to(u.dtype)
-            for dy, (weight, *_) in zip(grads, layers, strict=True):
-                dx = torch.addmm(dx, dy, weight, out=dx)
-        grad_A = _outer_ref(u, x, scale).split([lora_A.shape[0] for _, _, lora_A, _ in layers])
+            for dy, (weight, weight_scale, *_) in zip(grads, layers, strict=True):
+                dx = torch.addmm(dx, dy, dense(weight, weight_scale, dy.dtype), out=dx)
+        grad_A = _outer_ref(u, x, scale).split([lora_A.shape[0] for *_, lora_A, _ in layers])
         out: list[Tensor | None] = [dx, None]
-        for dy, t_i, g, (_, _, lora_A, lora_B) in zip(grads, _parts(t, layers), grad_A, layers, strict=True):
-            out += [None, None, g.to(lora_A.dtype), _outer_ref(dy, t_i, scale).to(lora_B.dtype)]
+        for dy, t_i, g, (*_, lora_A, lora_B) in zip(grads, _parts(t, layers), grad_A, layers, strict=True):
+            out += [None, None, None, g.to(lora_A.dtype), _outer_ref(dy, t_i, scale).to(lora_B.dtype)]
         return tuple(out)
 
 
 def _parts(t, layers):
-    return t.split([lora_A.shape[0] for _, _, lora_A, _ in layers], 1)
+    return t.split([lora_A.shape[0] for *_, lora_A, _ in layers], 1)
 
 
 # ---------------------------------------------------------------------------------------------------- public functions
@@ -419,7 +420,7 @@ def _parts(t, layers):
 
 def lora_linear(
     x: Tensor,  # (..., I) any float type: the compute type
-    weight: Tensor,  # (O, I) frozen, same type
+    weight: Tensor | Quantised,  # (O, I) frozen, same type
     bias: Tensor | None,  # (O,) frozen, same type
     lora_A: Tensor,  # (r, I) float32 master, or of x's type
     lora_B: Tensor,  # (O, r)
@@ -433,13 +434,13 @@ def lora_linear(
     name = backend.choose("lora_linear", x)
     bias = None if bias is None else bias.contiguous()
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _LoraLinear.apply(flat, weight, bias, lora_A, lora_B, float(scale), name)
+    y = _LoraLinear.apply(flat, *_tensors(weight), bias, lora_A, lora_B, float(scale), name)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_linears(
     x: Tensor,  # (..., I)
-    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]],  # weight, bias, lora_A, lora_B of each
+    layers: Sequence[tuple[Tensor | Quantised, Tensor | None, Tensor, Tensor]],  # weight, bias, lora_A, lora_B of each
     scale: float,
 ) -> tuple[Tensor, ...]:  # (..., O) of each layer
     """lora_linear of several layers that share x, such as queries, keys and values: x is read once for all the A's.
@@ -450,7 +451,7 @@ def lora_linears(
         return tuple(lora_linear(x, *layer, scale) for layer in layers)
     for layer in layers:
         _check(x, *layer)
-    parts = [part for layer in layers for part in layer]
+    parts = [part for weight, *rest in layers for part in (*_tensors(weight), *rest)]
     out = _LoraLinears.apply(x.reshape(-1, x.shape[-1]).contiguous(), float(scale), *parts)
     return tuple(y.view(*x.shape[:-1], -1) for y in out)
 
@@ -473,7 +474,11 @@ def lora_three(
     return y.view(*x.shape[:-1], 3 * rows).split(rows, -1)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+def _tensors(weight: Tensor | Quantised) -> tuple[Tensor, Tensor | None]:
+    return weight if isinstance(weight, Quantised) else (weight, None)
+
+
+def _check(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
     (rows, columns), r = weight.shape, lora_A.shape[0]
     if (
         x.shape[-1] != columns
@@ -485,6 +490,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_
             f"x {tuple(x.shape)}, lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit weight "
             f"{tuple(weight.shape)}: expected (..., {columns}), (r, {columns}), ({rows}, r), and a bias ({rows},)"
         )
+    if isinstance(weight, Quantised):
+        return
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"lora_linear: weight is {weight.dtype}, x {x.dtype}: convert the base once, not at every call")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
