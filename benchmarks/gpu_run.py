@@ -137,6 +137,13 @@ def stage_iteration(c: Context) -> None:
     )
 
 
+def stage_hours(c: Context) -> None:
+    """What gpu_hours.py needs besides iterations; c.job is "hours/sd15-dpo"."""
+    from benchmarks import gpu_hours
+
+    gpu_hours.run(c.job.split("/")[1], c.size, c.device, c.records, c.left_s)
+
+
 @dataclass(frozen=True)
 class Job:
     """One process of a stage."""
@@ -180,6 +187,11 @@ STAGES: dict[str, dict[str, Job]] = {
     "libraries": {"libraries": Job(stage_libraries, 120, 25)},
     "sd15": iteration_jobs("sd15"),
     "sdxl": iteration_jobs("sdxl"),
+    "hours": {
+        f"hours/{kind}-{name}": Job(stage_hours, 120, 30)
+        for kind in ("sd15", "sdxl")
+        for name in ("dpo", "spm", "lrm", "lpo")
+    },
     "ops_autotuned": {"ops_autotuned": Job(stage_ops_autotuned, 420, 120, default=False)},
 }
 
