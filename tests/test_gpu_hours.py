@@ -28,15 +28,17 @@ def test_an_iteration_of_spo_costs_what_was_counted(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pair_of_diffusion_dpo_by_hand(kind):
-    """Two images: encoded, a policy's and a reference's forward, a backward of two forwards' worth; SDXL's activations
-    are computed again. 2 % for what the counts of attention's backward and of the first layer's differ in."""
+    """Two images: encoded, a policy's and a reference's forward, a backward of two forwards' worth; 2 % for what
+    attention's backward and the first layer's differ in. SDXL's activations are computed again, but for the last
+    product of each checkpointed block: most of another forward."""
     data = gpu_hours.Pairs(kind, "full", "meta", torch.float32)
     with FlopCounterMode(display=False) as counter:
         data.vae.encode(torch.empty(1, 3, data.pixels, data.pixels, device="meta"))
-    encoded = counter.get_total_flops() / 1e12
     prompt = {"sd15": 0.013, "sdxl": 0.111}[kind]
-    by_hand = 2 * (encoded + ROW[kind] * (1 + 1 + 2 + (kind == "sdxl"))) + prompt
-    assert gpu_hours.iteration_flops(kind, "dpo", 1.0) / 1e12 == pytest.approx(2048 * by_hand, rel=0.02)
+    by_hand = 2 * (counter.get_total_flops() / 1e12 + ROW[kind] * (1 + 1 + 2)) + prompt
+    counted = gpu_hours.iteration_flops(kind, "dpo", 1.0) / 1e12 / 2048
+    least, most = (0.75, 1) if kind == "sdxl" else (0, 0)
+    assert 0.98 * (by_hand + least * 2 * ROW[kind]) < counted < 1.02 * (by_hand + most * 2 * ROW[kind])
     assert gpu_hours.judge_flops(kind, "dpo") == 0
 
 
