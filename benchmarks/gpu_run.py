@@ -137,6 +137,29 @@ def stage_iteration(c: Context) -> None:
     )
 
 
+def stage_hours(c: Context) -> None:
+    """What gpu_hours.py needs besides iterations; c.job is "hours/sd15-dpo"."""
+    from benchmarks import gpu_hours
+
+    gpu_hours.run(c.job.split("/")[1], c.size, c.device, c.records, c.left_s)
+
+
+def stage_toy_large(c: Context) -> None:
+    """The toy at a GPU's size, built and then as many runs of claims.py as the time allows; again with the same --out,
+    it goes on. Its records are DIR/toy_large.jsonl."""
+    from spo_fast.toy import claims
+
+    if c.size == "tiny":
+        c.records.write("toy_large", "skipped", reason="it has one size; the tests run a reduced one")
+        return
+    path = c.records.path.parent / "toy_large.jsonl"
+    # a run that has begun ends: the longest of the toy's are minutes
+    arguments = ["--size", "large", "--records", str(path), "--work_dir", str(path.parent / "toy_large")]
+    if claims.main([*arguments, "--budget_s", f"{max(c.left_s() - 120, 0):.0f}"]) != 0:
+        raise RuntimeError("see the log")
+    c.records.write("toy_large", summary=f"{len(claims.read(path))} runs in {path.name}")
+
+
 @dataclass(frozen=True)
 class Job:
     """One process of a stage."""
@@ -180,6 +203,12 @@ STAGES: dict[str, dict[str, Job]] = {
     "libraries": {"libraries": Job(stage_libraries, 120, 25)},
     "sd15": iteration_jobs("sd15"),
     "sdxl": iteration_jobs("sdxl"),
+    "hours": {
+        f"hours/{kind}-{name}": Job(stage_hours, 120, 30)
+        for kind in ("sd15", "sdxl")
+        for name in ("dpo", "spm", "lrm", "lpo")
+    },
+    "toy_large": {"toy_large": Job(stage_toy_large, 3600, 300, default=False)},  # with a budget of its own
     "ops_autotuned": {"ops_autotuned": Job(stage_ops_autotuned, 420, 120, default=False)},
 }
 

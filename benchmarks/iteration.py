@@ -36,6 +36,7 @@ from spo_fast.objectives import make_objective, predict_states
 from spo_fast.ops.transition import log_ratio
 from spo_fast.rollout import RolloutBatch, segments
 from spo_fast.schedule import StepTable, ddim_table
+from spo_fast.scorers import judges
 from spo_fast.trainer import Learner
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -108,6 +109,7 @@ class ScriptedScorer:
 
     def __init__(self, real: Any, decisions: Decisions):
         self.real, self.decisions, self.next = real, decisions, 0
+        self.judges = judges(real)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         self.real(candidates)
@@ -287,7 +289,7 @@ class Ours:
                 return predict(*args, **kwargs)
 
         self.policy.predict = timed_predict  # type: ignore[method-assign]
-        if self.scorer is not None:
+        if hasattr(self.scorer, "score_pixels"):
             score_pixels = self.scorer.score_pixels
 
             def timed_score(*args: Any, **kwargs: Any) -> Tensor:
@@ -371,11 +373,12 @@ class Setup:
         prompts: int | None,
         mixed_precision: str = "fp16",
         rollouts: bool = True,  # build VAE, preference model and text encoders as well
+        cfg: Config | None = None,  # instead of the published SPO's
     ):
         self.kind, self.device, self.rollouts = kind, device, rollouts
         self.where = (kind, size, device)
         self.size = size
-        self.cfg = iteration_config(kind, size, prompts, mixed_precision)
+        self.cfg = cfg or iteration_config(kind, size, prompts, mixed_precision)
         self.latent = LATENTS[kind] if size == "full" else TINY_LATENTS
         sample = self.cfg.sample
         self.scheduler = networks.ddim_scheduler(kind, sample.num_steps)

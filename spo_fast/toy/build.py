@@ -3,6 +3,7 @@
 Seeded and resumable: the same command goes on where it was stopped. Pretraining is that of any latent diffusion model:
 v-prediction on captioned pictures at uniform timesteps, a tenth of the captions dropped for guidance, an average of the
 weights kept. The preference model is trained by `python -m spo_fast.train_spm` on pairs of the same world.
+`--size large` makes one for a GPU: 64x64 pictures behind a VAE that is trained first (pipeline.LARGE).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
@@ -30,7 +32,7 @@ from spo_fast.metrics import ProgressLine
 from spo_fast.preference_report import estimate
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_any_clip, save_clip
 from spo_fast.toy import evaluate, world
-from spo_fast.toy.pipeline import MAX_LENGTH, SCALING, WEIGHTS, save_pipeline, toy_parts
+from spo_fast.toy.pipeline import MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
 
 BATCH = 64
 STEPS = 7_850  # 502,400 pictures
@@ -40,25 +42,78 @@ DROP_CAPTION = 0.1
 EMA_DECAY = 0.999
 SAVE_EVERY = 250
 PAIRS, PAIRS_SEED = 49_152, 1000
+PICTURES = 512  # to score the base model by
 TRAINED = ("unet", "text_encoder", "text_encoder_2")
 
 
-class Pretraining:
-    """The base model being trained, its average, and its optimizer."""
+SMALL = SIZES["small"]
 
-    def __init__(self, seed: int, steps: int):
+
+def device_of(size: Size) -> str:
+    """The shipped toy is made on a CPU, always by the same numbers."""
+    return "cuda" if size != SMALL and torch.cuda.is_available() else "cpu"
+
+
+def precision(size: Size) -> list[str]:
+    """Flags of what runs on the large toy's GPU."""
+    return ["--mixed_precision", "bf16"] if device_of(size) == "cuda" else []
+
+
+def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf) -> Any | None:
+    """The large toy's VAE from pictures, or as it lies there; None if time (monotonic seconds) ran out.
+
+    Squared error, a trace of KL so that the posterior is no point; scaled so that latents have a deviation of 1.
+    """
+    from diffusers import AutoencoderKL
+
+    if (directory / "config.json").is_file():
+        return AutoencoderKL.from_pretrained(directory, local_files_only=True)
+    device = device_of(size)
+    vae = toy_parts(seed, size)["vae"].to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, size.vae_steps)
+    with ProgressLine(size.vae_steps) as progress:
+        for step in range(size.vae_steps):
+            if time.monotonic() > deadline:
+                return None
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            captions = world.random_captions(list(world.CAPTIONS), BATCH, generator)
+            x = world.enlarged(world.draw(captions, generator), size.scale).to(device)
+            posterior = vae.encode(x).latent_dist
+            error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, x)
+            (error + 1e-6 * posterior.kl().mean()).backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if step % 50 == 0 or step + 1 == size.vae_steps:
+                progress.update({"iteration": step, "loss": float(error.detach())})
+        with torch.no_grad():
+            latents = vae.eval().encode(x).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    draft = directory.with_name(f".{directory.name}")
+    vae.cpu().save_pretrained(draft)
+    os.replace(draft, directory)
+    return vae
+
+
+class Pretraining:
+    """The base model being trained, its average, and its optimizer. The large one computes in bf16 on a GPU."""
+
+    def __init__(self, seed: int, steps: int, size: Size = SMALL, vae: Any = None):
         self.seed, self.steps, self.step, self.cpu_s = seed, steps, 0, 0.0
-        self.parts = toy_parts(seed)
-        self.modules = nn.ModuleDict({name: self.parts[name] for name in TRAINED}).train()
+        self.size, self.device, self.batch = size, device_of(size), size.batch or BATCH
+        self.parts = toy_parts(seed, size) | ({} if vae is None else {"vae": vae})
+        self.modules = nn.ModuleDict({name: self.parts[name] for name in TRAINED}).train().to(self.device)
+        self.parts["vae"].to(self.device)
         self.parameters = list(self.modules.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
-        )
+        rate = size.learning_rate or LEARNING_RATE
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps - WARM_UP)
         linear = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1e-2, total_iters=WARM_UP)
         self.schedule = torch.optim.lr_scheduler.SequentialLR(self.optimizer, [linear, cosine], [WARM_UP])
-        self.alphas = self.parts["scheduler"].alphas_cumprod
+        self.alphas = self.parts["scheduler"].alphas_cumprod.to(self.device)
 
     def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:  # (B, L, 2 WIDTH), (B, WIDTH)
         """As SDXL's pipeline conditions: the layer before the last of both encoders, the second one's pooled output."""
@@ -66,24 +121,36 @@ class Pretraining:
         for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             length = self.parts[tokenizer].model_max_length
             ids = self.parts[tokenizer](captions, padding="max_length", max_length=length, truncation=True).input_ids
-            outputs.append(self.parts[encoder](torch.tensor(ids), output_hidden_states=True))
+            outputs.append(self.parts[encoder](torch.tensor(ids, device=self.device), output_hidden_states=True))
         return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1].text_embeds
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) as drawn -> (B, C, h, w)
+        if not self.size.vae_channels:
+            return pixels * SCALING
+        vae = self.parts["vae"]
+        encoded = vae.encode(world.enlarged(pixels, self.size.scale).to(self.device)).latent_dist.mean
+        return encoded * vae.config.scaling_factor
 
     def loss(self, generator: torch.Generator) -> Tensor:
         """Mean squared error of v = sqrt(alphabar) noise - sqrt(1 - alphabar) x0 (arXiv 2202.00512)."""
-        captions = world.random_captions(list(world.CAPTIONS), BATCH, generator)
-        x0 = world.draw(captions, generator) * SCALING
-        t = torch.randint(len(self.alphas), (BATCH,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        batch, device = self.batch, self.device
+        captions = world.random_captions(list(world.CAPTIONS), batch, generator)
+        x0 = self.latents(world.draw(captions, generator))
+        t = torch.randint(len(self.alphas), (batch,), generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
         embeds, pooled = self.condition(captions)
         # a dropped caption is zeros, as SDXL's unconditional embeddings are
-        keep = (torch.rand(BATCH, generator=generator) >= DROP_CAPTION).float()
+        keep = (torch.rand(batch, generator=generator) >= DROP_CAPTION).float().to(device)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        size = torch.tensor([[world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE]]).expand(BATCH, -1).float()
-        added = {"text_embeds": pooled * keep[:, None], "time_ids": size}
-        out = self.parts["unet"](signal * x0 + sigma * noise, t, embeds * keep[:, None, None], added_cond_kwargs=added)
-        return (out.sample - (signal * noise - sigma * x0)).square().mean()
+        side = self.size.pixels
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=device).expand(batch, -1).float()
+        added = {"text_embeds": pooled * keep[:, None], "time_ids": sizes}
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            inputs = (signal * x0 + sigma * noise, t, embeds * keep[:, None, None])
+            out = self.parts["unet"](*inputs, added_cond_kwargs=added)
+        return (out.sample.float() - (signal * noise - sigma * x0)).square().mean()
 
     def advance(self) -> float:
         """One optimizer step on pictures that depend on (seed, step) alone; returns the loss."""
@@ -124,17 +191,21 @@ class Pretraining:
         for p, average in zip(self.parameters, self.average, strict=True):
             p.copy_(average)
         for name in (*TRAINED, "vae"):
-            self.parts[name].half().eval()
+            self.parts[name].cpu().half().eval()
         return self.parts
 
 
-def pretrain(work_dir: Path, seed: int, steps: int) -> Path:
-    """Train the base model, or go on; returns the pipeline's directory."""
+def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline: float = math.inf) -> Path | None:
+    """Train the base model, or go on; returns the pipeline's directory, None if time (monotonic seconds) ran out."""
     directory = work_dir / "pipeline"
     if (directory / "model_index.json").is_file():
         return directory
-    state = work_dir / "pretraining.pt"
-    run = Pretraining(seed, steps)
+    state, vae = work_dir / "pretraining.pt", None
+    if size.vae_channels:
+        vae = train_vae(work_dir / "vae", seed, size, deadline)
+        if vae is None:
+            return None
+    run = Pretraining(seed, steps, size, vae)
     if state.is_file():
         run.load(state)
         print(f"going on at step {run.step}")
@@ -145,12 +216,15 @@ def pretrain(work_dir: Path, seed: int, steps: int) -> Path:
             loss = run.advance()
             average_loss = loss if average_loss is None else 0.99 * average_loss + 0.01 * loss
             progress.update({"iteration": run.step - 1, "loss": average_loss})
-            if run.step % SAVE_EVERY == 0 or run.step == steps:
+            late = time.monotonic() > deadline
+            if run.step % SAVE_EVERY == 0 or run.step == steps or late:
                 run.cpu_s = before_s + time.process_time() - started_s
                 run.save(state)
+            if late and run.step < steps:
+                return None
     record = {
-        **{"seed": seed, "steps": steps, "pictures": steps * BATCH, "final_loss": average_loss},
-        **{"cpu_minutes": round(run.cpu_s / 60, 1), "versions": versions()},
+        **{"seed": seed, "steps": steps, "pictures": steps * run.batch, "final_loss": average_loss},
+        **{"cpu_minutes": round(run.cpu_s / 60, 1), "versions": versions(), "size": size.name},
     }
     draft = work_dir / ".pipeline"
     shutil.rmtree(draft, ignore_errors=True)
@@ -161,7 +235,7 @@ def pretrain(work_dir: Path, seed: int, steps: int) -> Path:
     return directory
 
 
-def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = world.TRAIN) -> None:
+def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = world.TRAIN, scale: int = 1) -> None:
     """Labelled pairs of the prompts as Pick-a-Pic's parquet has them: PNG bytes, labels, pairs per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -170,7 +244,7 @@ def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = world.TR
     repeats = Counter(pairs.prompts)
     columns: dict[str, Any] = {
         "caption": pairs.prompts,
-        **{f"jpg_{j}": [png(x) for x in pairs.pixels[j]] for j in range(2)},
+        **{f"jpg_{j}": [png(world.enlarged(x, scale)) for x in pairs.pixels[j]] for j in range(2)},
         "label_0": pairs.labels.tolist(),
         "label_1": (1 - pairs.labels).tolist(),
         "has_label": [True] * count,
@@ -188,15 +262,19 @@ def png(pixels: Tensor) -> bytes:  # (3, H, W) in [-1, 1]
     return file.getvalue()
 
 
-def new_clip(seed: int, vocab_size: int) -> Clip:
-    """An untrained CLIP for 16x16 pictures: 0.2 M parameters, 16 patches of 4x4 pixels."""
+def new_clip(seed: int, vocab_size: int, size: Size = SMALL) -> Clip:
+    """An untrained CLIP: 16 patches of 4x4 world pixels. The small one, for 16x16 pictures, has 0.2 M parameters."""
+    text, vision = (
+        TowerConfig(width=width, mlp_width=2 * width, num_layers=layers, num_heads=4, activation="gelu")
+        for width, layers in zip(size.clip_widths, size.clip_layers, strict=True)
+    )
     config = ClipConfig(
-        text=TowerConfig(width=48, mlp_width=96, num_layers=2, num_heads=4, activation="gelu"),
-        vision=TowerConfig(width=72, mlp_width=144, num_layers=3, num_heads=4, activation="gelu"),
+        text=text,
+        vision=vision,
         vocab_size=vocab_size,
         max_length=MAX_LENGTH,
-        image_size=world.SIZE,
-        patch_size=4,
+        image_size=size.pixels,
+        patch_size=4 * size.scale,
         projection_dim=32,
         time_conditioned=False,
     )
@@ -238,12 +316,13 @@ def agreement(pairs: world.LabelledPairs) -> dict[str, float]:
     return found
 
 
-def base_scores(work_dir: Path) -> dict[str, Any]:
-    """True scores of 512 pictures of test prompts at each guidance scale: (mean, standard error, pictures)."""
+def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, Any]:
+    """True scores of PICTURES of test prompts at each guidance scale: (mean, standard error, pictures)."""
     spm = work_dir / "spm" / "preference_model" / "model.safetensors"
     paths = ("--pretrained_model_name_or_path", str(work_dir / "pipeline"), "--spm_path", str(spm))
-    run = train.build(train.parse(["--model", "toy", *paths, "--output_dir", str(work_dir / "base")]))
-    prompts, found = evaluate.prompts_to_test(512), {}
+    out = ("--output_dir", str(work_dir / "base"), *precision(size))
+    run = train.build(train.parse(["--model", "toy", *paths, *out]))
+    prompts, found = evaluate.prompts_to_test(PICTURES), {}
     with run.policy.reference():
         for g in evaluate.GUIDANCE_SCALES:
             scores = evaluate.true_scores(evaluate.pictures(run, prompts, g, seed=0), prompts)
@@ -251,7 +330,7 @@ def base_scores(work_dir: Path) -> dict[str, Any]:
     return found
 
 
-def assemble(work_dir: Path, output_dir: Path) -> None:
+def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
     """The pipeline, both preference models in 16 bits, and the record, put in the place of what was there."""
     draft = work_dir / ".weights"
     shutil.rmtree(draft, ignore_errors=True)
@@ -261,42 +340,60 @@ def assemble(work_dir: Path, output_dir: Path) -> None:
         clip = load_any_clip(work_dir / name / "preference_model")
         save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
         record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
-    record["base"] = base_scores(work_dir)
+    record["base"] = base_scores(work_dir, size)
     record["labels"] = agreement(world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in draft.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     old = output_dir.with_name(f".{output_dir.name}-old")
     shutil.rmtree(old, ignore_errors=True)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
     if output_dir.exists():
         os.replace(output_dir, old)
     shutil.move(draft, output_dir)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--work_dir", default="runs/toy-build", help="where the build is kept until it is done")
-    parser.add_argument("--output_dir", default=str(WEIGHTS), help="where the finished weights go")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures (default {STEPS})")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"labelled pairs (default {PAIRS})")
-    args = parser.parse_args(arguments)
-    work_dir = Path(args.work_dir)
+def build(
+    work_dir: Path, output_dir: Path, size: Size, seed: int, steps: int, pairs: int, deadline: float = math.inf
+) -> bool:
+    """All of it, or what is missing; False if time (monotonic seconds) ran out between two parts or in pretraining."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    pipeline = pretrain(work_dir, args.seed, args.steps)
+    pipeline = pretrain(work_dir, seed, steps, size, deadline)
+    if pipeline is None:
+        return False
     if not (work_dir / "pairs.parquet").is_file():
-        write_pairs(work_dir / "pairs.parquet", args.pairs, PAIRS_SEED + args.seed)
+        write_pairs(work_dir / "pairs.parquet", pairs, PAIRS_SEED + seed, scale=size.scale)
     tokenizer = CLIPTokenizerFast.from_pretrained(str(pipeline / "tokenizer"))
-    untrained = save_clip(new_clip(args.seed, len(tokenizer)), work_dir / "untrained")
-    seed = ("--seed", str(args.seed))
+    untrained = save_clip(new_clip(seed, len(tokenizer), size), work_dir / "untrained")
+    common = ("--seed", str(seed), *precision(size))
     # its PickScore: a plain CLIP on clean images; in_batch_negatives, as CLIP learns what words mean
     clean = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives")
     longer = ("--num_train_epochs", "4", "--learning_rate", "1e-3", "--init_path", str(untrained))
-    pickscore = train_preference_model(work_dir, "pickscore", *clean, *longer, *seed)
-    train_preference_model(work_dir, "spm", "--init_path", str(pickscore), *seed)
-    assemble(work_dir, Path(args.output_dir))
-    print(f"the toy's weights: {args.output_dir}")
+    if time.monotonic() > deadline:
+        return False
+    pickscore = train_preference_model(work_dir, "pickscore", *clean, *longer, *common)
+    if time.monotonic() > deadline:
+        return False
+    train_preference_model(work_dir, "spm", "--init_path", str(pickscore), *common)
+    assemble(work_dir, output_dir, size)
+    print(f"the toy's weights: {output_dir}")
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="large: 64x64 pictures, for a GPU")
+    parser.add_argument("--work_dir", help="where the build is kept until it is done (default runs/toy-build[-large])")
+    parser.add_argument("--output_dir", help="where the finished weights go (default the package, or runs/toy-large)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help=f"of pretraining (default {STEPS}, large {SIZES['large'].steps})")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"labelled pairs (default {PAIRS})")
+    args = parser.parse_args(arguments)
+    size = SIZES[args.size]
+    work_dir = Path(args.work_dir or ("runs/toy-build" if size == SMALL else "runs/toy-build-large"))
+    output_dir = Path(args.output_dir or (WEIGHTS if size == SMALL else "runs/toy-large"))
+    build(work_dir, output_dir, size, args.seed, args.steps or size.steps or STEPS, args.pairs)
     return 0
 
 

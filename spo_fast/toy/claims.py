@@ -10,6 +10,7 @@ has a record is not run again, what has none is shown as not run.
     python -m spo_fast.toy.claims --budget_s 1800       # stop starting runs after half an hour
     python -m spo_fast.toy.claims --cell spo/0          # one run again, whatever is recorded; prints its record
     python -m spo_fast.toy.claims --tables              # run nothing
+    python -m spo_fast.toy.claims --size large --budget_s 3000   # for a GPU: builds a larger toy first
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from spo_fast.config import RunError
 from spo_fast.preference_report import estimate, markdown
 from spo_fast.scorers import load_metric
 from spo_fast.toy import build, evaluate, world
-from spo_fast.toy.pipeline import toy_files
+from spo_fast.toy.pipeline import SIZES, Size, flags_of, toy_files
 from spo_fast.trainer import Run
 
 BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
@@ -118,7 +119,8 @@ def scores_of(run: Run, prompts: list[str], count: int) -> dict[str, list[float]
 
 @torch.no_grad()
 def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 16, 16) -> (B,)
-    judge = load_metric("pickscore", toy_files(), run.model.tokenize, "cpu", torch.float32)
+    paths = {"pickscore": run.cfg.scorer.pickscore_path or toy_files()["pickscore"]}
+    judge = load_metric("pickscore", paths, run.model.tokenize, "cpu", torch.float32)
     return judge.score_pixels(pixels, torch.zeros((), dtype=torch.long), judge.encode(prompts))
 
 
@@ -130,7 +132,7 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
     contender, tuning = CONTENDERS[name], seed == TUNING_SEED
     settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in contender.settings.items()}
     arguments = ["--model", "toy", "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
-    arguments += ["--checkpointing_steps", "100000000"]
+    arguments += ["--checkpointing_steps", "100000000", *toy_flags(work)]
     for flag, value in (settings | ({"learning_rate": learning_rate} if learning_rate else {})).items():
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, _listed(value))]
     with tempfile.TemporaryDirectory(dir=work) as directory:
@@ -153,9 +155,9 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
             return record
 
         run.iterate = until_spent  # type: ignore[method-assign]
-        started = time.process_time()
+        started, started_wall = time.process_time(), time.monotonic()
         run.train()
-        cpu_s = time.process_time() - started
+        cpu_s, wall_s = time.process_time() - started, time.monotonic() - started_wall
         if meter.spent < BUDGET:
             raise RunError(f"{name} was stopped before its budget was spent, so it is not recorded.")
         meter.on = False
@@ -166,12 +168,23 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         **{"cell": key(name, seed, learning_rate if tuning else None), "name": name, "seed": seed},
         **{"learning_rate": run.cfg.optim.learning_rate, **last, "curve": [*curve, last]},
         **{"iterations": state.iteration, "optimizer_steps": state.optimizer_steps, "pairs": state.pairs},
-        "cpu_s": round(cpu_s, 1),
+        **{"cpu_s": round(cpu_s, 1), "wall_s": round(wall_s, 1)},
     }
 
 
 def _listed(value: Any) -> Iterable[Any]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def size_of(work: Path) -> Size:
+    """Of the toy that runs in this directory train: the one built there (--size large), or the shipped one."""
+    record = work / "toy" / "build.json"
+    return SIZES[json.loads(record.read_text())["pretraining"]["size"]] if record.is_file() else SIZES["small"]
+
+
+def toy_flags(work: Path, scorers: bool = True) -> list[str]:
+    size = size_of(work)
+    return [] if size.name == "small" else [*flags_of(work / "toy", scorers), *build.precision(size)]
 
 
 def materials(work: Path, text: str) -> dict[str, str]:
@@ -180,14 +193,15 @@ def materials(work: Path, text: str) -> dict[str, str]:
     pairs = work / "pairs.parquet"
     if any(f"{{{what}}}" in text for what in ("pairs", "blind", "lrm")):
         if not pairs.is_file():
-            build.write_pairs(pairs, PAIRS, PAIRS_SEED)
+            build.write_pairs(pairs, PAIRS, PAIRS_SEED, scale=size_of(work).scale)
         made["pairs"] = str(pairs)
     for what, flags in (("blind", ["--no-time_conditioned"]), ("lrm", ["--parameterisation", "latent"])):
         if f"{{{what}}}" in text:
             target = work / what / "preference_model"
             if not target.is_dir():
                 out = ["--output_dir", str(work / what), "--resume_from_checkpoint", "latest"]
-                if train_spm.main(["--model", "toy", "--pairs", str(pairs), *out, *flags]) != 0:
+                toy = ["--model", "toy", *toy_flags(work, scorers=False)]
+                if train_spm.main([*toy, "--pairs", str(pairs), *out, *flags]) != 0:
                     raise RuntimeError(f"training {what} failed")
             made[what] = str(target)
     return made
@@ -198,7 +212,8 @@ def judge(work: Path) -> dict[str, Any]:
     pairs = materials(work, "{pairs}")["pairs"]
     with tempfile.TemporaryDirectory(dir=work) as directory:
         started = time.process_time()
-        if train_spm.main(["--model", "toy", "--pairs", pairs, "--output_dir", directory]) != 0:
+        toy = ["--model", "toy", *toy_flags(work, scorers=False)]
+        if train_spm.main([*toy, "--pairs", pairs, "--output_dir", directory]) != 0:
             raise RuntimeError("training the judge failed")
         return {"cell": "judge", "pairs": PAIRS, "cpu_s": round(time.process_time() - started, 1)}
 
@@ -234,7 +249,7 @@ def chosen_rate(name: str, records: Mapping[str, Any]) -> float | None:
 def base(work: Path) -> dict[str, Any]:
     """The base model's scores at several guidance scales: what guidance alone gives."""
     with tempfile.TemporaryDirectory(dir=work) as directory:
-        run = train.build(train.parse(["--model", "toy", "--output_dir", directory]))
+        run = train.build(train.parse(["--model", "toy", *toy_flags(work), "--output_dir", directory]))
         found: dict[str, Any] = {"cell": "base", "tuning": scores_of(run, world.TUNE, MARK_PICTURES)}
         for g in evaluate.GUIDANCE_SCALES:
             run.cfg = run.cfg.with_fields(guidance_scale=g)
@@ -262,8 +277,13 @@ def run_missing(path: Path, work: Path, budget_s: float) -> None:
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    size = size_of(work).name
+    command = "python -m spo_fast.toy.claims" + (f" --size {size}" if size != "small" else "")
+    if others := {r.get("size", "small") for r in read(path).values()} - {size}:
+        raise ValueError(f"{path} holds runs of the {others.pop()} toy, not of the {size} one. Give another --records.")
+
     def record(make: Callable[[], dict[str, Any]], name: str) -> None:
-        found = {**make(), "command": f"python -m spo_fast.toy.claims --cell '{name}'", **software()}
+        found = {**make(), "size": size, "command": f"{command} --cell '{name}'", **software()}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
 
@@ -469,23 +489,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def claims(arguments: list[str] | None) -> None:
     parser = cli.Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
-    parser.add_argument("--records", type=Path, default=Path("runs/claims/records.jsonl"), help="one line a run")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/claims/work"), help="pairs and models on the way")
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the toy; large: for a GPU")
+    parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-large]/records.jsonl)")
+    parser.add_argument("--work_dir", type=Path, help="pairs and models on the way (default work, beside the records)")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="no run is started later than this")
     parser.add_argument("--cell", help="NAME/SEED or NAME/tuning/RATE: only this run, whatever is recorded")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args(arguments)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    size, end = SIZES[args.size], time.monotonic() + args.budget_s
+    path = args.records or Path("runs/claims" if args.size == "small" else "runs/claims-large") / "records.jsonl"
+    work = args.work_dir or path.parent / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    if not args.tables and args.size != "small" and size_of(work).name != args.size:
+        given = (size, 0, size.steps or build.STEPS, build.PAIRS)  # seed 0
+        if not build.build(work / "toy-build", work / "toy", *given, deadline=end):
+            print("The budget ended before the toy was built: the same command goes on.")
+            return
     if args.cell is not None:
-        print(json.dumps(repeated(args.cell, read(args.records), args.work_dir), indent=1))
+        print(json.dumps(repeated(args.cell, read(path), work), indent=1))
         return
     if not args.tables:
-        run_missing(args.records, args.work_dir, args.budget_s)
-    records = read(args.records)
+        run_missing(path, work, end - time.monotonic())
+    records = read(path)
     text = tables(records)
-    write_atomically(args.records.with_suffix(".md"), text + "\n")
+    write_atomically(path.with_suffix(".md"), text + "\n")
     if "base" in records:
-        plot(records, args.records.with_suffix(".png"))
+        plot(records, path.with_suffix(".png"))
     print(text)
 
 

@@ -7,6 +7,7 @@ everything downstream meets a real pipeline. Its weights are pretrained by toy/b
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,74 @@ WEIGHTS = Path(__file__).parent / "weights"
 """The shipped pipeline; its step-aware preference model lies in spm/, the record of the build in build.json."""
 
 WIDTH = 64
-"""Of each text encoder; the UNet attends to both side by side."""
+"""Of each text encoder of the shipped toy; the UNet attends to both side by side."""
 MAX_LENGTH = 16
 """Tokens: every caption of the world fits; other text falls apart into bytes."""
 SCALING = 3.0
 """VAE scaling factor: latents are 3 times the pixels, with a standard deviation of 0.7."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a toy is. The shipped one has these defaults; LARGE is for a GPU."""
+
+    name: str = "small"
+    scale: int = 1
+    """Pixels along each side of one of the world's pixels: pictures of 16 scale x 16 scale."""
+    vae_channels: tuple[int, ...] = ()
+    """Of a trained AutoencoderKL with 4 latent channels. Empty: latents are the pixels, with nothing to train."""
+    vae_steps: int = 0
+    channels: tuple[int, ...] = (32, 64)
+    """Of the UNet; all levels but the first attend to the prompt."""
+    layers: int = 1
+    heads: tuple[int, ...] = (2, 4)
+    groups: int = 8
+    width: int = WIDTH
+    text_layers: int = 3
+    clip_widths: tuple[int, int] = (48, 72)
+    """Text and vision tower of the preference models, patches of 4x4 world pixels."""
+    clip_layers: tuple[int, int] = (2, 3)
+    batch: int | None = None
+    """Pictures of a pretraining step; None: build.BATCH."""
+    steps: int | None = None
+    learning_rate: float | None = None
+
+    @property
+    def pixels(self) -> int:
+        return SIZE * self.scale
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """C, H, W"""
+        side = self.pixels // 2 ** max(0, len(self.vae_channels) - 1)
+        return (4 if self.vae_channels else 3), side, side
+
+
+LARGE = Size(
+    name="large",
+    scale=4,
+    vae_channels=(32, 64, 96),
+    vae_steps=2000,
+    channels=(96, 256, 256),
+    layers=2,
+    heads=(2, 4, 4),
+    groups=32,
+    width=128,
+    text_layers=5,
+    clip_widths=(128, 256),
+    clip_layers=(4, 6),
+    batch=256,
+    steps=6000,
+    learning_rate=4e-4,
+)
+"""64x64 pictures through a trained VAE. Not tried on a GPU yet."""
+SIZES = {"small": Size(), "large": LARGE}
+
+
+def flags_of(directory: Path, scorers: bool = True) -> list[str]:
+    """What makes `--model toy` load a toy that build.py left there; scorers=False: for train_spm."""
+    flags = ["--pretrained_model_name_or_path", str(directory), "--pickscore_path", str(directory / "pickscore")]
+    return [*flags, "--spm_path", str(directory / "spm" / "model.safetensors")] if scorers else flags
 
 
 def toy_files() -> dict[str, Path]:
@@ -66,7 +130,7 @@ def word_merges() -> list[tuple[str, str]]:
     return list(merges)
 
 
-def toy_parts(seed: int) -> dict[str, Any]:
+def toy_parts(seed: int, size: Size = SIZES["small"]) -> dict[str, Any]:
     """The pipeline's modules, tokenizers and scheduler by their folders' names, before pretraining.
 
     The global RNG is left as it was.
@@ -79,30 +143,31 @@ def toy_parts(seed: int) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer, tokenizer_2 = (clip_tokenizer(pad, MAX_LENGTH, merges=word_merges()) for pad in (END, "!"))
+        attending = len(size.channels) - 1
         unet = UNet2DConditionModel(
-            sample_size=SIZE,
-            in_channels=3,
-            out_channels=3,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4),  # heads, as in SDXL's settings, despite the name
-            transformer_layers_per_block=(1, 1),
-            norm_num_groups=8,
-            cross_attention_dim=2 * WIDTH,
+            sample_size=size.latent[-1],
+            in_channels=size.latent[0],
+            out_channels=size.latent[0],
+            block_out_channels=size.channels,
+            layers_per_block=size.layers,
+            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
+            up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"),
+            attention_head_dim=size.heads,  # heads, as in SDXL's settings, despite the name
+            transformer_layers_per_block=(1,) * len(size.channels),
+            norm_num_groups=size.groups,
+            cross_attention_dim=2 * size.width,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+            projection_class_embeddings_input_dim=6 * 8 + size.width,
         )
         return {
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
-            "text_encoder": tiny_text_encoder(tokenizer, WIDTH, projected=False, num_layers=3),
-            "text_encoder_2": tiny_text_encoder(tokenizer_2, WIDTH, projected=True, num_layers=3),
+            "text_encoder": tiny_text_encoder(tokenizer, size.width, projected=False, num_layers=size.text_layers),
+            "text_encoder_2": tiny_text_encoder(tokenizer_2, size.width, projected=True, num_layers=size.text_layers),
             "unet": unet,
-            "vae": identity_vae(),
+            "vae": untrained_vae(size) if size.vae_channels else identity_vae(),
             "scheduler": DDIMScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,
@@ -139,6 +204,24 @@ def tiny_text_encoder(tokenizer: Any, width: int, projected: bool, num_layers: i
     for table in (m for m in encoder.modules() if isinstance(m, torch.nn.Embedding)):
         torch.nn.init.normal_(table.weight, std=0.5)
     return encoder
+
+
+def untrained_vae(size: Size) -> Any:
+    """An AutoencoderKL of SDXL's kind, each of its levels after the first half as large."""
+    from diffusers import AutoencoderKL
+
+    levels = len(size.vae_channels)
+    return AutoencoderKL(
+        sample_size=size.pixels,
+        block_out_channels=size.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=size.latent[0],
+        mid_block_add_attention=False,
+        force_upcast=False,
+    )
 
 
 def identity_vae(large: float = 64.0) -> Any:

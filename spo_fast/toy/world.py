@@ -5,6 +5,8 @@ picture has a look the caption never mentions: stripes of their own strength in 
 the colours. `layout` scores the first, `aesthetics` the second, both straight from the pixels. Training sees neither:
 it sees pictures with captions (`draw`) and pairs labelled by somebody who cares for both, with noise (`draw_pairs`).
 
+A larger picture (`enlarged`) shows the same scene with a square of pixels for each pixel; scores see their means.
+
 Colours are pure chroma and stripes pure brightness, so neither score is moved by what the other measures.
 """
 
@@ -154,7 +156,17 @@ def draw(captions: list[str], generator: torch.Generator) -> Tensor:  # (B, 3, 1
     return scenes(captions, generator).pixels()
 
 
+def enlarged(pixels: Tensor, scale: int) -> Tensor:  # (..., 16, 16) -> (..., 16 scale, 16 scale)
+    return pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
 # ---------------------------------------------------------------------------------------------------- scores
+
+
+def cells(pixels: Tensor) -> Tensor:  # (B, C, 16 s, 16 s) -> (B, C, 16, 16) float32 means; s = 1 changes nothing
+    scale = pixels.shape[-1] // SIZE
+    return pixels.float() if scale == 1 else F.avg_pool2d(pixels.float(), scale)
+
 
 FOUND = 0.6  # correlation from which on a thing counts as there
 BORDER = 7  # templates with one pixel of background around them
@@ -165,9 +177,9 @@ def chroma(pixels: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2, H, W)
     return torch.einsum("kc,bchw->bkhw", CHROMA.to(pixels), pixels)
 
 
-def correlations(pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) -> (B, 4, 3, 12, 12) by colour, shape, corner of the box
+def correlations(pixels: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 4, 3, 12, 12) by colour, shape, corner of the box
     """Normalised cross-correlation of each shape in each colour with each place, from -1 to 1."""
-    x = F.pad(chroma(pixels.float()), (1, 1, 1, 1))
+    x = F.pad(chroma(cells(pixels)), (1, 1, 1, 1))
     template = F.pad(TEMPLATES, (1, 1, 1, 1))
     template = template - template.mean((1, 2), keepdim=True)
     template = (template / template.norm(dim=(1, 2), keepdim=True)).to(x)
@@ -182,7 +194,7 @@ def correlations(pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) -> (B, 4, 3, 12, 1
     return by_colour / (energy[:, None] + (EPSILON * BORDER) ** 2).sqrt()
 
 
-def layout(pixels: Tensor, captions: list[str]) -> Tensor:  # (B, 3, 16, 16) -> (B, 3) bool
+def layout(pixels: Tensor, captions: list[str]) -> Tensor:  # (B, 3, H, W) -> (B, 3) bool
     """What is as the caption says: the first thing, the second thing, where they stand.
 
     A thing is there if, where its shape in its colour correlates best, that is at least FOUND and no other shape or
@@ -204,9 +216,9 @@ def layout(pixels: Tensor, captions: list[str]) -> Tensor:  # (B, 3, 16, 16) -> 
     return torch.cat([there, stands[:, None]], dim=1)
 
 
-def looks(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, 16, 16) -> (B,) each
+def looks(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) -> (B,) each
     """stripes: mean amplitude over quadrants; grain: standard deviation a channel; vividness: as VIVIDNESS."""
-    x = pixels.float()
+    x = cells(pixels)
     quadrants = x.mean(1).unflatten(2, (2, 8)).unflatten(1, (2, 8)).transpose(2, 3)  # (B, 2, 2, 8, 8)
     pattern = STRIPES[:8, :8].to(x)  # the same in every quadrant: 8 pixels are two periods
     stripes = ((quadrants * pattern).sum((-1, -2)) / (pattern**2).sum()).abs().mean((1, 2))
@@ -221,7 +233,7 @@ def looks(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, 16, 16) -> (B,) each
     return {"stripes": stripes, "grain": grain, "vividness": strongest / math.sqrt(2)}
 
 
-def aesthetics(pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) -> (B,) in 0..10
+def aesthetics(pixels: Tensor) -> Tensor:  # (B, 3, H, W) -> (B,) in 0..10
     """10 for no stripes, the best grain and the best vividness; too much and too little of these cost alike.
 
     Blind to the caption.
