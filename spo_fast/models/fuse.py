@@ -254,10 +254,10 @@ class FusedAttention(Attention):
 
     def queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:  # (N, L, D') -> (N, L, D) each
         layers: list[Any] = [self.to_q, self.to_k, self.to_v]
-        if self.stacked is None or torch.is_grad_enabled() or self.to_q.parts is None:
+        if self.stacked is None or torch.is_grad_enabled() or layers[0].parts is None:
             return _linears(x, layers)
         downs, ups = zip(*(layer.parts[2:] for layer in layers), strict=True)
-        return lora_three(x, self.stacked, downs, ups, self.to_q.scaling["default"])
+        return lora_three(x, self.stacked, downs, ups, layers[0].scaling["default"])
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **_: Any
