@@ -10,6 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from benchmarks import gpu_run
+from benchmarks.records import Records, read
 from spo_fast.toy import build, claims, pipeline, world
 from spo_fast.toy.pipeline import LARGE, SIZES
 
@@ -63,6 +65,20 @@ def test_the_large_toy_is_what_it_says() -> None:
         assert parts["vae"].decode(latents).sample.shape == (2, 3, 64, 64)
     clip = build.new_clip(0, 300, LARGE)
     assert clip.config.image_size == 64 and clip.config.patch_size == 16
+
+
+def test_gpu_run_gives_it_a_budget(tmp_path, monkeypatch):
+    """A stage of its own, only by name; its records lie beside the others, so the same --out goes on."""
+    assert "toy_large" not in gpu_run.chosen([])
+    asked = []
+    monkeypatch.setattr(claims, "main", lambda arguments: asked.append(arguments) or 0)
+    records = Records(tmp_path / "records.jsonl", "toy_large")
+    context = gpu_run.Context("toy_large", records, "full", "cuda", None, tmp_path, lambda: 1000.0)
+    gpu_run.chosen(["toy_large"])["toy_large"].run(context)
+    (arguments,) = asked
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert given["--size"] == "large" and given["--records"] == str(tmp_path / "toy_large.jsonl")
+    assert given["--budget_s"] == "880" and read(records.path)[0]["summary"].startswith("0 runs")
 
 
 TINY = replace(
