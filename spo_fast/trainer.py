@@ -154,6 +154,7 @@ class Learner:
         )
         self.last: LastBatch | None = None
         self.deviations: dict[int, float] | None = None  # of the ratio from 1 before the first step, by timestep
+        self.poison: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
@@ -205,6 +206,7 @@ class Learner:
                         self.scaler.scale(loss).backward()
                 totals = stats if totals is None else totals + stats
                 loss_sum = loss_sum + loss.detach() / slot.weight
+                self.poison = self.poison + 0 * loss.detach()  # a clamp's gradient of NaN is 0: no norm would show it
                 self.last = LastBatch(e, m.detach(), loss.detach())
                 if first and self.objective.sampler != "data":
                     self.deviations = ratio_deviations(m, self.table, e, self.cfg.sample) | (self.deviations or {})
@@ -243,6 +245,9 @@ class Learner:
             return
         for p in self.parameters:  # a share may be empty, and its gradient then zero
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.group.size > 1:  # so that all processes drop the step
+            assert self.parameters[0].grad is not None
+            self.parameters[0].grad += self.poison
         self.group.add([p.grad for p in self.parameters if p.grad is not None])
 
     def _summed(self, loss_sum: Any, totals: Tensor | None, dead: int) -> tuple[Tensor, Tensor, int]:
@@ -262,14 +267,16 @@ class Learner:
         return dead == terms
 
     def step(self) -> float:
-        """One optimizer step on the accumulated gradients; returns their norm before clipping.
+        """One optimizer step on the accumulated gradients; returns their norm before clipping, or NaN of a NaN loss.
 
-        A gradient that is not finite is dropped, whatever the precision, and no step is taken.
+        What is not finite is dropped, whatever the precision, and no step is taken.
         """
         if self.group.size > 1 or all(p.grad is None for p in self.parameters):
             self._add_gradients()  # of skipped backwards: zeros, momentum moves on all the same
         self.scaler.unscale_(self.optimizer)
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        total = total + torch.as_tensor(self.poison, dtype=total.dtype, device=total.device)
+        self.poison = 0.0
         if self.policy.shards is not None:  # of this process's parts so far
             self.group.add([total.square_()])
             total = total.sqrt()

@@ -32,6 +32,22 @@ def test_dead_micro_batches_skip_their_backward_and_nothing_else(tmp_path, monke
     assert_same_tensors(*(run / "pytorch_lora_weights.safetensors" for run in (skipping, whole)))
 
 
+def test_a_loss_that_is_nan_drops_its_step_though_the_clamp_hides_it(tmp_path, monkeypatch):
+    """The gradient of a clamp at NaN is 0: only the loss tells. The third iteration's first micro-batch, of several."""
+    calls, whole = [], trainer.predict_states
+
+    def broken(*args):
+        calls.append(1)
+        m = whole(*args)
+        return m._replace(cond=m.cond * float("nan")) if len(calls) == 5 else m
+
+    monkeypatch.setattr(trainer, "predict_states", broken)
+    run = run_toy(tmp_path / "run", train_batch_size=2, max_train_steps=3, checkpointing_steps=1)
+    records = facts(run)
+    assert len(calls) == 6 and [r["nonfinite_steps"] for r in records] == [0, 0, 1]
+    assert [r["optimizer_steps"] for r in records] == [2, 4, 5]
+
+
 def test_the_ratio_starts_at_one_in_equal_batches(tmp_path, capsys):
     run_toy(tmp_path / "run", max_train_steps=2, train_batch_size=1)
     printed = capsys.readouterr().out
