@@ -63,7 +63,12 @@ KERNELS = {
     **{
         f"lora_linear, {tokens} tokens, rank {rank}, {str(dtype)[6:]}": (
             lora_linear._down_up_kernel,
-            {"HAS_BIAS": True, "R": lora_linear._padded(rank), **lora_linear._down_up_blocks(tokens, rank, dtype)},
+            {
+                "HAS_BIAS": True,
+                "SAVE_T": True,
+                "R": lora_linear._padded(rank),
+                **lora_linear._down_up_blocks(tokens, rank, dtype),
+            },
         )
         for tokens, rank, dtype in (
             *((tokens, rank, torch.bfloat16) for tokens, rank in ((32768, 64), (616, 64), (32768, 4), (32768, 128))),

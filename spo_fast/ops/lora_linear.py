@@ -72,7 +72,7 @@ except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing be
 if triton is not None:
 
     @triton.jit
-    def _down_up(
+    def _down_up_kernel(
         x_ptr,
         down_ptr,
         up_ptr,
@@ -123,39 +123,6 @@ if triton is not None:
             tl.store(y_ptr + token * y_m + n[None, :], y.to(dtype), mask=is_token & (n < N)[None, :])
 
     @triton.jit
-    def _down_up_kernel(
-        x_ptr,
-        down_ptr,
-        up_ptr,
-        bias_ptr,
-        y_ptr,
-        t_ptr,
-        scale,
-        M,
-        K,
-        N,
-        r,
-        down_r,
-        down_k,
-        up_n,
-        up_r,
-        HAS_BIAS: tl.constexpr,
-        R: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        _down_up(
-            *(x_ptr, down_ptr, up_ptr, bias_ptr, y_ptr, t_ptr, scale, M, K, N, r, down_r, down_k, up_n, up_r, N),
-            HAS_BIAS=HAS_BIAS,
-            SAVE_T=True,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_K=BLOCK_K,
-            BLOCK_N=BLOCK_N,
-        )
-
-    @triton.jit
     def _down_up_three_kernel(
         x_ptr,
         down_0_ptr,
@@ -183,7 +150,7 @@ if triton is not None:
         else:
             down_ptr, up_ptr = down_2_ptr, up_2_ptr
         y_ptr += tl.program_id(1) * N
-        _down_up(
+        _down_up_kernel(
             *(x_ptr, down_ptr, up_ptr, x_ptr, y_ptr, y_ptr, scale, M, K, N, r, K, 1, r, 1, 3 * N),
             HAS_BIAS=False,
             SAVE_T=False,
@@ -254,8 +221,9 @@ def _launch_down_up(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, sc
     y, t = x.new_empty(M, N), x.new_empty(M, r)
     blocks = _down_up_blocks(M, r, x.dtype)
     launch(_down_up_kernel)[(-(-M // blocks["BLOCK_M"]),)](
-        *(x, down, up, x if bias is None else bias, y, t, scale, M, K, N, r, *down.stride(), *up.stride()),
+        *(x, down, up, x if bias is None else bias, y, t, scale, M, K, N, r, *down.stride(), *up.stride(), N),
         HAS_BIAS=bias is not None,
+        SAVE_T=True,
         R=_padded(r),
         **blocks,
     )
