@@ -79,7 +79,8 @@ def test_what_has_not_run_shows_as_not_run():
 
 
 def test_compute_to_reach_a_level():
-    records = records_of(*(record("spo", s, 8.0) for s in SEEDS), *(record("dpo", s, 7.0) for s in SEEDS))
+    tuning = [record(name, TUNING_SEED, 7.0, lr=lr) for name in ("spo", "dpo") for lr in GRID]
+    records = records_of(*(record("spo", s, 8.0) for s in SEEDS), *(record("dpo", s, 7.0) for s in SEEDS), *tuning)
     assert claims.rows_to_reach("spo", 7.0, records) == pytest.approx(12000)
     assert claims.rows_to_reach("dpo", 7.0, records) == pytest.approx(24000)
     assert claims.rows_to_reach("dpo", 7.5, records) is None

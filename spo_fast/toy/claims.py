@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -321,7 +322,7 @@ def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def score_table(records: Mapping[str, Any]) -> str:
     columns = ("aesthetics", "layout", "held_out", "out_of_range", "diversity")
-    rows = [["contender", "seeds", "learning rate", *columns, "UNet rows", "CPU s"]]
+    rows = [["contender", "seeds", "learning rate", *columns, "UNet rows", "CPU s, scoring too"]]
     for g in evaluate.GUIDANCE_SCALES if "base" in records else ():
         scores = records["base"][f"guidance {g:g}"]
         rows.append([f"base, guidance {g:g}", "", "", *(f"{scores[c][0]:.3f} ± {scores[c][1]:.3f}" for c in columns)])
@@ -424,7 +425,7 @@ def claims_table(records: Mapping[str, Any]) -> str:
 def cost_table(records: Mapping[str, Any]) -> str:
     """Compute each method needs for what Diffusion-DPO reaches with the whole budget, and for half of SPO's gain.
 
-    In UNet rows and in CPU seconds, to which the training of the preference model belongs.
+    In UNet rows and, by the median tuning run, CPU seconds, to which the preference model's training belongs.
     """
     rows = [["level of aesthetics", *MAIN]]
     judge_s = records.get("judge", {}).get("cpu_s")
@@ -433,8 +434,12 @@ def cost_table(records: Mapping[str, Any]) -> str:
     def cost(name: str, reached: float | None) -> str:
         if reached is None:
             return "not reached"
-        runs = seeds_of(name, records)
-        trained_s = reached * sum(r["cpu_s"] for r in runs) / sum(r["spent"] for r in runs)
+        runs = [
+            records[cell] for lr in GRID if (cell := key(name, TUNING_SEED, lr)) in records
+        ]  # not scored on the way
+        if not runs:
+            return f"{reached:,.0f}"
+        trained_s = reached * statistics.median(r["cpu_s"] / r["spent"] for r in runs)
         more = (f" + {judge_s:,.0f} s" if judge_s else " + the judge's") if CONTENDERS[name].judged else ""
         return f"{reached:,.0f} ({trained_s:,.0f} s{more})"
 
