@@ -182,8 +182,9 @@ def save(
             for name, p in zip(learner.policy.names, learner.policy.masters, strict=True)
             if p.grad is not None
         }
-        kinds = {"trained": learner.policy.state_dict(), "optimizer": optimizer, "gradients": gradients}
-        kinds = {k: v for k, v in {**kinds, "averages": learner.policy.average_state_dict()}.items() if v}
+        kinds = {"trained": learner.policy.state_dict(), "optimizer": optimizer}  # no step yet: it is empty
+        some = {"gradients": gradients, "averages": learner.policy.average_state_dict()}
+        kinds |= {kind: tensors for kind, tensors in some.items() if tensors}
         if shards is not None:
             shards.save(temporary / SHARDS, kinds)
         else:
