@@ -115,6 +115,13 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def command(words: Sequence[str]) -> str:
+    """As it was typed, without the places of Python and its scripts on this machine."""
+    python, *rest = words
+    first = [Path(rest[0]).name] if rest and os.path.isabs(rest[0]) else ["python", *rest[:1]]
+    return shlex.join([*first, *rest[1:]])
+
+
 class Records:
     """Appends to one file; a line is complete or absent, also if the process dies right after."""
 
@@ -129,7 +136,7 @@ class Records:
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **{"size": self.size, "device": self.device, **software()},
             "gpu": gpu_state() if self.device == "cuda" else {},
-            "command": shlex.join(sys.argv),
+            "command": command(sys.orig_argv),
         }
         line = json.dumps(record, default=str) + "\n"
         with self.path.open("a") as file:

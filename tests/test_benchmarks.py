@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_graph, bench_libraries, gpu_run, iteration, networks, shapes
-from benchmarks.records import Records, quantiles, read
+from benchmarks.records import Records, command, quantiles, read
 from benchmarks.timing import relative_error
 
 KINDS = shapes.KINDS
@@ -253,6 +253,12 @@ def test_a_stage_that_raises_records_the_error(tmp_path, monkeypatch):
     first, second = read(tmp_path / "records.jsonl")
     assert first["status"] == "ok" and first["p50_ms"] == 1.0
     assert second["status"] == "failed" and "bitsandbytes" in second["error"]
+
+
+def test_records_name_no_place_of_this_machine():
+    assert command(["/usr/bin/python3", "-m", "pytest", "-q", "benchmarks/"]) == "python -m pytest -q benchmarks/"
+    assert command(["/usr/bin/python3", "/opt/bin/pytest", "benchmarks/"]) == "pytest benchmarks/"
+    assert command(["python", "benchmarks/gpu_run.py", "--only", "a b"]) == "python benchmarks/gpu_run.py --only 'a b'"
 
 
 def test_the_command_itself(tmp_path):
