@@ -116,11 +116,6 @@ class Experience:
             order=None if self.order is None else self.order[terms],
         )
 
-    def states_per_term(self) -> list[int]:
-        """How many states each term would add to a batch by itself."""
-        flat = self.index.flatten(1).sort(1).values.cpu()
-        return (1 + (flat.diff(dim=1) != 0).sum(1)).tolist()
-
     def micro_batches(self, max_states: int | None) -> Iterator[Experience]:
         """Consecutive terms packed into batches of at most `max_states` unique states; a term is never split."""
         yield from ([self] if max_states is None and len(self) else map(self.select, batches(self.index, max_states)))
