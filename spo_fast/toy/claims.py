@@ -504,7 +504,8 @@ def claims(arguments: list[str] | None) -> None:
     size, end = SIZES[args.size], time.monotonic() + args.budget_s
     path = args.records or Path("runs/claims" if args.size == "small" else "runs/claims-large") / "records.jsonl"
     work = args.work_dir or path.parent / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    if not args.tables:
+        work.mkdir(parents=True, exist_ok=True)
     if not args.tables and args.size != "small" and size_of(work).name != args.size:
         given = (size, 0, size.steps or build.STEPS, build.PAIRS)  # seed 0
         if not build.build(work / "toy-build", work / "toy", *given, deadline=end):
