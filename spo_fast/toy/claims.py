@@ -46,6 +46,7 @@ PICTURES, MARK_PICTURES = 512, 128
 GRID = (1e-4, 2e-4, 5e-4, 1e-3)  # learning rates of every method
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
+OWN = "guidance 2"  # of the base's scores: the preset's, with which all are trained and scored
 LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen; nor a point of a curve kept
 PAIRS, PAIRS_SEED = 8192, 7000
 SIGMAS = 2.0
@@ -255,6 +256,8 @@ def base(work: Path) -> dict[str, Any]:
         for g in evaluate.GUIDANCE_SCALES:
             run.cfg = run.cfg.with_fields(guidance_scale=g)
             found[f"guidance {g:g}"] = scores_of(run, world.TEST, PICTURES)
+            if f"guidance {g:g}" == OWN:
+                found["marks"] = scores_of(run, world.TEST, MARK_PICTURES)
     return found
 
 
@@ -340,6 +343,15 @@ def score_table(records: Mapping[str, Any]) -> str:
     return markdown(rows)
 
 
+def curve_of(record: Mapping[str, Any], records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run's points by rows spent. Those on the way are of fewer pictures: the base's gap between the two is added."""
+    whole, few = records["base"][OWN], records["base"]["marks"]
+    *marks, last = record["curve"]
+    gap = {score: whole[score][0] - few[score][0] for score in ("aesthetics", "layout")}
+    moved = [{**p, **{score: [p[score][0] + gap[score], *p[score][1:]] for score in gap}} for p in marks]
+    return [*moved, last]
+
+
 Point = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 """Which scores of a run are compared: at its end, at a quarter of the budget, or the best with the layout kept."""
 
@@ -348,13 +360,15 @@ def at_end(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record
 
 
-def at_a_quarter(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    return record["curve"][0]
+def at_a_quarter(records: Mapping[str, Any]) -> Point:
+    return lambda record: curve_of(record, records)[0]
 
 
-def layout_kept(floor: float) -> Point:
+def layout_kept(records: Mapping[str, Any]) -> Point:
+    floor = records["base"][OWN]["layout"][0] - LAYOUT_LOSS
+
     def best(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        safe = [point for point in record["curve"] if point["layout"][0] >= floor]
+        safe = [point for point in curve_of(record, records) if point["layout"][0] >= floor]
         return max(safe, key=lambda point: point["aesthetics"][0], default=None)
 
     return best
@@ -377,9 +391,9 @@ def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> float 
     runs = seeds_of(name, records)
     if not runs:
         return None
-    base_level = records["base"]["guidance 2"]["aesthetics"][0]
+    base_level = records["base"][OWN]["aesthetics"][0]
     curve = [(0.0, base_level)]
-    for points in zip(*(r["curve"] for r in runs), strict=False):
+    for points in zip(*(curve_of(r, records) for r in runs), strict=False):
         curve.append(
             tuple(sum(p[w] if w == "spent" else p[w][0] for p in points) / len(points) for w in ("spent", "aesthetics"))
         )  # type: ignore[arg-type]
@@ -389,7 +403,7 @@ def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> float 
     return None
 
 
-CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Point]] = {
+CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Callable[[Mapping[str, Any]], Point]]] = {
     "SPO is above Diffusion-DPO at equal compute": ("spo", "dpo"),
     "SPO with a quarter of the compute is above Diffusion-DPO": ("spo", "dpo", at_a_quarter),
     "SPO is above DDPO at equal compute": ("spo", "ddpo"),
@@ -412,9 +426,9 @@ def verdict(found: tuple[float, float] | None) -> str:
 
 def claims_table(records: Mapping[str, Any]) -> str:
     rows = [["claim of the paper", "difference in aesthetics", "in layout", "in aesthetics, layout kept", "verdict"]]
-    kept = layout_kept(records["base"]["guidance 2"]["layout"][0] - LAYOUT_LOSS) if "base" in records else at_end
+    kept = layout_kept(records) if "base" in records else at_end
     for claim, (a, b, *point) in CLAIMS.items():
-        of_a = point[0] if point else at_end
+        of_a = point[0](records) if point else at_end
         found, layout = (difference(a, b, records, score, of_a) for score in ("aesthetics", "layout"))
         safe = None if point else difference(a, b, records, of_a=kept, of_b=kept)
         cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout, safe)]
@@ -446,7 +460,7 @@ def cost_table(records: Mapping[str, Any]) -> str:
     if runs := seeds_of("dpo", records):
         levels["what dpo reaches"] = sum(r["aesthetics"][0] for r in runs) / len(runs)
     if (runs := seeds_of("spo", records)) and "base" in records:
-        start = records["base"]["guidance 2"]["aesthetics"][0]
+        start = records["base"][OWN]["aesthetics"][0]
         levels["half of spo's gain"] = (start + sum(r["aesthetics"][0] for r in runs) / len(runs)) / 2
     for what, level in levels.items():
         rows.append([f"{level:.2f}: {what}", *(cost(name, rows_to_reach(name, level, records)) for name in MAIN)])
@@ -461,12 +475,12 @@ def plot(records: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    start = records["base"]["guidance 2"]["aesthetics"][0]
+    start = records["base"][OWN]["aesthetics"][0]
     for name in CONTENDERS:
         runs = seeds_of(name, records)
         if not runs:
             continue
-        points = list(zip(*(r["curve"] for r in runs), strict=False))
+        points = list(zip(*(curve_of(r, records) for r in runs), strict=False))
         x = [0.0] + [sum(p["spent"] for p in ps) / len(ps) for ps in points]
         values = [[p["aesthetics"][0] for p in ps] for ps in points]
         y = [start] + [sum(v) / len(v) for v in values]
