@@ -32,7 +32,7 @@ def process_0_takes_longer_than(seconds: float) -> None:
 
         return call
 
-    trainer.Run.before_score = slow(trainer.Run.before_score)  # type: ignore[method-assign]
+    trainer.Run.before_training = slow(trainer.Run.before_training)  # type: ignore[method-assign]
     trainer.Run.show_progress = slow(trainer.Run.show_progress)  # type: ignore[method-assign]
     checkpoint.write_sums = slow(checkpoint.write_sums)
 

@@ -86,11 +86,13 @@ def assert_same_weights(a: Path, b: Path, tolerance: float = 1e-10) -> None:
 
 
 def assert_same_log(a: Path, b: Path) -> None:
+    skipped = {"dead_batches", "device", "accuracy"}  # of other micro-batches; signs of ratios that all start at 1
     for ours, theirs in zip(facts(a), facts(b), strict=True):
         assert ours.keys() == theirs.keys()
         assert ours["device"] == theirs["device"]
-        for name in ours.keys() - {"dead_batches", "device"}:  # of other micro-batches
+        for name in ours.keys() - skipped:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name  # the scorer is float32
+        skipped.discard("accuracy")
 
 
 def compare(tmp_path: Path, size: int, methods: dict[str, dict[str, Any]]) -> None:
