@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from spo_fast import checkpoint, train, trainer
 from spo_fast.models import sharded
+from spo_fast.models.diffusion import DTYPES
 
 
 def process_0_takes_longer_than(seconds: float) -> None:
@@ -42,6 +43,8 @@ def main() -> int:
     sharded.BUCKET = 2**18  # the toy's weights in several
     if patience := os.environ.get("PATIENCE_S"):
         process_0_takes_longer_than(float(patience))
+    if os.environ.get("FLOAT64_SCORER"):
+        DTYPES["no"] = torch.float64
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for port, line in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = str(port)
