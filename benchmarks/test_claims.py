@@ -15,7 +15,7 @@ def test_claims(pytestconfig, tmp_path, capsys):
     records = RESULTS / "toy_claims.jsonl"
     torch.set_num_threads(1)  # the records' number: sums, and so choices, depend on it
     claims.run_missing(records, tmp_path, pytestconfig.getoption("budget_s"))
-    found = claims.read(records)
+    found = claims.current(claims.read(records))
     with capsys.disabled():
         print("\n" + claims.tables(found))
     claims.plot(found, records.with_suffix(".png"))

@@ -51,12 +51,26 @@ def test_the_plan_is_in_order_of_importance_and_complete():
 
 def test_the_learning_rate_is_the_best_that_keeps_the_layout():
     grid = [record("spo", TUNING_SEED, a, layout, lr) for (a, layout), lr in zip(
-        [(6.5, 1.0), (7.0, 0.99), (8.0, 0.98), (9.0, 0.90)], GRID, strict=True)]  # fmt: skip
+        [(6.5, 1.0), (7.0, 0.99), (8.0, 0.98), (9.0, 0.90), (9.0, 0.90), (7.0, 0.98)], GRID, strict=True)]  # fmt: skip
     assert claims.chosen_rate("spo", records_of(*grid)) == GRID[2]
     assert claims.chosen_rate("winner start", records_of(*grid)) == GRID[2]  # an ablation takes SPO's
     assert claims.chosen_rate("mspo", records_of(*grid)) is None
     assert claims.chosen_rate("spo", records_of(*grid[:3])) is None
     assert claims.chosen_rate("spo", {r["cell"]: r for r in grid}) is None  # what the layout was is not known
+
+
+def test_runs_at_a_rate_that_the_grid_no_longer_chooses_are_made_again():
+    grid = [record("spo", TUNING_SEED, 6 + n, lr=lr) for n, lr in enumerate(GRID)]
+    old, ablation, other = (
+        record(name, 0, 7.0, lr=lr) for name, lr in (("spo", 5e-4), ("random picks", 5e-4), ("dpo", 1e-3))
+    )
+    for row in (old, ablation, other):
+        row["cell"] = key(row["name"], 0)
+    assert set(claims.current(records_of(*grid[:-1], old))) >= {"spo/0"}  # as long as the grid is not complete
+    kept = set(claims.current(records_of(*grid, old, ablation, other)))
+    assert kept == {"base", "dpo/0", *(r["cell"] for r in grid)}
+    again = {**old, "learning_rate": GRID[-1]}
+    assert "spo/0" in claims.current(records_of(*grid, old, again))  # the later record counts
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ has a record is not run again, what has none is shown as not run.
 
     python -m spo_fast.toy.claims                       # run what is missing, in order of importance, then the tables
     python -m spo_fast.toy.claims --budget_s 1800       # stop starting runs after half an hour
+    python -m spo_fast.toy.claims --contenders spo dpo  # of these alone; others can run at the same time beside it
     python -m spo_fast.toy.claims --cell spo/0          # one run again, whatever is recorded; prints its record
     python -m spo_fast.toy.claims --tables              # run nothing
     python -m spo_fast.toy.claims --size large --budget_s 3000   # for a GPU: builds a larger toy first
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from spo_fast.trainer import Run
 BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
 MARKS = (0.25, 0.5, 0.75)  # of the budget: scored on the way, for the curve
 PICTURES, MARK_PICTURES = 512, 128
-GRID = (1e-4, 2e-4, 5e-4, 1e-3)  # learning rates of every method
+GRID = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # learning rates of every method
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 OWN = "guidance 2"  # of the base's scores: the preset's, with which all are trained and scored
@@ -237,6 +238,18 @@ def plan() -> list[tuple[str, int, float | None]]:
     return runs
 
 
+def current(records: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the seeds' runs at another learning rate than the grid chooses now: it was extended after them."""
+
+    def stale(record: Mapping[str, Any]) -> bool:
+        if record["cell"] in ONCE or record["seed"] == TUNING_SEED:
+            return False
+        rate = chosen_rate(record["name"], records)
+        return rate is not None and not math.isclose(rate, record["learning_rate"])
+
+    return {cell: record for cell, record in records.items() if not stale(record)}
+
+
 def chosen_rate(name: str, records: Mapping[str, Any]) -> float | None:
     """The grid's best for the aesthetics of tuning prompts, layout kept; None while the grid is not complete."""
     owner = CONTENDERS[name].like or name
@@ -276,8 +289,8 @@ def read(path: Path) -> dict[str, Any]:
     return {record["cell"]: record for record in map(json.loads, lines)}
 
 
-def run_missing(path: Path, work: Path, budget_s: float) -> None:
-    """Every run without a record, until the time is spent."""
+def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[str] = tuple(CONTENDERS)) -> None:
+    """Every run of the contenders without a record, until the time is spent."""
     started = time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -295,9 +308,9 @@ def run_missing(path: Path, work: Path, budget_s: float) -> None:
         if name not in read(path):
             record(functools.partial(once, work), name)
     for name, seed, lr in plan():
-        records = read(path)
+        records = current(read(path))
         what = key(name, seed, lr)
-        if what in records:
+        if what in records or name not in contenders:
             continue
         if time.monotonic() - started > budget_s:
             return
@@ -512,6 +525,8 @@ def claims(arguments: list[str] | None) -> None:
     parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-large]/records.jsonl)")
     parser.add_argument("--work_dir", type=Path, help="pairs and models on the way (default work, beside the records)")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="no run is started later than this")
+    all_of_them = tuple(CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", choices=all_of_them, default=all_of_them, help="run these alone")
     parser.add_argument("--cell", help="NAME/SEED or NAME/tuning/RATE: only this run, whatever is recorded")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args(arguments)
@@ -529,8 +544,8 @@ def claims(arguments: list[str] | None) -> None:
         print(json.dumps(repeated(args.cell, read(path), work), indent=1))
         return
     if not args.tables:
-        run_missing(path, work, end - time.monotonic())
-    records = read(path)
+        run_missing(path, work, end - time.monotonic(), args.contenders)
+    records = current(read(path))
     text = tables(records)
     write_atomically(path.with_suffix(".md"), text + "\n")
     if "base" in records:
