@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from runs import facts, run_toy
 from safetensors.torch import load_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
@@ -193,6 +194,44 @@ def test_fused_equals_plain_in_float64(kind, variant, recompute, directories):
     fused.fuse(recompute)
     found = errors(results(fused), results(plain))
     assert max(found.values()) < 1e-10, found
+
+
+PATTERNS = [{"rank_pattern": {"to_k": 7}}, {"alpha_pattern": {"to_v": 9}}, {"alpha_pattern": {"attn2.to_v": 9}}]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_each_layer_has_the_rank_and_alpha_of_its_own(pattern, grad, directories):
+    """As LoRA files of other trainers may have."""
+    from diffusers import UNet2DConditionModel
+
+    def make() -> Any:
+        unet: Any = UNet2DConditionModel.from_pretrained(directories["sdxl"] / "unet").double()
+        unet.requires_grad_(False)
+        torch.manual_seed(0)
+        targets = ["to_q", "to_k", "to_v"]
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False, **pattern)
+        unet.add_adapter(config)
+        return unet.double()
+
+    plain, fused = make(), make()
+    fuse(fused)
+    policy = make_policy(directories["sdxl"], "attention", torch.float64)
+    x_t, t, cond = make_inputs(policy)
+    prompt = {name: value for name, value in cond.cond.items() if name != "prompt_embeds"}
+    with torch.set_grad_enabled(grad):
+        got, want = (
+            unet(x_t, t, cond.cond["prompt_embeds"], added_cond_kwargs=prompt).sample for unet in (fused, plain)
+        )
+        assert (got - want).norm() < 1e-10 * want.norm()
+        if grad:
+            for out in (got, want):
+                out.square().sum().backward()
+            wanted = dict(plain.named_parameters())
+            for name, p in fused.named_parameters():
+                if p.requires_grad:
+                    want_grad = wanted[name].grad
+                    assert (p.grad - want_grad).norm() <= 1e-10 * want_grad.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

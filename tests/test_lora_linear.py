@@ -271,6 +271,9 @@ def test_queries_keys_and_values_without_gradient(backend, dtype, tokens, column
         assert mine <= 2 * definition + floor
     with pytest.raises(ValueError, match="do not fit"):
         lora_three(x, weight, downs, [up[:, 1:] for up in ups] if r > 1 else [up[1:] for up in ups], SCALE)
+    wider = torch.cat([downs[1], downs[1]]), torch.cat([ups[1], ups[1]], 1)
+    with pytest.raises(ValueError, match="one rank"):
+        lora_three(x, weight, [downs[0], wider[0], downs[2]], [ups[0], wider[1], ups[2]], SCALE)
 
 
 def test_layers_that_share_x_save_it_once_and_read_it_once():

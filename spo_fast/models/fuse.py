@@ -225,7 +225,7 @@ def _linears(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
     """Each layer of the same x."""
     fused = [layer for layer in layers if isinstance(layer, FusedLora)]
     parts = [layer.parts for layer in fused]
-    if len(fused) < len(layers) or any(p is None for p in parts):
+    if len(fused) < len(layers) or any(p is None for p in parts) or len({m.scaling["default"] for m in fused}) > 1:
         return [layer(x) for layer in layers]
     return lora_linears(x, [p for p in parts if p is not None], fused[0].scaling["default"])
 
@@ -242,6 +242,8 @@ class FusedAttention(Attention):
             return
         if any(type(layer.base_layer) is not nn.Linear for layer in layers):
             return
+        if len({(layer.r["default"], layer.scaling["default"]) for layer in layers}) > 1:
+            return  # a LoRA file may have a rank and an alpha for each layer
         weights = [layer.base_layer.weight for layer in layers]
         if len({w.shape for w in weights}) == 1 and all(layer.base_layer.bias is None for layer in layers):
             self.stacked = torch.cat([w.data for w in weights])

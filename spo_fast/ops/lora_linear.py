@@ -432,8 +432,13 @@ def lora_three(
     ups: Sequence[Tensor],  # (O, r) each
     scale: float,
 ) -> tuple[Tensor, ...]:  # (..., O) views of one tensor
-    """lora_linears of queries, keys and values in two launches, where no gradient is wanted."""
+    """lora_linears of queries, keys and values in two launches, where no gradient is wanted.
+
+    Raises ValueError for ranks that differ, and as lora_linear does.
+    """
     rows = len(weight) // 3
+    if len({len(down) for down in downs}) > 1:
+        raise ValueError(f"lora_three takes one rank, got {[len(down) for down in downs]}: use lora_linears")
     for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
         _check(x, weight[i * rows : (i + 1) * rows], None, down, up)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
