@@ -25,6 +25,7 @@ def record(name, seed, aesthetics, layout=1.0, lr=None):
     curve = [{"spent": n * 6000, **scores(6 + (aesthetics - 6) * n / 4)} for n in (1, 2, 3, 4)]
     return {
         **{"cell": key(name, seed, lr), "name": name, "seed": seed, "learning_rate": lr or 5e-4, "cpu_s": 60.0},
+        "settings": CONTENDERS[name].recorded,
         **{"spent": 24000, "curve": curve, **scores(aesthetics, layout)},
     }
 
@@ -71,6 +72,7 @@ def test_runs_at_a_rate_that_the_grid_no_longer_chooses_are_made_again():
     assert kept == {"base", "dpo/0", *(r["cell"] for r in grid)}
     again = {**old, "learning_rate": GRID[-1]}
     assert "spo/0" in claims.current(records_of(*grid, old, again))  # the later record counts
+    assert "dpo/0" not in claims.current(records_of({**other, "settings": {"method": "dpo", "beta": 5000.0}}))
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,9 @@ def test_what_has_not_run_shows_as_not_run():
 def test_compute_to_reach_a_level():
     tuning = [record(name, TUNING_SEED, 7.0, lr=lr) for name in ("spo", "dpo") for lr in GRID]
     records = records_of(*(record("spo", s, 8.0) for s in SEEDS), *(record("dpo", s, 7.0) for s in SEEDS), *tuning)
-    assert claims.rows_to_reach("spo", 7.0, records) == pytest.approx(12000)
-    assert claims.rows_to_reach("dpo", 7.0, records) == pytest.approx(24000)
+    assert claims.rows_to_reach("spo", 7.0, records) == (pytest.approx(12000), False)
+    assert claims.rows_to_reach("dpo", 7.0, records) == (pytest.approx(24000), False)
+    assert claims.rows_to_reach("spo", 6.2, records) == (pytest.approx(6000), True)  # what lies before is not known
     assert claims.rows_to_reach("dpo", 7.5, records) is None
     assert "12,000 (30 s + the judge's)" in claims.cost_table(records) and "not reached" in claims.cost_table(records)
     with_judge = claims.cost_table(records | {"judge": {"cell": "judge", "cpu_s": 90.0}})
@@ -128,7 +131,7 @@ def test_points_on_the_way_are_moved_by_what_their_pictures_are_better():
     assert [p["aesthetics"][0] for p in claims.curve_of(records["spo/0"], records)] == pytest.approx([6.3, 6.8, 7.3, 8])
     quarter = next(row for row in claims.claims_table(records).splitlines() if "quarter" in row)
     assert "-0.700" in quarter
-    assert claims.rows_to_reach("spo", 6.8, records) == pytest.approx(12000)
+    assert claims.rows_to_reach("spo", 6.8, records) == (pytest.approx(12000), False)
 
 
 def test_rows_are_counted_as_they_cost():

@@ -49,7 +49,7 @@ TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 OWN = "guidance 2"  # of the base's scores: the preset's, with which all are trained and scored
 LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen; nor a point of a curve kept
-PAIRS, PAIRS_SEED = 8192, 7000
+PAIRS, PAIRS_SEED = build.PAIRS, build.PAIRS_SEED  # those that the shipped preference model was trained on
 SIGMAS = 2.0
 """A claim counts as reproduced if the difference over seeds exceeds so many of its standard errors, as not reproduced
 if it exceeds them the other way; between, it is undecided."""
@@ -66,14 +66,21 @@ class Contender:
     judged: bool = True
     """It needs a preference model, whose training belongs to its cost."""
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as JSON gives them back."""
+        return json.loads(json.dumps(dict(self.settings)))
+
 
 # whole trajectories take many UNet calls a prompt: fewer prompts and smaller steps give as many updates
 FEW = {"sample_batch_size": 4}
+LABELLED = {"pairs": "{pairs}", "cache_latents": False, "sample_batch_size": 64, "train_batch_size": 16}
 MAIN = {
     "spo": Contender(),
     "mspo": Contender({"method": "mspo"}),
-    "dpo": Contender({"method": "dpo", "pairs": "{pairs}", "cache_latents": False}, judged=False),
-    "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 160}),
+    # beta: the best of 5000 (published, for other latents), 500, 50 and 5 on the tuning prompts (benchmarks/LOG.md)
+    "dpo": Contender({"method": "dpo", **LABELLED, "beta": 50.0}, judged=False),
+    "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 20}),
 }
 ABLATIONS = {
     "random picks": Contender(like="spo", random_picks=True),
@@ -84,9 +91,9 @@ ABLATIONS = {
     "all noise levels": Contender({"branch_start": 0}, like="spo"),
 }
 REST = {
-    "mapo": Contender({"method": "mapo", "pairs": "{pairs}", "cache_latents": False}, judged=False),
+    "mapo": Contender({"method": "mapo", **LABELLED}, judged=False),
     "d3po": Contender({"method": "d3po", **FEW}),
-    "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 160}, like="ddpo"),
+    "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 20}, like="ddpo"),
     "dense": Contender({"method": "dense", **FEW}),
     "gradspo": Contender({"method": "gradspo"}),
     "lpo": Contender({"method": "lpo", "lrm_path": "{lrm}"}),
@@ -157,7 +164,16 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
                 meter.on = True
             return record
 
+        accuracy = run.held_out_accuracy
+
+        def uncounted() -> float | None:  # looking at held-out pairs is no training
+            meter.on = False
+            found = accuracy()
+            meter.on = True
+            return found
+
         run.iterate = until_spent  # type: ignore[method-assign]
+        run.held_out_accuracy = uncounted  # type: ignore[method-assign]
         started, started_wall = time.process_time(), time.monotonic()
         run.train()
         cpu_s, wall_s = time.process_time() - started, time.monotonic() - started_wall
@@ -169,7 +185,8 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         state = run.state
     return {
         **{"cell": key(name, seed, learning_rate if tuning else None), "name": name, "seed": seed},
-        **{"learning_rate": run.cfg.optim.learning_rate, **last, "curve": [*curve, last]},
+        **{"settings": contender.recorded, "learning_rate": run.cfg.optim.learning_rate},
+        **{**last, "curve": [*curve, last]},
         **{"iterations": state.iteration, "optimizer_steps": state.optimizer_steps, "pairs": state.pairs},
         **{"cpu_s": round(cpu_s, 1), "wall_s": round(wall_s, 1)},
     }
@@ -211,7 +228,8 @@ def materials(work: Path, text: str) -> dict[str, str]:
 
 
 def judge(work: Path) -> dict[str, Any]:
-    """What a step-aware preference model costs, trained from PickScore as the shipped one was."""
+    """What the shipped step-aware preference model costs, trained again on its pairs. It starts from PickScore, whose
+    own training is not counted: it is given, as in the paper."""
     pairs = materials(work, "{pairs}")["pairs"]
     with tempfile.TemporaryDirectory(dir=work) as directory:
         started = time.process_time()
@@ -239,13 +257,19 @@ def plan() -> list[tuple[str, int, float | None]]:
 
 
 def current(records: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the seeds' runs at another learning rate than the grid chooses now: it was extended after them."""
+    """Without runs of other settings than a contender has now, or, of seeds, of a learning rate that is not chosen."""
 
     def stale(record: Mapping[str, Any]) -> bool:
         if record["cell"] in ONCE or record["seed"] == TUNING_SEED:
             return False
         rate = chosen_rate(record["name"], records)
         return rate is not None and not math.isclose(rate, record["learning_rate"])
+
+    records = {
+        cell: record
+        for cell, record in records.items()
+        if cell in ONCE or record.get("settings", {}) == CONTENDERS[record["name"]].recorded
+    }
 
     return {cell: record for cell, record in records.items() if not stale(record)}
 
@@ -325,11 +349,14 @@ def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[
 
 
 def over_seeds(values: list[float], errors: list[float]) -> tuple[float, float]:
-    """Mean and its standard error: the larger of the spread between seeds and of the pictures within."""
+    """Mean and its standard error: the larger of the spread between seeds and of the pictures' error.
+
+    All seeds are scored on pictures from the same noise: more of them do not make the pictures' error smaller.
+    """
     n = len(values)
     mean = sum(values) / n
     between = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-    return mean, max(between, math.sqrt(sum(e**2 for e in errors)) / n)
+    return mean, max(between, sum(errors) / n)
 
 
 def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -399,8 +426,11 @@ def difference(
     return over_seeds(gaps, [math.hypot(x[score][1], y[score][1]) for x, y in both])
 
 
-def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> float | None:
-    """UNet rows after which a contender's mean curve first reaches a level of aesthetics, between its points."""
+def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> tuple[float, bool] | None:
+    """UNet rows after which a contender's mean curve first reaches a level of aesthetics, between its points.
+
+    True beside them: it was there at its first point already, whose rows these are.
+    """
     runs = seeds_of(name, records)
     if not runs:
         return None
@@ -410,15 +440,23 @@ def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> float 
         curve.append(
             tuple(sum(p[w] if w == "spent" else p[w][0] for p in points) / len(points) for w in ("spent", "aesthetics"))
         )  # type: ignore[arg-type]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    if curve[1][1] >= level:
+        return curve[1][0], True
+    for (x0, y0), (x1, y1) in zip(curve[1:], curve[2:], strict=False):
         if y1 >= level > y0:
-            return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0), False
     return None
+
+
+def rows_share(a: str, b: str, records: Mapping[str, Any], of_a: Point) -> float | None:
+    """UNet rows of a at a point over those of b at its end."""
+    spent = [[p["spent"] for r in seeds_of(n, records) if (p := of(r))] for n, of in ((a, of_a), (b, at_end))]
+    return statistics.fmean(spent[0]) / statistics.fmean(spent[1]) if all(spent) else None
 
 
 CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Callable[[Mapping[str, Any]], Point]]] = {
     "SPO is above Diffusion-DPO at equal compute": ("spo", "dpo"),
-    "SPO with a quarter of the compute is above Diffusion-DPO": ("spo", "dpo", at_a_quarter),
+    "SPO with about a quarter of the compute is above Diffusion-DPO": ("spo", "dpo", at_a_quarter),
     "SPO is above DDPO at equal compute": ("spo", "ddpo"),
     "a random next start is above the winner": ("spo", "winner start"),
     "a random next start is above the loser": ("spo", "loser start"),
@@ -444,6 +482,8 @@ def claims_table(records: Mapping[str, Any]) -> str:
         of_a = point[0](records) if point else at_end
         found, layout = (difference(a, b, records, score, of_a) for score in ("aesthetics", "layout"))
         safe = None if point else difference(a, b, records, of_a=kept, of_b=kept)
+        if point and (share := rows_share(a, b, records, of_a)):
+            claim += f" ({share:.0%} of its rows)"
         cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout, safe)]
         rows.append([claim, *cells, verdict(found)])
     return markdown(rows)
@@ -458,17 +498,19 @@ def cost_table(records: Mapping[str, Any]) -> str:
     judge_s = records.get("judge", {}).get("cpu_s")
     levels = {}
 
-    def cost(name: str, reached: float | None) -> str:
-        if reached is None:
+    def cost(name: str, found: tuple[float, bool] | None) -> str:
+        if found is None:
             return "not reached"
+        reached, at_once = found
+        below = "< " * at_once
         runs = [
             records[cell] for lr in GRID if (cell := key(name, TUNING_SEED, lr)) in records
         ]  # not scored on the way
         if not runs:
-            return f"{reached:,.0f}"
+            return f"{below}{reached:,.0f}"
         trained_s = reached * statistics.median(r["cpu_s"] / r["spent"] for r in runs)
         more = (f" + {judge_s:,.0f} s" if judge_s else " + the judge's") if CONTENDERS[name].judged else ""
-        return f"{reached:,.0f} ({trained_s:,.0f} s{more})"
+        return f"{below}{reached:,.0f} ({below}{trained_s:,.0f} s{more})"
 
     if runs := seeds_of("dpo", records):
         levels["what dpo reaches"] = sum(r["aesthetics"][0] for r in runs) / len(runs)
