@@ -26,12 +26,13 @@ PROMPT_COLUMNS = ("caption", "prompt", "text")  # the first one present is read;
 Located = tuple[str, Any]  # (where in the file, for an error message; the value found there)
 
 
-def load_prompts(path: str | Path | None, column: str | None = None) -> list[str]:
+def load_prompts(path: str | Path | None, column: str | None = None, quoted: bool = True) -> list[str]:
     """Read prompts from .txt, .json, .jsonl, .csv, .tsv or .parquet; None reads the built-in ones.
 
     path: text files hold one prompt a line (blank lines and lines starting with # are skipped); JSON is a list of
     strings or of objects (the published format: [{"caption": ..., "trainset_idx": ...}]); tables have a header.
     column: the field to read; None takes the first of caption, prompt, text.
+    quoted: cells of a table may stand in double quotes; False: a quote is a character like any other.
     Returns the prompts in file order, stripped; repeats are kept (see count_repeats).
     Raises FileNotFoundError, ImportError (parquet without pyarrow) or ValueError naming the file and line to mend.
     """
@@ -45,7 +46,8 @@ def load_prompts(path: str | Path | None, column: str | None = None) -> list[str
         what = "is a folder, not a file of prompts" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}. Give a file of prompts, or leave --prompts out for the built-in ones.")
     try:
-        prompts = [checked_prompt(path, where, value) for where, value in reader(path, column)]
+        found = reader(path, column) if quoted or reader is not read_table else read_table(path, column, quoted)
+        prompts = [checked_prompt(path, where, value) for where, value in found]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Save the file as UTF-8."
@@ -102,12 +104,13 @@ def read_jsonl(path: Path, column: str | None) -> Iterator[Located]:
     yield from pick_field(path, entries, column)
 
 
-def read_table(path: Path, column: str | None) -> Iterator[Located]:
+def read_table(path: Path, column: str | None, quoted: bool = True) -> Iterator[Located]:
     """CSV, or TSV by the file's suffix; the first line is the header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         # strict: a stray quote is an error here, not a prompt that swallows the rest of the file
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        options: dict[str, Any] = {} if quoted else {"quoting": csv.QUOTE_NONE}
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True, **options)
         try:
             column = chosen_column(path, "line 1", rows.fieldnames or [], column)
             for row in rows:

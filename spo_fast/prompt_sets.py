@@ -18,6 +18,7 @@ class PromptSet:
     repository: str | None  # a data set of the hub; None: only elsewhere
     files: tuple[str, ...]  # patterns
     column: str | None = None
+    quoted: bool = True  # its table, if it is one
     where: str = ""  # it can be had from, if there is no repository
 
 
@@ -35,7 +36,7 @@ PROMPT_SETS = {
         "zhwang/HPDv2",
         tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
     ),
-    "parti": PromptSet("PartiPrompts", 1632, "nateraw/parti-prompts", ("PartiPrompts.tsv",), "Prompt"),
+    "parti": PromptSet("PartiPrompts", 1632, "nateraw/parti-prompts", ("PartiPrompts.tsv",), "Prompt", quoted=False),
     "geneval": PromptSet(
         "GenEval's prompts",
         553,
@@ -98,7 +99,8 @@ def _from_hub(prompts: PromptSet) -> tuple[Path | None, str]:
 def read_prompts(prompts: PromptSet | None, files: list[Path], column: str | None) -> list[str]:
     """Raises ValueError for a set that is not whole, or as load_prompts does."""
     column = column or (prompts.column if prompts else None)
-    texts = [text for file in files for text in load_prompts(file, column)]
+    quoted = prompts is None or prompts.quoted
+    texts = [text for file in files for text in load_prompts(file, column, quoted)]
     if prompts and len(texts) != prompts.count:
         names = ", ".join(map(str, files))
         raise ValueError(f"{names}: {len(texts):,} prompts, but {prompts.what} are {prompts.count:,}. Get them again.")
