@@ -424,6 +424,9 @@ def test_wrong_single_files(tiny: dict[str, Path], single: dict[str, Path], tmp_
     save_file(no_vae, tmp_path / "no_vae.safetensors")
     with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path"):
         resolve("sd15", tmp_path / "no_vae.safetensors")
+    save_file({**tensors, "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="holds v_pred: its network predicts something else"):
+        resolve("sd15", tmp_path / "v.safetensors")
     resolve("sd15", tmp_path / "no_vae.safetensors", pretrained_vae_model_name_or_path=str(tiny["sd15"]))
     with pytest.raises(ValueError, match="holds no VAE"):
         resolve("sd15", tiny["sd15"], pretrained_vae_model_name_or_path=str(tmp_path / "no_vae.safetensors"))

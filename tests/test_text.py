@@ -234,6 +234,12 @@ def test_fingerprint_files(tmp_path):
     others = [fingerprint_files([a])]
     for content in (b"x" + b"a" * 2_999_999, b"a" * 2_999_999 + b"x", b"a" * 3_000_001, b""):
         others.append(fingerprint_files([make("text_encoder", "model.safetensors", content), b]))
+    large = make("unet", "model.safetensors", bytes(40_000_000))
+    others.append(fingerprint_files([large]))
+    with large.open("r+b") as file:  # one layer of a network, a hundredth of it
+        file.seek(20_000_000)
+        file.write(b"x" * 400_000)
+    others.append(fingerprint_files([large]))
     make("text_encoder", "model.safetensors", b"b")
     make("text_encoder_2", "model.safetensors", b"a" * 3_000_000)
     others.append(fingerprint_files([a, b]))  # the two encoders changed places

@@ -215,6 +215,11 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def _check_scheduler(config: dict[str, Any]) -> None:
+    if not ({"beta_start", "beta_end"} <= config.keys() or config.get("trained_betas")):
+        raise ValueError(
+            f"the model's scheduler ({config.get('_class_name')}) has no betas: the model belongs to another noise "
+            "schedule than the discrete one of SD-1.5 and SDXL, which is the only one that is trained here."
+        )
     for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if config.get(name):
             raise ValueError(

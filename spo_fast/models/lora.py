@@ -42,7 +42,11 @@ def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, 
         name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value
         for name, value in convert_unet_state_dict_to_peft(layers).items()
     }
-    _check(f"--lora_path {file}", found, _alpha(file), unet, adapter)
+    metadata = _metadata(file)
+    for option in ("alpha_pattern", "use_rslora", "use_dora"):
+        if metadata.get(f"unet.{option}"):
+            raise ValueError(f"--lora_path {file} has {option}: training goes on from one alpha for all layers only.")
+    _check(f"--lora_path {file}", found, metadata.get("unet.lora_alpha"), unet, adapter)
     return found
 
 
@@ -52,7 +56,6 @@ def apply_lora(file: Path, unet: Any, kind: str) -> None:
     file: in diffusers' names or kohya's. Raises ValueError if it is damaged, for another model, or does not fit itself.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
-    from diffusers.utils import convert_unet_state_dict_to_peft
 
     loader: Any = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}[kind]
     read_header(file)
@@ -67,7 +70,15 @@ def apply_lora(file: Path, unet: Any, kind: str) -> None:
         ) from error
     if odd := next((name for name in state if not name.startswith("unet.")), None):
         raise ValueError(f"{file} holds more than a LoRA of a UNet ({odd}), which is all that is compared here.")
-    layers = convert_unet_state_dict_to_peft({name.removeprefix("unet."): value for name, value in state.items()})
+    if any(name.endswith(".dora_scale") for name in read_header(file)):
+        raise ValueError(f"{file} is a DoRA: its dora_scale would be left out. Merge it into a UNet and compare that.")
+    layers = _peft_names(state)
+    # kohya's alphas go into the weights: diffusers looks some layers' up by a name that none has, and takes another
+    scales = {name.split(".lora_A.")[0]: alpha for name, alpha in _peft_names(alphas or {}, ".alpha").items()}
+    for name, up in layers.items():
+        layer, _, matrix = name.partition(".lora_")
+        if matrix.startswith("B.") and scales.get(layer, up.shape[1]) != up.shape[1]:
+            layers[name] = (up.float() * (scales[layer] / up.shape[1])).to(up.dtype)
     if not layers:
         raise ValueError(f"{file} holds no LoRA of a UNet: no name in it begins with unet. or lora_unet_.")
     weights = {name: module.weight.shape for name, module in unet.named_modules() if hasattr(module, "weight")}
@@ -85,12 +96,21 @@ def apply_lora(file: Path, unet: Any, kind: str) -> None:
                 f"{file} belongs to another base model: its {layer} takes {tuple(down.shape[1:])} and gives "
                 f"{up.shape[0]} channels, here {tuple(weights[layer][1:])} and {weights[layer][0]}."
             )
-    loader.load_lora_into_unet(state, alphas, unet, adapter_name="default", metadata=metadata)
+    state = {f"unet.{name}": value for name, value in layers.items()}
+    loader.load_lora_into_unet(state, None, unet, adapter_name="default", metadata=metadata)
     dtype = unet.dtype
     for name, parameter in unet.named_parameters():
         if ".lora_" in name:  # unet.to warns of modules to keep in float32, of which it has none
             parameter.data = parameter.data.to(dtype)
     unet.requires_grad_(False).eval()
+
+
+def _peft_names(found: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    """By PEFT's names of the layers' matrices; found: by names that begin with unet. and end with the suffix."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    bare = {name.removeprefix("unet.").removesuffix(suffix): value for name, value in found.items()}
+    return convert_unet_state_dict_to_peft(bare)
 
 
 def _check(label: str, found: dict[str, Tensor], alpha: float | None, unet: Any, adapter: AdapterConfig) -> None:
@@ -127,13 +147,14 @@ def _ending(layer: str) -> str:
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def _alpha(file: Path) -> float | None:
-    """The alpha that diffusers writes beside the tensors."""
+def _metadata(file: Path) -> dict[str, Any]:
+    """What diffusers writes of the adapter beside the tensors: unet.lora_alpha, ..."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as f:
         text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
-        return json.loads(text).get("unet.lora_alpha")
-    except (ValueError, AttributeError):
-        return None
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

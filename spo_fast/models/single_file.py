@@ -23,6 +23,7 @@ TEXT_PREFIXES = {
     "sd15": ("cond_stage_model.transformer.",),
     "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
 }
+OTHER_PREDICTION = ("v_pred", "ztsnr", "edm_mean", "edm_std")  # tensors by which such files are marked
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VAE_LAYERS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the rest is the VAE's training loss
 
@@ -37,6 +38,11 @@ def check_model_file(path: Path, kind: str, with_vae: bool) -> None:
     for other, prefixes in TEXT_PREFIXES.items():  # the likeliest mistake: say so
         if other != kind and not absent([*prefixes]):
             raise ValueError(f"{path} is a {other} model, but kind {kind} was asked for: use {other}.")
+    if marker := next((n for n in names if n in OTHER_PREDICTION or n.startswith("edm_vpred.")), None):
+        raise ValueError(
+            f"{path} holds {marker}: its network predicts something else, or on another noise schedule, than {kind}'s. "
+            "Convert it to a diffusers directory, whose scheduler_config.json says which."
+        )
     if lacking := absent([UNET_PREFIX, *TEXT_PREFIXES[kind], *([VAE_PREFIX] if with_vae else [])]):
         mend = " Give a VAE by --pretrained_vae_model_name_or_path." if lacking == [VAE_PREFIX] else ""
         raise ValueError(f"{path} is no whole {kind} model: it has no tensors named {'*, '.join(lacking)}*.{mend}")
@@ -58,8 +64,8 @@ def _check_size(path: Path, part: str, tensors: Mapping[str, Tensor], config: Ma
     if held != expected:
         raise ValueError(
             f"the {part} in {path} has {held:,} parameters where its settings give {expected:,}: another architecture "
-            "(inpainting, refiner, SD2?) or an incomplete file. Its own settings can be given: `config`, or, for a VAE "
-            "in diffusers layout, a config.json beside it."
+            "(inpainting, refiner, SD2?) or an incomplete file. Convert it to a diffusers directory, or, for a VAE in "
+            "diffusers layout, put its config.json beside it."
         )
 
 
