@@ -6,6 +6,8 @@ Both trainers read through this: that of preference models, and that of the meth
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,9 +234,10 @@ class PairReader:
         """The pairs of an iteration, and the position after them; position: rows read by the iterations before."""
         part = next(n for n in range(min(READ_BATCH, self.batch_size), 0, -1) if self.batch_size % n == 0)
         if self._stream is None:
-            self._stream = self._open(self.split.source, self.train_rows, part, seed=self.seed, position=position)
-        parts = [next(self._stream) for _ in range(self.batch_size // part)]
-        return self._inputs(parts, iteration, self.cfg.objective.prompt_dropout), parts[-1].position
+            options: dict[str, Any] = {"seed": self.seed, "shuffle": self.cfg.data.shuffle}
+            self._stream = self._open(self.split.source, self.train_rows, part, position=position, **options)
+        parts = itertools.islice(self._stream, self.batch_size // part)
+        return self._inputs(parts, iteration, self.cfg.objective.prompt_dropout)
 
     def held_out(self) -> PairInputs | None:
         """The held-out pairs, at the same noise each time."""
@@ -242,25 +245,29 @@ class PairReader:
             return None
         options: dict[str, Any] = {"seed": self.seed, "epochs": 1, "shuffle": False}
         with self._open(self.split.valid_source, self.valid_rows, READ_BATCH, **options) as stream:
-            return self._inputs(list(stream), EVALUATION, 0.0)
+            return self._inputs(stream, EVALUATION, 0.0)[0]
 
-    def _inputs(self, parts: list[PairBatch[list[LoadedImage]]], iteration: int, dropout: float) -> PairInputs:
-        latents, prompts, first = [], [], 0
+    def _inputs(
+        self, parts: Iterable[PairBatch[list[LoadedImage]]], iteration: int, dropout: float
+    ) -> tuple[PairInputs, int]:
+        """The pairs of the parts, and the position after them; the pixels of one part at a time are in memory."""
+        latents, prompts, first, position = [], [], 0, 0
         device = self.model.device
         for batch in parts:
             number = torch.arange(first, first + len(batch.prompts), device=device)
-            first += len(batch.prompts)
+            first, position = first + len(batch.prompts), batch.position
             x = self.images.images(batch, KeyedDraws(self.seed, iteration, number)).latents
             assert x is not None
             preferred = (batch.labels < 0.5).long().to(device)  # the second image
             order = torch.stack([preferred, 1 - preferred])
             latents.append(x[order, torch.arange(len(number), device=device)])
             prompts += batch.prompts
+            del batch  # and its pixels, before the next part is read
         draws = KeyedDraws(self.seed, iteration, torch.arange(first, device=device))
         if dropout > 0:
             dropped = (draws.integer(EMPTY, 2**30) < dropout * 2**30).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        return PairInputs(self.model.cond(prompts), torch.cat(latents, 1), draws, self.alphas_cumprod)
+        return PairInputs(self.model.cond(prompts), torch.cat(latents, 1), draws, self.alphas_cumprod), position
 
     def close(self) -> None:
         if self._stream is not None:

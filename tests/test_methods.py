@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,19 +252,30 @@ def test_pairs_are_read_preferred_image_first(tmp_path: Path, of: Callable[..., 
     import io
 
     import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
     settings = of(method, prompt_dropout=0.4, sample_batch_size=20, cache_latents=True, validation_share=0.05)
-    run = built(tmp_path / "run", **settings, resolution=16)
-    table = pq.read_table(settings["pairs"]).to_pylist()
+    table = pq.read_table(settings["pairs"])
+    labels = [[0.5 if n < 3 else label for n, label in enumerate(table[f"label_{j}"].to_pylist())] for j in range(2)]
+    for j in range(2):
+        column = table.schema.get_field_index(f"label_{j}")
+        table = table.set_column(
+            column, table.schema.field(column), pa.array(labels[j], table.schema.field(column).type)
+        )
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    run = built(tmp_path / "run", **{**settings, "pairs": tmp_path / "pairs.parquet"}, resolution=16)
+    table = table.to_pylist()
     ties = sum(row["label_0"] == 0.5 for row in table)
-    assert len(run.pairs.train_rows) + len(run.pairs.valid_rows) == len(table) - ties
+    assert ties == 3 and len(run.pairs.train_rows) + len(run.pairs.valid_rows) == len(table) - ties
     prompts = []
     whole = run.model.cond
     run.model.cond = lambda p: prompts.extend(p) or whole(p)  # type: ignore[method-assign, func-returns-value]
     preferred = {}
     for row in table:
+        if row["label_0"] == 0.5:
+            continue
         best = int(row["label_0"] < row["label_1"])
         pictures = [np.asarray(Image.open(io.BytesIO(row[f"jpg_{j}"])), np.float32) for j in (best, 1 - best)]
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -572,3 +586,21 @@ def test_every_method_has_settings_for_every_model(model: str) -> None:
         settings = METHODS[method]({"model": model})
         unread = {n for n in settings if method not in READS.get(n, (method,))}
         assert unread <= {"num_inner_steps", "branch_start"}  # what a preset's own value would break
+
+
+def test_pixels_of_one_part_at_a_time_are_in_memory(tmp_path: Path, of: Callable[..., Any]) -> None:
+    """An iteration of thousands of pairs would not fit: images are dropped once they are encoded."""
+    run = built(tmp_path / "run", **of("dpo", sample_batch_size=12, validation_share=0.05), resolution=16)
+    read: list[Any] = []
+
+    def parts() -> Any:
+        for n in (0, 4, 8):
+            gc.collect()
+            assert all(image() is None for image in read), "the part before is still held"
+            loaded = [run.pairs.images.load(row) for row in run.pairs.split.source.read(range(n, n + 4))]
+            read.extend(weakref.ref(image) for pair in loaded for image in pair)
+            yield types.SimpleNamespace(prompts=["a"] * 4, labels=torch.ones(4), position=n + 4, loaded=loaded)
+            del loaded
+
+    inputs, position = run.pairs._inputs(parts(), 0, 0.0)
+    assert inputs.latents.shape[1] == 12 and position == 12 and len(read) == 24
