@@ -141,7 +141,7 @@ def load_metric(
     """The scorer as published tables have it: PickScore's own processor resizes with antialias, the trainer's not."""
     scorer: Any = load_scorer([(name, 1)], paths, tokenize, device, dtype, wanted=wanted)
     if name == "pickscore":
-        scorer.preprocess = cropped
+        scorer.preprocess = partial(cropped, to_even=False)
     return scorer
 
 

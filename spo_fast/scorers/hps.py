@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +38,10 @@ LAYER = {
 }
 
 
+STRAIGHT = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'")
+STRAIGHT |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
+
+
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's state dict under transformers' names; what has no counterpart keeps its name."""
     found: dict[str, Tensor] = {}
@@ -61,11 +66,23 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def mended_text(prompt: str) -> str:
+    return html.unescape(html.unescape(prompt.translate(STRAIGHT)))
+
+
 def load_hps(
     path: str | Path, tokenize: Tokenize, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ClipScorer:
-    """HPS_v2_compressed.pt or HPS_v2.1_compressed.pt: 100 cos of the padded picture and the prompt."""
+    """HPS_v2_compressed.pt or HPS_v2.1_compressed.pt: 100 cos of the padded picture and the prompt.
+
+    Of what open_clip's tokenizer mends in a prompt first (ftfy) straight quotes and HTML entities are done here.
+    """
     file = find_weights(Path(path))
     tensors, config = from_open_clip(read_tensors(file, "state_dict")), read_hf_config(file.parent)
     clip = load_clip(tensors, time_conditioned=False, hf_config=config, device=device, dtype=dtype, name=str(file))
-    return ClipScorer(check_vocabulary(clip, tokenize, file), tokenize, dtype=dtype, preprocess=padded, scale=100.0)
+    checked = check_vocabulary(clip, tokenize, file)
+
+    def mended(prompts: list[str]) -> Tensor:
+        return tokenize([mended_text(prompt) for prompt in prompts])
+
+    return ClipScorer(checked, mended, dtype=dtype, preprocess=padded, scale=100.0)

@@ -43,11 +43,16 @@ def cropped(
     pixels: Tensor,  # (B, 3, H, W) about [-1, 1]
     size: int,
     dtype: torch.dtype = torch.float32,
+    *,
+    to_even: bool = True,
 ) -> Tensor:  # (B, 3, size, size), CLIP's statistics
-    """Short side to `size`, centre crop: CLIP, PickScore, the aesthetic predictor, ImageReward."""
+    """Short side to `size`, centre crop: CLIP, PickScore, the aesthetic predictor, ImageReward.
+
+    to_even: half a pixel of margin is rounded to even, as torchvision does; False: down, as CLIPImageProcessor does.
+    """
     h, w = pixels.shape[-2:]
     h, w = (size * h // min(h, w), size * w // min(h, w))  # rounded down
-    top, left = round((h - size) / 2), round((w - size) / 2)
+    top, left = (round(m / 2) if to_even else m // 2 for m in (h - size, w - size))
     x = resized(pixels, h, w)[..., top : top + size, left : left + size]
     return normalise_channels(x, CLIP_MEAN, CLIP_STD).to(dtype)
 
