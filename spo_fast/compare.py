@@ -244,7 +244,7 @@ def pairs_html(c: Comparison) -> str:
     for row, (number, images) in enumerate(zip(c.shown, image_bytes(c), strict=True)):
         figures = []
         for side, (name, (kind, data)) in enumerate(zip(c.names, images, strict=True)):
-            scores = whose + ", ".join(f"{m} {e.values[name][m][number // per]:.4g}" for m in e.metrics)
+            scores = whose + ", ".join(f"{m} {e.raw[name][m][number // per]:.4g}" for m in e.metrics)
             source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
             figures.append(
                 f'<figure><figcaption>{escape(name)} <span class="numbers">{escape(scores)}</span></figcaption>'
@@ -377,11 +377,11 @@ def parse(arguments: list[str] | None = None) -> tuple[EvaluationConfig, list[st
 def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         cfg, names, mine = parse(arguments)
+        if not cfg.metric.metric_names:
+            raise RunError("no metric: give one or more by --metrics.")
         evaluation = evaluate(cfg)
         by_name = {g.contender.name: g for g in evaluation.galleries}
         sides = [by_name[name] for name in names]
-        if not evaluation.metrics:
-            raise RunError("no metric: give one or more by --metrics.")
         print(write_comparison(Comparison(evaluation, sides, spread(len(sides[0].files), mine.num_shown)), mine.votes))
 
     return cli.guarded(work, arguments)

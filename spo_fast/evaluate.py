@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -56,9 +57,9 @@ class Contender:
 
 def named(spec: str) -> tuple[str, str]:
     """ "mine=runs/a" -> ("mine", "runs/a"); a source alone is called by its last part."""
-    if (m := re.fullmatch(r"([\w.-]+)=(.+)", spec)) and not Path(spec).exists():
+    if (m := re.fullmatch(r"(\w[\w.-]*)=(.+)", spec)) and not Path(spec).exists():
         return m[1], m[2]
-    path = Path(spec)
+    path = Path(os.path.abspath(os.path.expanduser(spec)))
     stem = path.parent.name if path.name == "pytorch_lora_weights.safetensors" else path.name
     return re.sub(r"[^\w.-]", "_", stem.removesuffix(".safetensors")) or "run", spec
 
@@ -306,6 +307,9 @@ def score_all(
 
     per, size = cfg.pictures.images_per_prompt, cfg.pictures.images_at_once
     found: dict[str, dict[str, np.ndarray]] = {g.contender.name: {} for g in galleries}
+    asked = ""
+    if "geneval" in cfg.metric.metric_names:  # what it looks for belongs to its scores
+        asked = f" {hashlib.sha256(json.dumps(wanted(cfg)).encode()).hexdigest()}"
     for name in ("looks", *cfg.metric.metric_names):
         needed = [n for n in cfg.metric.paths_of([name]) if n in resolved.scorer_paths]
         paths = [resolved.scorer_paths[n] for n in needed]
@@ -313,7 +317,7 @@ def score_all(
         metric = None
         for gallery in galleries:
             file = gallery.folder / f"scores-{name}.json"
-            key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}"
+            key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}{asked if name == 'geneval' else ''}"
             kept = read_json(file) if file.is_file() else {}
             if kept.get("of") != key:
                 metric = metric or metric_of(name, cfg, resolved, device)
@@ -329,13 +333,19 @@ def score_all(
                 print(f"{gallery.contender.name}: {name}", flush=True)
             for what, values in kept["scores"].items():
                 whole = np.array(values, dtype=np.float64)  # None, a score that was not finite, becomes NaN
-                means = whole.reshape(len(prompts), per).mean(1)
-                if what == "geneval":  # the mean of its tasks' means
-                    from spo_fast.scorers.geneval import task_weights
-
-                    means *= task_weights([wanted(cfg)[prompt]["tag"] for prompt in prompts])
-                found[gallery.contender.name][what] = means
+                found[gallery.contender.name][what] = whole.reshape(len(prompts), per).mean(1)
     return found
+
+
+def prompt_weights(cfg: EvaluationConfig, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Metric -> (P,) what a prompt counts in its mean, where not all count alike: GenEval means its tasks' means."""
+    import numpy as np
+
+    if "geneval" not in cfg.metric.metric_names:
+        return {}
+    from spo_fast.scorers.geneval import task_weights
+
+    return {"geneval": np.array(task_weights([wanted(cfg)[prompt]["tag"] for prompt in prompts]))}
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -348,7 +358,8 @@ class Evaluation:
     cfg: EvaluationConfig
     prompts: list[str]
     galleries: list[Gallery]
-    values: dict[str, dict[str, np.ndarray]]  # contender -> metric or look -> (P,)
+    raw: dict[str, dict[str, np.ndarray]]  # contender -> metric or look -> (P,)
+    values: dict[str, dict[str, np.ndarray]]  # the same, times what a prompt counts: their mean is the score
     result: dict[str, Any]  # results.json
 
     @property
@@ -442,7 +453,8 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     for gallery in galleries:
         gallery.check({**settings, "contender": prints[gallery.contender.name]})
     draw_all(cfg, resolved, galleries, prompts, device)
-    values = score_all(cfg, resolved, galleries, prompts, device)
+    raw, weights = score_all(cfg, resolved, galleries, prompts, device), prompt_weights(cfg, prompts)
+    values = {name: {m: v * weights.get(m, 1.0) for m, v in found.items()} for name, found in raw.items()}
     scores, seen = (summarised(values, list(names), c.seed) for names in (cfg.metric.metric_names, LOOKS))
     result = {
         "settings": {**settings, **cfg.flat()},
@@ -458,7 +470,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     checkpoint.write_atomically(out / "results.json", json.dumps(without_nan(result), indent=1) + "\n")
     checkpoint.write_atomically(out / "results.md", page(result, cfg, len(prompts)))
     held.close()
-    return Evaluation(cfg, prompts, galleries, values, result)
+    return Evaluation(cfg, prompts, galleries, raw, values, result)
 
 
 def page(result: Mapping[str, Any], cfg: EvaluationConfig, num_prompts: int) -> str:
@@ -501,7 +513,7 @@ def settings_of_run(sources: list[str]) -> dict[str, Any]:
     import yaml
 
     for source in sources:
-        file = Path(named(source)[1]) / "config.yaml"
+        file = Path(os.path.expanduser(named(source)[1])) / "config.yaml"
         if file.is_file():
             try:
                 saved = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -373,10 +373,12 @@ def test_known_sets_come_from_a_folder_or_say_where(
     assert len(prompts) == 3200 and prompts[0] == "anime 0" and prompts[-1] == "photo 799"
     (tmp_path / "photo.json").write_text('["one"]')
     assert "2,401 prompts" in told(capsys, words(tmp_path / "out", prompts=f"hpsv2={tmp_path}"))
-    lines = [f"P2\tprompt {n}\tAnimals" for n in range(1632)]
+    lines = [f"P2\tprompt {n}\tAnimals" for n in range(1631)]
+    lines.insert(1560, 'P2\t"G I G G L E" painted in thick colors\tWorld Knowledge')  # its cells are not quoted
     (tmp_path / "PartiPrompts.tsv").write_text("\n".join(["Id\tPrompt\tCategory", *lines]))
     prompts, name = evaluate.load(evaluate.parse(words(tmp_path, prompts=f"parti={tmp_path}", max_prompts=None)))
     assert (len(prompts), prompts[7], name) == (1632, "prompt 7", "PartiPrompts")
+    assert prompts[1560] == '"G I G G L E" painted in thick colors'
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
