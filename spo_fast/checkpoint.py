@@ -229,8 +229,8 @@ def number(path: Path) -> int:
 def find(run_dir: Path, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: None, "latest" whole one of the run directory, or a path.
 
-    Raises FileExistsError if the directory holds a run and none was asked for, FileNotFoundError for a path without
-    one, MismatchError for a damaged one.
+    Raises FileExistsError if the directory holds a run and none of it was asked for, FileNotFoundError for a path
+    without one, MismatchError for a damaged one.
     """
     existing = sorted(checkpoints(run_dir), key=number)
     if wanted is None:
@@ -258,6 +258,11 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
         raise FileNotFoundError(
             f"--resume_from_checkpoint {wanted} is no checkpoint (no state.json in it). "
             f"{run_dir} has: {', '.join(p.name for p in existing) or 'none'}."
+        )
+    if existing and path.parent.resolve() != run_dir.resolve():
+        raise FileExistsError(
+            f"{run_dir} already holds a run ({existing[-1].name}), and {path} is another's. "
+            "Choose another --output_dir."
         )
     if (wrong := damage(path)) is not None:
         raise MismatchError(f"{path} is damaged: {wrong}. Resume from latest, which is the last whole one.")

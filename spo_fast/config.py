@@ -208,7 +208,7 @@ class AdapterConfig(Section):
 class SampleConfig(Section):
     sample_batch_size: Count = 10
     """Prompts of one rollout on each rank; of dpo and mapo pairs of one iteration."""
-    num_steps: Annotated[int, Range(1, 1000)] = 20
+    num_steps: Annotated[int, Range(1, 999)] = 20
     """DDIM steps."""
     eta: Annotated[float, Range(0, 1, "(]", why="at 0 a step is deterministic and has no log-probability")] = 1.0
     """DDIM's noise level; 0 has no log-probabilities."""
@@ -618,6 +618,10 @@ class Config(Settings):
             self.objective.method != "gradspo" or self.sample.num_inner_steps == 0,
             "method=gradspo compares children of one x_t: num_inner_steps must be 0.",
         )
+        _need(
+            self.objective.method != "gradspo" or self.sample.last_step != "extend",
+            "method=gradspo compares children of one x_t: last_step=extend joins two steps. Use keep or compare.",
+        )
         rounded = self.engine.base_weights
         _need(
             rounded == "full" or not self.adapter.full_finetune,
@@ -740,6 +744,10 @@ class PreferenceConfig(Settings):
             self.reward.parameterisation == "pixel" or not self.run.compare_with,
             "compare_with takes pixel models, which see decoded images; parameterisation=latent has nothing for them.",
         )
+        _need(
+            self.reward.noise != "none" or 0 in self.run.validation_timesteps,
+            "noise=none judges images as they are: validation_timesteps must have 0 among them.",
+        )
 
     model: ModelConfig = field(default_factory=ModelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -778,7 +786,7 @@ class PicturesConfig(Section):
     """Use only the first so many prompts."""
     images_per_prompt: Count = 1
     """Pictures of each prompt, from noise of their own; the same for every contender. GenEval's tables use 4."""
-    num_steps: Annotated[int, Range(1, 1000)] = 20
+    num_steps: Annotated[int, Range(1, 999)] = 20
     """DDIM steps, without noise of their own (eta 0)."""
     guidance_scale: NotNegative = 5.0
     """Classifier-free guidance."""

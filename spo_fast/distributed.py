@@ -149,7 +149,7 @@ def join(device: torch.device) -> Group:
 class Dealt(NamedTuple):
     """A rollout after rebalancing."""
 
-    experience: Experience  # this process's terms in the order of training; the scores are everybody's
+    experience: Experience  # this process's terms in the order of training
     total: int  # terms of all processes
     rows: Tensor  # (total,) of all terms: the StepTable's row of their first transition
 

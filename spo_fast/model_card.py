@@ -71,9 +71,8 @@ def card(run: RunRecord, repository: str | None) -> str:
         widget=[{"text": prompt} for prompt in prompts] or None,
     )
     how, paper = method_text(s["method"])
-    unit = "loss terms" if s["method"] in ("ddpo", "dpok", "dense") else "pairs"
     who = "a model that training did not ask" if s["method"] in DATA else "the model that training followed"
-    what = f"{run.pairs:,} {unit} in {count_text(run.iterations, 'iteration')}"
+    what = f"{count_text(run.pairs, run.unit)} in {count_text(run.iterations, 'iteration')}"
     images = "\n\n".join(f"{name.capitalize()}:\n\n![{name}](samples/{name}.png)" for name in grids)
     rows = "\n".join(f"| {name} | {cell(new)} | {cell(old)} |" for name, (old, new) in run.changed().items())
     base = s.get("base_weights", "full")

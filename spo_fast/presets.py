@@ -79,7 +79,7 @@ READS: dict[str, tuple[str, ...]] = {
     "branch_end": tuple(m for m in ROLLOUT if m != "d3po"),
     "num_inner_steps": SEGMENTS,
     **dict.fromkeys(("next_start", "last_step", "branch_window"), (*SEGMENTS, "gradspo")),
-    "rollout_weights": ROLLOUT,
+    "rollout_weights": tuple(m for m in ROLLOUT if m != "gradspo"),  # its rollouts are of averaged weights
     **dict.fromkeys(("threshold", "threshold_max"), COMPARED),
     "beta": (*COMPARED, "dense", *DATA),
     "clip": ROLLOUT,
@@ -217,8 +217,11 @@ METHODS: dict[str, Callable[[Given], dict[str, Any]]] = {
 
 def published(given: Mapping[str, Any]) -> dict[str, Any]:
     """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
+    method = given.get("method", "spo")
+    if method not in (*SEGMENTS, "gradspo"):  # gradspo and lpo build on SPO's code
+        raise ValueError(f"recipe=published is SPO's code: the settings of method={method} are its paper's without it.")
     settings: dict[str, Any] = {"accumulation": "published", "max_grad_norm": None}
-    if given.get("method", "spo") not in ("spo", "mspo"):
+    if method not in ("spo", "mspo"):
         return settings
     return settings | {"last_step": "extend" if given["model"] in ("sdxl", "toy") else "compare"}
 

@@ -28,7 +28,7 @@ from spo_fast.files import read_json
 from spo_fast.measure import LOOKS, RISE
 from spo_fast.metrics import read_metrics
 from spo_fast.models.sources import DEFAULTS
-from spo_fast.presets import PRESETS
+from spo_fast.presets import DATA, PRESETS
 
 MAX_POINTS = 300  # of a curve; more records are drawn as means of equal parts and a band from least to greatest
 MAX_EPOCH_MARKS = 12
@@ -127,7 +127,12 @@ class RunRecord:
                 gain = self.after - self.before
                 score = f"Validation score {self.before:.4g} before, {self.after:.4g} after ({gain:+.3g})"
         took = f"{count_text(self.iterations, 'iteration')}, {duration(self.seconds)}"
-        return f"{score}; {count_text(self.pairs, 'pair')} in {took}"
+        return f"{score}; {count_text(self.pairs, self.unit)} in {took}"
+
+    @property
+    def unit(self) -> str:
+        """What a loss is of."""
+        return "loss term" if self.settings["method"] in ("ddpo", "dpok", "dense") else "pair"
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from the model's preset: name -> (preset's, this run's).
@@ -469,13 +474,15 @@ def page(run: RunRecord) -> str:
     head = f"<tr><th>setting</th><th>preset {escape(s['model'])}</th><th>this run</th></tr>"
     table = f'<div class="table"><table>{head}{rows}</table></div>' if rows else "<p>All as in the preset.</p>"
     everything = yaml.safe_dump(s, sort_keys=False, allow_unicode=True)
+    follows = "follows: a rise shows that training works, the images show whether it is for the better"
+    if s["method"] in DATA:
+        follows = "did not ask: it learns from labelled pairs"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{CSS}</style></head><body>
 <h1>{escape(title)}</h1>
 <p class="verdict">{escape(run.verdict())}.</p>
-<p class="about">The score is that of {escape(", ".join(s["scorer"]))}, which the training follows: a rise shows that
-training works, the images show whether it is for the better.</p>
+<p class="about">The score is that of {escape(", ".join(s["scorer"]))}, which the training {follows}.</p>
 {f'<div class="warnings"><h2>Warnings</h2><ul>{warnings}</ul></div>' if warnings else ""}
 <h2>Curves</h2><p>{about}</p><div class="charts">{charts}</div>
 {samples_html(run)}

@@ -85,7 +85,7 @@ def threshold_at(table: StepTable, cfg: SampleConfig, i: int) -> float | Tensor:
     if cfg.threshold_max is None:
         return cfg.threshold
     sigma = table.coefficients[:, 4]
-    noisiness = (sigma[i] - sigma.min()) / (sigma.max() - sigma.min())
+    noisiness = (sigma[i] - sigma.min()) / (sigma.max() - sigma.min()).clamp_min(1e-12)  # of a single step
     return cfg.threshold + (cfg.threshold_max - cfg.threshold) * noisiness
 
 

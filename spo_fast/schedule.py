@@ -70,23 +70,3 @@ def ddim_table(
 def full_table(alphas_cumprod: Tensor, prediction_type: str) -> StepTable:
     """DDIM rows of all T timesteps (eta = 0), T-1 first: row T-1-t is timestep t."""
     return ddim_table(alphas_cumprod, torch.arange(len(alphas_cumprod) - 1, -1, -1), 0.0, prediction_type)
-
-
-def flow_table(
-    sigmas: Tensor,  # (R + 1,) descending noise levels of a flow-matching scheduler, ending at 0
-    timesteps: Tensor,  # (R,) what the network is told
-    noise_level: float,
-) -> StepTable:
-    """The reverse SDE of flow matching (Flow-GRPO, arXiv 2505.05470, eq. 12), x_t = (1 - sigma) x0 + sigma noise.
-
-    With s = noise_level sqrt(sigma / (1 - sigma)) and dt = sigma_next - sigma < 0:
-        mean = x_t (1 + s^2 dt / (2 sigma)) + v dt (1 + s^2 (1 - sigma) / (2 sigma)),   std = s sqrt(-dt)
-    At sigma = 1, where s is infinite, the second noise level takes its place, as in the published code.
-    """
-    sigmas = sigmas.double()
-    sigma, dt = sigmas[:-1], sigmas.diff()
-    finite = torch.where(sigma == 1, sigmas[1], sigma)
-    s = noise_level * (sigma / (1 - finite)).sqrt()
-    a = 1 + s**2 * dt / (2 * sigma)
-    b = dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
-    return StepTable(timesteps, torch.stack([a, b, torch.ones_like(sigma), -sigma, s * (-dt).sqrt()], dim=1))

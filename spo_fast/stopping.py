@@ -43,10 +43,10 @@ class StopRequest:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-        print(f"{self.signal}: saving at the next safe point; a second one stops at once", flush=True)
         self._timer = threading.Timer(self.limit_s, self._too_late)
         self._timer.daemon = True
-        self._timer.start()
+        self._timer.start()  # first: nobody may read what is printed
+        print(f"{self.signal}: saving at the next safe point; a second one stops at once", flush=True)
 
     def _too_late(self) -> None:
         print(f"error: not done {self.limit_s:g} s after {self.signal} (--stop_seconds).", file=sys.stderr, flush=True)

@@ -209,7 +209,10 @@ class Learner:
                 self.poison = self.poison + 0 * loss.detach()  # a clamp's gradient of NaN is 0: no norm would show it
                 self.last = LastBatch(e, m.detach(), loss.detach())
                 if first and self.objective.sampler != "data":
-                    self.deviations = ratio_deviations(m, self.table, e, self.cfg.sample) | (self.deviations or {})
+                    known = self.deviations or {}
+                    for t, value in ratio_deviations(m, self.table, e, self.cfg.sample).items():
+                        known[t] = max(value, known.get(t, 0.0))
+                    self.deviations = known
             state.slots += 1
             used = slot.terms.stop
             if slot.step:
@@ -233,11 +236,18 @@ class Learner:
         return record
 
     def hand_in(self) -> None:
-        """Gradients that wait for the next iteration's become process 0's alone, or parts: they are saved once."""
+        """Gradients that wait for the next iteration's become process 0's alone, or parts: they are saved once.
+
+        A NaN loss among them is told by a gradient, so that a resumed run drops the step as well.
+        """
         if self.group.size > 1:
             self._add_gradients()
             if not self.group.main and self.policy.shards is None:
                 self.optimizer.zero_grad(set_to_none=True)
+        if self.group.size == 1 or self.policy.shards is not None:
+            waiting = next((p.grad for p in self.parameters if p.grad is not None), None)
+            if waiting is not None:
+                waiting += self.poison
 
     def _add_gradients(self) -> None:
         if self.policy.shards is not None:
@@ -558,7 +568,8 @@ class Run(TrainingRun[Config]):
         left_out: dict[str, float] = {}
         if sample.branch_window == "auto":
             window.observe(self.state.window, dealt.rows.tolist(), sample, inputs.batch.closed, B)
-            left_out = window.saved(self.state.window, inputs.batch.closed, sample, B)
+            of_children = judges(self.scorer) == "children"
+            left_out = window.saved(self.state.window, inputs.batch.closed, sample, B, of_children)
         with timer("reference"):
             batches = functools.partial(self.learner.batches, experience, total, self.state)
             most = cfg.optim.states_at_once
@@ -684,7 +695,17 @@ class Run(TrainingRun[Config]):
             return None
         images, score = result
         write_grid(self.run_dir / "samples" / f"{name}.png", images, self.validation_prompts())
-        return Validation(score, self.measured(images))
+        return Validation(score, self.measured(images), self.shown_settings())
+
+    def shown_settings(self) -> dict[str, Any]:
+        """What validation pictures and their score depend on beside the weights, as JSON gives it back."""
+        cfg = self.cfg
+        found = {
+            "prompts": self.validation_prompts(),
+            **{name: cfg.flat()[name] for name in ("num_validation_images", "seed", "num_steps", "guidance_scale")},
+            **{"latents": list(self.model.latent_shape), "scorer": list(cfg.scorer.scorer)},
+        }
+        return json.loads(json.dumps(found))
 
     @torch.no_grad()
     def measured(self, images: list[list[Tensor]]) -> dict[str, list[float]]:
@@ -865,7 +886,13 @@ class Run(TrainingRun[Config]):
         for grid in (*later, samples / "after.png"):
             grid.unlink(missing_ok=True)
         if self.resume is not None:
-            return Validation.read(path) if path.is_file() else None
+            kept = Validation.read(path) if path.is_file() else None
+            if kept is None or kept.of == self.shown_settings():
+                return kept
+            print("the pictures before training were of other validation settings: nothing is compared with them")
+            for old in (path, path.with_suffix(".png")):
+                checkpoint.set_aside(old)
+            return None
         shown = self.show("before")
         if (accuracy := self.held_out_accuracy()) is not None:
             print(f"held-out preference accuracy before training: {accuracy:.3f}")
@@ -905,22 +932,22 @@ class Validation(NamedTuple):
     """What the validation pictures of some weights were measured at."""
 
     score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
-    values: dict[str, list[float]]  # held-out metric or look -> of each picture
+    values: dict[str, list[float]]  # held-out metric or look -> of each picture, prompt after prompt
+    of: dict[str, Any]  # shown_settings: only validations of the same can be compared
 
     @classmethod
     def read(cls, file: Path) -> Validation:
         kept = read_json(file)
         values = {name: [math.nan if v is None else v for v in them] for name, them in kept["values"].items()}
-        return cls(kept["score"], values)
+        return cls(kept["score"], values, kept.get("of", {}))
 
     def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, Any]:
         """As it is logged. Looks are logged against those before training, with the signs of reward hacking there."""
         found: dict[str, Any] = {"validation_score": self.score}
         found |= {f"held_out_{name}": self.mean(name) for name in metrics}
         if before is not None:
-            ours, base = ({name: np.array(v) for name, v in one.values.items()} for one in (self, before))
             found |= {f"look_{name}": self.mean(name) / mean for name in LOOKS if (mean := before.mean(name)) > 0}
-            found["hacking"] = "; ".join(hacking_signs(base, ours, seed).values())
+            found["hacking"] = "; ".join(hacking_signs(before.by_prompt(), self.by_prompt(), seed).values())
         return found
 
     def words(self, metrics: list[str], before: Validation | None) -> str:
@@ -931,12 +958,17 @@ class Validation(NamedTuple):
                 return f"{name} not finite" if now is None else f"{name} {now:.3f}"
             return f"{name} {was:.3f} -> {now:.3f} ({now - was:+.3f})"
 
-        old = before or Validation(None, {})
+        old = before or Validation(None, {}, {})
         held_out = [text(f"held-out {m}", self.mean(m), old.mean(m) if m in old.values else None) for m in metrics]
         return ", ".join([text("score", self.score, old.score), *held_out])
 
     def mean(self, name: str) -> float:
         return statistics.fmean(self.values[name])
+
+    def by_prompt(self) -> dict[str, np.ndarray]:
+        """Look -> its mean over each prompt's pictures, which are no independent samples."""
+        count = len(self.of["prompts"])
+        return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in LOOKS}
 
 
 def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
@@ -968,8 +1000,8 @@ def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
 @torch.no_grad()
 def ratio_deviations(m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig) -> dict[int, float]:
     """Timestep -> largest |ratio - 1|; before the first update: what the paths of policy and reference differ by."""
-    deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten(1).amax(1)
-    timesteps = table.timesteps[e.states.rows[e.index[:, 0, 0]]]
+    deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten()
+    timesteps = table.timesteps[e.states.rows[e.index.flatten()]]
     found: dict[int, float] = {}
     for t, value in zip(timesteps.tolist(), deviation.tolist(), strict=True):
         found[t] = max(value, found.get(t, 0.0))
@@ -1046,16 +1078,24 @@ class Saturation:
         return {"saturation": torch.cat(group.gather(own if prompts.stop > prompts.start else own[:0])).mean()}
 
 
+SHEET_PIXELS = 80_000_000
+
+
 def write_grid(path: Path, rows: list[list[Tensor]], prompts: list[str] | None = None, smallest: int = 96) -> None:
     """PNG of images (3, H, W) in [-1, 1], one list a row; images under `smallest` pixels are enlarged.
 
-    The rows' prompts go into its text chunk "prompts", as a JSON list.
+    A sheet of more than SHEET_PIXELS, which image software refuses to open, is made smaller. The rows' prompts go into
+    its text chunk "prompts", as a JSON list.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = torch.stack([torch.stack(row) for row in rows])  # (R, N, 3, H, W)
+    R, N, _, H, W = pixels.shape
+    if (share := (SHEET_PIXELS / (R * N * (H + 4) * (W + 4))) ** 0.5) < 1:
+        size = max(1, int(share * (H + 4)) - 4), max(1, int(share * (W + 4)) - 4)  # with borders of 2 pixels
+        pixels = torch.nn.functional.interpolate(pixels.flatten(0, 1), size, mode="area").unflatten(0, (R, N))
     zoom = max(1, smallest // pixels.shape[-1])
     pixels = pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=1.0)

@@ -41,16 +41,21 @@ def observe(window: Window, rows: list[int], cfg: SampleConfig, left_out: frozen
 
 
 def saved(
-    window: Mapping[str, list[float]], left_out: frozenset[int], cfg: SampleConfig, prompts: int
+    window: Mapping[str, list[float]], left_out: frozenset[int], cfg: SampleConfig, prompts: int, of_children: bool
 ) -> dict[str, float]:
-    """What leaving segments out saved of a rollout (UNet rows, images not judged) and the pairs it probably lost."""
+    """What leaving segments out saved of a rollout (UNet rows, images not judged) and the pairs it probably lost.
+
+    of_children: the scorer judges children as they are, without a prediction.
+    """
     rows = images = lost = 0.0
     halves = 2 if cfg.guidance_scale > 1 else 1
     for first, end in segments(cfg):
         if first in left_out:
             # every step of the segment but the first is evaluated for all candidates, and so is the judgement's
-            evaluations = end - first - (end == cfg.num_steps)
-            rows += halves * (cfg.num_candidates - 1) * prompts * evaluations
+            evaluations = (cfg.num_candidates - 1) * (end - first - 1)
+            if end < cfg.num_steps and not of_children:
+                evaluations += cfg.num_candidates - (end < cfg.last_branch)
+            rows += halves * prompts * evaluations
             images += cfg.num_candidates * prompts
             lost += window[str(first)][1] * prompts * (end - first)
     return {"window_closed": len(left_out), "rows_saved": rows, "images_saved": images, "pairs_lost": lost}

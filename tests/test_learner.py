@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import assert_same_tensors, facts, run_toy
+from runs import assert_same_tensors, built, facts, run_toy
 
 from spo_fast import trainer
 from spo_fast.objectives import Objective
@@ -86,3 +86,25 @@ def test_a_path_that_differs_is_said_by_timestep(tmp_path, capsys, monkeypatch):
             largest.setdefault(t, {}).setdefault(n, []).append(abs(float(torch.expm1(log_ratio))))
     for t, text in said.items():
         assert any(float(text) == pytest.approx(max(pair), rel=0.06) for pair in largest[int(t)].values())
+
+
+def test_the_largest_distance_of_all_micro_batches_is_said(tmp_path, capsys, monkeypatch):
+    """Of each timestep; told one micro-batch after the other."""
+    found = iter([{751: 0.25, 1: 0.0}, {751: 0.125, 1: 0.5}])
+    monkeypatch.setattr(trainer, "ratio_deviations", lambda *_: next(found, {}))
+    run_toy(tmp_path / "run", max_train_steps=1, train_batch_size=4, states_per_forward=2)
+    (line,) = [w for w in capsys.readouterr().out.splitlines() if "probability ratio" in w]
+    assert next(found, None) is None and line.endswith("2.5e-01 at 751, 5.0e-01 at 1")
+
+
+def test_a_nan_loss_that_waits_for_its_step_is_in_the_checkpoint(tmp_path):
+    """The clamp leaves its gradients finite: one of them tells a resumed run."""
+    learner = built(tmp_path / "run").learner
+    for p in learner.parameters:
+        p.grad = torch.ones_like(p)
+    learner.poison = 0 * torch.tensor(1.0)
+    learner.hand_in()
+    assert all(p.grad.eq(1).all() for p in learner.parameters)
+    learner.poison = 0 * torch.tensor(float("nan"))
+    learner.hand_in()
+    assert learner.parameters[0].grad.isnan().all()

@@ -60,7 +60,7 @@ def test_a_left_out_segment_costs_one_candidate(tmp_path):
     for left_out in ({2}, {4}, {6}, {2, 6}):
         part, fewer_rows, fewer_images = collect(frozenset(left_out))
         shares = {str(first): [100.0, 0.01] for first in left_out}
-        told = window.saved(shares, frozenset(left_out), sample, 2)
+        told = window.saved(shares, frozenset(left_out), sample, 2, False)
         assert all_rows - fewer_rows == told["rows_saved"] > 0
         assert all_images - fewer_images == told["images_saved"] > 0
         assert told["pairs_lost"] == pytest.approx(sum(0.01 * 2 * 2 for _ in left_out))
@@ -68,6 +68,15 @@ def test_a_left_out_segment_costs_one_candidate(tmp_path):
         assert kept == {r for first, end in segments(sample) if first not in left_out for r in range(first, end)}
         assert len(part) == len(everything) - 4 * len(left_out)  # threshold -1: every pair of the others is there
         assert part.x_prev.isfinite().all()
+
+
+def test_children_judged_as_they_are_cost_the_network_nothing(tmp_path):
+    """LPO's scorer asks for no prediction of candidates: a segment of one step saves no row of the UNet."""
+    sample = SampleConfig(num_steps=8, branch_start=2, num_candidates=4, branch_end=6)
+    shares = {"2": [100.0, 0.01], "5": [100.0, 0.01]}
+    assert window.saved(shares, frozenset({2, 5}), sample, 3, True)["rows_saved"] == 0
+    # 2 guidance halves of 3 prompts: 3 of 4 candidates' predictions in the middle, and all 4 where nothing goes on
+    assert window.saved(shares, frozenset({2, 5}), sample, 3, False)["rows_saved"] == 2 * 3 * (3 + 4)
 
 
 def trainer_batch(run, left_out):

@@ -68,6 +68,13 @@ class Place:
         (copy / file).write_bytes((copy / file).read_bytes()[:-size])
         return copy
 
+    def with_scheduler(self, config: dict[str, Any]) -> Path:
+        """The toy with another scheduler."""
+        copy = self.path / "scheduled"
+        shutil.copytree(WEIGHTS, copy)
+        (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        return copy
+
     def resume(self, damaged: str | None = None, **changes: Any) -> list[Any]:
         """Going on with a copy of the finished run, with settings changed or a file of its checkpoint cut short."""
         copy = self.cut(self.finished, f"checkpoint-1/{damaged}") if damaged else self.path / "copy"
@@ -83,6 +90,13 @@ class Place:
         tensors = load_file(self.finished / "pytorch_lora_weights.safetensors")
         path = self.path / "other.safetensors"
         save_file({rename(name): value for name, value in tensors.items()}, path)
+        return path
+
+    def lora_saying(self, metadata: dict[str, Any]) -> Path:
+        """The finished run's LoRA with other metadata."""
+        path = self.path / "other.safetensors"
+        tensors = load_file(self.finished / "pytorch_lora_weights.safetensors")
+        save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(metadata)})
         return path
 
     def of_sd15(self, **changes: Any) -> list[Any]:
@@ -145,7 +159,10 @@ SETTINGS = [
     ("--eta 0", ["eta=0.0 must be in (0, 1]: at 0 a step is deterministic"]),
     ("--branch_start 20", ["branch_start=20 leaves no steps to branch (num_steps=20). Use a value from 0 to 19"]),
     ("--num_steps 4", ["leaves no steps to branch (num_steps=4). Use a value from 0 to 3"]),
-    ("--num_steps 1001 --branch_start 2", ["num_steps=1001 must be in [1, 1000]"]),
+    ("--num_steps 1001 --branch_start 2", ["num_steps=1001 must be in [1, 999]"]),
+    ("--method gradspo --last_step extend", ["last_step=extend joins two steps. Use keep or compare"]),
+    ("--method gradspo --rollout_weights merged", ["rollout_weights", "gradspo"]),
+    ("--method ddpo --recipe published", ["recipe=published is SPO's code", "method=ddpo"]),
     ("--num_candidates 1", ["num_candidates=1 must be at least 2: two or more are needed to compare"]),
     ("--threshold 1", ["threshold=1.0 must be in [-1, 1)"]),
     ("--clip 1", ["clip=1.0 must be in (0, 1): none turns the clamp off"]),
@@ -281,6 +298,14 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "full fine-tuning": (lambda p: p.resume(full_finetune=True), ["full_finetune: False -> True"]),
     "another optimizer": (lambda p: p.resume(optimizer="adamw8bit"), ["optimizer: adamw -> adamw8bit"]),
     "from a LoRA now": (lambda p: p.resume(lora_path=p.finished), ["lora_path: None -> "]),
+    "another run's checkpoint": (
+        lambda p: p.resume(resume_from_checkpoint=p.finished / "checkpoint-1"),
+        ["already holds a run (checkpoint-1)", "is another's. Choose another --output_dir"],
+    ),
+    "scheduler of another noise schedule": (
+        lambda p: ["--pretrained_model_name_or_path", p.with_scheduler({"_class_name": "EDMEulerScheduler"})],
+        ["scheduler (EDMEulerScheduler) has no betas"],
+    ),
     "no checkpoint there": (lambda p: p.resume(resume_from_checkpoint=p.path), ["is no checkpoint", "checkpoint-1"]),
     "weights cut short": (lambda p: p.resume("trained.safetensors"), ["checkpoint-1 is damaged", "Start again"]),
     "optimizer cut short": (
@@ -313,6 +338,14 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "kohya's LoRA": (
         lambda p: p.lora(lora_path=p.finished / "lora_kohya.safetensors"),
         ["is no LoRA of a UNet in diffusers' names: it holds lora_unet_"],
+    ),
+    "LoRA with an alpha for each layer": (
+        lambda p: p.lora(lora_path=p.lora_saying({"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}})),
+        ["has alpha_pattern: training goes on from one alpha"],
+    ),
+    "LoRA scaled by the root of its rank": (
+        lambda p: p.lora(lora_path=p.lora_saying({"unet.lora_alpha": 8, "unet.use_rslora": True})),
+        ["has use_rslora: training goes on from one alpha"],
     ),
     "LoRA cut short": (
         lambda p: p.lora(lora_path=p.cut(p.finished, "pytorch_lora_weights.safetensors")),
