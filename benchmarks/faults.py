@@ -37,22 +37,32 @@ LINE = shlex.split(
 )
 
 
-def told(line: list[str], work: Callable[[list[str]], int] = train.main) -> tuple[int, str]:
-    """Exit status of a command and its last line of error, or of output if there is none."""
+def captured(line: list[str], work: Callable[[list[str]], int] = train.main) -> tuple[int, list[str]]:
+    """Exit status of a command, and what it printed to each stream."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = work(line)
-    words = [text for text in (out.getvalue().strip(), err.getvalue().strip()) if text]
+    return status, [out.getvalue().strip(), err.getvalue().strip()]
+
+
+def told(line: list[str], work: Callable[[list[str]], int] = train.main) -> tuple[int, str]:
+    """Exit status of a command and its last line of error, or of output if there is none."""
+    status, streams = captured(line, work)
+    return status, last_note(streams)
+
+
+def last_note(streams: list[str]) -> str:
+    words = [text for text in streams if text]
     shown = words[-1].splitlines() if words else [""]
     notes = [text for text in shown if text.startswith(("skipped", "stopped", "error", "warning"))]
-    return status, (notes or shown)[-1]
+    return (notes or shown)[-1]
 
 
 class Faults:
     """A finished run to copy from, and the table."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.rows = root, []
+        self.root, self.rows, self.printed = root, [], ""
         assert told([*LINE, "--output_dir", str(root / "whole")])[0] == 0
 
     def copy(self, name: str, checkpoints: int = ITERATIONS) -> Path:
@@ -64,20 +74,28 @@ class Faults:
 
     def run(self, run_dir: Path, *more: str) -> tuple[int, str]:
         resume = ["--resume_from_checkpoint", "latest"] if list(run_dir.glob("checkpoint-*")) else []
-        return told([*LINE, "--output_dir", str(run_dir), *resume, *more])
+        status, streams = captured([*LINE, "--output_dir", str(run_dir), *resume, *more])
+        self.printed = "\n".join(streams)
+        return status, last_note(streams)
 
     def row(
         self, fault: str, run_dir: Path | None, status: int, seen: str, last: int | None = None, lost: str = "-"
     ) -> None:
         """run_dir: is gone on with afterwards, undisturbed, and must then hold what the whole run holds.
 
-        last: the checkpoint that the run itself went on from, if it has done that already.
+        last: the checkpoint that the run itself must have gone on from, if it has done that already.
         """
         if run_dir is not None:
+            printed = self.printed if last else ""
             last = last or max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
             resumed, _ = self.run(run_dir)
-            same = resumed == 0 and self.same(run_dir)
-            lost = f"nothing before checkpoint {last}, which it went on from; same end" if same else "THE END DIFFERS"
+            # a run from the start would end alike, having lost everything
+            if f"checkpoint-{last} at iteration {last}" not in (printed or self.printed):
+                lost = f"ALL: IT DID NOT GO ON FROM CHECKPOINT {last}"
+            elif resumed == 0 and self.same(run_dir):
+                lost = f"nothing before checkpoint {last}, which it went on from; same end"
+            else:
+                lost = "THE END DIFFERS"
         self.rows.append(f"| {fault} | {status} | {seen.replace(str(self.root), '...')[:200]} | {lost} |")
         print(self.rows[-1], flush=True)
 

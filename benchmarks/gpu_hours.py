@@ -478,7 +478,10 @@ def gpu_records(folder: Path = RESULTS) -> Found:
 
 
 def iteration_seconds(kind: str, method: str, strategy: str, valid_share: float, found: Found) -> float | None:
-    """Of a published iteration; strategy: published or ours. Diffusion-DPO's is micro-batches and a step."""
+    """Of a published iteration; strategy: published or ours.
+
+    Diffusion-DPO's is the published micro-batches and a step; ours: the same in larger micro-batches, no code of ours.
+    """
     if method == "dpo":
         pairs = BATCHES[kind]["dpo"][strategy == "ours"]
         number = published_config(kind, "dpo").sample.sample_batch_size / pairs
@@ -486,7 +489,9 @@ def iteration_seconds(kind: str, method: str, strategy: str, valid_share: float,
     if method == "lpo":
         names = [f"{kind}/lpo/v={valid_share:g}"] if strategy == "ours" else []
     else:
-        rows = ["published"] if strategy == "published" else [row for row in iteration.ROWS if row.startswith("ours")]
+        # merged rollouts are of rounded weights: another training
+        ours = [row for row, t in iteration.ROWS.items() if row.startswith("ours") and not t.merged]
+        rows = ["published"] if strategy == "published" else ours
         names = [f"{kind}/{row}/v={valid_share:g}" for row in rows]
     return min((found[name]["p50_ms"] / 1000 for name in names if name in found), default=None)
 
@@ -588,9 +593,18 @@ def count_table() -> str:
 
 
 def projection_table(found: Found) -> str:
-    """What the GPU's own seconds give; every number of hours is a projection."""
+    """What the GPU's own seconds give; every number of hours is a projection.
+
+    Preference models are trained by train_spm whatever the strategy.
+    """
     gpu = next(iter(found.values()))["gpu"]["name"] if found else "no GPU yet"
-    heads = ["model", "method", "strategy", f"s an iteration ({gpu})", "GPU-hours of the preference model, projection"]
+    heads = [
+        "model",
+        "method",
+        "strategy",
+        f"s an iteration ({gpu})",
+        "GPU-hours of the preference model by train_spm, projection",
+    ]
     lines = [[*heads, "GPU-hours in all, projection", "% of Diffusion-DPO's"]]
     for kind in KINDS:
         for method in RECIPES:
@@ -601,7 +615,8 @@ def projection_table(found: Found) -> str:
                 shares = [None if h is None or dpo is None else 100 * h / dpo for h in hours]
                 judge = span([judge_hours(kind, method, found)], ".1f")
                 cells = (span(seconds, ".3g"), judge, span(hours, ".1f"), span(shares, ".1f"))
-                lines.append([kind, TITLES[method], strategy, *cells])
+                name = "published, larger micro-batches" if (method, strategy) == ("dpo", "ours") else strategy
+                lines.append([kind, TITLES[method], name, *cells])
     return markdown(lines)
 
 

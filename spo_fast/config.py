@@ -295,7 +295,7 @@ class ComputeConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ComputeConfig):
-    """How the networks are computed. Nothing here but base_weights changes what is computed."""
+    """How the networks are computed. Nothing here but base_weights and memory=small changes what is computed."""
 
     memory: Literal["fast", "balanced", "small"] | None = None
     """What the backward keeps of the forward. fast: all it needs. balanced: norms are computed again. small: everything

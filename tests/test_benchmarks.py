@@ -235,7 +235,7 @@ def test_whatever_fails_leaves_a_record_and_the_next_runs(tmp_path, monkeypatch,
     status = {name: rows[name]["status"] for name in FAKE_JOBS}
     assert status == {"breaks": "failed", "dies": "failed", "hangs": "timeout", "works": "ok", "no time": "skipped"}
     assert "the kernel is wrong" in rows["breaks"]["error"]
-    assert rows["hangs"]["wall_s"] < 30 and "started" in rows["hangs"]["error"]
+    assert "started" in rows["hangs"]["error"]
     assert "needs 10000" in rows["no time"]["reason"]
     assert rows["works"]["versions"]["torch"] and rows["works"]["command"]
     printed = capsys.readouterr().out

@@ -109,7 +109,8 @@ def test_projections_by_hand(tmp_path, monkeypatch):
         gpu_record("sd15/ours+bf16/v=1", 10, gate="failed: gradient_error", published_batch=True),
         gpu_record("sd15/ours+fuse/v=1", 10, gate="passed", published_batch=False),
         gpu_record("sd15/ours+graphs/v=1", 10, gate="passed", published_batch=True, device="cpu", gpu={}),
-        gpu_record("sd15/ours+merged/v=1", 10, gate="passed", published_batch=True, size="tiny"),
+        gpu_record("sd15/ours+fuse/v=1", 10, gate="passed", published_batch=True, size="tiny"),
+        gpu_record("sd15/ours+merged/v=1", 10, gate="passed", published_batch=True),
         gpu_record("sd15/dpo micro-batch of 1", 100, p50_step_ms=1000),
         gpu_record("sd15/spm micro-batch of 16", 900, p50_step_ms=900),
     ]
