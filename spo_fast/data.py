@@ -238,10 +238,6 @@ class PromptSampler:
         self.num_prompts, self.batch_size, self.seed, self.shuffle = num_prompts, batch_size, seed, shuffle
         self.iterations_per_epoch = num_prompts // batch_size if drop_last else -(-num_prompts // batch_size)
 
-    def epoch_order(self, epoch: int) -> Tensor:  # (num_prompts,) int64
-        """The epoch's permutation of the prompts, keyed by (seed, epoch) alone."""
-        return epoch_permutation(self.num_prompts, self.seed if self.shuffle else None, epoch).clone()
-
     def batch(self, iteration: int) -> Batch:
         """The prompts of an iteration, counted from 0 over all epochs."""
         if iteration < 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_fast.data import BUILTIN_PROMPTS, PromptSampler, count_repeats, load_prompts
+from spo_fast.data import BUILTIN_PROMPTS, PromptSampler, count_repeats, epoch_permutation, load_prompts
 
 REPOSITORY = Path(__file__).parents[1]
 PROMPTS = ["a red fox", 'a sign that says "open, late"', "Zürich at night, 夜景", "a red fox"]
@@ -186,7 +186,7 @@ def test_epoch_covers_every_prompt_once(num, batch_size, drop_last):
     for epoch in range(3):
         batches = [sampler.batch(epoch * sampler.iterations_per_epoch + i) for i in range(sampler.iterations_per_epoch)]
         drawn = [index for batch in batches for index in batch.indices]
-        assert drawn == sampler.epoch_order(epoch).tolist()[: len(drawn)]
+        assert drawn == epoch_permutation(num, 0, epoch).tolist()[: len(drawn)]
         assert len(set(drawn)) == len(drawn) == (num // batch_size * batch_size if drop_last else num)
         assert {batch.epoch for batch in batches} == {epoch}
         assert [batch.position for batch in batches] == list(range(len(batches)))
@@ -207,20 +207,23 @@ def test_batch_is_pure():
         assert torch.equal(torch.get_rng_state(), before)
         assert batch == expected[i]
         batch.indices.clear()  # a caller's change must not reach the next call
-        sampler.epoch_order(batch.epoch).zero_()
 
 
 def test_orders_differ_between_epochs_and_seeds():
-    orders = {tuple(PromptSampler(50, 7, seed).epoch_order(epoch).tolist()) for seed in range(4) for epoch in range(4)}
+    def drawn(batch_size: int, seed: int, epoch: int) -> list[int]:
+        sampler = PromptSampler(50, batch_size, seed)
+        n = sampler.iterations_per_epoch
+        return [index for i in range(epoch * n, (epoch + 1) * n) for index in sampler.batch(i).indices]
+
+    orders = {tuple(drawn(7, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16  # in particular (seed 0, epoch 1) is not (seed 1, epoch 0)
     assert tuple(range(50)) not in orders
-    order = PromptSampler(50, 7, seed=0).epoch_order(0)
-    assert torch.equal(order, PromptSampler(50, 3, seed=0).epoch_order(0))  # keyed by (seed, epoch) only
+    assert drawn(7, 0, 0) == drawn(3, 0, 0)  # keyed by (seed, epoch) only
 
 
 def test_order_is_uniform_enough():
     """Each prompt comes first about equally often: 2000 epochs of 4 prompts, each 500 +- 5 standard deviations (19)."""
-    firsts = torch.tensor([PromptSampler(4, 1, seed=1).epoch_order(epoch)[0].item() for epoch in range(2000)])
+    firsts = torch.tensor([PromptSampler(4, 1, seed=1).batch(4 * epoch).indices[0] for epoch in range(2000)])
     assert (torch.bincount(firsts, minlength=4) - 500).abs().max() < 97
 
 

@@ -503,12 +503,9 @@ def cost_table(records: Mapping[str, Any]) -> str:
             return "not reached"
         reached, at_once = found
         below = "< " * at_once
-        runs = [
-            records[cell] for lr in GRID if (cell := key(name, TUNING_SEED, lr)) in records
-        ]  # not scored on the way
-        if not runs:
+        if (each := seconds_a_row(name, records)) is None:
             return f"{below}{reached:,.0f}"
-        trained_s = reached * statistics.median(r["cpu_s"] / r["spent"] for r in runs)
+        trained_s = reached * each
         more = (f" + {judge_s:,.0f} s" if judge_s else " + the judge's") if CONTENDERS[name].judged else ""
         return f"{below}{reached:,.0f} ({below}{trained_s:,.0f} s{more})"
 
@@ -522,32 +519,58 @@ def cost_table(records: Mapping[str, Any]) -> str:
     return markdown(rows)
 
 
+def seconds_a_row(name: str, records: Mapping[str, Any]) -> float | None:
+    """CPU seconds of a UNet row by the median run of the grid, which is not scored on the way."""
+    runs = [records[cell] for lr in GRID if (cell := key(name, TUNING_SEED, lr)) in records]
+    return statistics.median(r["cpu_s"] / r["spent"] for r in runs) if runs else None
+
+
 def plot(records: Mapping[str, Any], path: Path) -> None:
-    """Aesthetics against UNet rows spent, a line a contender: mean over seeds, and their range."""
+    """Aesthetics against UNet rows spent, a line a contender: mean over seeds, and their range. The main methods also
+    against CPU minutes, to which the preference model's training belongs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7.5), layout="constrained", sharey=True)
+    judge_s = records.get("judge", {}).get("cpu_s")
     start = records["base"][OWN]["aesthetics"][0]
-    for name in CONTENDERS:
-        runs = seeds_of(name, records)
-        if not runs:
-            continue
-        points = list(zip(*(curve_of(r, records) for r in runs), strict=False))
-        x = [0.0] + [sum(p["spent"] for p in ps) / len(ps) for ps in points]
-        values = [[p["aesthetics"][0] for p in ps] for ps in points]
-        y = [start] + [sum(v) / len(v) for v in values]
-        (line,) = axes.plot(x, y, "o-", ms=3, label=f"{name} ({len(runs)})")
-        axes.fill_between(
-            x[1:], list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15, lw=0
+    spo = {"spo": MAIN["spo"]} if "spo" in MAIN else {}
+    groups = [
+        ("methods", MAIN),
+        ("methods, by time", MAIN),
+        ("ablations of spo", spo | ABLATIONS),
+        ("more methods", REST),
+    ]
+    for number, (axes, (title, group)) in enumerate(zip(panels.flat, groups, strict=True)):
+        for name in group:
+            runs, scale, before = seeds_of(name, records), 1.0, 0.0
+            if number == 1:
+                scale = (seconds_a_row(name, records) or math.nan) / 60
+                before = (math.nan if judge_s is None else judge_s / 60) if CONTENDERS[name].judged else 0.0
+            if not runs or math.isnan(scale + before):
+                continue
+            points = list(zip(*(curve_of(r, records) for r in runs), strict=False))
+            x = [before] + [before + scale * sum(p["spent"] for p in ps) / len(ps) for ps in points]
+            values = [[p["aesthetics"][0] for p in ps] for ps in points]
+            y = [start] + [sum(v) / len(v) for v in values]
+            style = "o--" if name == "spo" and group is not MAIN else "o-"
+            (line,) = axes.plot(x, y, style, ms=3, label=f"{name} ({len(runs)})")
+            area = (x[1:], list(map(min, values)), list(map(max, values)))
+            axes.fill_between(*area, color=line.get_color(), alpha=0.15, lw=0)
+        axes.axhline(start, color="#8888", lw=0.8, zorder=0)
+        axes.set_title(title, fontsize=10)
+        by_rows, by_time = (
+            "UNet sample-forwards (a backward counts as two)",
+            "CPU minutes, preference model's training first",
         )
-    axes.set_xlabel("UNet sample-forwards (a backward counts as two)")
-    axes.set_ylabel("true aesthetics of test prompts (0-10)")
-    if len(axes.lines):
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+        axes.set_xlabel(by_time if number == 1 else by_rows, fontsize=9)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("true aesthetics of test prompts (0-10)", fontsize=9)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
