@@ -887,7 +887,7 @@ class Run(TrainingRun[Config]):
             grid.unlink(missing_ok=True)
         if self.resume is not None:
             kept = Validation.read(path) if path.is_file() else None
-            if kept is None or kept.of == self.shown_settings():
+            if kept is None or not self.cfg.run.num_validation_images or kept.of == self.shown_settings():
                 return kept
             print("the pictures before training were of other validation settings: nothing is compared with them")
             for old in (path, path.with_suffix(".png")):

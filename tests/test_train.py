@@ -161,6 +161,23 @@ def test_killed_and_resumed_has_the_same_grids(
     assert samples(killed) == whole
 
 
+def test_resumed_with_other_grids_compares_nothing_with_the_old_ones(
+    shown_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer pictures, or of other prompts: a gain over other pictures would be none."""
+    for n, other in enumerate(({"num_validation_images": 2}, {"validation_prompt": ["a red circle"]})):
+        copy = tmp_path / str(n)
+        shutil.copytree(shown_run, copy)
+        shutil.rmtree(copy / "checkpoint-4")
+        capsys.readouterr()
+        run_toy(copy, resume_from_checkpoint="latest", validation_steps=1, **{**GRIDS, **other})
+        out = capsys.readouterr().out
+        assert "of other validation settings: nothing is compared" in out and "before and after" not in out
+        assert not any("hacking" in r for r in facts(copy)[2:]) and not (copy / "samples" / "before.json").exists()
+        assert len(list((copy / "samples").glob("old-*before*"))) == 2
+        assert "before training: not on record" in (copy / "report.html").read_text()
+
+
 def test_resumed_without_grids_keeps_none_of_what_it_repeats(shown_run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(shown_run, tmp_path / "run")
     settings = {**GRIDS, "num_validation_images": 0}
