@@ -51,6 +51,22 @@ def whole(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, done(out, lora=[run_dir])
 
 
+def test_a_contender_is_called_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never by a name that leads out of the output directory."""
+    monkeypatch.chdir(tmp_path)
+    for spec, name in (("..", tmp_path.parent.name), ("runs/x/..", "runs"), (".", tmp_path.name), ("org/lora", "lora")):
+        assert evaluate.named(spec)[0] == name
+    assert evaluate.named("mine=~/x") == ("mine", "~/x") and evaluate.named("..=x")[0] == ".._x"
+
+
+def test_a_run_below_home_brings_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves ~ alone behind an equals sign, and YAML does everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("method: spo\nguidance_scale: 7.5\n")
+    assert evaluate.settings_of_run(["mine=~/mine"]) == {"guidance_scale": 7.5}
+
+
 # ------------------------------------------------------------------------------------------------------- end to end
 
 

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from runs import built
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import LATENT_SIZE, VAE_FACTOR, make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
 from spo_fast import trainer
 from spo_fast.models.clip_tokenizer import END, clip_tokenizer
+from spo_fast.models.lora import apply_lora
 from spo_fast.rollout import sample_latents
 from spo_fast.scorers import make_tiny_spm
+from spo_fast.toy.pipeline import WEIGHTS
 
 PROMPTS = ["a red cube", "two boats at sea"]
 STEPS = 4
@@ -173,3 +175,47 @@ def test_full_finetune_loads_as_the_unet_of_a_pipeline(tmp_path: Path, tiny: dic
     assert (pipeline_images(pipe, run) - ours).abs().max() > 100 * TOLERANCE
     pipe.unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "unet"))
     assert (pipeline_images(pipe, run) - ours).abs().max() < TOLERANCE
+
+
+def lora_of(unet: Any, alphas: dict[str, float] | None, ranks: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(a file in kohya's names, each layer's change of its weight), of random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: m.weight.shape for name, m in unet.named_modules() if name in ranks}
+    state, change = {}, {}
+    for name, r in ranks.items():
+        down = torch.randn(r, *shapes[name][1:], generator=generator)
+        up = torch.randn(shapes[name][0], r, *([1, 1] if len(shapes[name]) == 4 else []), generator=generator)
+        key = "lora_unet_" + name.replace(".", "_")
+        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        scale = 1.0
+        if alphas is not None:
+            state[f"{key}.alpha"], scale = torch.tensor(alphas[name]), alphas[name] / r
+        change[name] = scale * torch.einsum("or,ri...->oi...", up.flatten(1), down)
+    return state, change
+
+
+@pytest.mark.parametrize("with_alphas", [True, False])
+def test_a_kohya_lora_has_its_own_alpha_in_each_layer(tmp_path: Path, with_alphas: bool) -> None:
+    """As resized files and those with block weights have; diffusers 0.42 takes the commonest for attention layers."""
+    unet: Any = UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
+    names = [name for name, _ in unet.named_modules() if name.endswith(ends)]
+    ranks, alphas = ({name: one[n % 3] for n, name in enumerate(names)} for one in ((2, 3, 4), (1.0, 2.0, 2.0)))
+    state, change = lora_of(unet, alphas if with_alphas else None, ranks)
+    save_file(state, tmp_path / "mine.safetensors")
+    apply_lora(tmp_path / "mine.safetensors", unet, "sdxl")
+    layers = {name: m for name, m in unet.named_modules() if hasattr(m, "get_delta_weight")}
+    assert layers.keys() == change.keys() and len(set(ranks.values())) == 3
+    for name, layer in layers.items():
+        found, truth = layer.get_delta_weight("default"), change[name]
+        assert (found - truth).norm() < 1e-5 * truth.norm(), name
+
+
+def test_a_dora_is_refused(tmp_path: Path) -> None:
+    unet: Any = UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")
+    name = next(name for name, _ in unet.named_modules() if name.endswith("to_q"))
+    state, _ = lora_of(unet, {name: 1.0}, {name: 2})
+    state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = torch.ones(4, 1)
+    save_file(state, tmp_path / "mine.safetensors")
+    with pytest.raises(ValueError, match="is a DoRA"):
+        apply_lora(tmp_path / "mine.safetensors", unet, "sdxl")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_detector
 from torch import Tensor
@@ -201,6 +202,28 @@ def test_clip_metrics_equal_transformers_in_float64(
         assert found.dtype == torch.float32 and found.shape == (2,)
         assert (found.double() - expected).abs().max() < 1e-4, name
         assert (found[0] - found[1]).abs() > 5e-3
+
+
+@pytest.mark.parametrize("shape", [(35, 32), (32, 39), (64, 70), (37, 32)])
+def test_pickscore_crops_as_its_processor(shape: tuple[int, int], clip_dir: Path) -> None:
+    """transformers rounds half a pixel of margin down; torchvision, whose crop the others have, to even."""
+    from transformers import CLIPImageProcessor
+
+    bytes_ = torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    theirs = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    truth = theirs(Image.fromarray(bytes_.permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"]
+    scorer = load_metric("pickscore", {"pickscore": clip_dir}, tokenize, "cpu", torch.float32)
+    found = scorer.preprocess(bytes_[None] / 127.5 - 1, SIZE, torch.float32)
+    # theirs is rounded to bytes after each pass of the resize; a row off would be tens of levels on this noise
+    assert (found - truth).abs().max() <= 2.5 / 255 / STD.min()
+
+
+def test_hps_reads_prompts_as_open_clip_mends_them(hps_file: Path) -> None:
+    scorer = load_metric("hpsv2", {"hpsv2": hps_file}, tokenize, "cpu", torch.float32)
+    curly, entity, plain = scorer.encode(["\u201cI\u2019m\u201d &amp; you", '"I\'m" &amp;amp; you', '"I\'m" & you'])
+    assert torch.equal(curly, plain) and torch.equal(entity, plain)
+    other = load_metric("hpsv2", {"hpsv2": hps_file}, lambda p: tokenize([q[1:] for q in p]), "cpu", torch.float32)
+    assert not torch.equal(other.encode(['"I\'m" & you'])[0], plain)
 
 
 def test_one_tower_serves_spm_pickscore_and_hps(clip_dir: Path, hps_file: Path, tmp_path: Path) -> None:

@@ -161,6 +161,19 @@ def test_killed_and_resumed_has_the_same_grids(
     assert samples(killed) == whole
 
 
+def test_a_sheet_of_many_images_can_still_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image software refuses pictures of hundreds of millions of pixels: the sheet is made smaller."""
+    monkeypatch.setattr(trainer, "SHEET_PIXELS", 40_000)
+    colours = torch.tensor([[-1.0, -1.0, 1.0], [1.0, -1.0, -1.0]])
+    rows = [[c[:, None, None].expand(3, 128, 256) for _ in range(5)] for c in colours]
+    trainer.write_grid(tmp_path / "sheet.png", rows, ["a", "b"])
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert 30_000 < image.width * image.height <= 40_000 and json.loads(image.text["prompts"]) == ["a", "b"]
+        assert 1.8 < (image.width / 5) / (image.height / 2) < 2.2
+        for row, colour in enumerate(((0, 0, 255), (255, 0, 0))):
+            assert image.getpixel((image.width // 10, image.height // 4 * (1 + 2 * row))) == colour
+
+
 def test_resumed_with_other_grids_compares_nothing_with_the_old_ones(
     shown_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
