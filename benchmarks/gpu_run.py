@@ -5,14 +5,13 @@
 Each job (a stage, or one row of a stage) runs in a process of its own under a time limit taken from the budget, the
 most valuable first; a job that fails, is stopped or does not fit leaves a record that says so, and the next one runs.
 Not everything fits into one budget: `--only tests graph ops ceilings libraries`, `--only sd15`, `--only sdxl` do.
-DIR/records.jsonl grows line by line; what a job prints is in DIR/<job>.log; a short table is printed last.
+DIR/records.jsonl grows line by line; what the jobs print is in DIR/log.txt; a short table is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -227,10 +226,6 @@ def chosen(only: Sequence[str]) -> dict[str, Job]:
 # ---------------------------------------------------------------------------------------------------- one job
 
 
-def log_path(out: Path, job: str) -> Path:
-    return out / f"{re.sub(r'[^A-Za-z0-9._-]', '_', job)}.log"
-
-
 def stage_of(job: str) -> str:
     return job.split("/")[0]
 
@@ -258,7 +253,11 @@ def run_child(args: argparse.Namespace, name: str, limit_s: float, scratch: Path
     command = child_command(args, name, limit_s, scratch)
     started, status = time.monotonic(), "ok"
     values: dict[str, Any] = {}
-    with log_path(args.out, name).open("w") as log:
+    path = args.out / "log.txt"
+    with path.open("a") as log:
+        log.write(f"\n==== {name}\n")
+        log.flush()
+        start = log.tell()
         child = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=child_environment()
         )
@@ -266,10 +265,10 @@ def run_child(args: argparse.Namespace, name: str, limit_s: float, scratch: Path
             code = child.wait(limit_s)
             if code != 0:
                 status = "failed"
-                values = {"returncode": code, "error": tail(log_path(args.out, name))}
+                values = {"returncode": code, "error": tail(path, start)}
         except subprocess.TimeoutExpired:
             status = "timeout"
-            values = {"reason": f"stopped after {limit_s:.0f} s", "error": tail(log_path(args.out, name))}
+            values = {"reason": f"stopped after {limit_s:.0f} s", "error": tail(path, start)}
         finally:
             stop(child)
     records.stage = stage_of(name)
@@ -298,8 +297,9 @@ def stop(child: subprocess.Popen) -> None:
         child.wait()
 
 
-def tail(path: Path, characters: int = 1500) -> str:
-    return path.read_text(errors="replace")[-characters:]
+def tail(path: Path, start: int, characters: int = 1500) -> str:
+    """The end of what lies beyond `start` bytes."""
+    return path.read_bytes()[start:].decode(errors="replace")[-characters:]
 
 
 # ---------------------------------------------------------------------------------------------------- all jobs
@@ -362,7 +362,7 @@ def ratio(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> float | 
         published = len(parts) == 3 and other["name"] == f"{parts[0]}/published/{parts[2]}"
         if other["stage"] == record["stage"] and (same or published):
             mine, theirs = time_of(record), time_of(other)
-            counts = str(record.get("gate", "passed")) == "passed"
+            counts = str(record.get("gate", "passed")) == "passed" and not record.get("dead_batches")
             return theirs / mine if mine and theirs and counts else None
     return None
 
@@ -371,9 +371,11 @@ def note(record: dict[str, Any]) -> str:
     """What one line can hold."""
     parts = [] if record["status"] == "ok" else [record["status"]]
     for field in ("reason", "summary", "error"):
-        if record.get(field):
-            parts.append(str(record[field]).strip().splitlines()[-1][:90])
+        if text := str(record.get(field) or "").strip():
+            parts.append(text.splitlines()[-1][:90])
             break
+    if record.get("dead_batches"):
+        parts.append(f"does not count, {record['dead_batches']:g} micro-batches skipped their backward")
     if record.get("gate") not in (None, "passed"):
         parts.append(f"does not count, gate {record['gate']}")
     for field, unit in (("tb_per_s", "TB/s"), ("tflop_per_s", "TFLOP/s"), ("peak_allocated_gib", "GiB peak")):

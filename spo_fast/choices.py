@@ -1,8 +1,9 @@
 """What a run chooses by itself for the device it finds, each choice with its reason and the flag that overrides it.
 
 Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once.
-Batches stay whole while the predicted peak (costs.py) leaves room, then are halved until they fit; norms, then all
-activations, are recomputed only when no batch fits without. The run's saved settings hold what was chosen.
+Batches stay whole while the predicted peak (costs.py) leaves room; then CUDA graphs, which keep a rollout's memory, are
+left out, then batches are halved until they fit; norms, then all activations, are recomputed only when no batch fits
+without. The run's saved settings hold what was chosen.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices.")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current device
     elif device.type != "cpu":
         raise ValueError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
@@ -126,12 +129,14 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         "rows_per_forward": rows_of_a_step(cfg),
         "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
         "states_per_forward": cfg.optim.states_at_once,
+        "cuda_graphs": device.type == "cuda",
         "memory": "fast",
         "gradient_checkpointing": False,
     }
     cfg = cfg.with_fields(**{flag: whole[flag] for flag in open_settings})
     if device.usable_bytes is None:
-        choices += [Choice(flag, whole[flag], "memory is not planned on a CPU") for flag in open_settings]
+        reasons = {"cuda_graphs": "a CPU has none"}
+        choices += [Choice(f, whole[f], reasons.get(f, "memory is not planned on a CPU")) for f in open_settings]
         return cfg, choices
     costs = _memoised(resolved, device)
     cfg = _fit(cfg, set(open_settings), costs, device.usable_bytes)
@@ -139,6 +144,8 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     for flag in open_settings:
         peak = peak_of(flag, costs(cfg))
         how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
+        if flag == "cuda_graphs":
+            how = "their memory fits beside a training step" if flat[flag] else "training needs their memory"
         if flag in ("memory", "gradient_checkpointing"):
             how = "nothing computed twice" if flat[flag] == whole[flag] else "needed to fit"
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
@@ -150,6 +157,7 @@ DECIDES: dict[str, tuple[str, ...]] = {
     "rows_per_forward": ("rollout",),
     "decode_chunk": ("score",),
     "states_per_forward": ("reference", "backward"),
+    "cuda_graphs": ("reference", "backward", "step"),
     "memory": ("backward",),
     "gradient_checkpointing": ("backward",),
 }
@@ -178,6 +186,9 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         return cfg
 
     cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
+    # launches are a small part of what graphs are for at these sizes: smaller batches and computing twice cost more
+    if "cuda_graphs" in may and peak_of("cuda_graphs", costs(cfg)) > usable:
+        cfg = cfg.with_fields(cuda_graphs=False)
     ladder: list[dict[str, Any]] = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
     if "gradient_checkpointing" in may:
         ladder.append({"gradient_checkpointing": True} | ({"memory": "small"} if "memory" in may else {}))
@@ -215,6 +226,9 @@ def out_of_memory(cfg: Config, phase: str, device: Device, resolved: Resolved | 
         if flag == "memory":
             if flat["fuse"] and flat[flag] == "fast" and not flat["gradient_checkpointing"]:
                 advice.append(("--memory balanced", cfg.with_fields(memory="balanced"), flag))
+        elif flag == "cuda_graphs":
+            if flat[flag] and device.type == "cuda":
+                advice.append(("--no-cuda_graphs", cfg.with_fields(cuda_graphs=False), flag))
         elif flag == "gradient_checkpointing":
             if not flat[flag]:
                 advice.append(("--gradient_checkpointing", cfg.with_fields(gradient_checkpointing=True), flag))

@@ -305,8 +305,9 @@ class EngineConfig(ComputeConfig):
     """How the frozen UNet's transformers hold their linear layers. nf4 (bitsandbytes): a quarter of the memory. int8,
     fp8 (a GPU of compute capability 8.9): half, and products in 8 bits. All but full are inexact, for policy and
     reference alike; what they change is measured and printed in the first iteration."""
-    cuda_graphs: bool = True
-    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs."""
+    cuda_graphs: bool | None = None
+    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs.
+    Default: where the memory they keep fits beside a training step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -196,6 +196,8 @@ class Costs:
     """Bytes of the float32 gradients, which the backward's and the step's transients include."""
     transient: Mapping[str, int]
     """Phase -> most bytes alive at once besides the resident ones."""
+    graphs: bool = False
+    """A rollout is replayed as CUDA graphs, which keep what it took: nothing else can use their memory."""
 
     def flops(self, valid_share: float = 1.0) -> dict[str, float]:
         """FLOPs of an iteration that keeps this share of its pairs, by part."""
@@ -207,7 +209,13 @@ class Costs:
         """Phase -> bytes. The optimizer has no state yet when prompts are encoded."""
         held = sum(self.resident.values())
         early = {"encode prompts": held - self.resident["optimizer state"]}
-        return {phase: early.get(phase, held) + n for phase, n in self.transient.items()}
+        later = dict.fromkeys(("reference", "backward", "step"), self.kept_by_graphs)
+        return {phase: early.get(phase, held) + n + later.get(phase, 0) for phase, n in self.transient.items()}
+
+    @property
+    def kept_by_graphs(self) -> int:
+        """Bytes: at most what the rollout and the score took; the graphs share one pool."""
+        return max((self.transient.get(phase, 0) for phase in ("rollout", "score")), default=0) if self.graphs else 0
 
     @property
     def peak(self) -> int:
@@ -426,6 +434,7 @@ class Networks:
             flops_per_prompt=per_prompt,
             resident=resident,
             gradients=self._bytes(masters),
+            graphs=self.cuda and cfg.engine.cuda_graphs is not False,
             transient={
                 p: live.peaks[p] + (encoders if p == "encode prompts" else 0) for p in PHASES if p in live.peaks
             },

@@ -105,6 +105,8 @@ def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
 def memory_table(costs: Costs, device: Device) -> str:
     held = [("held throughout", "")] + [(part, size_text(n)) for part, n in costs.resident.items()]
     peaks = [("peak of a phase", "")] + [(phase, size_text(n)) for phase, n in costs.peaks.items()]
+    if costs.graphs:
+        peaks.append(("of these, kept by CUDA graphs after a rollout", size_text(costs.kept_by_graphs)))
     text = columns([*held, ("", ""), *peaks])
     if device.usable_bytes is None:
         return text

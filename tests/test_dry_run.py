@@ -21,7 +21,7 @@ from spo_fast.metrics import read_metrics
 from spo_fast.presets import PRESETS
 
 MIB = 2**20
-OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "memory", "gradient_checkpointing")
+OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "cuda_graphs", "memory", "gradient_checkpointing")
 
 
 def gpu(memory_bytes: float) -> Device:
@@ -43,10 +43,30 @@ def test_everything_stays_whole_where_there_is_room() -> None:
     assert cfg.sample.rows_per_forward == 4 * 4 * 2 and cfg.model.decode_chunk == 8
     assert cfg.optim.states_per_forward == 8 and cfg.optim.gradient_checkpointing is False
     assert cfg.model.mixed_precision == "fp16" and cfg.engine.fuse is True and cfg.engine.memory == "fast"
+    assert cfg.engine.cuda_graphs is True and "beside a training step" in found["cuda_graphs"].reason
+
+
+def test_graphs_are_left_out_where_training_needs_their_memory() -> None:
+    """Before anything is halved or computed twice: their pool holds what a rollout took while training goes on."""
+    whole, _ = toy_on(100_000)
+    costs = predict(whole)
+    pool = max(costs.transient["rollout"], costs.transient["score"])
+    without = predict(whole.with_fields(cuda_graphs=False))
+    for phase, peak in costs.peaks.items():
+        assert peak - without.peaks[phase] == (pool if phase in ("reference", "backward", "step") else 0), phase
+    assert costs.peak > 1.01 * without.peak and pool == costs.kept_by_graphs and without.kept_by_graphs == 0
+    for room, graphs in ((costs.peak + MIB, True), (costs.peak - MIB, False)):
+        cfg, found = toy_on(room / MIB)
+        assert cfg.engine.cuda_graphs is graphs and ("training needs" in found["cuda_graphs"].reason) is not graphs
+        assert cfg.optim == whole.optim and cfg.sample == whole.sample
+    cfg, _ = toy_on((costs.peak - MIB) / MIB, cuda_graphs=True)  # given: batches give way
+    assert cfg.engine.cuda_graphs is True and cfg.optim.states_per_forward < whole.optim.states_per_forward
+    advice = out_of_memory(whole, "backward", gpu(GIB))
+    assert "--no-cuda_graphs (predicted" in advice
 
 
 def test_less_memory_means_smaller_batches_that_fit() -> None:
-    whole, _ = toy_on(100_000)
+    whole, _ = toy_on(100_000, cuda_graphs=False)
     floor = predict(
         whole.with_fields(rows_per_forward=2, states_per_forward=2, decode_chunk=1, gradient_checkpointing=True)
     ).peak
@@ -60,7 +80,7 @@ def test_less_memory_means_smaller_batches_that_fit() -> None:
 
 
 def test_activations_are_recomputed_only_if_no_batch_fits_without() -> None:
-    whole, _ = toy_on(100_000)
+    whole, _ = toy_on(100_000, cuda_graphs=False)
     least = whole.with_fields(states_per_forward=2)
     fast, balanced = (predict(least.with_fields(memory=m)).peaks["backward"] for m in ("fast", "balanced"))
     assert balanced < 0.99 * fast
@@ -86,10 +106,25 @@ def test_memory_modes_fill_in_what_was_not_given() -> None:
         train.parse(["--model", "toy", "--memory", "balanced", "--no-fuse"])
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch makes no device current that has no number; auto and cuda have none."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    for name, number in (("auto", 2), ("cuda", 2), ("cuda:3", 3), ("cuda:0", 0)):
+        assert choices.pick_device(name) == torch.device("cuda", number) and chosen.pop() == number
+    with pytest.raises(ValueError, match="sees 4 CUDA devices"):
+        choices.pick_device("cuda:4")
+    with pytest.raises(ValueError, match="specified index"):  # of PyTorch's own: what this is about
+        torch.cuda.set_device(torch.device("cuda"))
+
+
 def test_what_was_given_is_not_chosen() -> None:
     given = {"rows_per_forward": 64, "states_per_forward": 8, "gradient_checkpointing": False}
     cfg, found = toy_on(1, **given)
-    assert set(found) == {"mixed_precision", "decode_chunk", "fuse", "memory", "compile"}
+    assert set(found) == {"mixed_precision", "decode_chunk", "fuse", "memory", "compile", "cuda_graphs"}
     assert (cfg.sample.rows_per_forward, cfg.optim.states_per_forward) == (64, 8)
 
 
@@ -114,7 +149,8 @@ def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert train.main(flags(out, max_train_steps=1, decode_chunk="none")) == 0
     printed = capsys.readouterr().out
     chosen = "--rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --memory fast --no-gradient_checkpointing"
-    assert f"  {chosen}: memory is not planned" in printed and "--no-fuse: a CPU gains nothing" in printed
+    assert f"  {chosen}: memory is not planned" in printed and "--no-cuda_graphs: a CPU has none" in printed
+    assert "--no-fuse: a CPU gains nothing" in printed
     assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
 
 

@@ -276,6 +276,15 @@ def test_queries_keys_and_values_without_gradient(backend, dtype, tokens, column
         lora_three(x, weight, [downs[0], wider[0], downs[2]], [ups[0], wider[1], ups[2]], SCALE)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_give_none(backend):
+    _, weight, bias, A, B, _ = case((4, 50), 64, 96, 8, torch.float32)
+    with use_backend(backend):
+        assert [y.shape for y in lora_linears(torch.zeros(0, 5, 64), [(weight, bias, A, B)] * 2, SCALE)] == [
+            (0, 5, 96)
+        ] * 2
+
+
 def test_layers_that_share_x_save_it_once_and_read_it_once():
     x, weight, bias, A, B, _ = case((4, 50), 64, 96, 8, torch.float32)
     saved = []

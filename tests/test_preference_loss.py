@@ -70,6 +70,22 @@ def test_two_sides_by_hand(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", [0, 1, 2])
+@pytest.mark.parametrize("clip", [0.1, None])
+def test_a_nan_is_not_clamped_away(backend, side, clip):
+    """The loss tells of it, and the sides beside it get no finite gradient: training must not go on."""
+    log_ratio = ratios(5, 3, 2, scale=0.01)
+    log_ratio[3, side, 1] = float("nan")
+    log_ratio.requires_grad_()
+    with use_backend(backend):
+        loss, stats = preference_loss(log_ratio, torch.full((5,), 0.2, device=DEVICE), 10.0, clip)
+    loss.backward()
+    assert loss.isnan() and stats[STATS.index("margin")].isnan() == (side != 1)
+    others = [k for k in range(3) if k != side]
+    assert log_ratio.grad[3, others].isnan().all() and log_ratio.grad[[0, 1, 2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_clamp_has_no_gradient_outside_on_either_side_and_no_nan(backend):
     # outside on the right side, outside on the wrong side, both, far beyond exp's range (the published form: NaN), and
     # just inside both ends: log 1.1 = 0.09531, log 0.9 = -0.10536

@@ -143,6 +143,14 @@ def test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching(backend):
     assert max_error(children, eager) < 3e-6  # logarithm and cosine differ in the last digits between libraries
 
 
+@pytest.mark.parametrize("backend", available_backends("transition", DEVICE))
+def test_nothing_comes_of_nothing(backend):
+    cond, uncond, _, _, x_t, _, _, rows = (v[:0] for v in case((4, 4, 9, 7)))
+    with use_backend(backend):
+        x0, children = transition(cond, uncond, x_t, rows, TABLE, 5.0, num_children=3, keys=keys(4)[:0])
+    assert x0.shape == (0, 4, 9, 7) and children.shape == (3, 0, 4, 9, 7)
+
+
 @pytest.mark.skipif("triton" not in available_backends("transition", DEVICE), reason="Triton cannot run here")
 def test_keyed_noise_does_not_depend_on_the_launch_shape(monkeypatch):
     """The C library's threads: test_build.py. n = 252 is no multiple of any block."""

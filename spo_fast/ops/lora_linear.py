@@ -421,7 +421,7 @@ def lora_linears(
         _check(x, *layer)
     parts = [part for weight, *rest in layers for part in (*_tensors(weight), *rest)]
     out = _LoraLinears.apply(x.reshape(-1, x.shape[-1]).contiguous(), float(scale), *parts)
-    return tuple(y.view(*x.shape[:-1], -1) for y in out)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in out)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ if triton is not None:
         outside = kept
         for s in tl.static_range(S):
             value = tl.load(ptr + s, mask=mask, other=0.0)
-            clamped = tl.minimum(tl.maximum(value, low), high)
+            clamped = tl.where(value < low, low, tl.where(value > high, high, value))  # a NaN stays one
             kept += clamped
             raw += value
             outside += tl.where(clamped != value, 1.0, 0.0)

@@ -65,7 +65,7 @@ def transition_ref(cond, uncond, x_t, rows, coefficients, guidance_scale, num_ch
         child = torch.arange(num_children, device=keys.device)
         keys = keys.repeat(num_children, 1)
         keys[:, 4] += child.repeat_interleave(x_t.shape[0])
-        noise = philox.normal(keys, x_t[0].numel()).to(x_t.dtype).view(num_children, *x_t.shape)
+        noise = philox.normal(keys, x_t.shape[1:].numel()).to(x_t.dtype).view(num_children, *x_t.shape)
     return x0, a * x_t + b * m + std * noise
 
 
@@ -312,7 +312,7 @@ def _launch_transition(
     noise: Tensor | None,
     want_x0: bool,
 ) -> tuple[Tensor, Tensor]:
-    B, n = x_t.shape[0], x_t[0].numel()
+    B, n = x_t.shape[0], x_t.shape[1:].numel()
     x0 = torch.empty_like(x_t) if want_x0 else x_t.new_empty((0, *x_t.shape[1:]))
     children = x_t.new_empty((num_children, *x_t.shape))
     grid = (B, -(-((n + 3) // 4) // GROUPS))
@@ -340,7 +340,7 @@ def _launch_log_ratio(
     coefficients: Tensor,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    T, n = x_prev.shape[0], x_t[0].numel()
+    T, n = x_prev.shape[0], x_t.shape[1:].numel()
     num_blocks = -(-n // BLOCK)
     partial = x_t.new_empty(T, num_blocks, 2)
     launch(_log_ratio_kernel)[(T, num_blocks)](
@@ -367,7 +367,7 @@ def _launch_log_ratio_backward(
     grad_log_ratio: Tensor,
     grad_kl: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    U, n = x_t.shape[0], x_t[0].numel()
+    U, n = x_t.shape[0], x_t.shape[1:].numel()
     grad_cond = torch.empty_like(cond)
     grad_uncond = torch.empty_like(cond) if uncond is not None else cond.new_empty(0)
     launch(_log_ratio_backward_kernel)[(U, -(-n // BLOCK))](
