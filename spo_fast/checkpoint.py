@@ -262,7 +262,7 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
     if existing and path.parent.resolve() != run_dir.resolve():
         raise FileExistsError(
             f"{run_dir} already holds a run ({existing[-1].name}), and {path} is another's. "
-            "Choose another --output_dir."
+            "Go on with its own (latest), or choose another --output_dir."
         )
     if (wrong := damage(path)) is not None:
         raise MismatchError(f"{path} is damaged: {wrong}. Resume from latest, which is the last whole one.")

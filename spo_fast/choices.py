@@ -196,6 +196,9 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         tried = halved(cfg.with_fields(**settings), "states_per_forward")
         if costs(tried).peaks["backward"] <= usable:
             break
+    if "cuda_graphs" in may:  # batches that were halved may have left room for them after all
+        again = tried.with_fields(cuda_graphs=True)
+        return again if peak_of("cuda_graphs", costs(again)) <= usable else tried
     return tried
 
 

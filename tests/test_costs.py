@@ -269,8 +269,9 @@ def test_sdxl_costs_what_was_published():
 
 @pytest.mark.slow
 def test_sdxl_fits_by_memory_mode():
-    """As many states as published; the goals are 50 GiB fast and 14 GiB small."""
-    parsed = {m: train.parse(["--model", "sdxl", "--memory", m]) for m in ("fast", "balanced", "small")}
+    """As many states as published; the goals are 50 GiB fast and 14 GiB small, here without what CUDA graphs keep."""
+    plain = ["--model", "sdxl", "--no-cuda_graphs", "--memory"]
+    parsed = {m: train.parse([*plain, m]) for m in ("fast", "balanced", "small")}
     gib = {m: predict(choose(cfg, Device("a GPU", "cuda", 141 * 10**9))[0]).peak / 2**30 for m, cfg in parsed.items()}
     assert gib["fast"] <= 50 and gib["small"] <= 14
     assert gib["balanced"] == pytest.approx(43.4, abs=0.3)

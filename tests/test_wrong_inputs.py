@@ -300,7 +300,7 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "from a LoRA now": (lambda p: p.resume(lora_path=p.finished), ["lora_path: None -> "]),
     "another run's checkpoint": (
         lambda p: p.resume(resume_from_checkpoint=p.finished / "checkpoint-1"),
-        ["already holds a run (checkpoint-1)", "is another's. Choose another --output_dir"],
+        ["already holds a run (checkpoint-1)", "is another's. Go on with its own (latest)"],
     ),
     "scheduler of another noise schedule": (
         lambda p: ["--pretrained_model_name_or_path", p.with_scheduler({"_class_name": "EDMEulerScheduler"})],
