@@ -359,7 +359,7 @@ class Hours:
 LAUNCHERS, NOTES = "its launch scripts: 16 GPUs", "secondary notes"
 HOURS = {
     ("sd15", "dpo"): Hours(16 * 24, 0, f"{LAUNCHERS} x 24 h"),
-    ("sdxl", "dpo"): Hours(16 * 300, 0, f"{LAUNCHERS} x 300 h"),
+    ("sdxl", "dpo"): Hours(16 * 300, 0, f"{LAUNCHERS} x 300 h (derived: 30 h a 200 steps)"),
     ("sd15", "spo"): Hours(80, 32, NOTES),
     ("sdxl", "spo"): Hours(234, 116, NOTES),
     ("sd15", "lpo"): Hours(23, None, NOTES),

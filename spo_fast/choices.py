@@ -186,7 +186,7 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         return cfg
 
     cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
-    # launches are a small part of what graphs are for at these sizes: smaller batches and computing twice cost more
+    # networks that fill a card hide their launches: smaller batches or computing twice should cost more (not measured)
     if "cuda_graphs" in may and peak_of("cuda_graphs", costs(cfg)) > usable:
         cfg = cfg.with_fields(cuda_graphs=False)
     ladder: list[dict[str, Any]] = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []

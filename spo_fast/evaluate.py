@@ -345,7 +345,8 @@ def prompt_weights(cfg: EvaluationConfig, prompts: list[str]) -> dict[str, np.nd
         return {}
     from spo_fast.scorers.geneval import task_weights
 
-    return {"geneval": np.array(task_weights([wanted(cfg)[prompt]["tag"] for prompt in prompts]))}
+    asked = wanted(cfg)
+    return {"geneval": np.array(task_weights([asked[prompt]["tag"] for prompt in prompts]))}
 
 
 # ---------------------------------------------------------------------------------------------------------- results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
@@ -170,7 +171,15 @@ def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, caps
     assert path.with_suffix(".md").is_file() and path.with_suffix(".png").is_file()
     assert claims.main(common) == 0 and path.read_text() == first
     capsys.readouterr()
-    assert claims.main([*common, "--cell", "spo/0"]) == 0
+    *start, cell, name, flag, rate = shlex.split(found["spo/0"]["command"])  # alone, as whoever reads a record has it
+    assert start == ["python", "-m", "spo_fast.toy.claims"] and (cell, name, flag) == (
+        "--cell",
+        "spo/0",
+        "--learning_rate",
+    )
+    elsewhere = ["--records", str(tmp_path / "none.jsonl"), "--work_dir", str(tmp_path / "elsewhere")]
+    assert claims.main([*elsewhere, cell, name]) == 1 and "needs --learning_rate" in capsys.readouterr().err
+    assert claims.main([*elsewhere, cell, name, flag, rate]) == 0
     printed = capsys.readouterr().out
     again = json.loads(printed[printed.index("{") :])
     assert {k: again[k] for k in ("aesthetics", "layout", "spent", "pairs")} == {

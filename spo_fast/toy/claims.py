@@ -9,7 +9,7 @@ has a record is not run again, what has none is shown as not run.
     python -m spo_fast.toy.claims                       # run what is missing, in order of importance, then the tables
     python -m spo_fast.toy.claims --budget_s 1800       # stop starting runs after half an hour
     python -m spo_fast.toy.claims --contenders spo dpo  # of these alone; others can run at the same time beside it
-    python -m spo_fast.toy.claims --cell spo/0          # one run again, whatever is recorded; prints its record
+    python -m spo_fast.toy.claims --cell spo/0 --learning_rate 5e-4   # one run, whatever is recorded; prints its record
     python -m spo_fast.toy.claims --tables              # run nothing
     python -m spo_fast.toy.claims --size large --budget_s 3000   # for a GPU: builds a larger toy first
 """
@@ -323,8 +323,9 @@ def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[
     if others := {r.get("size", "small") for r in read(path).values()} - {size}:
         raise ValueError(f"{path} holds runs of the {others.pop()} toy, not of the {size} one. Give another --records.")
 
-    def record(make: Callable[[], dict[str, Any]], name: str) -> None:
-        found = {**make(), "size": size, "command": f"{command} --cell '{name}'", **software()}
+    def record(make: Callable[[], dict[str, Any]], name: str, rate: float | None = None) -> None:
+        again = f"{command} --cell '{name}'" + (f" --learning_rate {rate:g}" if rate else "")
+        found = {**make(), "size": size, "command": again, **software()}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
 
@@ -342,7 +343,7 @@ def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[
         if rate is None:
             continue  # its grid is not complete
         print(f"== {what} at {rate:g}", flush=True)
-        record(functools.partial(cell, name, seed, rate, work), what)
+        record(functools.partial(cell, name, seed, rate, work), what, rate if lr is None else None)
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -593,6 +594,7 @@ def claims(arguments: list[str] | None) -> None:
     all_of_them = tuple(CONTENDERS)
     parser.add_argument("--contenders", nargs="+", choices=all_of_them, default=all_of_them, help="run these alone")
     parser.add_argument("--cell", help="NAME/SEED or NAME/tuning/RATE: only this run, whatever is recorded")
+    parser.add_argument("--learning_rate", type=float, help="of --cell (default: the recorded or the grid's best)")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args(arguments)
     size, end = SIZES[args.size], time.monotonic() + args.budget_s
@@ -606,7 +608,7 @@ def claims(arguments: list[str] | None) -> None:
             print("The budget ended before the toy was built: the same command goes on.")
             return
     if args.cell is not None:
-        print(json.dumps(repeated(args.cell, read(path), work), indent=1))
+        print(json.dumps(repeated(args.cell, read(path), work, args.learning_rate), indent=1))
         return
     if not args.tables:
         run_missing(path, work, end - time.monotonic(), args.contenders)
@@ -618,7 +620,7 @@ def claims(arguments: list[str] | None) -> None:
     print(text)
 
 
-def repeated(what: str, records: Mapping[str, Any], work: Path) -> dict[str, Any]:
+def repeated(what: str, records: Mapping[str, Any], work: Path, rate: float | None = None) -> dict[str, Any]:
     """A run by its name, as recorded runs were made. Raises ValueError for one that there is not."""
     if what in ONCE:
         return ONCE[what](work)
@@ -626,9 +628,9 @@ def repeated(what: str, records: Mapping[str, Any], work: Path) -> dict[str, Any
     if what not in runs:
         raise ValueError(f"--cell {what} is no run. Names: {', '.join(CONTENDERS)}; as in spo/0 or spo/tuning/0.0005.")
     name, seed, lr = runs[what]
-    rate = (records.get(what) or {}).get("learning_rate") or lr or chosen_rate(name, records)
+    rate = rate or lr or (records.get(what) or {}).get("learning_rate") or chosen_rate(name, records)
     if rate is None:
-        raise ValueError(f"--cell {what} needs its learning rate: the grid of {name} has no records yet.")
+        raise ValueError(f"--cell {what} needs --learning_rate: --records has no grid of {name}.")
     return cell(name, seed, rate, work)
 
 
