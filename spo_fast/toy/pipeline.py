@@ -110,6 +110,8 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     for name, part in parts.items():
         with no_progress_bar():
             part.save_pretrained(str(path / name))
+        if name.startswith("text_encoder"):
+            _with_old_names(path / name / "model.safetensors")
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__.removesuffix("Fast")]
     for absent in ("feature_extractor", "image_encoder", "safety_checker"):
         index[absent] = [None, None]
@@ -117,6 +119,17 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
         del index["safety_checker"]
         index["force_zeros_for_empty_prompt"] = True
     (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _with_old_names(file: Path) -> None:
+    """transformers >= 5.6 writes a CLIPTextModel without the prefix text_model., which every version reads and older
+    ones need: without it they start from random weights with no more than a warning (seen with 4.57.1)."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    if not any(name.startswith("text_model.") for name in tensors):
+        named = {f"text_model.{name}": value for name, value in tensors.items()}
+        save_file(named, file, metadata={"format": "pt"})
 
 
 def word_merges() -> list[tuple[str, str]]:
