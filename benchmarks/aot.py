@@ -1,15 +1,19 @@
 """Every Triton kernel, compiled ahead of time without a GPU: registers, shared memory and spills of each.
 
-    python -m benchmarks.aot [--arch 80 89 90 100] [--only transition ...]
+    python -m benchmarks.aot [--arch 80 89 90 100] [--only transition ...] [--record]
+    python -m benchmarks.aot --tritons 3.6.0 3.7.0 3.8.0 3.9.0 --record    # each from PyPI, in a folder of its own
 
-Exit status 1 if any kernel spills. tests/test_aot.py asserts the same.
+Exit status 1 if any kernel spills. tests/test_aot.py asserts the same of the Triton that is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import table
+from benchmarks.records import Records, results_path, table
 from spo_fast.ops import geglu, group_norm_silu, lora_linear, merge_lora, preference_loss, resize_normalize, transition
 from spo_fast.ops.backend import INTERPRET
 
@@ -173,11 +177,29 @@ def survey(architectures: Sequence[int], names: Sequence[str]) -> Iterator[Resou
                 yield resources(name, architecture, m_type)
 
 
+def with_triton(version: str, args: argparse.Namespace) -> int:
+    """The exit status of this command beside another Triton, which is installed into a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, f"triton=={version}"]
+        subprocess.run(pip, check=True)
+        path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+        again = [sys.executable, "-m", "benchmarks.aot", "--arch", *map(str, args.arch), "--only", *args.only]
+        print(f"== Triton {version}", flush=True)
+        environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": f"{folder}/cache"}
+        return subprocess.run([*again, *["--record"] * args.record], env=environment).returncode
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 90")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="kernels whose name begins so")
+    parser.add_argument("--tritons", nargs="+", metavar="VERSION", help="these in turn instead of the installed one")
+    parser.add_argument(
+        "--record", action="store_true", help="append what is found to results/<date>_cpu_kernels.jsonl"
+    )
     args = parser.parse_args(argv)
+    if args.tritons:
+        raise SystemExit(max([with_triton(version, args) for version in args.tritons]))
     if INTERPRET:
         raise SystemExit("TRITON_INTERPRET=1 replaces the kernels by Python: unset it")
     names = [name for name in KERNELS if name.startswith(tuple(args.only))]
@@ -186,6 +208,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = list(survey(args.arch, names))
     heading = ["kernel", "pointers", "sm", "registers", "shared bytes", "spilled bytes"]
     print(table([heading, *([*r.__dict__.values()] for r in found)]))
+    if args.record:
+        rows = [[*r.__dict__.values()] for r in found]
+        columns = [field.name for field in dataclasses.fields(Resources)]
+        Records(results_path("kernels", "cpu"), "aot").write("all kernels", columns=columns, rows=rows)
     if any(r.spills for r in found):
         raise SystemExit(1)
 
