@@ -5,8 +5,14 @@ VENV ?= .venv
 TORCH := $(shell grep '^torch==' constraints.txt)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# one process a core and one thread a process: two threads each would stand in each other's way
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=4 --dist loadfile
+# the lowest versions that pyproject.toml allows, and the tests that are chosen to run beside them
+LOWEST ?= .venv-lowest
+LOWEST_TESTS ?= tests/test_toy.py tests/test_foreign_models.py tests/test_foreign_loras.py tests/test_foreign_schedules.py \
+	tests/test_export.py tests/test_text.py tests/test_quantised.py tests/test_fuse.py
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-lowest bench lint clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -14,11 +20,15 @@ demo: $(READY)
 	$(RUN) -m spo_fast.toy.evaluate runs/demo
 
 test: $(READY)
-	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_transition.py tests/test_preference_loss.py \
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_transition.py tests/test_preference_loss.py \
 		tests/test_resize_normalize.py tests/test_lora_linear.py tests/test_merge_lora.py \
 		tests/test_group_norm_silu.py tests/test_geglu.py
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_golden.py -k 'ddim or loss'
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_golden.py -k 'ddim or loss'
+
+# the C library is built by then: the package is taken from here
+test-lowest: $(LOWEST)/.ready $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(LOWEST)/bin/python -m pytest -n auto --maxprocesses=4 --dist loadfile $(LOWEST_TESTS)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks/
@@ -34,6 +44,13 @@ $(READY): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install -c constraints.txt $(TORCH)
 	$(RUN) -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(LOWEST)/.ready: pyproject.toml tests/lowest.py constraints.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install -c constraints.txt $(TORCH)
+	$(LOWEST)/bin/python -m pip install $$($(LOWEST)/bin/python tests/lowest.py)
 	touch $@
 
 clean:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,9 @@ NEEDS = {  # (setting, value) -> package, extra of this one, value that needs ne
     ("report_to", "wandb"): ("wandb", "wandb", "none"),
 }
 
+LEAST = {"bitsandbytes": (0, 50)}
+"""Versions of pyproject.toml's extras; bitsandbytes 0.48 and 0.49 import, but have no 8-bit optimizer on a CPU."""
+
 
 def missing_extra(setting: str, value: str) -> str:
     """The message of the ImportError."""
@@ -23,7 +28,12 @@ def missing_extra(setting: str, value: str) -> str:
 
 
 def check_extras(settings: Mapping[str, Any]) -> None:
-    """Raise ImportError if the flat settings need a package that is not installed. Imports none."""
+    """Raise ImportError if the flat settings need a package that is not installed, or is too old. Imports none."""
     for (setting, value), (package, _, _) in NEEDS.items():
-        if settings.get(setting) == value and importlib.util.find_spec(package) is None:
+        if settings.get(setting) != value:
+            continue
+        if importlib.util.find_spec(package) is None:
             raise ImportError(missing_extra(setting, value))
+        version = importlib.metadata.version(package) if package in LEAST else ""
+        if package in LEAST and tuple(map(int, re.findall(r"\d+", version)[:2])) < LEAST[package]:
+            raise ImportError(f"{missing_extra(setting, value)} Here it is {version}, which is too old.")
