@@ -6,16 +6,17 @@ torch is left out: its lowest version is to be had as a build of several gigabyt
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+
+import tomllib
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 TOOLS = ("ruff", "mypy", "types-PyYAML")  # they judge the text of the program, which no version of a library changes
 
 
 def lowest(requirements: Iterable[str]) -> list[str]:
-    """name>=version -> name==version, each once, torch and tools left out. Raises ValueError for one without a bound."""
+    """name>=version -> name==version, each once, without torch and tools. Raises ValueError for one without a bound."""
     found = {}
     for requirement in requirements:
         text = requirement.split(";")[0].strip()
