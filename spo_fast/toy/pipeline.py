@@ -112,6 +112,8 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
             part.save_pretrained(str(path / name))
         if name.startswith("text_encoder"):
             _with_old_names(path / name / "model.safetensors")
+        if name.startswith("tokenizer"):  # transformers < 5 reads vocab.json and merges.txt where diffusers loads one
+            part.backend_tokenizer.model.save(str(path / name))
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__.removesuffix("Fast")]
     for absent in ("feature_extractor", "image_encoder", "safety_checker"):
         index[absent] = [None, None]
