@@ -172,7 +172,9 @@ def test_directory_of_the_other_kind_or_another_class(tiny: dict[str, Path], tmp
     with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors is no .safetensors file"):
         resolve("sd15", path)  # before anything is loaded
     save_file({"conv_in.weight": torch.zeros(1)}, path / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(OSError, match="cannot load UNet2DConditionModel from .*unet"):
+    with pytest.raises(
+        ValueError, match="unet/diffusion_pytorch_model.safetensors does not fit the network of 208 tensors"
+    ):
         load_unet(resolve("sd15", path), torch.float32)
 
 
@@ -374,9 +376,9 @@ def test_single_file_uses_the_shipped_settings(single: dict[str, Path]) -> None:
     """The tiny file cannot fill the published architecture: the sizes tell. The tokenizers are the real ones."""
     resolved = resolve("sdxl", single["sdxl"])
     assert resolved.config_dir == CONFIGS / "sdxl"
-    with pytest.raises(ValueError, match=r"the UNet in .* where its settings give 2,567,463,684: another architecture"):
+    with pytest.raises(ValueError, match=r"the UNet in .*sdxl.safetensors does not fit the network of 1680 tensors"):
         load_unet(resolved, torch.float32)
-    with pytest.raises(ValueError, match="the VAE in .* 83,653,863"):
+    with pytest.raises(ValueError, match="the VAE in .*sdxl.safetensors does not fit"):
         load_vae(resolved, torch.float32)
     tokenizers = sources.load_tokenizers(resolved)
     assert [len(t) for t in tokenizers] == [49408, 49408] and [t.pad_token_id for t in tokenizers] == [49407, 0]
@@ -433,7 +435,7 @@ def test_wrong_single_files(tiny: dict[str, Path], single: dict[str, Path], tmp_
     for name in ("model.diffusion_model.out.2.weight", "cond_stage_model.transformer.text_model.final_layer_norm.bias"):
         save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "part.safetensors")
         resolved = resolve("sd15", tmp_path / "part.safetensors", config=str(tiny["sd15"]))
-        with pytest.raises(ValueError, match="incomplete file|final_layer_norm.bias"):
+        with pytest.raises(ValueError, match="1 missing: (conv_out.weight|(text_model.)?final_layer_norm.bias)"):
             load_unet(resolved, torch.float32)
             load_text(resolved, torch.float32)
 

@@ -21,21 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_fast.config import did_you_mean
-from spo_fast.files import read_header, read_json
+from spo_fast.files import DAMAGED, read_header, read_json
 from spo_fast.models.clip_tokenizer import clip_tokenizer
 from spo_fast.models.lora import LORA_FILE, find_lora
-from spo_fast.models.single_file import (
-    TEXT_PREFIXES,
-    check_model_file,
-    check_vae_file,
-    has_accelerate,
-    no_progress_bar,
-    text_class,
-    text_encoder_from_file,
-    unet_from_file,
-    vae_class,
-    vae_from_file,
-)
+from spo_fast.models.single_file import TEXT_PREFIXES, check_model_file, check_vae_file, text_class, vae_class
 
 if TYPE_CHECKING:
     import torch
@@ -507,30 +496,38 @@ def load_unet(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
     """The UNet2DConditionModel in dtype on the CPU, in eval mode, frozen (requires_grad False)."""
     from diffusers import UNet2DConditionModel
 
+    from spo_fast.models.networks import unet_from_file
+
     if resolved.single_file:
         return _frozen(unet_from_file(resolved.model_path, resolved.config_dir, dtype))
-    return _frozen(_from_directory(UNet2DConditionModel, resolved.model_path, "unet", dtype, resolved.source.variant))
+    return _from_directory(UNet2DConditionModel, resolved.model_path / "unet", dtype, resolved.source.variant)
 
 
 def load_unet_from(directory: Path, dtype: torch.dtype) -> nn.Module:
     """Another UNet2DConditionModel, such as what full fine-tuning left."""
     from diffusers import UNet2DConditionModel
 
-    return _frozen(_from_directory(UNet2DConditionModel, directory, "", dtype, None))
+    return _from_directory(UNet2DConditionModel, directory, dtype, None)
 
 
 def load_vae(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
     """The AutoencoderKL or AutoencoderTiny in dtype on the CPU, in eval mode, frozen."""
     import diffusers
 
+    from spo_fast.models.networks import vae_from_file
+
     path = resolved.vae_path or resolved.model_path
     if path.is_file():
         return _frozen(vae_from_file(path, _config_dir(resolved.source), dtype))
-    borrowed = resolved.vae_path is not None
-    folder = "" if borrowed and (path / "config.json").is_file() else "vae"
-    config = read_json(path / folder / "config.json")
-    cls = getattr(diffusers, vae_class(config, path))
-    return _frozen(_from_directory(cls, path, folder, dtype, None if borrowed else resolved.source.variant))
+    folder = _vae_folder(resolved)
+    cls = getattr(diffusers, vae_class(read_json(folder / "config.json"), path))
+    return _from_directory(cls, folder, dtype, None if resolved.vae_path else resolved.source.variant)
+
+
+def _vae_folder(resolved: Resolved) -> Path:
+    """Of a VAE that is no single file: its own repository, or the vae/ of a pipeline."""
+    path = resolved.vae_path or resolved.model_path
+    return path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
 
 
 def load_text(resolved: Resolved, dtype: torch.dtype) -> tuple[list[Any], list[nn.Module]]:
@@ -545,14 +542,15 @@ def load_tokenizers(resolved: Resolved) -> list[Any]:
 
 def load_text_encoders(resolved: Resolved, dtype: torch.dtype) -> list[nn.Module]:
     """CLIPTextModel, and for SDXL CLIPTextModelWithProjection as well."""
+    from spo_fast.models.networks import text_encoder_from_file
+
     kind, path = resolved.source.kind, resolved.model_path
     encoders = []
     for (_, part), prefix in zip(TEXT_PARTS[kind], TEXT_PREFIXES[kind], strict=True):
         if resolved.single_file:
-            encoder = text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)
+            encoders.append(_frozen(text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)))
         else:
-            encoder = _from_directory(text_class(path / part), path, part, dtype, resolved.source.variant)
-        encoders.append(_frozen(encoder))
+            encoders.append(_from_directory(text_class(path / part), path / part, dtype, resolved.source.variant))
     return encoders
 
 
@@ -579,8 +577,7 @@ def vae_files(resolved: Resolved) -> list[Path]:
     path = resolved.vae_path or resolved.model_path
     if path.is_file():
         return [path]
-    folder = path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
-    return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+    return sorted(file for file in _vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
 
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:
@@ -597,20 +594,14 @@ def _tokenizer(directory: Path) -> Any:
     return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
 
 
-def _from_directory(cls: Any, path: Path, folder: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    options: dict[str, Any] = {"local_files_only": True, "variant": variant}
-    if cls.__module__.startswith("diffusers"):
-        # said outright, since diffusers warns on every load when accelerate is absent
-        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": has_accelerate()}
-    else:
-        options |= {"dtype": dtype}
-    try:
-        with no_progress_bar():
-            return cls.from_pretrained(str(path), subfolder=folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        # the libraries speak of hub ids and connections here; the directory was found, so its content is at fault
-        where = path / folder if folder else path
-        raise OSError(f"cannot load {cls.__name__} from {where}: {error}. Download or convert it again.") from error
+def _from_directory(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    from spo_fast.models.networks import load_part
+
+    stem = "model" if cls.__module__.startswith("transformers") else "diffusion_pytorch_model"
+    chosen = _weight_files({file.name for file in folder.iterdir()}, "", stem, variant)
+    if not chosen:
+        raise FileNotFoundError(f"{folder} has no {stem}{f'.{variant}' if variant else ''}.safetensors. {DAMAGED}")
+    return _frozen(load_part(cls, folder / chosen[0], folder, dtype))
 
 
 def _frozen(model: nn.Module) -> nn.Module:
