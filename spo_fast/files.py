@@ -46,6 +46,14 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a .safetensors file holds beside its tensors."""
+    read_header(path)
+    with path.open("rb") as f:
+        found = json.loads(f.read(struct.unpack("<Q", f.read(8))[0])).get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a .safetensors file whose names start with prefix, without it; the rest of it is not read."""
     from safetensors import SafetensorError, safe_open

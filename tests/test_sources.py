@@ -374,7 +374,10 @@ def test_single_file_equals_its_directory(
 
 def test_single_file_uses_the_shipped_settings(single: dict[str, Path]) -> None:
     """The tiny file cannot fill the published architecture: the sizes tell. The tokenizers are the real ones."""
-    resolved = resolve("sdxl", single["sdxl"])
+    source = ModelSource(kind="sdxl", pretrained_model_name_or_path=str(single["sdxl"]))
+    with pytest.raises(ValueError, match="sdxl.safetensors has cross_attention_dim=32: .* make 768 . 1280 channels"):
+        resolve_all(source)
+    resolved = Resolved(source, model_path=single["sdxl"], vae_path=None)
     assert resolved.config_dir == CONFIGS / "sdxl"
     with pytest.raises(ValueError, match=r"the UNet in .*sdxl.safetensors does not fit the network of 1680 tensors"):
         load_unet(resolved, torch.float32)
@@ -426,10 +429,15 @@ def test_wrong_single_files(tiny: dict[str, Path], single: dict[str, Path], tmp_
     save_file(no_vae, tmp_path / "no_vae.safetensors")
     with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path"):
         resolve("sd15", tmp_path / "no_vae.safetensors")
+    save_file({**tensors, "edm_mean": torch.zeros(4)}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="holds edm_mean: its noise schedule is EDM's"):
+        resolve("sd15", tmp_path / "v.safetensors")
+    resolve("sd15", tmp_path / "no_vae.safetensors")
     save_file({**tensors, "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
     with pytest.raises(ValueError, match="holds v_pred: its network predicts something else"):
         resolve("sd15", tmp_path / "v.safetensors")
-    resolve("sd15", tmp_path / "no_vae.safetensors", pretrained_vae_model_name_or_path=str(tiny["sd15"]))
+    own = str(tiny["sd15"])
+    resolve("sd15", tmp_path / "no_vae.safetensors", pretrained_vae_model_name_or_path=own, config=own)
     with pytest.raises(ValueError, match="holds no VAE"):
         resolve("sd15", tiny["sd15"], pretrained_vae_model_name_or_path=str(tmp_path / "no_vae.safetensors"))
     for name in ("model.diffusion_model.out.2.weight", "cond_stage_model.transformer.text_model.final_layer_norm.bias"):

@@ -34,7 +34,8 @@ class DiffusionModel:
         self.scheduler_config = sources.scheduler_config(resolved)
         _check_scheduler(self.scheduler_config)
         self.tokenizers = sources.load_tokenizers(resolved)
-        fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype}"
+        # strict: rows of the days when encoders were loaded in part are not read again
+        fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype} strict"
         self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
         self.zero_uncond = self._forces_zeros()
 
@@ -50,6 +51,7 @@ class DiffusionModel:
         default: int = self.unet.config.sample_size * factor
         self.height, self.width = cfg.height or default, cfg.width or default
         check_size(self.height, self.width, factor)
+        self.size_told = (default, default) if cfg.size_told == "native" else (self.height, self.width)
         self.latent_shape = (self.unet.config.in_channels, self.height // factor, self.width // factor)
 
     @property
@@ -90,7 +92,7 @@ class DiffusionModel:
             uncond = {name: torch.zeros_like(value) for name, value in uncond.items()}
         if self.kind == "sdxl":
             # original size, crop corner, target size
-            size = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=self.device)
+            size = torch.tensor([[*self.size_told, 0, 0, *self.size_told]], device=self.device)
             uncond["time_ids"] = size.to(self.dtype)
             cond["time_ids"] = uncond["time_ids"].expand(len(prompts), -1)
         return Cond(cond, uncond)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spo_fast.files import DAMAGED, read_header, read_json, shown, some
 from spo_fast.files import read_tensors as read_safetensors
-from spo_fast.models.single_file import UNET_PREFIX, VAE_PREFIX, VAE_UNUSED, text_class, vae_class
+from spo_fast.models.single_file import UNET_PREFIX, VAE_PREFIX, VAE_UNUSED, text_class, vae_class, vae_settings_of_file
 from spo_fast.weights import fill, read_tensors, renamed
 
 
@@ -49,8 +49,7 @@ def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module
     prefix = VAE_PREFIX if any(n.startswith(VAE_PREFIX) for n in read_header(path)) else ""
     tensors = {n: t for n, t in read_safetensors(path, prefix).items() if not n.startswith(VAE_UNUSED)}
     ldm = any(n.startswith("decoder.mid.") for n in tensors)  # against diffusers' decoder.mid_block.
-    beside = path.parent / "config.json"  # a file out of a diffusers directory has its settings beside it
-    config = read_json(beside if beside.is_file() and not ldm else config_dir / "vae" / "config.json")
+    config = read_json(vae_settings_of_file(path, config_dir))
     if ldm:
         tensors = _converted(path, f"VAE, {prefix}*", tensors, lambda found: convert_ldm_vae_checkpoint(found, config))
     cls = getattr(diffusers, vae_class(config, path))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_fast.files import read_header
+from spo_fast.files import read_header, shown
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -19,7 +19,7 @@ TEXT_PREFIXES = {
     "sd15": ("cond_stage_model.transformer.",),
     "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
 }
-OTHER_PREDICTION = ("v_pred", "ztsnr", "edm_mean", "edm_std")  # tensors by which such files are marked
+EDM_MARKERS = ("edm_mean", "edm_std", "edm_vpred.")  # tensors by which files of another noise schedule are marked
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 VAE_UNUSED = ("loss.", "model_ema.")  # of a VAE's training
 
@@ -34,11 +34,8 @@ def check_model_file(path: Path, kind: str, with_vae: bool) -> None:
     for other, prefixes in TEXT_PREFIXES.items():  # the likeliest mistake: say so
         if other != kind and not absent([*prefixes]):
             raise ValueError(f"{path} is a {other} model, but kind {kind} was asked for: use {other}.")
-    if marker := next((n for n in names if n in OTHER_PREDICTION or n.startswith("edm_vpred.")), None):
-        raise ValueError(
-            f"{path} holds {marker}: its network predicts something else, or on another noise schedule, than {kind}'s. "
-            "Convert it to a diffusers directory, whose scheduler_config.json says which."
-        )
+    if marker := next((n for n in names if n.startswith(EDM_MARKERS)), None):
+        raise ValueError(f"{shown(path)} holds {marker}: its noise schedule is EDM's, which is not trained here.")
     if lacking := absent([UNET_PREFIX, *TEXT_PREFIXES[kind], *([VAE_PREFIX] if with_vae else [])]):
         mend = " Give a VAE by --pretrained_vae_model_name_or_path." if lacking == [VAE_PREFIX] else ""
         raise ValueError(f"{path} is no whole {kind} model: it has no tensors named {'*, '.join(lacking)}*.{mend}")
@@ -48,6 +45,35 @@ def check_vae_file(path: Path) -> None:
     """Raise ValueError unless the file has a VAE's decoder, alone or inside a whole model."""
     if not any(n.removeprefix(VAE_PREFIX).startswith("decoder.") for n in read_header(path)):
         raise ValueError(f"{path} holds no VAE: no tensor is named decoder.* or {VAE_PREFIX}decoder.*")
+
+
+FILE_SIZES = {  # tensor -> (axis, setting) that its size along the axis is
+    f"{UNET_PREFIX}input_blocks.0.0.weight": (1, "in_channels"),
+    f"{UNET_PREFIX}out.2.weight": (0, "out_channels"),
+    f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight": (1, "cross_attention_dim"),
+}
+
+
+def unet_sizes(path: Path) -> dict[str, int]:
+    """The UNet's settings that a single file's shapes show."""
+    return _sizes(path, FILE_SIZES)
+
+
+def vae_sizes(path: Path) -> dict[str, int]:
+    return _sizes(path, {f"{prefix}decoder.conv_in.weight": (1, "latent_channels") for prefix in (VAE_PREFIX, "")})
+
+
+def _sizes(path: Path, wanted: Mapping[str, tuple[int, str]]) -> dict[str, int]:
+    names = read_header(path)
+    shapes = {name: names[name]["shape"] for name in wanted if name in names}
+    return {wanted[name][1]: shape[wanted[name][0]] for name, shape in shapes.items() if len(shape) > wanted[name][0]}
+
+
+def vae_settings_of_file(path: Path, config_dir: Path) -> Path:
+    """The config.json of a VAE's single file: beside it, if it came out of a diffusers directory, or config_dir's."""
+    beside = path.parent / "config.json"
+    ldm = any(n.removeprefix(VAE_PREFIX).startswith("decoder.mid.") for n in read_header(path))
+    return beside if beside.is_file() and not ldm else config_dir / "vae" / "config.json"
 
 
 def vae_class(config: Mapping[str, Any], path: Path) -> str:
