@@ -6,6 +6,7 @@ Networks come from the meta device, so that nothing is allocated or initialised 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -41,7 +42,7 @@ def read_tensors(file: Path, inside: str | None = None) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path, inside: str | None) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError:
         raise
     except Exception as error:  # whatever the unpickler makes of bytes that are no file of tensors
@@ -63,7 +64,7 @@ def fill(
     network: Network,  # on the meta device
     tensors: Mapping[str, Tensor],
     name: str | Path,  # what errors call the tensors: their file
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,  # None: names and shapes are checked alone, and the network stays on the meta device
     device: str | torch.device = "cpu",
     float32: Collection[str] = (),  # names that stay float32 whatever dtype is
     hint: str = DAMAGED,  # how to mend tensors that do not fit
@@ -74,6 +75,8 @@ def fill(
     """
     tensors = without_constants(tensors)
     check_fit(network, tensors, name, hint)
+    if dtype is None:
+        return network
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     placed = {
         key: value.reshape(shapes[key]).to(device, torch.float32 if key in float32 else dtype)

@@ -303,6 +303,18 @@ def test_no_cache_of_unsound_models(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("layout", ["plain", "bin", "shards"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_dry_runs_know_missing_tensors(
+    part: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names and shapes are looked at, no weight is read."""
+    name = {"unet": "conv_out.bias", "vae": "post_quant_conv.bias"}.get(part, "final_layer_norm.bias")
+    model = toy(tmp_path, part, without(name), layout)
+    line = [*flags(tmp_path / "run", pretrained_model_name_or_path=model), "--dry_run"]
+    assert f"{name}. Download or convert it again" in refused(train.main, line, capsys)
+
+
 def test_caches_keep_finite_rows_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     value = torch.tensor([float("nan")])
     cache = PromptCache(tmp_path, "f", lambda: lambda prompts: {"x": value.expand(len(prompts), 1)})

@@ -39,11 +39,9 @@ class DiffusionModel:
         self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
         self.zero_uncond = self._forces_zeros()
 
-        self.vae: Any = sources.load_vae(resolved, self.dtype)
-        config: Any = self.vae.config
-        if (upcast := vae_dtype(self.kind, self.dtype, config)) != self.dtype:
-            self.vae = sources.load_vae(resolved, upcast)
-        self.vae.to(device)
+        dtype = vae_dtype(self.kind, self.dtype, read_json(sources.vae_config_file(resolved)))
+        vae: Any = sources.load_vae(resolved, dtype)
+        self.vae: Any = vae.to(device)
         unet: Any = sources.load_unet(resolved, self.dtype)
         self.unet: Any = unet.to(device)
 
@@ -206,7 +204,8 @@ def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W)
 
 def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.dtype:
     """The VAE computes in the run's type, but SDXL's own VAE, which overflows in float16, in float32."""
-    return torch.float32 if kind == "sdxl" and dtype == torch.float16 and config.get("force_upcast") else dtype
+    upcast = config.get("force_upcast", config.get("_class_name") != "AutoencoderTiny")  # the classes' own defaults
+    return torch.float32 if kind == "sdxl" and dtype == torch.float16 and upcast else dtype
 
 
 def check_size(height: int, width: int, factor: int) -> None:

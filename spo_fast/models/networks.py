@@ -19,7 +19,7 @@ from spo_fast.models.single_file import UNET_PREFIX, VAE_PREFIX, VAE_UNUSED, tex
 from spo_fast.weights import fill, read_tensors, renamed
 
 
-def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module:
+def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
     """The network of a folder: its class, its file of weights or their index, the folder of its config.json."""
     tensors = read_tensors(file)
     if cls.__module__.startswith("transformers"):
@@ -27,7 +27,7 @@ def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype) -> nn.
     return diffusers_network(cls, read_json(config_dir / "config.json"), tensors, file, dtype)
 
 
-def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module:
+def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -42,7 +42,7 @@ def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Modul
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
 
 
-def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype) -> nn.Module:
+def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -82,7 +82,7 @@ def _modern_attention(name: str) -> str:
 
 
 def diffusers_network(
-    cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype
+    cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
 ) -> nn.Module:
     """A UNet or VAE of these settings with these tensors (diffusers' names, old ones too). Strict: see weights.fill."""
     with torch.device("meta"):
@@ -91,7 +91,7 @@ def diffusers_network(
 
 
 def text_encoder(
-    cls: Any, config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype
+    cls: Any, config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
 ) -> nn.Module:
     """A CLIP text encoder of transformers. Strict: see weights.fill.
 
@@ -106,12 +106,12 @@ def text_encoder(
 
     def rename(key: str) -> str:
         bare = key.removeprefix("text_model.")
-        return own.get(bare, bare)
+        return own.get(bare, key)
 
     return fill(network, renamed(tensors, rename, name), name, dtype)
 
 
-def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype) -> nn.Module:
+def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
     """Own mapping: diffusers' picks the encoder by its width, which two encoders of one width defeat."""
     tensors = read_safetensors(path, prefix)
     tensors = openclip_to_transformers(tensors) if prefix.endswith(".model.") else tensors

@@ -547,7 +547,13 @@ def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_unet(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
+def check_weights(resolved: Resolved) -> None:
+    """Raise ValueError for a network whose names and shapes are not its files'. No weight is read."""
+    for load in (load_unet, load_vae, load_text_encoders):
+        load(resolved, None)
+
+
+def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
     """The UNet2DConditionModel in dtype on the CPU, in eval mode, frozen (requires_grad False)."""
     from diffusers import UNet2DConditionModel
 
@@ -558,14 +564,14 @@ def load_unet(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
     return _from_directory(UNet2DConditionModel, resolved.model_path / "unet", dtype, resolved.source.variant)
 
 
-def load_unet_from(directory: Path, dtype: torch.dtype) -> nn.Module:
+def load_unet_from(directory: Path, dtype: torch.dtype | None) -> nn.Module:
     """Another UNet2DConditionModel, such as what full fine-tuning left."""
     from diffusers import UNet2DConditionModel
 
     return _from_directory(UNet2DConditionModel, directory, dtype, None)
 
 
-def load_vae(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
+def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
     """The AutoencoderKL or AutoencoderTiny in dtype on the CPU, in eval mode, frozen."""
     import diffusers
 
@@ -593,7 +599,7 @@ def vae_config_file(resolved: Resolved) -> Path:
     return vae_settings_of_file(path, _config_dir(resolved.source))
 
 
-def load_text(resolved: Resolved, dtype: torch.dtype) -> tuple[list[Any], list[nn.Module]]:
+def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[Any], list[nn.Module]]:
     """(tokenizers, text encoders): one of each for SD1.5, two for SDXL; encoders in dtype, eval mode, frozen."""
     return load_tokenizers(resolved), load_text_encoders(resolved, dtype)
 
@@ -603,7 +609,7 @@ def load_tokenizers(resolved: Resolved) -> list[Any]:
     return [_tokenizer(resolved.config_dir / tokenizer) for tokenizer, _ in TEXT_PARTS[resolved.source.kind]]
 
 
-def load_text_encoders(resolved: Resolved, dtype: torch.dtype) -> list[nn.Module]:
+def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[nn.Module]:
     """CLIPTextModel, and for SDXL CLIPTextModelWithProjection as well."""
     from spo_fast.models.networks import text_encoder_from_file
 
@@ -660,7 +666,7 @@ def _tokenizer(directory: Path) -> Any:
     return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
 
 
-def _from_directory(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
+def _from_directory(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
     from spo_fast.models.networks import load_part
 
     stem = "model" if cls.__module__.startswith("transformers") else "diffusion_pytorch_model"
