@@ -428,6 +428,13 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("vae", {"latents_std": [1, 2, 3]}, "latents_std=[1, 2, 3]"),
     ("vae", {"shift_factor": 0.1159}, "shift_factor=0.1159"),
     ("vae", {"scaling_factor": 0}, "scaling_factor=0"),
+    ("vae", {"scaling_factor": None}, "scaling_factor=None"),
+    ("vae", {"latent_channels": "3"}, "latent_channels='3', which is no whole number"),
+    ("text_encoder", {"hidden_size": "64"}, "hidden_size='64'"),
+    ("text_encoder", {"num_attention_heads": 3}, "describes no CLIPTextModel"),
+    ("text_encoder", {"hidden_act": "swish2"}, "describes no CLIPTextModel"),
+    ("unet", {"norm_num_groups": 7}, "describes no UNet2DConditionModel"),
+    ("unet", {"down_block_types": ["A", "B"]}, "describes no UNet2DConditionModel"),
     ("vae", {"_class_name": "AutoencoderKLWan"}, "a VAE must be one of AutoencoderKL, AutoencoderTiny"),
     ("text_encoder", {"model_type": "t5"}, "model_type=t5"),
     ("text_encoder", {"hidden_size": 768}, "the text encoders make 768 + 64 channels"),
@@ -451,6 +458,22 @@ def test_other_kinds(
     error = refused(train.main, line, capsys)
     assert says in error and len(error) <= 300
     assert not (tmp_path / "run" / "prompt_cache").exists()
+
+
+def test_vae_of_the_other_kind(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """SD-1.5's and SDXL's latents have one shape: only the scaling factor tells them apart."""
+    with pytest.raises(ValueError, match="scaling_factor=0.18215: that is the VAE of sd15"):
+        resolve(tiny["sdxl"], pretrained_vae_model_name_or_path=str(tiny["sd15"]))
+    with pytest.raises(ValueError, match="scaling_factor=0.13025: that is the VAE of sdxl"):
+        resolve(tiny["sd15"], pretrained_vae_model_name_or_path=str(tiny["sdxl"]))
+    copy = copy_of(tiny["sdxl"], tmp_path / "sdxl")
+    file = copy / "vae" / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["scaling_factor"]  # of which diffusers would make SD-1.5's
+    file.unlink()
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="scaling_factor=None: it must be a positive number. SDXL's is 0.13025"):
+        resolve(copy)
 
 
 @pytest.mark.parametrize(
@@ -519,6 +542,8 @@ PREDICTIONS: dict[str, Told] = {  # tensors, metadata, YAML, (prediction, zero t
     "betas against the table": (alphas(), {}, LDM.format("0.002", ""), "alphas_cumprod of another noise schedule"),
     "betas that are none": ({}, {}, LDM.format("many", ""), "linear_start='many' is not a number"),
     "cosine": ({}, {}, LDM.format("0.00085", "    beta_schedule: cosine\n"), "beta_schedule='cosine' is none of"),
+    "YAML with another scale": ({}, {}, LDM.format("0.00085", "    scale_factor: 0.5\n"), "has scale_factor=0.5"),
+    "YAML with its own scale": ({}, {}, LDM.format("0.00085", "    scale_factor: 0.18215\n"), ("epsilon", False)),
     "SGM eps": ({}, {}, SGM.format("EpsScaling"), ("epsilon", False)),
     "SGM v": ({}, {}, SGM.format("VScaling"), ("v_prediction", False)),
     "SGM EDM": ({}, {}, SGM.format("EDMScaling"), "has EDMScaling"),

@@ -28,6 +28,7 @@ UNET_SETTINGS = {  # what a UNet of SD-1.5 or SDXL has, which diffusers takes fo
     "dual_cross_attention": False,
 }
 VAE_SETTINGS = {"latents_mean": None, "latents_std": None, "shift_factor": None}
+SCALES = {"sd15": 0.18215, "sdxl": 0.13025}
 TEXT_TYPES = ("clip_text_model", "clip")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 TIME_IDS = 6  # SDXL's original size, crop corner, target size; its refiner's are 5
@@ -47,13 +48,22 @@ def check_unet(config: Config, file: Path) -> None:
     _need(type(size) is int and size > 0, file, f"sample_size={size}", "it must be one whole number, latents a side")
 
 
-def check_vae(config: Config, file: Path) -> None:
-    """Raise ValueError unless latents are the encoder's output times one scaling factor."""
-    vae_class(config, file)
+def check_vae(config: Config, file: Path, kind: str, borrowed: bool) -> None:
+    """Raise ValueError unless latents are the encoder's output times one scaling factor, which is known.
+
+    borrowed: of another model than the UNet. The two kinds' latents have one shape, but their factors differ.
+    """
+    name = vae_class(config, file)
     _check_settings(config, VAE_SETTINGS, file)
-    factor = config.get("scaling_factor", 1.0)
+    # of a missing one diffusers takes SD-1.5's, in SD-1.5's days the only one
+    factor = config.get("scaling_factor", None if kind == "sdxl" and name == "AutoencoderKL" else 1.0)
     finite = isinstance(factor, (int, float)) and math.isfinite(factor) and factor > 0
-    _need(finite, file, f"scaling_factor={factor}", "it must be a positive number")
+    mend = "SDXL's is 0.13025, SD-1.5's 0.18215"
+    _need(finite, file, f"scaling_factor={factor}", "it must be a positive number", mend)
+    if borrowed and name == "AutoencoderKL":
+        for other, scale in SCALES.items():
+            why = f"that is the VAE of {other}, whose latents mean nothing to a UNet of {kind}"
+            _need(other == kind or factor != scale, file, f"scaling_factor={factor}", why, "Give another VAE")
     for name in ("in_channels", "out_channels"):
         _need(config.get(name, 3) == 3, file, f"{name}={config.get(name)}", "pictures have 3")
 
@@ -66,18 +76,19 @@ def check_text(config: Config, file: Path) -> None:
 
 def check_together(unet: Config, vae: Config, texts: Sequence[Config], unet_file: Path, vae_file: Path) -> None:
     """Raise ValueError unless the UNet takes the VAE's latents and the text encoders' embeddings."""
-    latents, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    latents, channels = _count(vae, "latent_channels", 4, vae_file), _count(unet, "in_channels", 4, unet_file)
     _need(
         latents == channels, vae_file, f"latent_channels={latents}",
         f"the UNet takes {channels} (in_channels). Use the VAE that the UNet was trained with", "",
     )  # fmt: skip
-    widths = [text.get("text_config", text).get("hidden_size", 512) for text in texts]
+    own = [text.get("text_config") or text for text in texts]  # a whole CLIP's has two towers'
+    widths = [_count(text, "hidden_size", 512, unet_file) for text in own]
     context = unet.get("cross_attention_dim", 1280)
     contexts = set(context) if isinstance(context, (list, tuple)) else {context}
     made = f"the text encoders make {' + '.join(map(str, widths))} channels"
     _need(contexts == {sum(widths)}, unet_file, f"cross_attention_dim={context}", made)
     if unet.get("addition_embed_type") == "text_time":
-        pooled = texts[-1].get("text_config", texts[-1]).get("projection_dim", 512)
+        pooled = _count(own[-1], "projection_dim", 512, unet_file)
         wanted = TIME_IDS * (unet.get("addition_time_embed_dim") or 0) + pooled
         dim = unet.get("projection_class_embeddings_input_dim")
         why = f"SDXL's {TIME_IDS} sizes and the pooled prompt make {wanted} (a refiner takes 5)"
@@ -88,6 +99,13 @@ def check_prediction(scheduler: Config, file: Path) -> None:
     """Raise ValueError for a network that predicts what no table here knows."""
     kind = scheduler.get("prediction_type", "epsilon")
     _need(kind in PREDICTIONS, file, f"prediction_type={kind}", f"known are {', '.join(PREDICTIONS)}", "")
+
+
+def _count(config: Config, name: str, default: int, file: Path) -> int:
+    value = config.get(name, default)
+    if type(value) is not int:
+        raise ValueError(f"{shown(file)} or what belongs to it has {name}={value!r:.40}, which is no whole number.")
+    return value
 
 
 def _check_settings(config: Config, plain: Config, file: Path) -> None:

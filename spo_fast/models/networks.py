@@ -85,9 +85,20 @@ def diffusers_network(
     cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
 ) -> nn.Module:
     """A UNet or VAE of these settings with these tensors (diffusers' names, old ones too). Strict: see weights.fill."""
-    with torch.device("meta"):
-        network = cls.from_config(config)
+    network = _built(lambda: cls.from_config(config), cls, name)
     return fill(network, renamed(tensors, _modern_attention, name), name, dtype)
+
+
+def _built(make: Callable[[], Any], cls: Any, name: Path | str) -> Any:
+    """A network on the meta device. Raises ValueError for settings that describe none."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # whatever a library makes of settings that do not fit together
+        why = " ".join(str(error).split())[:70]
+        raise ValueError(
+            f"the config.json of {shown(name, 100)} describes no {cls.__name__} ({type(error).__name__}: {why}). {DAMAGED}"
+        ) from error
 
 
 def text_encoder(
@@ -100,8 +111,7 @@ def text_encoder(
     """
     from transformers import CLIPTextConfig
 
-    with torch.device("meta"):
-        network = cls(CLIPTextConfig.from_pretrained(config_dir))
+    network = _built(lambda: cls(CLIPTextConfig.from_pretrained(config_dir)), cls, name)
     own = {n.removeprefix("text_model."): n for n in network.state_dict()}
 
     def rename(key: str) -> str:

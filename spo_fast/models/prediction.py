@@ -49,8 +49,7 @@ def scheduler_settings(file: Path, settings: Mapping[str, Any], explicit: bool) 
         told["its metadata (ss_v_parameterization)"] = "v_prediction"
     rescaled = ["ztsnr"] if "ztsnr" in names else []
     rescaled += ["ss_zero_terminal_snr"] if metadata.get("ss_zero_terminal_snr", "").lower() == "true" else []
-    for beside in (file.with_suffix(end) for end in (".yaml", ".yml")):
-        params = read_params(beside) if beside.is_file() else {}
+    for beside, params in params_beside(file).items():
         if prediction := _of_yaml(params, beside):
             told[beside.name] = prediction
         found |= _schedule_of_yaml(params, beside)
@@ -90,7 +89,22 @@ def _known(value: str, file: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------- YAML
 
 
-def read_params(file: Path) -> Mapping[str, Any]:
+def params_beside(file: Path) -> dict[Path, Mapping[str, Any]]:
+    """A single file's YAML files of its name -> what they set."""
+    return {path: _params(path) for end in (".yaml", ".yml") if (path := file.with_suffix(end)).is_file()}
+
+
+def check_scale(file: Path, scaling_factor: float | None) -> None:
+    """Raise ValueError if a YAML file beside it scales latents by another factor than its VAE is used with."""
+    for path, params in params_beside(file).items():
+        if (scale := params.get("scale_factor")) not in (None, scaling_factor):
+            raise ValueError(
+                f"{shown(path)} has scale_factor={scale!r:.40}, but this VAE's scaling_factor is {scaling_factor}. "
+                "Convert the model to a diffusers directory."
+            )
+
+
+def _params(file: Path) -> Mapping[str, Any]:
     """model.params of the original code's YAML; empty if it is another's."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8-sig"))

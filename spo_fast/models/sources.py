@@ -249,11 +249,13 @@ def check_kinds(resolved: Resolved) -> None:
     if (vae_path := resolved.vae_path or resolved.model_path).is_file():
         vae_file, vae = vae_path, vae | vae_sizes(vae_path)
     kinds.check_unet(unet, unet_file)
-    kinds.check_vae(vae, vae_file)
+    kinds.check_vae(vae, vae_file, resolved.source.kind, borrowed=resolved.vae_path is not None)
     for (_, encoder), text in zip(TEXT_PARTS[resolved.source.kind], texts, strict=True):
         kinds.check_text(text, settings[encoder])
     kinds.check_together(unet, vae, texts, unet_file, vae_file)
     scheduler = scheduler_config(resolved)
+    if resolved.single_file and resolved.vae_path is None:
+        prediction.check_scale(resolved.model_path, vae.get("scaling_factor"))
     kinds.check_prediction(scheduler, resolved.config_dir / "scheduler" / "scheduler_config.json")
     if not resolved.single_file:
         for file in (f for f in unet_files(resolved) if f.suffix == ".safetensors"):
