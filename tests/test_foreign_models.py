@@ -250,6 +250,25 @@ def test_values_beyond_the_type(tiny: dict[str, Path], tmp_path: Path) -> None:
         sources.load_unet(resolve(copy), torch.float16)
 
 
+def test_attention_names_of_old_vaes(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Half of the hub's VAEs, SD-1.5's own among them, have the names of diffusers before 0.17."""
+    copy = copy_of(tiny["sd15"], tmp_path / "sd15")
+    tensors = load_file(copy / "vae" / "diffusion_pytorch_model.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = dict(tensors)
+    for name in tensors:
+        for new, before in old.items():
+            if f".{new}." in name:
+                renamed[name.replace(new, before)] = renamed.pop(name)
+    assert renamed.keys() != tensors.keys()
+    write(copy / "vae", renamed, "bin")
+    loaded = sources.load_vae(resolve(copy), torch.float32).state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[n], t) for n, t in tensors.items())
+    torch.save({**tensors, **renamed}, copy / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="under two names"):
+        sources.load_vae(resolve(copy), torch.float32)
+
+
 def test_shards_that_are_not_whole(tiny: dict[str, Path], tmp_path: Path) -> None:
     copy = copy_of(tiny["sdxl"], tmp_path / "sdxl")
     tensors = load_file(copy / "unet" / "diffusion_pytorch_model.safetensors")
@@ -383,6 +402,21 @@ def test_latent_reward_models(fault: str | None, layout: str, reward: Path, tmp_
         load_latent_reward(folder)
     told = str(info.value)
     assert len(told) <= 300 and "/lrm" in told and FAULTS[fault].format(victim) in told
+
+
+def test_published_latent_reward_in_shards(reward: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
+    """A folder a network, as on the hub, one of them in shards."""
+    tensors = load_file(reward / "model.safetensors")
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        copy_of(tiny["sdxl"] / part, tmp_path / "lrm" / part)
+    write(tmp_path / "lrm" / "unet", load_file(tiny["sdxl"] / "unet" / "diffusion_pytorch_model.safetensors"), "shards")
+    rest = {"visual_projection": {"weight": tensors["visual_projection.weight"]}, "logit_scale": 2.6592}
+    torch.save(rest, tmp_path / "lrm" / "state_dict.pt")
+    loaded = load_latent_reward(tmp_path / "lrm").state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[n], t) for n, t in tensors.items())
+    (tmp_path / "lrm" / "state_dict.pt").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="state_dict.pt holds no logit_scale"):
+        load_latent_reward(tmp_path / "lrm")
 
 
 def test_sharded_scorer_from_the_command_line(tmp_path: Path) -> None:

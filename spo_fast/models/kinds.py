@@ -111,8 +111,8 @@ def _count(config: Config, name: str, default: int, file: Path) -> int:
 def _check_settings(config: Config, plain: Config, file: Path) -> None:
     for name, value in plain.items():
         found = config.get(name, value)
-        # a shift of 0 is none
-        _need(found == value or not found, file, f"{name}={str(found)[:40]}", f"SD-1.5 and SDXL have {value}")
+        fits = found == value or (name == "shift_factor" and found == 0)
+        _need(fits, file, f"{name}={str(found)[:40]}", f"SD-1.5 and SDXL have {value}")
 
 
 def _need(holds: bool, file: Path, found: str, why: str, mend: str = "Such models are not trained here") -> None:

@@ -95,9 +95,9 @@ def _built(make: Callable[[], Any], cls: Any, name: Path | str) -> Any:
         with torch.device("meta"):
             return make()
     except Exception as error:  # whatever a library makes of settings that do not fit together
-        why = " ".join(str(error).split())[:70]
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
         raise ValueError(
-            f"the config.json of {shown(name, 100)} describes no {cls.__name__} ({type(error).__name__}: {why}). {DAMAGED}"
+            f"the config.json of {shown(name, 100)} describes no {cls.__name__} ({why}). {DAMAGED}"
         ) from error
 
 

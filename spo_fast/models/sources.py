@@ -570,6 +570,7 @@ def load_unet_from(directory: Path, dtype: torch.dtype | None) -> nn.Module:
     """Another UNet2DConditionModel, such as what full fine-tuning left."""
     from diffusers import UNet2DConditionModel
 
+    kinds.check_unet(read_json(directory / "config.json"), directory / "config.json")
     return _from_directory(UNet2DConditionModel, directory, dtype, None)
 
 
