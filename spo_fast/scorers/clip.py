@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_json, shown
-from spo_fast.weights import fill, misfits, read_tensors, renamed, without_constants
+from spo_fast.weights import fill, read_tensors, renamed, without_constants
 
 TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding, fixed in the published model
 
@@ -525,14 +525,10 @@ def _hf_tower(hf_config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _hint(model: Clip, tensors: Mapping[str, Tensor]) -> str:
     """What to do about tensors that do not fit: models that see the timestep are mistaken for others."""
-    found = dict(misfits(model, tensors))
-
-    def about_time(what: str) -> bool:
-        return any("t_embedder" in key or "adaLN_modulation" in key for key in found.get(what, ()))
-
-    if about_time("missing"):
+    sees_time = any("t_embedder" in key or "adaLN_modulation" in key for key in tensors)
+    if model.config.time_conditioned and not sees_time:
         return "A CLIP without a timestep cannot score as a step-aware one: use it as --scorer pickscore."
-    if about_time("unexpected"):
+    if sees_time and not model.config.time_conditioned:
         return "This is a step-aware model: use it as --scorer spm."
     return DAMAGED
 
