@@ -163,8 +163,18 @@ class ModelConfig(Section):
     Trained weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
+    size_told: Literal["own", "native"] = "own"
+    """The size in pixels that SDXL's UNet is told (time_ids): the run's own, or native, the one the model was made for
+    (1024) whatever the run's, as the published step-aware preference models were trained."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(
+            self.size_told == "own" or self.model != "sd15",
+            "size_told=native is SDXL's: an SD-1.5 is told no size. Leave it out.",
+        )
 
     @property
     def images_per_decode(self) -> int:

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from spo_fast.config import AdamConfig, Config, ScorerConfig
 from spo_fast.distributed import world_size
 from spo_fast.experience import Cond, Experience, Prediction, States
-from spo_fast.files import read_header, read_json
+from spo_fast.files import read_header, read_json, weight_files
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
 from spo_fast.models.fuse import fuse
@@ -50,8 +50,9 @@ from spo_fast.presets import TINY_VAES
 from spo_fast.rollout import RolloutBatch
 from spo_fast.schedule import StepTable
 from spo_fast.scorers import ClipScorer, InPhase, WeightedSum
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config, read_tensors
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config
 from spo_fast.scorers.latent import LatentReward, LatentScorer, read_configs
+from spo_fast.weights import read_tensors
 
 PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
 """The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
@@ -701,8 +702,12 @@ def _vae(config: dict[str, Any]) -> Any:
         return getattr(diffusers, vae_class(config, Path("the VAE"))).from_config(config)
 
 
-def _shapes(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights as meta tensors: only shapes are read."""
+def _shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights, or of an index's shards, as meta tensors: only shapes are read."""
+    return {name: value for file in weight_files(path) for name, value in _shapes_of(file).items()}
+
+
+def _shapes_of(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(file).items()}
     try:

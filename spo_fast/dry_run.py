@@ -14,7 +14,7 @@ from spo_fast.costs import Costs, predict, processes
 from spo_fast.data import training_prompts
 from spo_fast.metrics import read_metrics
 from spo_fast.models import find_lora, look_for, resolve, run_paths
-from spo_fast.models.sources import Missing, Present
+from spo_fast.models.sources import Missing, Present, check_weights
 from spo_fast.objectives import make_objective
 from spo_fast.presets import COMPARED, DATA
 from spo_fast.report import duration
@@ -32,6 +32,8 @@ def report(cfg: Config, device: Device | None = None) -> str:
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
     resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, run_paths(cfg))
+    if resolved is not None:
+        check_weights(resolved)
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
     total, encoded, steps = steps_text(cfg)

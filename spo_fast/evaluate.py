@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo_fast import cli
 from spo_fast.config import EvaluationConfig
-from spo_fast.files import read_json
+from spo_fast.files import read_json, weight_files
 from spo_fast.models import find_contender, metric_scorers, resolve
 from spo_fast.models.sources import Missing, MissingFilesError
 from spo_fast.presets import EVALUATION_PRESETS
@@ -313,7 +313,9 @@ def score_all(
     for name in ("looks", *cfg.metric.metric_names):
         needed = [n for n in cfg.metric.paths_of([name]) if n in resolved.scorer_paths]
         paths = [resolved.scorer_paths[n] for n in needed]
-        weights = fingerprint_files(f for p in paths for f in ([p] if p.is_file() else p.iterdir()) if f.is_file())
+        weights = fingerprint_files(
+            f for p in paths for f in (weight_files(p) if p.is_file() else p.iterdir()) if f.is_file()
+        )
         metric = None
         for gallery in galleries:
             file = gallery.folder / f"scores-{name}.json"

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DAMAGED = "Download or convert it again."
+WEIGHT_NAMES = tuple(name + end for end in ("", ".index.json") for name in ("model.safetensors", "pytorch_model.bin"))
+"""Of a preference model's directory, the first that is there."""
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +46,14 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a .safetensors file holds beside its tensors."""
+    read_header(path)
+    with path.open("rb") as f:
+        found = json.loads(f.read(struct.unpack("<Q", f.read(8))[0])).get("__metadata__")
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a .safetensors file whose names start with prefix, without it; the rest of it is not read."""
     from safetensors import SafetensorError, safe_open
@@ -49,3 +64,33 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
             return {n.removeprefix(prefix): f.get_tensor(n) for n in f.keys() if n.startswith(prefix)}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}). Download or copy it again.") from error
+
+
+def weight_files(file: Path) -> list[Path]:
+    """The shards that an index (model.safetensors.index.json) names, or the file itself. Raises ValueError."""
+    if not INDEX.search(file.name):
+        return [file]
+    places = read_json(file).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(Path(str(p)).name == p for p in places.values()):
+        raise ValueError(f"{shown(file)} is no index of shards: weight_map names none. {DAMAGED}")
+    shards = [file.parent / name for name in sorted(set(places.values()))]
+    if lacking := [shard.name for shard in shards if not shard.is_file()]:
+        raise ValueError(f"{shown(file)} names shards that are not there: {some(lacking, 120)}. {DAMAGED}")
+    return shards
+
+
+def some(names: Iterable[str], room: int) -> str:
+    """As many of the names as there is room for, at least one (in part), and how many more there are."""
+    names = list(names)
+    room -= len(" and 1000 more")
+    kept = [names[0] if len(names[0]) <= max(room, 40) else f"{names[0][: max(room, 40) - 3]}..."]
+    while len(kept) < len(names) and len(", ".join([*kept, names[len(kept)]])) <= room:
+        kept.append(names[len(kept)])
+    more = len(names) - len(kept)
+    return ", ".join(kept) + (f" and {more} more" if more else "")
+
+
+def shown(name: str | Path, room: int = 110) -> str:
+    """A path, of a long one its end."""
+    text = str(name)
+    return text if len(text) <= room else f"...{text[3 - room :]}"

@@ -19,6 +19,7 @@ from torch import Tensor
 from spo_fast import checkpoint
 from spo_fast.config import PreferenceConfig, RewardOptimConfig
 from spo_fast.experience import Cond
+from spo_fast.files import shown, weight_files
 from spo_fast.metrics import ProgressLine, Timer, gpu_stats
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import TrainedWeights, denoise
@@ -35,13 +36,13 @@ from spo_fast.scorers.clip import (
     find_weights,
     init_identity_time_conditioning,
     load_any_clip,
-    read_tensors,
     save_clip,
     unit,
 )
 from spo_fast.scorers.clip_scorers import check_vocabulary, load_pickscore, preprocess_for_spm_training
 from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
 from spo_fast.trainer import TrainingRun, make_optimizer
+from spo_fast.weights import check_finite, read_tensors
 
 # ---------------------------------------------------------------------------------------------------- the loss
 
@@ -229,6 +230,16 @@ class RewardLearner:
         return norm
 
 
+def read_projection(path: Path) -> Tensor:  # (D, width)
+    """The text projection of a whole CLIP."""
+    file, name = find_weights(path), "text_projection.weight"
+    found = {key: value for key, value in read_tensors(file).items() if key == name}
+    if not found:
+        raise ValueError(f"{shown(file)} has no {name}: give a whole CLIP ViT-L/14 (--text_projection_path).")
+    check_finite(found, file)
+    return found[name]
+
+
 # ---------------------------------------------------------------------------------------------------- a run
 
 
@@ -259,7 +270,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         if cfg.pairs.relabel == "pickscore":
             path = resolved.scorer_paths["pickscore"]
             labeller = load_pickscore(path, self.model.tokenize, self.device)
-            labeller_fingerprint = fingerprint_files([find_weights(path)])
+            labeller_fingerprint = fingerprint_files(weight_files(find_weights(path)))
         self.pairs_per_step = cfg.optim.train_batch_size * cfg.optim.gradient_accumulation_steps
         per_epoch = max(1, len(self.train_rows) // self.pairs_per_step)
         self.total = cfg.run.iterations(per_epoch)
@@ -279,7 +290,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             network = load_latent_reward(cfg.init_path, device=self.device).train()
         else:
             path = resolved.scorer_paths.get("text_projection")
-            projection = None if path is None else read_tensors(find_weights(path))["text_projection.weight"]
+            projection = None if path is None else read_projection(path)
             wide = torch.float32  # masters begin with what the files hold, not with its rounding
             parts = load_unet(resolved, wide).to(self.device), load_text_encoders(resolved, wide)
             network = init_latent_reward(*parts, text_projection=projection, seed=self.cfg.run.seed)

@@ -27,7 +27,7 @@ from spo_fast.choices import DECIDES
 from spo_fast.files import read_json
 from spo_fast.measure import LOOKS, RISE
 from spo_fast.metrics import read_metrics
-from spo_fast.models.sources import DEFAULTS
+from spo_fast.models.sources import DEFAULTS, Resolved, scheduler_config
 from spo_fast.presets import DATA, PRESETS
 
 MAX_POINTS = 300  # of a curve; more records are drawn as means of equal parts and a band from least to greatest
@@ -179,11 +179,26 @@ class RunRecord:
             source = f'"{weights}", subfolder="unet", torch_dtype=torch.float16'
             lines += [f'settings["unet"] = UNet2DConditionModel.from_pretrained({source})']
         lines += [f'pipe = {pipeline}.{load}({base}, **settings).to("cuda")']
+        if (
+            load == "from_single_file" and (told := self._file_prediction()) != "epsilon"
+        ):  # which diffusers takes it for
+            lines += [
+                "pipe.scheduler = type(pipe.scheduler).from_config(",
+                f'    pipe.scheduler.config, prediction_type="{told}"',
+                ")",
+            ]
         if not unet:
             lines += [f'pipe.load_lora_weights("{weights}")']
         draw = f"num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
         lines += [f'image = pipe("a prompt", {draw}).images[0]']
         return "\n".join(lines)
+
+    def _file_prediction(self) -> str:
+        """What a single file's network predicts."""
+        source = DEFAULTS.get(self.settings["model"], DEFAULTS["sdxl"])
+        path = Path(str(self.base_model)).expanduser()
+        told = scheduler_config(Resolved(source, path, None)) if path.is_file() else {}
+        return told.get("prediction_type", "epsilon")
 
 
 def count_text(n: int, what: str) -> str:

@@ -307,11 +307,11 @@ def test_loading_is_strict(parts: Parts, model: LatentReward):
         load_latent_reward(tensors, configs=model.configs)
 
     load({})
-    with pytest.raises(ValueError, match=f'Missing key.*"{key}"'):
+    with pytest.raises(ValueError, match=f"1 missing: {key}"):
         load({key: None})
-    with pytest.raises(ValueError, match='Unexpected key.*"unet.hat.weight"'):
+    with pytest.raises(ValueError, match="1 unexpected: unet.hat.weight"):
         load({"unet.hat.weight": torch.zeros(2)})
-    with pytest.raises(ValueError, match=f"size mismatch for {key}"):
+    with pytest.raises(ValueError, match=f"1 of the wrong shape: {key} 3, not "):
         load({key: torch.zeros(3)})
     with pytest.raises(ValueError, match="no visual_projection.weight. Expected a directory with unet/"):
         load({"visual_projection.weight": None})

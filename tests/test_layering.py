@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "spo_fast"
 ORDER = (
     ("ops",),
     ("schedule", "experience", "noise", "config", "extras", "files"),
+    ("weights",),
     ("models", "scorers"),
     ("rollout", "offline"),
     ("objectives", "window"),

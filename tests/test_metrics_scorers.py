@@ -429,7 +429,7 @@ def test_new_scorers_judge_candidates_and_join_sums(
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("aesthetic", "clip_dir", "is no aesthetic predictor of a CLIP with 24 channels"),
+        ("aesthetic", "clip_dir", "10 missing: 0.bias.*78 unexpected.*Give sac.logos"),
         ("image_reward", "clip_dir", "is no ImageReward"),
         ("hpsv2", "aesthetic_file", "is no CLIP"),
     ],

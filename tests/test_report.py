@@ -258,3 +258,15 @@ def test_other_directories_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(PREFERENCE_PRESETS["toy"]().flat()))
     assert report.main([str(tmp_path)]) == 1
     assert "no run of spo_fast.train" in capsys.readouterr().err
+
+
+def test_loading_a_v_prediction_file_says_so(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    for name, metadata in (("v", {"modelspec.prediction_type": "v"}), ("eps", {})):
+        file = tmp_path / f"{name}.safetensors"
+        save_file({"x": np.zeros(1)}, file, metadata)
+        run = leave_run(tmp_path / name, [], model="sdxl", pretrained_model_name_or_path=str(file))
+        code = report.RunRecord.read(run).loading("W")
+        compile(code, "snippet", "exec")
+        assert ('prediction_type="v_prediction"' in code) is (name == "v")

@@ -513,7 +513,7 @@ def test_published_layout_loads_from_a_pickle(tmp_path: Path, spm: ClipScorer) -
     assert max_error(scorer(make_candidates(scorer)), spm(make_candidates(spm))) < 1e-4
     with pytest.raises(FileNotFoundError, match="sd-v1-5_step-aware_preference_model.bin: give the file"):
         load_spm(tmp_path, tokenize)
-    with pytest.raises(FileNotFoundError, match="step-aware_preference_model.bin"):
+    with pytest.raises(FileNotFoundError, match="absent does not exist. Expected a .bin of SPO-"):
         load_spm(tmp_path / "absent", tokenize)
 
 
@@ -535,7 +535,7 @@ def test_save_clip_round_trip(tmp_path: Path, spm: ClipScorer) -> None:
 def test_missing_tensor_is_named(key: str) -> None:
     tensors, info = golden("models_spm")
     del tensors[f"model.{key}"]
-    with pytest.raises(ValueError, match=f"1 missing: {key}.*Expected sd-v1-5_step-aware"):
+    with pytest.raises(ValueError, match=f"1 missing: {key}. Download or convert it again"):
         load_clip(tensors, time_conditioned=True, hf_config=info["clip_config"])
 
 
@@ -550,14 +550,14 @@ def test_unexpected_and_reshaped_tensors_are_named() -> None:
     tensors, info = golden("models_spm")
     tensors["model.extra.weight"] = torch.zeros(1)
     tensors["model.vision_model.post_layernorm.bias"] = torch.zeros(33)
-    with pytest.raises(ValueError, match=r"1 unexpected: extra.weight.*post_layernorm.bias \(33,\), not \(32,\)"):
+    with pytest.raises(ValueError, match=r"1 unexpected: extra.weight.*post_layernorm.bias 33, not 32"):
         load_clip(tensors, time_conditioned=True, hf_config=info["clip_config"])
 
 
 def test_plain_and_step_aware_are_not_taken_for_each_other() -> None:
     with pytest.raises(ValueError, match="12 missing: t_embedder.*cannot score as a step-aware"):
         golden_clip("models_pickscore", time_conditioned=True)
-    with pytest.raises(ValueError, match="12 unexpected: t_embedder.*This is a step-aware model.*PickScore_v1"):
+    with pytest.raises(ValueError, match="12 unexpected: t_embedder.*This is a step-aware model: use it as"):
         golden_clip("models_spm", time_conditioned=False)
 
 

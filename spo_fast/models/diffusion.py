@@ -34,15 +34,14 @@ class DiffusionModel:
         self.scheduler_config = sources.scheduler_config(resolved)
         _check_scheduler(self.scheduler_config)
         self.tokenizers = sources.load_tokenizers(resolved)
-        fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype}"
+        # strict: rows of the days when encoders were loaded in part are not read again
+        fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype} strict"
         self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
         self.zero_uncond = self._forces_zeros()
 
-        self.vae: Any = sources.load_vae(resolved, self.dtype)
-        config: Any = self.vae.config
-        if (upcast := vae_dtype(self.kind, self.dtype, config)) != self.dtype:
-            self.vae = sources.load_vae(resolved, upcast)
-        self.vae.to(device)
+        dtype = vae_dtype(self.kind, self.dtype, read_json(sources.vae_config_file(resolved)))
+        vae: Any = sources.load_vae(resolved, dtype)
+        self.vae: Any = vae.to(device)
         unet: Any = sources.load_unet(resolved, self.dtype)
         self.unet: Any = unet.to(device)
 
@@ -50,6 +49,7 @@ class DiffusionModel:
         default: int = self.unet.config.sample_size * factor
         self.height, self.width = cfg.height or default, cfg.width or default
         check_size(self.height, self.width, factor)
+        self.size_told = (default, default) if cfg.size_told == "native" else (self.height, self.width)
         self.latent_shape = (self.unet.config.in_channels, self.height // factor, self.width // factor)
 
     @property
@@ -90,7 +90,7 @@ class DiffusionModel:
             uncond = {name: torch.zeros_like(value) for name, value in uncond.items()}
         if self.kind == "sdxl":
             # original size, crop corner, target size
-            size = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=self.device)
+            size = torch.tensor([[*self.size_told, 0, 0, *self.size_told]], device=self.device)
             uncond["time_ids"] = size.to(self.dtype)
             cond["time_ids"] = uncond["time_ids"].expand(len(prompts), -1)
         return Cond(cond, uncond)
@@ -204,7 +204,8 @@ def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W)
 
 def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.dtype:
     """The VAE computes in the run's type, but SDXL's own VAE, which overflows in float16, in float32."""
-    return torch.float32 if kind == "sdxl" and dtype == torch.float16 and config.get("force_upcast") else dtype
+    upcast = config.get("force_upcast", config.get("_class_name") != "AutoencoderTiny")  # the classes' own defaults
+    return torch.float32 if kind == "sdxl" and dtype == torch.float16 and upcast else dtype
 
 
 def check_size(height: int, width: int, factor: int) -> None:

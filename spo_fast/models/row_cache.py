@@ -73,11 +73,20 @@ class RowCache:
         if expected != checksum(key, row):
             self._warn_corrupt(key, "its checksum does not match")
             return None
+        if not is_finite(row):
+            self._warn_corrupt(key, "it holds a NaN or an infinity")
+            return None
         return row
 
     def write(self, key: str, row: Row) -> None:
         # Renamed into place, so a reader sees the whole file or none; two processes that make the same row replace
         # each other's equal tensors. No fsync: what a power cut tears is found by its header or checksum and redone.
+        if not is_finite(row):
+            dtypes = {str(values.dtype).removeprefix("torch.") for values in row.values()}
+            raise ValueError(
+                f"what a network made of {key!r:.60} is not finite in {', '.join(sorted(dtypes))}: nothing is kept of "
+                "it. Use --mixed_precision bf16 or no, or mend the network's weights."
+            )
         content = save(row, {"crc32": checksum(key, row), "key": key})
         final = self.path(key)
         temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex}.tmp")
@@ -109,6 +118,10 @@ def checksum(key: str, row: Row) -> str:
         # viewed as bytes: numpy has no bfloat16
         crc = zlib.crc32(flat.view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
+
+
+def is_finite(row: Row) -> bool:
+    return all(bool(values.isfinite().all()) for values in row.values())
 
 
 def row_bytes(row: Row) -> int:

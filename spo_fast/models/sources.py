@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_fast.config import did_you_mean
-from spo_fast.files import read_header, read_json
+from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_header, read_json, weight_files
+from spo_fast.models import kinds, prediction
 from spo_fast.models.clip_tokenizer import clip_tokenizer
 from spo_fast.models.lora import LORA_FILE, find_lora
 from spo_fast.models.single_file import (
     TEXT_PREFIXES,
     check_model_file,
     check_vae_file,
-    has_accelerate,
-    no_progress_bar,
     text_class,
-    text_encoder_from_file,
-    unet_from_file,
+    unet_sizes,
     vae_class,
-    vae_from_file,
+    vae_settings_of_file,
+    vae_sizes,
 )
 
 if TYPE_CHECKING:
@@ -227,12 +226,40 @@ def resolve_all(
     if missing:
         raise MissingFilesError(missing)
     paths = {flag: path for flag, path in found.items() if isinstance(path, Path)}
-    return Resolved(
+    resolved = Resolved(
         source=model,
         model_path=paths["--pretrained_model_name_or_path"],
         vae_path=paths.get("--pretrained_vae_model_name_or_path"),
         scorer_paths={name: paths[f"--{name}_path"] for name in scorers or {}},
     )
+    check_kinds(resolved)
+    return resolved
+
+
+def check_kinds(resolved: Resolved) -> None:
+    """Raise ValueError for networks of other kinds than are trained here, or that do not belong together."""
+    settings = {part: resolved.config_dir / part / "config.json" for part in ("unet", "text_encoder", "text_encoder_2")}
+    unet = read_json(settings["unet"])
+    texts = [read_json(settings[encoder]) for _, encoder in TEXT_PARTS[resolved.source.kind]]
+    vae_file = vae_config_file(resolved)
+    vae = read_json(vae_file)
+    unet_file = settings["unet"]
+    if resolved.single_file:
+        unet_file, unet = resolved.model_path, unet | unet_sizes(resolved.model_path)
+    if (vae_path := resolved.vae_path or resolved.model_path).is_file():
+        vae_file, vae = vae_path, vae | vae_sizes(vae_path)
+    kinds.check_unet(unet, unet_file)
+    kinds.check_vae(vae, vae_file, resolved.source.kind, borrowed=resolved.vae_path is not None)
+    for (_, encoder), text in zip(TEXT_PARTS[resolved.source.kind], texts, strict=True):
+        kinds.check_text(text, settings[encoder])
+    kinds.check_together(unet, vae, texts, unet_file, vae_file)
+    scheduler = scheduler_config(resolved)
+    if resolved.single_file and resolved.vae_path is None:
+        prediction.check_scale(resolved.model_path, vae.get("scaling_factor"))
+    kinds.check_prediction(scheduler, resolved.config_dir / "scheduler" / "scheduler_config.json")
+    if not resolved.single_file:
+        for file in (f for f in unet_files(resolved) if f.suffix == ".safetensors"):
+            prediction.contradicts(file, scheduler)
 
 
 @dataclass(frozen=True)
@@ -333,20 +360,39 @@ def _check_file(file: Path, need: _Need) -> None:
 def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing:
     if need.file:
         # the published name, or those of a model trained here (preference_model/)
-        for file in (directory / name for name in (need.file, "model.safetensors", "pytorch_model.bin")):
+        for file in (directory / name for name in (need.file, f"{need.file}.index.json", *WEIGHT_NAMES)):
             if file.is_file():
-                _check_file(file, need)
+                for shard in weight_files(file):
+                    _check_file(shard, need)
                 return file
         return _lacks(need, f"{why}{need.file} or model.safetensors")
     if need.kind and (directory / "unet" / "config.json").is_file():
         _check_directory_kind(directory, need.kind)  # before what is missing: another kind has other parts
     chosen, lacking = select_files(_names(directory), need.parts, need.variant)
     if lacking:
-        return _lacks(need, why + ", ".join(lacking))
+        return _lacks(need, why + ", ".join(lacking) + _instead(_names(directory), lacking, need))
     for name in chosen:  # one that was cut short is named now, not after minutes of loading the others
         if name.endswith(".safetensors"):
             read_header(directory / name)
     return directory
+
+
+def _instead(names: Collection[str], lacking: Collection[str], need: _Need) -> str:
+    """Which weights there are in the place of those that are lacking: half a repository's are fp16 alone."""
+    found = {}
+    for name in lacking:
+        folder, _, file = name.rpartition("/")
+        pattern = rf"(pytorch_)?{re.escape(file.split('.')[0])}(\.(\w+))?(-\d+-of-\d+)?(\.(\w+))?\.(safetensors|bin)"
+        for there in sorted(n for n in names if n.rpartition("/")[0] == folder):
+            if m := re.fullmatch(pattern, there.rpartition("/")[2]):
+                found[m[3] or m[6]] = there
+    found.pop(need.variant, None)  # shards, not all of them
+    if not found:
+        return ""
+    variant, there = next(iter(found.items()))
+    if not need.kind:
+        return f"; it has {there}: give that file itself"
+    return f"; it has {there}: {f'use --variant {variant}' if variant else 'leave --variant out'}"
 
 
 def _lacks(need: _Need, why: str) -> Missing:
@@ -485,7 +531,7 @@ def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
         chosen, lacking = ([need.file], []) if need.file else select_files(names, need.parts, need.variant)
         lacking += [n for n in chosen if n not in names]
         if lacking:
-            return _lacks(need, "the repository lacks " + ", ".join(lacking))
+            return _lacks(need, "the repository lacks " + ", ".join(lacking) + _instead(names, lacking, need))
         snapshot = snapshot_download(need.source, revision=need.revision, cache_dir=cache_dir, allow_patterns=chosen)
     except GatedRepoError:
         return _lacks(need, "gated: accept its terms on the hub, then `hf auth login`")
@@ -503,37 +549,60 @@ def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_unet(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
+def check_weights(resolved: Resolved) -> None:
+    """Raise ValueError for a network whose names and shapes are not its files'. No weight is read."""
+    for load in (load_unet, load_vae, load_text_encoders):
+        load(resolved, None)
+
+
+def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
     """The UNet2DConditionModel in dtype on the CPU, in eval mode, frozen (requires_grad False)."""
     from diffusers import UNet2DConditionModel
 
+    from spo_fast.models.networks import unet_from_file
+
     if resolved.single_file:
         return _frozen(unet_from_file(resolved.model_path, resolved.config_dir, dtype))
-    return _frozen(_from_directory(UNet2DConditionModel, resolved.model_path, "unet", dtype, resolved.source.variant))
+    return _from_directory(UNet2DConditionModel, resolved.model_path / "unet", dtype, resolved.source.variant)
 
 
-def load_unet_from(directory: Path, dtype: torch.dtype) -> nn.Module:
+def load_unet_from(directory: Path, dtype: torch.dtype | None) -> nn.Module:
     """Another UNet2DConditionModel, such as what full fine-tuning left."""
     from diffusers import UNet2DConditionModel
 
-    return _frozen(_from_directory(UNet2DConditionModel, directory, "", dtype, None))
+    kinds.check_unet(read_json(directory / "config.json"), directory / "config.json")
+    return _from_directory(UNet2DConditionModel, directory, dtype, None)
 
 
-def load_vae(resolved: Resolved, dtype: torch.dtype) -> nn.Module:
+def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
     """The AutoencoderKL or AutoencoderTiny in dtype on the CPU, in eval mode, frozen."""
     import diffusers
+
+    from spo_fast.models.networks import vae_from_file
 
     path = resolved.vae_path or resolved.model_path
     if path.is_file():
         return _frozen(vae_from_file(path, _config_dir(resolved.source), dtype))
-    borrowed = resolved.vae_path is not None
-    folder = "" if borrowed and (path / "config.json").is_file() else "vae"
-    config = read_json(path / folder / "config.json")
-    cls = getattr(diffusers, vae_class(config, path))
-    return _frozen(_from_directory(cls, path, folder, dtype, None if borrowed else resolved.source.variant))
+    folder = _vae_folder(resolved)
+    cls = getattr(diffusers, vae_class(read_json(folder / "config.json"), path))
+    return _from_directory(cls, folder, dtype, None if resolved.vae_path else resolved.source.variant)
 
 
-def load_text(resolved: Resolved, dtype: torch.dtype) -> tuple[list[Any], list[nn.Module]]:
+def _vae_folder(resolved: Resolved) -> Path:
+    """Of a VAE that is no single file: its own repository, or the vae/ of a pipeline."""
+    path = resolved.vae_path or resolved.model_path
+    return path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
+
+
+def vae_config_file(resolved: Resolved) -> Path:
+    """The VAE's settings; of a single file those beside it, if it came out of a diffusers directory, or its model's."""
+    path = resolved.vae_path or resolved.model_path
+    if not path.is_file():
+        return _vae_folder(resolved) / "config.json"
+    return vae_settings_of_file(path, _config_dir(resolved.source))
+
+
+def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[Any], list[nn.Module]]:
     """(tokenizers, text encoders): one of each for SD1.5, two for SDXL; encoders in dtype, eval mode, frozen."""
     return load_tokenizers(resolved), load_text_encoders(resolved, dtype)
 
@@ -543,16 +612,17 @@ def load_tokenizers(resolved: Resolved) -> list[Any]:
     return [_tokenizer(resolved.config_dir / tokenizer) for tokenizer, _ in TEXT_PARTS[resolved.source.kind]]
 
 
-def load_text_encoders(resolved: Resolved, dtype: torch.dtype) -> list[nn.Module]:
+def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[nn.Module]:
     """CLIPTextModel, and for SDXL CLIPTextModelWithProjection as well."""
+    from spo_fast.models.networks import text_encoder_from_file
+
     kind, path = resolved.source.kind, resolved.model_path
     encoders = []
     for (_, part), prefix in zip(TEXT_PARTS[kind], TEXT_PREFIXES[kind], strict=True):
         if resolved.single_file:
-            encoder = text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)
+            encoders.append(_frozen(text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)))
         else:
-            encoder = _from_directory(text_class(path / part), path, part, dtype, resolved.source.variant)
-        encoders.append(_frozen(encoder))
+            encoders.append(_from_directory(text_class(path / part), path / part, dtype, resolved.source.variant))
     return encoders
 
 
@@ -579,13 +649,15 @@ def vae_files(resolved: Resolved) -> list[Path]:
     path = resolved.vae_path or resolved.model_path
     if path.is_file():
         return [path]
-    folder = path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
-    return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+    return sorted(file for file in _vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
 
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:
-    """The published scheduler's settings as its JSON has them; nothing heavy is imported."""
-    return read_json(resolved.config_dir / "scheduler" / "scheduler_config.json")
+    """The scheduler's settings as its JSON, and a single file itself, have them; nothing heavy is imported."""
+    settings = read_json(resolved.config_dir / "scheduler" / "scheduler_config.json")
+    if not resolved.single_file:
+        return settings
+    return prediction.scheduler_settings(resolved.model_path, settings, resolved.source.config is not None)
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -597,20 +669,14 @@ def _tokenizer(directory: Path) -> Any:
     return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
 
 
-def _from_directory(cls: Any, path: Path, folder: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    options: dict[str, Any] = {"local_files_only": True, "variant": variant}
-    if cls.__module__.startswith("diffusers"):
-        # said outright, since diffusers warns on every load when accelerate is absent
-        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": has_accelerate()}
-    else:
-        options |= {"dtype": dtype}
-    try:
-        with no_progress_bar():
-            return cls.from_pretrained(str(path), subfolder=folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        # the libraries speak of hub ids and connections here; the directory was found, so its content is at fault
-        where = path / folder if folder else path
-        raise OSError(f"cannot load {cls.__name__} from {where}: {error}. Download or convert it again.") from error
+def _from_directory(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
+    from spo_fast.models.networks import load_part
+
+    stem = "model" if cls.__module__.startswith("transformers") else "diffusion_pytorch_model"
+    chosen = _weight_files({file.name for file in folder.iterdir()}, "", stem, variant)
+    if not chosen:
+        raise FileNotFoundError(f"{folder} has no {stem}{f'.{variant}' if variant else ''}.safetensors. {DAMAGED}")
+    return _frozen(load_part(cls, folder / chosen[0], folder, dtype))
 
 
 def _frozen(model: nn.Module) -> nn.Module:

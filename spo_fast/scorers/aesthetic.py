@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo_fast.scorers.clip import Clip, find_weights, load_clip, read_tensors, unit
+from spo_fast.scorers.clip import Clip, find_weights, load_clip, unit
 from spo_fast.scorers.pictures import PictureScorer, cropped, score_head
+from spo_fast.weights import fill, read_tensors
 
 
 class AestheticScorer(PictureScorer):
@@ -38,11 +39,6 @@ def load_aesthetic(
     towers = load_clip(clip, time_conditioned=False, device=device, dtype=dtype)
     head = score_head(towers.config.projection_dim)
     file = find_weights(Path(path))
-    tensors = {key.removeprefix("layers."): value.float() for key, value in read_tensors(file).items()}
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in head.state_dict().items()}:
-        raise ValueError(
-            f"{file} is no aesthetic predictor of a CLIP with {towers.config.projection_dim} channels: give "
-            "sac+logos+ava1-l14-linearMSE.pth (--aesthetic_path) and CLIP ViT-L/14 (--clip_path)."
-        )
-    head.load_state_dict(tensors)
-    return AestheticScorer(towers, head, dtype)
+    tensors = {key.removeprefix("layers."): value for key, value in read_tensors(file).items()}
+    hint = "Give sac+logos+ava1-l14-linearMSE.pth (--aesthetic_path) and CLIP ViT-L/14 (--clip_path)."
+    return AestheticScorer(towers, fill(head, tensors, file, torch.float32, hint=hint), dtype)

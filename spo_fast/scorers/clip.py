@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spo_fast.files import read_json
-from spo_fast.files import read_tensors as read_safetensors
+from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_json, shown
+from spo_fast.weights import fill, read_tensors, renamed, without_constants
 
 TIME_CHANNELS = 256  # width of the sinusoidal timestep embedding, fixed in the published model
 
@@ -357,14 +357,8 @@ def unit(features: Tensor) -> Tensor:  # (..., D) any dtype -> float32 of length
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-SPM_FILES = (
-    "sd-v1-5_step-aware_preference_model.bin or sdxl_step-aware_preference_model.bin of "
-    "SPO-Diffusion-Models/Step-Aware_Preference_Models, or a directory written by save_clip"
-)
-PLAIN_FILES = (
-    "model.safetensors or pytorch_model.bin of a CLIPModel such as yuvalkirstain/PickScore_v1, "
-    "or the directory with its config.json"
-)
+SPM_FILES = "a .bin of SPO-Diffusion-Models/Step-Aware_Preference_Models, or a directory written by save_clip"
+PLAIN_FILES = "the weights of a CLIPModel such as yuvalkirstain/PickScore_v1, or the directory with its config.json"
 
 
 def load_clip(
@@ -392,14 +386,12 @@ def load_clip(
         name, tensors = str(file), read_tensors(file)
         hf_config = hf_config or read_hf_config(file.parent)
     # the published step-aware model keeps the network in an attribute `model`; old transformers saved index buffers
-    tensors = {key.removeprefix("model."): value for key, value in tensors.items() if not key.endswith("position_ids")}
+    tensors = renamed(without_constants(tensors), lambda key: key.removeprefix("model."), name)
     config = config_from_state_dict(tensors, time_conditioned=time_conditioned, hf_config=hf_config, name=name)
-    with torch.device("meta"):  # shapes only: nothing is initialised that is about to be replaced
+    with torch.device("meta"):
         model = Clip(config)
-    check_tensors(model, tensors, name)
-    placed = {key: value.to(device, torch.float32 if key == "logit_scale" else dtype) for key, value in tensors.items()}
-    model.load_state_dict(placed, assign=True)
-    return model.eval()
+    hint = _hint(model, tensors)
+    return fill(model, tensors, name, dtype, device, float32=("logit_scale",), hint=hint).eval()
 
 
 def load_any_clip(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Clip:
@@ -437,36 +429,17 @@ def write_model(directory: str | Path, tensors: Mapping[str, Tensor], config: Ma
 
 
 def find_weights(path: Path) -> Path:
+    """The file of weights of a directory, or the index of its shards; a file is itself."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist. Expected {SPM_FILES}; or {PLAIN_FILES}.")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHT_NAMES:
         if (path / name).is_file():
             return path / name
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".safetensors"))
     hint = f"It holds {', '.join(others)}: give the file itself." if others else "It holds no weights."
     raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin. {hint}")
-
-
-def read_tensors(file: Path, inside: str | None = None) -> dict[str, Tensor]:
-    """inside: the entry of a pickled training state that holds the tensors, if it has one of that name."""
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever the unpickler makes of bytes that are no file of tensors
-        raise ValueError(
-            f"{file} cannot be read as a file of tensors alone. Pickles that hold anything else are refused, since "
-            "loading one can run code: if you trust it, load it yourself and save its state dict as .safetensors."
-        ) from error
-    if inside is not None and isinstance(tensors, Mapping):
-        tensors = tensors.get(inside, tensors)
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{file} holds no state dict (names to tensors): save the state dict alone.")
-    return dict(tensors)
 
 
 def read_hf_config(directory: Path) -> dict[str, Any] | None:
@@ -488,10 +461,12 @@ def config_from_state_dict(
     """Sizes from the shapes; heads, activation and epsilon, which no shape shows, from hf_config or KNOWN_CLIPS."""
 
     def shape(key: str) -> torch.Size:
-        if key not in tensors:
+        found = tensors[key].shape if key in tensors else None
+        if found is None or len(found) != (4 if "patch_embedding" in key else 2):
             expected = SPM_FILES if time_conditioned else PLAIN_FILES
-            raise ValueError(f"{name} is no CLIP: it has no {key}. Expected {expected}.")
-        return tensors[key].shape
+            what = f"it has no {key}" if found is None else f"its {key} has {len(found)} dimensions"
+            raise ValueError(f"{shown(name, 80)} is no CLIP: {what}. Expected {expected}.")
+        return found
 
     def tower(kind: str, fixed: Mapping[str, Any]) -> TowerConfig:
         prefix = f"{kind}_model.encoder.layers."
@@ -548,31 +523,14 @@ def _hf_tower(hf_config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {field: merged[hf] for field, hf in HF_NAMES.items() if hf in merged}
 
 
-def check_tensors(model: Clip, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise a ValueError that names every kind of mismatch between the network and a checkpoint."""
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    reshaped = [
-        f"{key} {tuple(tensors[key].shape)}, not {tuple(wanted[key])}"
-        for key in sorted(wanted.keys() & tensors.keys())
-        if tensors[key].shape != wanted[key]
-    ]
-    if not (missing or unexpected or reshaped):
-        return
-    found = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", reshaped)]
-    report = ". ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in found if keys)
-    time_keys = ("t_embedder", "adaLN_modulation")
-    if any(part in key for key in missing for part in time_keys):
-        report += ". A CLIP without a timestep cannot score as a step-aware one: use it as --scorer pickscore"
-        report += " (to start training one: init_identity_time_conditioning)"
-    if any(part in key for key in unexpected for part in time_keys):
-        report += ". This is a step-aware model: use it as --scorer spm"
-    expected = SPM_FILES if model.config.time_conditioned else PLAIN_FILES
-    raise ValueError(f"{name} does not fit the network of {len(wanted)} tensors. {report}. Expected {expected}.")
-
-
-def _some(keys: list[str], limit: int = 5) -> str:
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+def _hint(model: Clip, tensors: Mapping[str, Tensor]) -> str:
+    """What to do about tensors that do not fit: models that see the timestep are mistaken for others."""
+    sees_time = any("t_embedder" in key or "adaLN_modulation" in key for key in tensors)
+    if model.config.time_conditioned and not sees_time:
+        return "A CLIP without a timestep cannot score as a step-aware one: use it as --scorer pickscore."
+    if sees_time and not model.config.time_conditioned:
+        return "This is a step-aware model: use it as --scorer spm."
+    return DAMAGED
 
 
 def init_identity_time_conditioning(model: Clip, seed: int = 0) -> Clip:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spo_fast.files import DAMAGED, shown, some
 from spo_fast.scorers.clip import load_clip, unit
 from spo_fast.scorers.clip_scorers import Tokenize, check_vocabulary
 from spo_fast.scorers.pictures import PictureScorer, cropped
+from spo_fast.weights import check_finite
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
 MAX_OBJECTS = 16  # of a class
@@ -212,10 +214,13 @@ def load_geneval(
     with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
         try:
             network: Any = mask2former.Mask2FormerForUniversalSegmentation
-            detector = network.from_pretrained(str(path), local_files_only=True)
+            detector, told = network.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             what = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is no Mask2Former ({what}). Give its directory (--geneval_path).") from error
+    if drawn := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):  # at random
+        raise ValueError(f"{shown(path)} lacks {len(drawn)} tensors of a Mask2Former: {some(drawn, 100)}. {DAMAGED}")
+    check_finite(detector.state_dict(), path)
     if detector.config.num_labels != len(CLASSES):
         raise ValueError(f"{path} knows {detector.config.num_labels} classes, not COCO's 80 (--geneval_path).")
     towers = check_vocabulary(load_clip(clip, time_conditioned=False, device=device), tokenize, clip)

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo_fast.scorers.clip import find_weights, load_clip, read_hf_config, read_tensors
+from spo_fast.scorers.clip import find_weights, load_clip, read_hf_config
 from spo_fast.scorers.clip_scorers import ClipScorer, Tokenize, check_vocabulary
 from spo_fast.scorers.pictures import padded
+from spo_fast.weights import read_tensors
 
 TOP = {  # open_clip -> transformers; whether the matrix stands the other way round
     "logit_scale": ("logit_scale", False),
@@ -56,7 +57,8 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             number, _, part = rest.partition(".")
             layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}."
             part, _, kind = part.rpartition(".")
-            if part == "attn" and kind.startswith("in_proj_"):  # query, key, value on top of each other
+            if part == "attn" and kind.startswith("in_proj_") and len(value) % 3 == 0:
+                # query, key, value on top of each other
                 for letter, third in zip("qkv", value.chunk(3), strict=True):
                     found[f"{layer}self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"] = third
             else:

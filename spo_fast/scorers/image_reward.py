@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_fast.scorers.clip import find_weights, read_tensors
+from spo_fast.scorers.clip import find_weights
 from spo_fast.scorers.pictures import PictureScorer, cropped, score_head
+from spo_fast.weights import fill, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward, in the published code
 MAX_TOKENS = 35
@@ -43,7 +44,8 @@ def vision_name(key: str) -> str:
 class ImageReward(nn.Module):
     """(r - mean) / std of the published model, about standard normal on its training pictures."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]):  # the published state dict: its shapes decide the sizes
+    # the published state dict, whose shapes decide the sizes, and what errors call it
+    def __init__(self, tensors: Mapping[str, Tensor], name: str | Path = "state dict"):
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
         super().__init__()
@@ -77,7 +79,7 @@ class ImageReward(nn.Module):
             add_pooling_layer=False,
         )
         self.head = score_head(text_width)
-        self.load_state_dict(_renamed(tensors))
+        fill(self, _renamed(tensors), name, torch.float32)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # (N, 3, S, S) normalised, (N, L) -> (N,) float32
         seen = self.vision(pixel_values=x).last_hidden_state
@@ -134,7 +136,7 @@ def load_image_reward(
 
     file = find_weights(Path(path))
     try:
-        model = ImageReward(read_tensors(file))
+        model = ImageReward(read_tensors(file), file)
     except (KeyError, RuntimeError, IndexError) as error:
         what = str(error).split(":")[0]
         raise ValueError(f"{file} is no ImageReward ({what}). Give ImageReward.pt (--image_reward_path).") from error

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spo_fast.files import read_json
-from spo_fast.scorers.clip import ClipConfig, TextTower, TowerConfig, read_tensors, unit, write_model
+from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_json, shown
+from spo_fast.scorers.clip import ClipConfig, TextTower, TowerConfig, unit, write_model
+from spo_fast.weights import fill, read_tensors, renamed
 
 if TYPE_CHECKING:
     from spo_fast.experience import Candidates
@@ -338,19 +339,11 @@ def load_latent_reward(
             f"{name} is no latent reward model: it has configs of {sorted(configs) or 'no part'} and "
             f"{'a' if 'visual_projection.weight' in tensors else 'no'} visual_projection.weight. Expected {LRM_FILES}."
         )
-    tensors = {
-        _published_key(key): value
-        for key, value in tensors.items()
-        if not key.startswith(UNUSED_KEYS) and not key.endswith("position_ids")
-    }
-    with torch.device("meta"):  # shapes only: nothing is initialised that is about to be replaced
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(UNUSED_KEYS)}
+    tensors = renamed(tensors, _published_key, name)
+    with torch.device("meta"):
         model = LatentReward(configs, projection_dim=len(tensors["visual_projection.weight"]))
-    placed = {key: value.to(device, torch.float32 if key == "logit_scale" else dtype) for key, value in tensors.items()}
-    try:
-        model.load_state_dict(placed, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{name} does not fit its configs: {error}. Expected {LRM_FILES}.") from error
-    return model.eval()
+    return fill(model, tensors, name, dtype, device, float32=("logit_scale",)).eval()
 
 
 def save_latent_reward(model: LatentReward, directory: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
@@ -380,21 +373,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Tensors under their whole keys, and the configs beside them."""
     if (path / "state_dict.pt").is_file():
         return _read_published(path)
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist. Expected {LRM_FILES}.")
+    files = [path / name for name in WEIGHT_NAMES] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{files[0]} does not exist. Expected {LRM_FILES}.")
     config = file.with_name("config.json")
     return read_tensors(file), read_json(config) if config.is_file() else {}
 
 
 def _read_published(directory: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """One directory a part, and state_dict.pt: {"visual_projection": {"weight": ...}, ..., "logit_scale": number}."""
-    rest = torch.load(directory / "state_dict.pt", map_location="cpu", weights_only=True)
-    tensors = {"logit_scale": torch.as_tensor(rest.pop("logit_scale"))}
-    tensors |= {f"{name}.{key}": value for name, state in rest.items() for key, value in state.items()}
+    file = directory / "state_dict.pt"
+    try:
+        rest = dict(torch.load(file, map_location="cpu", weights_only=True))
+        tensors = {"logit_scale": torch.as_tensor(rest.pop("logit_scale"))}
+        tensors |= {f"{name}.{key}": value for name, state in rest.items() for key, value in state.items()}
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler makes of bytes, or this of what was pickled
+        raise ValueError(f"{shown(file)} holds no logit_scale and projections of a reward model. {DAMAGED}") from error
     configs = {}
     for part in PARTS:
-        files = sorted(p for p in (directory / part).glob("*") if p.suffix in (".safetensors", ".bin"))
+        files = sorted((directory / part).glob("*.index.json"))  # of shards
+        files = files or sorted(p for p in (directory / part).glob("*") if p.suffix in (".safetensors", ".bin"))
         if not files:
             continue
         if len(files) > 1:

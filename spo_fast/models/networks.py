@@ -1,0 +1,166 @@
+"""Networks of a diffusers directory or of one file in the original (LDM) layout, filled strictly (weights.py).
+
+A single file has weights only: settings come from a directory in diffusers layout (spo_fast/models/configs by default).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_fast.files import DAMAGED, read_header, read_json, shown, some
+from spo_fast.files import read_tensors as read_safetensors
+from spo_fast.models.single_file import UNET_PREFIX, VAE_PREFIX, VAE_UNUSED, text_class, vae_class, vae_settings_of_file
+from spo_fast.weights import fill, read_tensors, renamed
+
+
+def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The network of a folder: its class, its file of weights or their index, the folder of its config.json."""
+    tensors = read_tensors(file)
+    if cls.__module__.startswith("transformers"):
+        return text_encoder(cls, config_dir, tensors, file, dtype)
+    return diffusers_network(cls, read_json(config_dir / "config.json"), tensors, file, dtype)
+
+
+def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return convert_ldm_unet_checkpoint({UNET_PREFIX + n: t for n, t in tensors.items()}, config)
+
+    config = read_json(config_dir / "unet" / "config.json")
+    tensors = _converted(path, f"UNet, {UNET_PREFIX}*", read_safetensors(path, UNET_PREFIX), convert)
+    return diffusers_network(UNet2DConditionModel, config, tensors, f"the UNet in {shown(path, 90)}", dtype)
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
+
+
+def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    import diffusers
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    prefix = VAE_PREFIX if any(n.startswith(VAE_PREFIX) for n in read_header(path)) else ""
+    tensors = {n: t for n, t in read_safetensors(path, prefix).items() if not n.startswith(VAE_UNUSED)}
+    ldm = any(n.startswith("decoder.mid.") for n in tensors)  # against diffusers' decoder.mid_block.
+    config = read_json(vae_settings_of_file(path, config_dir))
+    if ldm:
+        tensors = _converted(path, f"VAE, {prefix}*", tensors, lambda found: convert_ldm_vae_checkpoint(found, config))
+    cls = getattr(diffusers, vae_class(config, path))
+    return diffusers_network(cls, config, tensors, f"the VAE in {shown(path, 90)}", dtype)
+
+
+def _converted(
+    path: Path, part: str, tensors: dict[str, Tensor], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """diffusers' converters pass over what they do not know and stumble over what is missing: both are named here."""
+    try:
+        found = {n: t for n, t in convert(dict(tensors)).items() if t is not None}
+    except (KeyError, IndexError) as error:
+        raise ValueError(
+            f"{shown(path)} is incomplete ({part}): it lacks {some([str(error.args[0])], 90)}. {DAMAGED}"
+        ) from error
+    used = {t.data_ptr() for t in found.values()}  # converters rename, and cut views at most
+    if unknown := [n for n, t in tensors.items() if t.data_ptr() not in used]:
+        raise ValueError(
+            f"{shown(path)} ({part}) has {len(unknown)} tensors that this architecture has not (inpainting, refiner, "
+            f"SD2?): {some(unknown, 100)}. Convert it to a diffusers directory."
+        )
+    return found
+
+
+def _modern_attention(name: str) -> str:
+    head, _, tail = name.rpartition(".")
+    block, _, layer = head.rpartition(".")
+    return f"{block}.{OLD_ATTENTION[layer]}.{tail}" if "attentions." in block and layer in OLD_ATTENTION else name
+
+
+def diffusers_network(
+    cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
+) -> nn.Module:
+    """A UNet or VAE of these settings with these tensors (diffusers' names, old ones too). Strict: see weights.fill."""
+    network = _built(lambda: cls.from_config(config), cls, name)
+    return fill(network, renamed(tensors, _modern_attention, name), name, dtype)
+
+
+def _built(make: Callable[[], Any], cls: Any, name: Path | str) -> Any:
+    """A network on the meta device. Raises ValueError for settings that describe none."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # whatever a library makes of settings that do not fit together
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
+        raise ValueError(
+            f"the config.json of {shown(name, 100)} describes no {cls.__name__} ({why}). {DAMAGED}"
+        ) from error
+
+
+def text_encoder(
+    cls: Any, config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
+) -> nn.Module:
+    """A CLIP text encoder of transformers. Strict: see weights.fill.
+
+    transformers names CLIPTextModel's tensors without `text_model.` since 5.6, older ones and the projected class with
+    it, and neither reads the other's: either is read here, whichever is installed.
+    """
+    from transformers import CLIPTextConfig
+
+    network = _built(lambda: cls(CLIPTextConfig.from_pretrained(config_dir)), cls, name)
+    own = {n.removeprefix("text_model."): n for n in network.state_dict()}
+
+    def rename(key: str) -> str:
+        bare = key.removeprefix("text_model.")
+        return own.get(bare, key)
+
+    return fill(network, renamed(tensors, rename, name), name, dtype)
+
+
+def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    """Own mapping: diffusers' picks the encoder by its width, which two encoders of one width defeat."""
+    tensors = read_safetensors(path, prefix)
+    tensors = openclip_to_transformers(tensors) if prefix.endswith(".model.") else tensors
+    return text_encoder(text_class(config_dir), config_dir, tensors, f"{shown(path, 80)} ({prefix}*)", dtype)
+
+
+OPENCLIP_NAMES = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+OPENCLIP_LAYERS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def openclip_to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text tower of open_clip in transformers' names: fused q, k, v are split, the projection is transposed.
+
+    logit_scale and attn_mask, which nothing here needs, are left out; what else is unknown keeps its name.
+    """
+    out = {}
+    for name, t in tensors.items():
+        m = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
+        layer = f"text_model.encoder.layers.{m[1]}" if m else ""
+        if name in ("logit_scale", "attn_mask"):
+            continue
+        if name == "text_projection" and t.ndim == 2:
+            out["text_projection.weight"] = t.T.contiguous()
+        elif m and m[2] == "attn.in_proj" and len(t) % 3 == 0:
+            for projection, rows in zip("qkv", t.chunk(3), strict=True):
+                out[f"{layer}.self_attn.{projection}_proj.{m[3]}"] = rows.contiguous()
+        elif m and m[2] in OPENCLIP_LAYERS:
+            out[f"{layer}.{OPENCLIP_LAYERS[m[2]]}.{m[3]}"] = t
+        else:
+            out[OPENCLIP_NAMES.get(name, name)] = t
+    return out
