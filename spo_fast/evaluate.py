@@ -171,11 +171,14 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
     from spo_fast.models.compiled import compile_network, keep_cache_in
     from spo_fast.models.diffusion import DiffusionModel
     from spo_fast.models.fuse import fuse
-    from spo_fast.models.lora import apply_lora
+    from spo_fast.models.lora import apply_lora, read_file
     from spo_fast.models.sources import load_unet, load_unet_from
 
     out, c, engine = Path(cfg.pictures.output_dir), cfg.pictures, cfg.engine
     model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
+    for contender in (gallery.contender for gallery in todo if gallery.contender.kind == "lora"):
+        assert contender.path is not None
+        read_file(contender.path, model.unet)  # one that does not fit is told before anything is drawn
     model.prompt_cache.ensure([*prompts, ""])
     if engine.fuse:
         fuse(model.vae)
@@ -196,17 +199,15 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
             model.unet = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":
             assert contender.path is not None
-            apply_lora(contender.path, model.unet, model.kind)
+            print(f"{contender.name}: {apply_lora(contender.path, model.unet)}", flush=True)
         if engine.fuse:
             rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
             tokens = model.tokenizers[0].model_max_length
             kernel = prepare_drawing(model.unet, engine, rows, model.latent_shape, tokens)
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
-        if engine.fuse:
-            model.unet = None  # fused with what it wore: the next one starts from the file
-        elif contender.kind == "lora":
-            model.unet.delete_adapters("default")
+        if engine.fuse or contender.kind == "lora":
+            model.unet = None  # fused with what it wore, or changed for good: the next one starts from the file
 
 
 def draw(cfg: EvaluationConfig, model: Any, gallery: Gallery, prompts: list[str]) -> None:

@@ -335,7 +335,7 @@ def test_loras_that_do_not_fit_are_told(run_dir: Path, tmp_path: Path, capsys: p
     (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:300])
     assert "cut short" in told(capsys, words(tmp_path / "out", lora=[tmp_path / "cut.safetensors"]))
     assert "there is no" in told(capsys, words(tmp_path / "out", lora=[tmp_path]))
-    assert pictures(tmp_path / "out" / "base")  # drawn before the LoRA was read, and kept
+    assert not pictures(tmp_path / "out" / "base")  # nothing was drawn before the LoRA was read
 
 
 def test_wrong_names_are_told(

@@ -203,7 +203,7 @@ def test_a_kohya_lora_has_its_own_alpha_in_each_layer(tmp_path: Path, with_alpha
     ranks, alphas = ({name: one[n % 3] for n, name in enumerate(names)} for one in ((2, 3, 4), (1.0, 2.0, 2.0)))
     state, change = lora_of(unet, alphas if with_alphas else None, ranks)
     save_file(state, tmp_path / "mine.safetensors")
-    apply_lora(tmp_path / "mine.safetensors", unet, "sdxl")
+    apply_lora(tmp_path / "mine.safetensors", unet)
     layers = {name: m for name, m in unet.named_modules() if hasattr(m, "get_delta_weight")}
     assert layers.keys() == change.keys() and len(set(ranks.values())) == 3
     for name, layer in layers.items():
@@ -218,4 +218,4 @@ def test_a_dora_is_refused(tmp_path: Path) -> None:
     state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = torch.ones(4, 1)
     save_file(state, tmp_path / "mine.safetensors")
     with pytest.raises(ValueError, match="is a DoRA"):
-        apply_lora(tmp_path / "mine.safetensors", unet, "sdxl")
+        apply_lora(tmp_path / "mine.safetensors", unet)
