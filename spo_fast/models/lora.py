@@ -189,10 +189,9 @@ def read_file(file: Path, unet: Any) -> Lora:
     The truth is W + alpha / rank * up @ down (alpha / sqrt(rank) of an rsLoRA), alpha from a tensor beside the matrices
     or from the metadata that diffusers and PEFT write; without one it is the rank.
     """
-    where = str(file) if len(str(file)) <= 90 else f"...{str(file)[-87:]}"
 
     def refuse(why: str) -> NoReturn:
-        raise ValueError(f"{where} {why}")
+        raise ValueError(f"{_shown(file, why)} {why}")
 
     header, known, weights = read_header(file), layer_names(unet), _weights(unet)
     _refuse_kinds(header, refuse)
@@ -238,6 +237,12 @@ def read_file(file: Path, unet: Any) -> Lora:
     return Lora(layers, changes, has_alpha)
 
 
+def _shown(file: Path, beside: str) -> str:
+    """The end of a path that leaves the whole line at 300 characters."""
+    room = max(299 - len(beside), 40)
+    return str(file) if len(str(file)) <= room else f"...{str(file)[3 - room :]}"
+
+
 def _refuse_kinds(names: Collection[str], refuse: Refuse) -> None:
     """What is no LoRA, or more than one of a UNet, is named as what it is."""
     for kind, pattern in OTHER_KINDS.items():
@@ -276,7 +281,7 @@ def _layer(layer: str, found: dict[str, Tensor], weight: Any, told: Told, refuse
         mid = found["mid"]
         if mid.shape[:2] != (rank, rank) or math.prod(down.shape[2:]) != 1:
             refuse(f"is damaged: lora_mid of {layer} does not fit its matrices. Save it again.")
-        down = torch.einsum("ij...,jc->ic...", mid.float(), down.flatten(1).float())
+        down = torch.einsum("ij...,jc->ic...", mid.double(), down.flatten(1).double())
     # a 1 x 1 convolution may be saved as a linear layer, and the other way round
     down_shape, up_shape = (rank, *weight[1:]), (weight[0], rank, *[1] * (len(weight) - 2))
     for shape, value in ((down_shape, down), (up_shape, up)):
@@ -422,8 +427,8 @@ def apply_lora(file: Path, unet: Any) -> Lora:
 def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, Tensor]:
     """The file's tensors by the names of the UNet's own LoRA, which it fits. Raises ValueError saying what differs."""
     file = find_lora(path)
-    label = f"--lora_path {file}" if len(str(file)) <= 90 else f"--lora_path ...{str(file)[-87:]}"
     lora = read_file(file, unet)
+    label = f"--lora_path {_shown(file, ' ' * 190)}"
     if lora.changes:
         raise ValueError(f"{label} changes {next(iter(lora.changes))}: only the two matrices of a LoRA are trained on.")
     found = {}
