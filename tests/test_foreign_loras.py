@@ -587,3 +587,89 @@ def test_training_starts_from_every_style(unets: dict[str, Any], tmp_path: Path,
     save_file({**state, "unet.conv_in.diff_b": torch.ones(16)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="changes conv_in.bias: only the two matrices"):
         read_lora(tmp_path, policy.unet, adapter)
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+SPO_FILE = "spo_sdxl_10ep_4k-data_lora_diffusers.safetensors"
+
+
+def in_cache(root: Path, source: str, *files: str) -> Path:
+    """A snapshot of the hub's client."""
+    folder = root / f"models--{source.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    for file in files:
+        (folder / "snapshots" / "abc" / file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(two(), folder / "snapshots" / "abc" / file)
+    return folder / "snapshots" / "abc"
+
+
+def found(source: str | Path) -> Any:
+    return sources.find_contender(str(source), "sdxl", "--lora")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "the hub cannot be reached")
+    return tmp_path / "hub"
+
+
+def test_the_only_file_of_a_cached_repository(cache: Path) -> None:
+    """As SPO's own LoRA is published."""
+    source = "SPO-Diffusion-Models/SPO-SDXL_4k-p_10ep_LoRA"
+    assert "not in the hub cache" in found(source).why
+    assert found(source).why.count("cannot be reached") == 1
+    snapshot = in_cache(cache, source, SPO_FILE)
+    assert found(source) == ("lora", snapshot / SPO_FILE)
+    save_file(two(), snapshot / "pytorch_lora_weights.safetensors")
+    assert found(source)[1].name == "pytorch_lora_weights.safetensors"
+    snapshot = in_cache(cache, "me/several", *(f"{c}.safetensors" for c in "abcd"))
+    why = found("me/several").why
+    assert "has 4: a.safetensors, b.safetensors, c.safetensors, ..." in why and "the hub cannot be reached" in why
+    in_cache(cache, "me/below", "folder/a.safetensors")
+    assert "not in the hub cache" in found("me/below").why
+
+
+def test_a_repository_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repositories = {
+        "me/one": [SPO_FILE, "README.md", "sample.png"],
+        "me/peft": ["adapter_config.json", "adapter_model.safetensors"],
+        "me/several": ["a.safetensors", "b.safetensors"],
+        "me/whole": ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "model.safetensors"],
+        "me/none": ["README.md"],
+    }
+    taken: list[str] = []
+
+    def download(source: str, allow_patterns: list[str], **_: Any) -> str:
+        taken.extend(allow_patterns)
+        snapshot = in_cache(cache, source, *(n for n in allow_patterns if n.endswith("safetensors")))
+        for name in allow_patterns:
+            if name.endswith("json"):
+                (snapshot / name).write_text("{}")
+        return str(snapshot)
+
+    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, source, **_: repositories[source])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert found("me/one")[1].name == SPO_FILE and taken == [SPO_FILE]
+    taken.clear()
+    assert found("me/peft")[1].name == "adapter_model.safetensors" and sorted(taken) == sorted(repositories["me/peft"])
+    taken.clear()
+    assert found("me/whole")[0] == "unet" and sorted(taken) == sorted(repositories["me/whole"][:2])
+    assert "it has 2: a.safetensors, b.safetensors" in found("me/several").why
+    assert "pytorch_lora_weights.safetensors or one .safetensors" in found("me/none").why
+
+
+def test_the_only_file_of_a_folder(tmp_path: Path, cache: Path) -> None:
+    save_file(two(), tmp_path / "mine.safetensors")
+    (tmp_path / "README.md").write_text("mine")
+    assert found(tmp_path) == ("lora", tmp_path / "mine.safetensors")
+    for n in range(30):
+        save_file(two(), tmp_path / f"step-{n:02}.safetensors")
+    with pytest.raises(FileNotFoundError, match="it has 31: mine.safetensors, step-00.*, ..") as error:
+        found(tmp_path)
+    assert len(str(error.value)) <= 300 + len(str(tmp_path))
+    save_file(two(), tmp_path / "pytorch_lora_weights.safetensors")
+    assert found(tmp_path) == ("lora", tmp_path / "pytorch_lora_weights.safetensors")
