@@ -193,8 +193,6 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
             assert contender.path is not None
             model.unet = None
             model.unet = load_unet_from(contender.path, model.dtype).to(device)
-            if model.unet.config.in_channels != model.latent_shape[0]:
-                raise ValueError(f"{contender.path} belongs to another base model than --model {cfg.model.model}.")
         elif model.unet is None:
             model.unet = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":
@@ -426,6 +424,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     from spo_fast import checkpoint
     from spo_fast.choices import found_device, listed, pick_device
     from spo_fast.measure import LOOKS, hacking_signs
+    from spo_fast.models.contenders import check_unet
     from spo_fast.models.row_cache import fingerprint_files
     from spo_fast.models.sources import load_tokenizers, text_files, unet_files, vae_files
     from spo_fast.models.text import count_truncated
@@ -437,6 +436,10 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
         print(f"chosen for this device ({found_device(device).name}):\n{textwrap.indent(listed(choices), '  ')}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
     out, c = Path(cfg.pictures.output_dir), cfg.pictures
+    differ = {c.name: check_unet(c.path, resolved) for c in contenders if c.kind == "unet" and c.path is not None}
+    for name, found in differ.items():
+        if any(found):
+            print(f"{name}: {found}")
     held = checkpoint.lock(out)
     tokenizer = load_tokenizers(resolved)[0]
     if cut := count_truncated(tokenizer, prompts):
@@ -464,6 +467,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
         "prompts": {"from": set_name, "count": len(prompts), "truncated": cut},
         "contenders": {g.contender.name: {"source": g.contender.source, "kind": g.contender.kind,
                                           "fingerprint": prints[g.contender.name]} for g in galleries},
+        "differences": {name: found._asdict() for name, found in differ.items()},
         "scores": scores,
         "looks": seen,
         "hacking": {n: hacking_signs(values["base"], v, c.seed) for n, v in values.items() if n != "base"},

@@ -297,7 +297,7 @@ def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Miss
     lora = _find(_Need("LoRA", source, flag, parts=("lora",)), model, download=True)
     if isinstance(lora, Path):
         return ("lora", find_lora(lora, flag))
-    unet = _find(_Need("LoRA or UNet", source, flag, parts=("unet",)), model, download=True)
+    unet = _find(_Need("LoRA or UNet", source, flag, parts=("unet", "scheduler-if-any")), model, download=True)
     if isinstance(unet, Path):
         return ("unet", unet / "unet")
     return unet if lora.why == unet.why else replace(unet, why=f"{lora.why}; {unet.why}")
@@ -391,6 +391,8 @@ def select_files(names: Collection[str], parts: Collection[str], variant: str | 
 def _select_part(names: Collection[str], part: str, variant: str | None) -> tuple[list[str], list[str]]:
     if part == "scheduler":
         return _present_or_lacking(["scheduler/scheduler_config.json"], names)
+    if part == "scheduler-if-any":
+        return [n for n in names if n == "scheduler/scheduler_config.json"], []
     if part == "lora":  # a file beside a UNet is a whole model, if it is not called a LoRA
         whole = LORA_FILE not in names and "unet/config.json" in names
         file, lack = (None, LORA_FILE) if whole else choose_lora(names)
