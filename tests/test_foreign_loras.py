@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
@@ -308,6 +308,27 @@ def test_changes_without_matrices_are_added(unets: dict[str, Any], tmp_path: Pat
     truth.get_submodule(query).bias = torch.nn.Parameter(1.5 * bias.double())
     changes[f"{query}.weight"] = product(down, up, 1.5)
     assert close(drawn(unet, tmp_path / "lora.safetensors"), merged(truth, changes))
+
+
+def test_a_fused_network_draws_the_same(unets: dict[str, Any], tmp_path: Path) -> None:
+    """Mixed ranks and alphas on every layer, biases on layers that had none, changed norms."""
+    from spo_fast.models.fuse import fuse
+
+    unet, file = copy.deepcopy(unets["sdxl"]).float(), tmp_path / "lora.safetensors"
+    made_file(unet, "kohya", "ranks and alphas of all sizes", file)
+    state, g = load_file(file), torch.Generator().manual_seed(6)
+    for name, module in unet.named_modules():
+        key = "lora_unet_" + name.replace(".", "_")
+        if f"{key}.alpha" in state:
+            state[f"{key}.lora_up.bias"] = 0.1 * torch.randn(len(module.weight), generator=g)
+        elif "norm" in name and hasattr(module, "weight"):
+            state[f"{key}.diff"] = 0.1 * torch.randn(len(module.weight), generator=g)
+    save_file(state, file)
+    apply_lora(file, unet)
+    plain = output(unet)
+    fuse(unet)
+    assert (output(unet) - plain).abs().max() < 1e-4 * plain.abs().max()
+    assert (plain - output(unets["sdxl"])).abs().max() > 0.1 * plain.abs().max()
 
 
 def test_a_convolution_between_the_matrices(unets: dict[str, Any], tmp_path: Path) -> None:

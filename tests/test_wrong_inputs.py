@@ -318,6 +318,10 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     ),
     # starting from a LoRA
     "LoRA of another rank": (lambda p: p.lora(rank=4), ["has rank 8, but --rank is 4: use the same"]),
+    "LoRA of another rank, in a dry run": (
+        lambda p: [*p.lora(rank=4), "--dry_run"],
+        ["has rank 8, but --rank is 4: use the same"],
+    ),
     "LoRA on other layers": (
         lambda p: p.lora(lora_targets=["to_q", "to_k"]),
         ["on other layers than --lora_targets to_q to_k: use --lora_targets conv1 conv2 to_k to_out.0 to_q to_v"],

@@ -216,7 +216,7 @@ def read_file(file: Path, unet: Any) -> Lora:
         if "down" in found and "up" in found:
             layers[layer] = _layer(layer, found, weights[layer], told, refuse)
             if "up_bias" in found:
-                changes[f"{layer}.bias"] = layers[layer].scale * found["up_bias"].float()
+                changes[f"{layer}.bias"] = layers[layer].scale * found["up_bias"].double()
         elif lonely := next((what for what in ("down", "up", "up_bias", "mid", "alpha") if what in found), None):
             lack = {"down": "its lora_up", "up": "its lora_down"}.get(lonely, "the two matrices that belong to it")
             refuse(f"is damaged: {names[lonely]:.100} is there without {lack}. Save it again.")
@@ -225,9 +225,10 @@ def read_file(file: Path, unet: Any) -> Lora:
                 f"has {names['down']:.80} and {names['weight']:.80}: loaders differ in which they take. Leave one out."
             )
         if "weight" in found:
-            changes[f"{layer}.weight"] = found["weight"].float()
+            weight = found["weight"]  # in its own type, for a whole UNet's changes; 8 bits cannot be added
+            changes[f"{layer}.weight"] = weight.float() if weight.itemsize == 1 else weight
         if "bias" in found:
-            changes[f"{layer}.bias"] = changes.get(f"{layer}.bias", 0) + found["bias"].float()
+            changes[f"{layer}.bias"] = changes.get(f"{layer}.bias", 0) + found["bias"].double()
         for what in ("weight", "bias"):
             shape = weights[layer] if what == "weight" else weights[layer][:1]
             if (change := changes.get(f"{layer}.{what}")) is not None and change.shape != shape:

@@ -289,7 +289,7 @@ def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Miss
     """
     local = Path(os.path.expanduser(source))
     for folder in (local, local / "unet"):
-        if local.is_dir() and (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and not (local / LORA_FILE).is_file():
             return ("unet", folder)
     if local.exists():
         return ("lora", find_lora(local, flag))
