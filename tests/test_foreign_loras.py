@@ -21,7 +21,7 @@ from torch import Tensor
 from spo_fast.config import AdapterConfig
 from spo_fast.files import read_json
 from spo_fast.models import sources
-from spo_fast.models.lora import apply_lora, layer_names, ldm_names, read_file, read_lora
+from spo_fast.models.lora import apply_lora, find_lora, layer_names, ldm_names, read_file, read_lora
 
 KINDS = ("sd15", "sdxl")
 
@@ -568,6 +568,29 @@ def test_every_tensor_of_a_file_matters(unets: dict[str, Any], tmp_path: Path) -
         save_file({**state, f"{whole}.strength": torch.ones(1)}, tmp_path / "lora.safetensors")
         with pytest.raises(ValueError, match="whose meaning is not known"):
             read_file(tmp_path / "lora.safetensors", unet)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("LoraConfig", {"use_dora": True}, "is a DoRA"),
+        ("LoHaConfig", {}, "is a LoHa"),
+        ("LoKrConfig", {}, "is a LoKr"),
+        ("OFTConfig", {"r": 0, "oft_block_size": 4}, "is an OFT"),
+        ("LoraConfig", {"init_lora_weights": "olora", "target_modules": ["to_q"]}, "init_lora_weights=olora"),
+        ("LoraConfig", {"modules_to_save": ["conv_out"]}, "conv_out.* is not known|modules_to_save="),
+        ("LoraConfig", {"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_what_peft_itself_writes_of_other_kinds(
+    unets: dict[str, Any], tmp_path: Path, config: str, options: dict[str, Any], message: str
+) -> None:
+    import peft
+
+    settings = getattr(peft, config)(**{"target_modules": ["conv1", "to_q", "proj_in"], **options})
+    peft.get_peft_model(copy.deepcopy(unets["sdxl"]).float(), settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_file(find_lora(tmp_path), unets["sdxl"])
 
 
 def test_peft_without_its_settings_is_refused(unets: dict[str, Any], tmp_path: Path) -> None:
