@@ -198,8 +198,8 @@ class AdapterConfig(Section):
     full_finetune: bool = False
     """Train every UNet weight instead of a LoRA; keeps a frozen copy as the reference."""
     lora_path: str | None = None
-    """Start from these LoRA weights, which are the reference then: a pytorch_lora_weights.safetensors of diffusers (or
-    its directory) of the same base model, rank, lora_alpha and lora_targets. Default: a new LoRA."""
+    """Start from these LoRA weights, which are the reference then: a file of diffusers, PEFT, kohya, ... (or its
+    directory) of the same base model, rank, lora_alpha and lora_targets. Default: a new LoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -786,8 +786,8 @@ class MetricConfig(ScorerPaths):
 @dataclass(frozen=True, kw_only=True)
 class PicturesConfig(Section):
     lora: tuple[str, ...] = ()
-    """What stands beside the base model, as source or name=source: a run's directory, a LoRA (diffusers' or kohya's
-    file, or its directory), a UNet's directory, or a hub id of either."""
+    """What stands beside the base model, as source or name=source: a run's directory, a LoRA (a file of diffusers,
+    PEFT, kohya, ..., or its directory), a UNet's directory, or a hub id of either."""
     prompts: str | None = None
     """Prompt file, or a known set: pickapic (500), hpsv2 (3,200), parti (1,632), geneval (553); set=folder takes it
     from local files. Default: the built-in list (toy: its 64 test prompts)."""

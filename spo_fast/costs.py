@@ -35,6 +35,7 @@ from spo_fast.files import read_header, read_json, weight_files
 from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
 from spo_fast.models.fuse import fuse
+from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import lora_layers
 from spo_fast.models.policy import Policy, TrainedWeights
 from spo_fast.models.quantised import import_for
@@ -271,6 +272,8 @@ class Networks:
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(read_json(self.config_dir / "unet" / "config.json"))
             self.policy = Policy(unet, replace(cfg.adapter, lora_path=None), seed=0)
+        if cfg.adapter.lora_path is not None:
+            read_lora(cfg.adapter.lora_path, unet, cfg.adapter)  # one that does not fit is told by a dry run too
         self.fused = self.cuda if cfg.engine.fuse is None else cfg.engine.fuse
         for network in filter(None, (unet, self.policy._frozen_copy)):
             self._fake(network, self.dtype)

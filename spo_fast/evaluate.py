@@ -171,11 +171,14 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
     from spo_fast.models.compiled import compile_network, keep_cache_in
     from spo_fast.models.diffusion import DiffusionModel
     from spo_fast.models.fuse import fuse
-    from spo_fast.models.lora import apply_lora
+    from spo_fast.models.lora import apply_lora, read_file
     from spo_fast.models.sources import load_unet, load_unet_from
 
     out, c, engine = Path(cfg.pictures.output_dir), cfg.pictures, cfg.engine
     model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
+    for contender in (gallery.contender for gallery in todo if gallery.contender.kind == "lora"):
+        assert contender.path is not None
+        read_file(contender.path, model.unet)  # one that does not fit is told before anything is drawn
     model.prompt_cache.ensure([*prompts, ""])
     if engine.fuse:
         fuse(model.vae)
@@ -190,23 +193,19 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
             assert contender.path is not None
             model.unet = None
             model.unet = load_unet_from(contender.path, model.dtype).to(device)
-            if model.unet.config.in_channels != model.latent_shape[0]:
-                raise ValueError(f"{contender.path} belongs to another base model than --model {cfg.model.model}.")
         elif model.unet is None:
             model.unet = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":
             assert contender.path is not None
-            apply_lora(contender.path, model.unet, model.kind)
+            print(f"{contender.name}: {apply_lora(contender.path, model.unet)}", flush=True)
         if engine.fuse:
             rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
             tokens = model.tokenizers[0].model_max_length
             kernel = prepare_drawing(model.unet, engine, rows, model.latent_shape, tokens)
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
-        if engine.fuse:
-            model.unet = None  # fused with what it wore: the next one starts from the file
-        elif contender.kind == "lora":
-            model.unet.delete_adapters("default")
+        if engine.fuse or contender.kind == "lora":
+            model.unet = None  # fused with what it wore, or changed for good: the next one starts from the file
 
 
 def draw(cfg: EvaluationConfig, model: Any, gallery: Gallery, prompts: list[str]) -> None:
@@ -428,6 +427,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     from spo_fast import checkpoint
     from spo_fast.choices import found_device, listed, pick_device
     from spo_fast.measure import LOOKS, hacking_signs
+    from spo_fast.models.contenders import check_unet
     from spo_fast.models.row_cache import fingerprint_files
     from spo_fast.models.sources import load_tokenizers, text_files, unet_files, vae_files
     from spo_fast.models.text import count_truncated
@@ -439,6 +439,10 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
         print(f"chosen for this device ({found_device(device).name}):\n{textwrap.indent(listed(choices), '  ')}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
     out, c = Path(cfg.pictures.output_dir), cfg.pictures
+    differ = {c.name: check_unet(c.path, resolved) for c in contenders if c.kind == "unet" and c.path is not None}
+    for name, found in differ.items():
+        if any(found):
+            print(f"{name}: {found}")
     held = checkpoint.lock(out)
     tokenizer = load_tokenizers(resolved)[0]
     if cut := count_truncated(tokenizer, prompts):
@@ -466,6 +470,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
         "prompts": {"from": set_name, "count": len(prompts), "truncated": cut},
         "contenders": {g.contender.name: {"source": g.contender.source, "kind": g.contender.kind,
                                           "fingerprint": prints[g.contender.name]} for g in galleries},
+        "differences": {name: found._asdict() for name, found in differ.items()},
         "scores": scores,
         "looks": seen,
         "hacking": {n: hacking_signs(values["base"], v, c.seed) for n, v in values.items() if n != "base"},

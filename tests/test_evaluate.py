@@ -260,6 +260,72 @@ def test_a_hub_id_is_a_lora_or_a_unet(
     assert pictures(tmp_path / "out" / "unet") == pictures(whole[0] / "base")
 
 
+def with_json(folder: Path, file: str, **changes: Any) -> Path:
+    """The toy's pipeline with settings of one of its files changed."""
+    shutil.copytree(WEIGHTS, folder)
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, **changes}))
+    return folder
+
+
+def test_what_a_pipeline_has_beside_its_unet_is_told(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base's parts draw for all; parts that differ are named, printed and recorded."""
+    same = shutil.copytree(WEIGHTS, tmp_path / "same")
+    other = with_json(tmp_path / "other", "scheduler/scheduler_config.json", timestep_spacing="trailing")
+    for part, name in (("vae", "diffusion_pytorch_model"), ("text_encoder_2", "model")):
+        file = other / part / f"{name}.safetensors"
+        tensors = load_file(file)
+        save_file({n: v + 1 for n, v in tensors.items()}, file, metadata={"format": "pt"})
+    shutil.rmtree(other / "tokenizer")  # as a repository of which the UNet alone was fetched
+    result = done(tmp_path / "out", lora=[same, other], num_steps=3, guidance_scale=2)
+    not_used = ["vae", "text_encoder_2", "tokenizer", "scheduler"]
+    assert result["differences"]["same"] == {"not_used": [], "settings": []}
+    assert result["differences"]["other"] == {"not_used": not_used, "settings": []}
+    out = capsys.readouterr().out
+    assert f"other: only its UNet is used; the base's stand for its own {', '.join(not_used)}, which differ\n" in out
+    assert "same: only" not in out
+    for name in ("same", "other"):
+        assert pictures(tmp_path / "out" / name) == pictures(whole[0] / "base")
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (SCHEDULER, {"prediction_type": "epsilon"}, "its prediction_type is epsilon, the base's v_prediction"),
+        (SCHEDULER, {"beta_end": 0.02}, "its noise schedule is another than the base's"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "its noise schedule is another than the base's"),
+        (SCHEDULER, {"beta_schedule": "mine"}, "is not one that is drawn by here"),
+        ("unet/config.json", {"cross_attention_dim": 7}, "its cross_attention_dim is 7, here it is"),
+        ("unet/config.json", {"in_channels": 9}, "its in_channels is 9, here it is"),
+        ("unet/config.json", {"addition_embed_type": None}, "its addition_embed_type is None, here it is text_time"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "its time_cond_proj_dim is 256, here it is None"),
+        ("unet/config.json", {"_class_name": "SD3Transformer2DModel"}, "holds a SD3Transformer2DModel, not a UNet2DCo"),
+    ],
+)
+def test_a_unet_that_cannot_stand_for_the_base_is_told_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, changes: dict[str, Any], message: str
+) -> None:
+    error = told(capsys, words(tmp_path / "out", lora=[with_json(tmp_path / "other", file, **changes)]))
+    assert message in error and error.count("\n") == 1 and len(error) <= 300 + len("error: ") + 1
+    assert not (tmp_path / "out" / "base").exists()
+
+
+def test_a_unet_of_other_widths_draws_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = json.loads((WEIGHTS / "unet" / "config.json").read_text())
+    wide: Any = UNet2DConditionModel.from_config({**config, "layers_per_block": 2})
+    wide.save_pretrained(tmp_path / "wide" / "unet")
+    result = done(tmp_path / "out", lora=[tmp_path / "wide"])
+    assert result["differences"]["wide"]["settings"] == ["layers_per_block"]
+    assert "wide: its UNet has other settings than the base's: layers_per_block\n" in capsys.readouterr().out
+
+
 def test_a_run_brings_its_model_and_sampling_along(run_dir: Path) -> None:
     cfg = evaluate.parse(["--lora", str(run_dir)])
     assert (cfg.model.model, cfg.pictures.num_steps, cfg.pictures.guidance_scale) == ("toy", 4, 2.0)
@@ -335,7 +401,7 @@ def test_loras_that_do_not_fit_are_told(run_dir: Path, tmp_path: Path, capsys: p
     (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:300])
     assert "cut short" in told(capsys, words(tmp_path / "out", lora=[tmp_path / "cut.safetensors"]))
     assert "there is no" in told(capsys, words(tmp_path / "out", lora=[tmp_path]))
-    assert pictures(tmp_path / "out" / "base")  # drawn before the LoRA was read, and kept
+    assert not pictures(tmp_path / "out" / "base")  # nothing was drawn before the LoRA was read
 
 
 def test_wrong_names_are_told(

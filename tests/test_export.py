@@ -203,7 +203,7 @@ def test_a_kohya_lora_has_its_own_alpha_in_each_layer(tmp_path: Path, with_alpha
     ranks, alphas = ({name: one[n % 3] for n, name in enumerate(names)} for one in ((2, 3, 4), (1.0, 2.0, 2.0)))
     state, change = lora_of(unet, alphas if with_alphas else None, ranks)
     save_file(state, tmp_path / "mine.safetensors")
-    apply_lora(tmp_path / "mine.safetensors", unet, "sdxl")
+    apply_lora(tmp_path / "mine.safetensors", unet)
     layers = {name: m for name, m in unet.named_modules() if hasattr(m, "get_delta_weight")}
     assert layers.keys() == change.keys() and len(set(ranks.values())) == 3
     for name, layer in layers.items():
@@ -218,4 +218,32 @@ def test_a_dora_is_refused(tmp_path: Path) -> None:
     state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = torch.ones(4, 1)
     save_file(state, tmp_path / "mine.safetensors")
     with pytest.raises(ValueError, match="is a DoRA"):
-        apply_lora(tmp_path / "mine.safetensors", unet, "sdxl")
+        apply_lora(tmp_path / "mine.safetensors", unet)
+
+
+@pytest.mark.parametrize("file", LORAS)
+def test_our_files_are_read_back_whole(tmp_path: Path, tiny: dict[str, dict[str, Any]], file: str) -> None:
+    """On the embeddings of time and sizes too, whose names in kohya's files diffusers misses when they are its own."""
+    targets = ("to_q", "conv1", "linear_1", "linear_2")
+    run = trained(tmp_path, tiny["toy"], lora_alpha=2.0, lora_targets=targets)
+    unet: Any = UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")
+    lora = apply_lora(tmp_path / "lora" / file, unet)
+    assert {"add_embedding.linear_1", "time_embedding.linear_2"} < lora.layers.keys()
+    assert len(lora.layers) == len(run.policy.names) / 2
+    held = run.policy.state_dict()
+    for name, (down, up, scale) in lora.layers.items():
+        assert torch.equal(down, held[f"{name}.lora_A.default.weight"]) and scale == 0.5
+        assert torch.equal(up, held[f"{name}.lora_B.default.weight"])
+    again = built(tmp_path / "again", lora_path=tmp_path / "lora" / file, rank=4, lora_alpha=2.0, lora_targets=targets)
+    assert all(torch.equal(value, held[name]) for name, value in again.policy.state_dict().items())
+
+
+def test_settings_that_are_written_are_those_that_differ(tmp_path: Path, tiny: dict[str, dict[str, Any]]) -> None:
+    """A loader hands them to its own PEFT, and older ones raise on a field that they do not know."""
+    trained(tmp_path, tiny["toy"], lora_alpha=8.0, rank=8)  # PEFT's defaults, written all the same
+    with safe_open(tmp_path / "lora" / LORAS[0], framework="pt") as opened:
+        found = json.loads(opened.metadata()["lora_adapter_metadata"])
+    always = {"r": 8, "lora_alpha": 8.0, "rank_pattern": {}, "alpha_pattern": {}}
+    targets = found.pop("unet.target_modules")
+    assert found == {f"unet.{key}": value for key, value in {**always, "init_lora_weights": "gaussian"}.items()}
+    assert set(targets) > {"to_q", "to_v"}

@@ -318,6 +318,10 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     ),
     # starting from a LoRA
     "LoRA of another rank": (lambda p: p.lora(rank=4), ["has rank 8, but --rank is 4: use the same"]),
+    "LoRA of another rank, in a dry run": (
+        lambda p: [*p.lora(rank=4), "--dry_run"],
+        ["has rank 8, but --rank is 4: use the same"],
+    ),
     "LoRA on other layers": (
         lambda p: p.lora(lora_targets=["to_q", "to_k"]),
         ["on other layers than --lora_targets to_q to_k: use --lora_targets conv1 conv2 to_k to_out.0 to_q to_v"],
@@ -333,19 +337,19 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     ),
     "LoRA of a text encoder": (
         lambda p: p.lora(lora_path=p.lora_with(lambda name: name.replace("unet.", "text_encoder."))),
-        ["is no LoRA of a UNet in diffusers' names: it holds text_encoder."],
+        ["holds more than a LoRA of a UNet: 96 tensors of text encoders, such as text_encoder."],
     ),
-    "kohya's LoRA": (
-        lambda p: p.lora(lora_path=p.finished / "lora_kohya.safetensors"),
-        ["is no LoRA of a UNet in diffusers' names: it holds lora_unet_"],
+    "kohya's LoRA of another rank": (
+        lambda p: p.lora(lora_path=p.finished / "lora_kohya.safetensors", rank=4),
+        ["has rank 8, but --rank is 4"],
     ),
     "LoRA with an alpha for each layer": (
         lambda p: p.lora(lora_path=p.lora_saying({"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}})),
-        ["has alpha_pattern: training goes on from one alpha"],
+        ["has alphas of 2 to 8: training goes on from one alpha"],
     ),
     "LoRA scaled by the root of its rank": (
         lambda p: p.lora(lora_path=p.lora_saying({"unet.lora_alpha": 8, "unet.use_rslora": True})),
-        ["has use_rslora: training goes on from one alpha"],
+        ["has alpha 22.627417, but here it is 8: use --lora_alpha 22.627417"],
     ),
     "LoRA cut short": (
         lambda p: p.lora(lora_path=p.cut(p.finished, "pytorch_lora_weights.safetensors")),

@@ -14,6 +14,7 @@ from spo_fast.config import ModelConfig
 from spo_fast.experience import Cond
 from spo_fast.files import read_json
 from spo_fast.models import sources
+from spo_fast.models.lora import written_settings
 from spo_fast.models.policy import Policy
 from spo_fast.models.row_cache import fingerprint_files
 from spo_fast.models.text import PromptCache
@@ -173,9 +174,14 @@ class DiffusionModel:
         writer.save_lora_weights(
             save_directory=directory,
             unet_lora_layers=layers,
-            unet_lora_adapter_metadata=policy.unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=written_settings(policy.unet.peft_config["default"]),
         )
         kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
+        if self.kind == "sdxl":  # diffusers reads these two layers' LoRA by their names in the original network only
+            for ours, theirs in (("add_embedding_linear", "label_emb_0"), ("time_embedding_linear", "time_embed")):
+                for number, place in ((1, 0), (2, 2)):
+                    old, new = f"lora_unet_{ours}_{number}.", f"lora_unet_{theirs}_{place}."
+                    kohya = {name.replace(old, new): value for name, value in kohya.items()}
         for name in kohya:
             if name.endswith(".alpha"):  # diffusers writes the rank
                 kohya[name] = torch.tensor(float(policy.adapter.alpha))

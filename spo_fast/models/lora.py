@@ -1,160 +1,471 @@
-"""A LoRA file of diffusers, to start a run from: found, and checked against the network that is to take it."""
+"""LoRA files: found, read in whatever style they name their tensors, checked against the UNet, and put on it.
+
+A tensor's name is a layer's name between a prefix and an ending, both of which differ by the program that wrote it:
+    diffusers        unet.down_blocks.0...to_q.lora.down.weight   (old: ...attn1.processor.to_q_lora.down.weight)
+    PEFT             base_model.model.down_blocks.0...to_q.lora_A.weight
+    kohya, LyCORIS   lora_unet_down_blocks_0_..._to_q.lora_down.weight, lycoris_...
+    kohya's SDXL     lora_unet_input_blocks_1_1_..._to_q.lora_down.weight: LDM's blocks
+    OneTrainer       unet.input_blocks.1.1...to_q.lora_down.weight, or as kohya
+    ComfyUI          diffusion_model.input_blocks.1.1...to_q.lora_down.weight
+So a layer is looked up by its name with underscores for dots, in a table of the UNet's own names and of LDM's for them,
+and styles may mix. What of a file is not used is an error: other loaders skip it, and draw something else in silence.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from spo_fast.files import read_header, read_tensors
+from spo_fast.files import read_header, read_json, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from spo_fast.config import AdapterConfig
 
+Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+DOWN = r"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A)"
+UP = r"(?:\.lora_up|[._]lora\.up|\.lora_linear_layer\.up|\.lora_B)"
+ENDINGS = {
+    "down": DOWN + r"\.weight",
+    "up": UP + r"\.weight",
+    "up_bias": UP + r"\.bias",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"(?:[._]lora)?\.alpha",
+    "weight": r"\.(?:diff|w_norm)",  # ComfyUI's and LyCORIS' changes of what has no two matrices
+    "bias": r"\.(?:diff_b|b_norm)",
+}
+PREFIX = re.compile(r"(?:base_model\.model\.|model\.|diffusion_model\.|unet\.|lora_unet[._]|lycoris_)*")
+TEXT = re.compile(r"(?:base_model\.model\.)?(?:lora_te\d*[._]|text_encoders?\w*\.|te\d?\.|clip_[lg]\.|text_model\.)")
+OTHER_KINDS = {
+    "a DoRA": r"\.dora_scale$|\.lora_magnitude_vector",
+    "a LoHa": r"\.hada_\w+$",
+    "a LoKr": r"\.lokr_\w+$",
+    "an OFT": r"\.b?oft_\w+",
+    "an (IA)3": r"\.(?:on_input|ia3_l\b)",
+    "a GLoRA": r"\.[ab][12]\.weight$",
+}
+# of a LoraConfig: what is read, and what changes nothing once a LoRA was trained
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+HARMLESS = {
+    *("target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "inference_mode", "revision", "task_type"),
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "layers_to_transform", "layers_pattern"),
+    *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "lora_bias"),
+}
+PLAIN_STARTS = (True, "gaussian", "eva", "orthogonal")  # of the matrices; others change the base's weights as well
+
+
+class Layer(NamedTuple):
+    """W + scale * up @ down."""
+
+    down: Tensor  # (r, D) or (r, C, k, k)
+    up: Tensor  # (D', r) or (C', r, 1, 1)
+    scale: float
+
+
+@dataclass(frozen=True)
+class Lora:
+    """All that a file changes."""
+
+    layers: dict[str, Layer]  # by the layer's name in the UNet
+    changes: dict[str, Tensor]  # what is added to weights and biases, by their names
+    has_alpha: bool
+    """Otherwise alpha is each layer's rank, as every loader has it."""
+
+    def __str__(self) -> str:
+        ranks = sorted({len(layer.down) for layer in self.layers.values()})
+        alphas = sorted({float(f"{layer.scale * len(layer.down):.4g}") for layer in self.layers.values()})
+        shown = [
+            ", ".join(f"{n:g}" for n in found[:4]) + (", ..." if len(found) > 4 else "") for found in (ranks, alphas)
+        ]
+        text = f"a LoRA on {len(self.layers)} layers, rank {shown[0]}, alpha {shown[1]}"
+        text += "" if self.has_alpha else " (the file gives none: the rank)"
+        return text + (f", and {len(self.changes)} changed weights and biases" if self.changes else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def choose_lora(names: Collection[str]) -> tuple[str | None, str]:
+    """(diffusers' file or else the only .safetensors of a folder, or None; what is wrong then)."""
+    files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    if LORA_FILE in files or len(files) == 1:
+        return (LORA_FILE if LORA_FILE in files else files[0]), ""
+    shown = ", ".join(f"{name:.40}" for name in files[:3]) + (", ..." if len(files) > 3 else "")
+    return None, f"{LORA_FILE} or one .safetensors" + (f" (it has {len(files)}: {shown})" if files else "")
 
 
 def find_lora(path: str | Path, flag: str = "--lora_path") -> Path:
     """The file that the flag names. Raises FileNotFoundError, or ValueError for one that is damaged."""
-    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    file = Path(path).expanduser()
+    if file.is_dir():
+        name, lacking = choose_lora([f.name for f in file.iterdir() if f.is_file()])
+        if name is None:
+            raise FileNotFoundError(f"{flag} {path}: there is no {lacking}. Name the file.")
+        file = file / name
     if not file.is_file():
         raise FileNotFoundError(f"{flag} {path}: there is no {file}. Give a {LORA_FILE} or its directory.")
     read_header(file)
     return file
 
 
-def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, Tensor]:
-    """The file's tensors by the names of the UNet's own LoRA, which it fits. Raises ValueError saying what differs."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
+# ------------------------------------------------------------------------------------------------------------ reading
 
-    file = find_lora(path)
-    tensors = read_tensors(file)
-    layers = {name.removeprefix("unet."): value for name, value in tensors.items() if name.startswith("unet.")}
-    if not layers or len(layers) < len(tensors):
-        odd = next((name for name in tensors if not name.startswith("unet.")), "nothing")
-        raise ValueError(
-            f"--lora_path {file} is no LoRA of a UNet in diffusers' names: it holds {odd}. Only unet.* is trained."
-        )
-    # PEFT's names have the adapter's in them
+
+def ldm_names(unet: Any) -> dict[str, str]:
+    """Blocks and single layers of a UNet2DConditionModel -> their names in the original (LDM, SGM) network."""
     found = {
-        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value
-        for name, value in convert_unet_state_dict_to_peft(layers).items()
+        **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
+        **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
+        **{"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"},
+        **{"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"},
+        "mid_block.resnets.1": "middle_block.2",
     }
-    metadata = _metadata(file)
-    for option in ("alpha_pattern", "use_rslora", "use_dora"):
-        if metadata.get(f"unet.{option}"):
-            raise ValueError(f"--lora_path {file} has {option}: training goes on from one alpha for all layers only.")
-    _check(f"--lora_path {file}", found, metadata.get("unet.lora_alpha"), unet, adapter)
+    number = 1  # of LDM's block: conv_in is the first one
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            found[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
+            found[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
+            number += 1
+        if block.downsamplers is not None:
+            found[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            number += 1
+    number = 0
+    for i, block in enumerate(unet.up_blocks):
+        has_attention = hasattr(block, "attentions")
+        for j in range(len(block.resnets)):
+            found[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
+            found[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
+            number += 1
+        found[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{1 + has_attention}.conv"
     return found
 
 
-def apply_lora(file: Path, unet: Any, kind: str) -> None:
-    """Put a LoRA of any rank, alpha and layers on a UNet; `unet.delete_adapters("default")` takes it off again.
+IN_A_RESNET = {
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
+    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
+}
 
-    file: in diffusers' names or kohya's. Raises ValueError if it is damaged, for another model, or does not fit itself.
+
+def _weights(unet: Any) -> dict[str, Any]:
+    """Layer -> its weight's shape; a UNet may wear an adapter already."""
+    ends = ".weight"
+    return {
+        name.removesuffix(ends).removesuffix(".base_layer"): p.shape
+        for name, p in unet.named_parameters()
+        if name.endswith(ends) and ".lora_" not in name
+    }
+
+
+def layer_names(unet: Any) -> dict[str, str]:
+    """Every name of a layer that files use, with underscores for dots -> its name in the UNet."""
+    ldm, found = ldm_names(unet), {}
+    for name in _weights(unet):
+        block = next((b for b in ldm if name == b or name.startswith(b + ".")), None)
+        found[name] = name
+        if name.endswith(".to_out.0"):
+            found[name.removesuffix(".0")] = name
+        if block is not None:
+            inside = name.removeprefix(block).strip(".")
+            inside = IN_A_RESNET.get(inside, inside) if ".resnets." in block else inside
+            for end in (inside, inside.removesuffix(".0")) if inside.endswith(".to_out.0") else (inside,):
+                found[f"{ldm[block]}.{end}".strip(".")] = name
+    return {name.replace(".", "_"): layer for name, layer in found.items()}
+
+
+def read_file(file: Path, unet: Any) -> Lora:
+    """All of a LoRA file, as the UNet's layers have it. Raises ValueError for what cannot be read, by name.
+
+    The truth is W + alpha / rank * up @ down (alpha / sqrt(rank) of an rsLoRA), alpha from a tensor beside the matrices
+    or from the metadata that diffusers and PEFT write; without one it is the rank.
     """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
-    loader: Any = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}[kind]
-    read_header(file)
-    try:
-        state, alphas, metadata = loader.lora_state_dict(
-            str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True,
-            unet_config=unet.config,
-        )  # fmt: skip
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{file} is no LoRA that diffusers reads ({error}). Convert it to diffusers' names."
-        ) from error
-    if odd := next((name for name in state if not name.startswith("unet.")), None):
-        raise ValueError(f"{file} holds more than a LoRA of a UNet ({odd}), which is all that is compared here.")
-    if any(name.endswith(".dora_scale") for name in read_header(file)):
-        raise ValueError(f"{file} is a DoRA: its dora_scale would be left out. Merge it into a UNet and compare that.")
-    layers = _peft_names(state)
-    # kohya's alphas go into the weights: diffusers looks some layers' up by a name that none has, and takes another
-    scales = {name.split(".lora_A.")[0]: alpha for name, alpha in _peft_names(alphas or {}, ".alpha").items()}
-    for name, up in layers.items():
-        layer, _, matrix = name.partition(".lora_")
-        if matrix.startswith("B.") and scales.get(layer, up.shape[1]) != up.shape[1]:
-            layers[name] = (up.float() * (scales[layer] / up.shape[1])).to(up.dtype)
-    if not layers:
-        raise ValueError(f"{file} holds no LoRA of a UNet: no name in it begins with unet. or lora_unet_.")
-    weights = {name: module.weight.shape for name, module in unet.named_modules() if hasattr(module, "weight")}
-    for name, down in layers.items():
-        if ".lora_A." not in name:
-            continue
-        layer, up = name.split(".lora_A.")[0], layers.get(name.replace(".lora_A.", ".lora_B."))
-        if layer not in weights:
-            raise ValueError(f"{file} belongs to another base model: this one has no layer {layer}.")
-        if up is None or up.shape[1] != down.shape[0]:
-            ranks = f"{down.shape[0]} and {'none' if up is None else up.shape[1]}"
-            raise ValueError(f"{file} is damaged: the two matrices of {layer} have ranks {ranks}. Save it again.")
-        if down.shape[1:] != weights[layer][1:] or up.shape[0] != weights[layer][0]:
-            raise ValueError(
-                f"{file} belongs to another base model: its {layer} takes {tuple(down.shape[1:])} and gives "
-                f"{up.shape[0]} channels, here {tuple(weights[layer][1:])} and {weights[layer][0]}."
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"{_shown(file, why)} {why}")
+
+    header, known, weights = read_header(file), layer_names(unet), _weights(unet)
+    _refuse_kinds(header, refuse)
+    parts: dict[str, dict[str, str]] = defaultdict(dict)  # layer -> what of it -> the tensor's name
+    for name in header:
+        layer, what = _place(name, known, refuse)
+        if what in parts[layer]:
+            refuse(f"has two tensors for one: {parts[layer][what]:.80} and {name:.80}. Leave one of them out.")
+        parts[layer][what] = name
+    if not parts:
+        refuse("is empty: it holds no tensor. Save it again.")
+    tensors, told = read_tensors(file), Told.of(file, refuse)
+    layers: dict[str, Layer] = {}
+    changes: dict[str, Tensor] = {}
+    for layer, names in parts.items():
+        found = {what: tensors[name] for what, name in names.items()}
+        for what, value in found.items():
+            if not value.dtype.is_floating_point and what != "alpha":
+                refuse(f"holds {names[what]:.80} as {value.dtype}, not as numbers with a point. Convert it.")
+            if not value.float().isfinite().all():
+                refuse(f"is unsound: {names[what]:.80} is not finite. Train or download it again.")
+        if "down" in found and "up" in found:
+            layers[layer] = _layer(layer, found, weights[layer], told, refuse)
+            if "up_bias" in found:
+                changes[f"{layer}.bias"] = layers[layer].scale * found["up_bias"].double()
+        elif lonely := next((what for what in ("down", "up", "up_bias", "mid", "alpha") if what in found), None):
+            lack = {"down": "its lora_up", "up": "its lora_down"}.get(lonely, "the two matrices that belong to it")
+            refuse(f"is damaged: {names[lonely]:.100} is there without {lack}. Save it again.")
+        if "weight" in found and layer in layers:
+            refuse(
+                f"has {names['down']:.80} and {names['weight']:.80}: loaders differ in which they take. Leave one out."
             )
-    state = {f"unet.{name}": value for name, value in layers.items()}
-    loader.load_lora_into_unet(state, None, unet, adapter_name="default", metadata=metadata)
-    dtype = unet.dtype
-    for name, parameter in unet.named_parameters():
-        if ".lora_" in name:  # unet.to warns of modules to keep in float32, of which it has none
-            parameter.data = parameter.data.to(dtype)
+        if "weight" in found:
+            weight = found["weight"]  # in its own type, for a whole UNet's changes; 8 bits cannot be added
+            changes[f"{layer}.weight"] = weight.float() if weight.itemsize == 1 else weight
+        if "bias" in found:
+            changes[f"{layer}.bias"] = changes.get(f"{layer}.bias", 0) + found["bias"].double()
+        for what in ("weight", "bias"):
+            shape = weights[layer] if what == "weight" else weights[layer][:1]
+            if (change := changes.get(f"{layer}.{what}")) is not None and change.shape != shape:
+                given = tuple(change.shape)
+                refuse(f"belongs to another base model: its {layer}.{what} is {given}, here it is {tuple(shape)}.")
+    has_alpha = told.alpha is not None or any("alpha" in names for names in parts.values())
+    return Lora(layers, changes, has_alpha)
+
+
+def _shown(file: Path, beside: str) -> str:
+    """The end of a path that leaves the whole line at 300 characters."""
+    room = max(299 - len(beside), 40)
+    return str(file) if len(str(file)) <= room else f"...{str(file)[3 - room :]}"
+
+
+def _refuse_kinds(names: Collection[str], refuse: Refuse) -> None:
+    """What is no LoRA, or more than one of a UNet, is named as what it is."""
+    for kind, pattern in OTHER_KINDS.items():
+        if odd := next((name for name in names if re.search(pattern, name)), None):
+            refuse(f"is {kind} ({odd:.80}), which is not read here. Merge it into a UNet and give that.")
+    if texts := [name for name in names if TEXT.match(name)]:
+        refuse(
+            f"holds more than a LoRA of a UNet: {len(texts)} tensors of text encoders, such as {texts[0]:.60}, which "
+            "stay as they are here. Leave them out of the file."
+        )
+
+
+def _place(name: str, known: dict[str, str], refuse: Refuse) -> tuple[str, str]:
+    """(layer of the UNet, what of it) that a tensor belongs to."""
+    for what, ending in ENDINGS.items():
+        if m := re.fullmatch(rf"(.+?){ending}", name):
+            bare = PREFIX.sub("", m[1], count=1).replace(".processor.", ".")
+            if bare.replace(".", "_") not in known:
+                refuse(f"belongs to another base model: this one has no layer {bare:.120}.")
+            return known[bare.replace(".", "_")], what
+    refuse(f"holds more than a LoRA of a UNet: {name:.100}, whose meaning is not known here. Leave it out.")
+
+
+def _layer(layer: str, found: dict[str, Tensor], weight: Any, told: Told, refuse: Refuse) -> Layer:
+    """Its matrices in the weight's own number of dimensions; weight: its shape."""
+    import torch
+
+    down, up = found["down"], found["up"]
+    rank = len(down) if down.ndim else 0
+    if len(weight) not in (2, 4):
+        refuse(f"has a LoRA on {layer}, a layer that takes none. Save it again.")
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != rank or not rank:
+        ranks = f"{rank} and {up.shape[1] if up.ndim > 1 else 'none'}"
+        refuse(f"is damaged: the two matrices of {layer} have ranks {ranks}. Save it again.")
+    if "mid" in found:  # LoCon's: a convolution between the two
+        mid = found["mid"]
+        if mid.shape[:2] != (rank, rank) or math.prod(down.shape[2:]) != 1:
+            refuse(f"is damaged: lora_mid of {layer} does not fit its matrices. Save it again.")
+        down = torch.einsum("ij...,jc->ic...", mid.double(), down.flatten(1).double())
+    # a 1 x 1 convolution may be saved as a linear layer, and the other way round
+    down_shape, up_shape = (rank, *weight[1:]), (weight[0], rank, *[1] * (len(weight) - 2))
+    for shape, value in ((down_shape, down), (up_shape, up)):
+        if not _alike(value.shape, shape):
+            refuse(
+                f"belongs to another base model: its {layer} takes {tuple(down.shape[1:])} and gives {up.shape[0]} "
+                f"channels, here {tuple(weight[1:])} and {weight[0]}."
+            )
+    alpha = None
+    if "alpha" in found:
+        if found["alpha"].numel() != 1 or not float(found["alpha"]) > 0:
+            refuse(f"is unsound: the alpha of {layer} is {found['alpha'].tolist()!s:.40}, not one positive number.")
+        alpha = float(found["alpha"])
+    return Layer(down.reshape(down_shape), up.reshape(up_shape), told.scale(layer, rank, alpha, refuse))
+
+
+def _alike(shape: Any, wanted: tuple[int, ...]) -> bool:
+    """The same but for ones at the end."""
+    longest = max(len(shape), len(wanted))
+    return [*shape, *[1] * (longest - len(shape))] == [*wanted, *[1] * (longest - len(wanted))]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a LoRA's settings say: diffusers keeps PEFT's LoraConfig in the file's metadata, PEFT in a file beside."""
+
+    alpha: float | None
+    alphas: dict[str, float]  # patterns of layers
+    rank: int | None
+    ranks: dict[str, int]
+    by_root: bool  # rsLoRA
+
+    @classmethod
+    def of(cls, file: Path, refuse: Refuse) -> Told:
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as f:
+            text = (f.metadata() or {}).get("lora_adapter_metadata")
+        beside = file.with_name(PEFT_CONFIG)
+        config: Any = {}
+        if text is not None:
+            try:
+                config = json.loads(text)
+            except (ValueError, RecursionError):
+                config = None
+            if not isinstance(config, dict):
+                refuse("is damaged: its lora_adapter_metadata is no JSON object. Save it again.")
+            of_unet = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
+            config = of_unet or {key: value for key, value in config.items() if "." not in key}
+        elif file.name == PEFT_FILE:
+            if not beside.is_file():
+                refuse(
+                    f"is PEFT's, which writes {PEFT_CONFIG} beside it, where alpha stands: it is missing. Copy it too."
+                )
+            config = read_json(beside)
+        if not config:
+            return cls(None, {}, None, {}, False)
+        odd = [key for key, value in config.items() if key not in READ | HARMLESS and not _says_nothing(key, value)]
+        if odd:
+            refuse(
+                f"was trained with {odd[0]:.40}={config[odd[0]]!s:.40}, which is not read here. Merge it into a UNet."
+            )
+        alpha, rank = config.get("lora_alpha"), config.get("r")
+        patterns = [config.get(key) or {} for key in ("alpha_pattern", "rank_pattern")]
+        numbers = [
+            alpha,
+            *([] if rank is None else [rank]),
+            *(v for p in patterns if isinstance(p, dict) for v in p.values()),
+        ]
+        if not all(isinstance(p, dict) for p in patterns) or not all(_positive(n) for n in numbers):
+            refuse(
+                "is damaged: its settings must give lora_alpha, and any patterns, as positive numbers. Save it again."
+            )
+        return cls(alpha, patterns[0], rank, patterns[1], bool(config.get("use_rslora")))
+
+    def scale(self, layer: str, rank: int, alpha: float | None, refuse: Refuse) -> float:
+        """alpha / rank of a layer; alpha: what the file's own tensor says."""
+        if self.alpha is None:
+            return 1.0 if alpha is None else alpha / rank
+        from peft.utils.other import get_pattern_key
+
+        try:
+            told = self.ranks.get(get_pattern_key(list(self.ranks), layer), self.rank)
+            mine = self.alphas.get(get_pattern_key(list(self.alphas), layer), self.alpha)
+        except re.error as error:
+            refuse(f"is damaged: its rank_pattern or alpha_pattern is no pattern ({error}). Save it again.")
+        if told is not None and told != rank:
+            refuse(f"is damaged: {layer} has rank {rank}, but its settings say {told}. Save it again.")
+        scale = mine / (math.sqrt(rank) if self.by_root else rank)
+        if alpha is not None and not math.isclose(scale, alpha / rank, rel_tol=1e-3):  # alphas are kept in 16 bits too
+            refuse(
+                f"contradicts itself: {layer} has alpha {alpha:g}, its settings say {scale * rank:g}. Save it again."
+            )
+        return scale
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """A setting of a LoraConfig that is off."""
+    if key == "init_lora_weights":
+        return not value or value in PLAIN_STARTS
+    return not value or (key, value) == ("bias", "none")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+# -------------------------------------------------------------------------------------------------------- to be used
+
+
+def apply_lora(file: Path, unet: Any) -> Lora:
+    """Put a LoRA of any rank, alpha and layers on a UNet, for good; returns what it was. Raises as `read_file` does."""
+    import torch
+    from peft import LoraConfig
+    from torch import nn
+
+    lora = read_file(file, unet)
+    for name, change in lora.changes.items():
+        layer, _, what = name.rpartition(".")
+        module = unet.get_submodule(layer)
+        now = getattr(module, what)
+        if now is None:
+            module.bias = nn.Parameter(change.to(module.weight))
+        else:
+            now.data = (now.data + change.to(now.device)).to(now.dtype)
+    if lora.layers:
+        ranks = {f"^{re.escape(name)}": len(layer.down) for name, layer in lora.layers.items()}
+        config = LoraConfig(r=1, rank_pattern=ranks, target_modules=list(lora.layers), init_lora_weights=False)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws the matrices that are replaced here
+            unet.add_adapter(config)
+        worn = {name: m for name, m in unet.named_modules() if "default" in getattr(m, "lora_A", ())}
+        if worn.keys() != lora.layers.keys():  # PEFT matches names by their ends
+            raise ValueError(f"{file}: {len(worn)} layers would take its LoRA, but it names {len(lora.layers)}.")
+        for name, (down, up, scale) in lora.layers.items():
+            wearer: Any = worn[name]
+            for matrix, value in ((wearer.lora_A, down), (wearer.lora_B, up)):
+                matrix["default"].weight.data = value.to(wearer.weight.device, unet.dtype)
+            wearer.scaling["default"] = scale
     unet.requires_grad_(False).eval()
+    return lora
 
 
-def _peft_names(found: dict[str, Any], suffix: str = "") -> dict[str, Any]:
-    """By PEFT's names of the layers' matrices; found: by names that begin with unet. and end with the suffix."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    bare = {name.removeprefix("unet.").removesuffix(suffix): value for name, value in found.items()}
-    return convert_unet_state_dict_to_peft(bare)
-
-
-def _check(label: str, found: dict[str, Tensor], alpha: float | None, unet: Any, adapter: AdapterConfig) -> None:
-    modules = {name for name, _ in unet.named_modules()}
-    own = {name: p.shape for name, p in unet.named_parameters() if ".lora_" in name}
-    layers = {name: name.split(".lora_")[0] for name in found}
-    if odd := [name for name, layer in layers.items() if layer not in modules]:
-        raise ValueError(f"{label} belongs to another base model: this one has no layer {layers[odd[0]]}.")
-    if (ranks := {value.shape[0] for name, value in found.items() if ".lora_A." in name}) != {adapter.rank}:
-        shown = ", ".join(map(str, sorted(ranks))) or "none"
-        raise ValueError(f"{label} has rank {shown}, but --rank is {adapter.rank}: use the same.")
-    for name in found.keys() & own.keys():
-        if found[name].shape != own[name]:
-            raise ValueError(
-                f"{label} belongs to another base model: {name} has shape {tuple(found[name].shape)}, "
-                f"here it is {tuple(own[name])}."
-            )
-    if found.keys() != own.keys():
-        targets = sorted({_ending(layer) for layer in layers.values()})
+def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, Tensor]:
+    """The file's tensors by the names of the UNet's own LoRA, which it fits. Raises ValueError saying what differs."""
+    file = find_lora(path)
+    lora = read_file(file, unet)
+    label = f"--lora_path {_shown(file, ' ' * 190)}"
+    if lora.changes:
+        raise ValueError(f"{label} changes {next(iter(lora.changes))}: only the two matrices of a LoRA are trained on.")
+    found = {}
+    for name, layer in lora.layers.items():
+        found[f"{name}.lora_A.default.weight"], found[f"{name}.lora_B.default.weight"] = layer.down, layer.up
+    if (ranks := sorted({len(layer.down) for layer in lora.layers.values()})) != [adapter.rank]:
+        raise ValueError(
+            f"{label} has rank {', '.join(map(str, ranks))!s:.60}, but --rank is {adapter.rank}: use the same."
+        )
+    if found.keys() != {name for name, _ in unet.named_parameters() if ".lora_" in name}:
+        targets = " ".join(sorted({_ending(layer) for layer in lora.layers}))
         raise ValueError(
             f"{label} is on other layers than --lora_targets {' '.join(adapter.lora_targets)}: "
-            f"use --lora_targets {' '.join(targets)}, or another file."
+            f"use --lora_targets {targets}, or another file."
         )
-    if (alpha or adapter.rank) != adapter.alpha:  # diffusers takes a missing alpha for the rank
+    alphas = sorted({layer.scale * adapter.rank for layer in lora.layers.values()})
+    if not math.isclose(alphas[0], alphas[-1], rel_tol=1e-6):
+        shown = f"{alphas[0]:g} to {alphas[-1]:g}"
+        raise ValueError(f"{label} has alphas of {shown}: training goes on from one alpha for all layers only.")
+    if not math.isclose(alphas[0], adapter.alpha, rel_tol=1e-6):
         raise ValueError(
-            f"{label} has alpha {alpha or adapter.rank:g}, but here it is {adapter.alpha:g}: "
-            f"use --lora_alpha {alpha or adapter.rank:g}."
+            f"{label} has alpha {alphas[0]:.8g}, but here it is {adapter.alpha:g}: use --lora_alpha {alphas[0]:.8g}."
         )
+    return found
+
+
+def written_settings(config: Any) -> dict[str, Any]:
+    """A LoraConfig for a file's metadata: what every loader asks for, and what differs from PEFT's defaults.
+
+    Not all of it: a loader hands the fields to its own PEFT, and an older one raises on a field that it does not know.
+    """
+    plain, always = type(config)().to_dict(), {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
+    return {key: value for key, value in config.to_dict().items() if key in always or value != plain[key]}
 
 
 def _ending(layer: str) -> str:
     """down_blocks.0.attn1.to_out.0 -> to_out.0, as --lora_targets has it."""
     parts = layer.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """What diffusers writes of the adapter beside the tensors: unet.lora_alpha, ..."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as f:
-        text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -24,7 +24,7 @@ from spo_fast.config import did_you_mean
 from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_header, read_json, weight_files
 from spo_fast.models import kinds, prediction
 from spo_fast.models.clip_tokenizer import clip_tokenizer
-from spo_fast.models.lora import LORA_FILE, find_lora
+from spo_fast.models.lora import LORA_FILE, PEFT_CONFIG, choose_lora, find_lora
 from spo_fast.models.single_file import (
     TEXT_PREFIXES,
     check_model_file,
@@ -310,19 +310,24 @@ def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]
 
 
 def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Missing:
-    """("lora", file) or ("unet", directory) of a run, a LoRA, a UNet or a hub id of either, downloaded if need be."""
+    """("lora", file) or ("unet", directory) of a run, a LoRA, a UNet or a hub id of either, downloaded if need be.
+
+    A LoRA's file is diffusers' or else the only .safetensors of its folder or repository.
+    """
     local = Path(os.path.expanduser(source))
     for folder in (local, local / "unet"):
-        if local.is_dir() and (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() and not (local / LORA_FILE).is_file():
             return ("unet", folder)
     if local.exists():
         return ("lora", find_lora(local, flag))
     model = dataclasses.replace(DEFAULTS[kind], cache_dir=None)
-    lora = _find(_Need("LoRA", source, flag, file=LORA_FILE), model, download=True)
+    lora = _find(_Need("LoRA", source, flag, parts=("lora",)), model, download=True)
     if isinstance(lora, Path):
-        return ("lora", lora)
-    unet = _find(_Need("LoRA or UNet", source, flag, parts=("unet",)), model, download=True)
-    return ("unet", unet / "unet") if isinstance(unet, Path) else unet
+        return ("lora", find_lora(lora, flag))
+    unet = _find(_Need("LoRA or UNet", source, flag, parts=("unet", "scheduler-if-any")), model, download=True)
+    if isinstance(unet, Path):
+        return ("unet", unet / "unet")
+    return unet if lora.why == unet.why else replace(unet, why=f"{lora.why}; {unet.why}")
 
 
 def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
@@ -432,6 +437,12 @@ def select_files(names: Collection[str], parts: Collection[str], variant: str | 
 def _select_part(names: Collection[str], part: str, variant: str | None) -> tuple[list[str], list[str]]:
     if part == "scheduler":
         return _present_or_lacking(["scheduler/scheduler_config.json"], names)
+    if part == "scheduler-if-any":
+        return [n for n in names if n == "scheduler/scheduler_config.json"], []
+    if part == "lora":  # a file beside a UNet is a whole model, if it is not called a LoRA
+        whole = LORA_FILE not in names and "unet/config.json" in names
+        file, lack = (None, LORA_FILE) if whole else choose_lora(names)
+        return ([], [lack]) if file is None else ([file, *({PEFT_CONFIG} & {*names})], [])
     if part.startswith("tokenizer"):
         if f"{part}/tokenizer.json" not in names:
             _, lacking = _present_or_lacking([f"{part}/vocab.json", f"{part}/merges.txt"], names)
@@ -506,12 +517,16 @@ def _knock(url: str, answered: threading.Event) -> None:
 
 
 def _find_in_cache(need: _Need, cache_dir: str | None) -> Path | Missing:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     # one file tells the snapshot's folder; snapshot_download(local_files_only=True) would not, for it refuses a
     # snapshot without the duplicates that were never wanted
-    for name in [need.file] if need.file else ["unet/config.json", "vae/config.json", "config.json"]:
+    names = [need.file] if need.file else ["unet/config.json", "vae/config.json", "config.json"]
+    if need.parts == ("lora",):
+        cache = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{need.source.replace('/', '--')}" / "snapshots"
+        names = [LORA_FILE, *sorted({file.name for file in cache.glob("*/*.safetensors")})]
+    for name in names:
         try:
             file = try_to_load_from_cache(need.source, name, cache_dir=cache_dir, revision=need.revision)
         except HFValidationError:

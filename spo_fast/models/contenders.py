@@ -1,0 +1,119 @@
+"""A UNet of another model beside the base: what of the two differs, found from their files before anything is drawn."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spo_fast.files import read_json
+from spo_fast.models.row_cache import fingerprint_files
+from spo_fast.models.sources import PARTS, Resolved, scheduler_config, vae_files
+
+# of a UNet's config: what it is told and what it gives. Its own depth and widths are its own affair
+INTERFACE = (
+    *("in_channels", "out_channels", "cross_attention_dim", "encoder_hid_dim", "encoder_hid_dim_type"),
+    *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"),
+    *("class_embed_type", "num_class_embeds", "center_input_sample"),
+)
+WEIGHTS = (".safetensors", ".bin")
+
+
+class Differences(NamedTuple):
+    """Between a UNet, with the pipeline around it, and the base."""
+
+    not_used: list[str]
+    """Parts of its pipeline that are others than the base's, or not there to compare: the base's are used."""
+    settings: list[str]
+    """Of its network, such as block_out_channels: it is another one, and draws."""
+
+    def __str__(self) -> str:
+        used = f"only its UNet is used; the base's stand for its own {', '.join(self.not_used)}, which differ"
+        other = f"its UNet has other settings than the base's: {', '.join(self.settings)}"
+        return "; ".join([*([used] if self.not_used else []), *([other] if self.settings else [])])
+
+
+def check_unet(folder: Path, resolved: Resolved) -> Differences:
+    """What differs between the UNet in this folder and the base.
+
+    Raises ValueError for a network that cannot stand in the base UNet's place, or was trained on other noise.
+    """
+    mine, base = read_json(folder / "config.json"), read_json(resolved.config_dir / "unet" / "config.json")
+    shown = str(folder) if len(str(folder)) <= 120 else f"...{str(folder)[-117:]}"
+    if mine.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise ValueError(
+            f"{shown} holds a {mine['_class_name']!s:.60}, not a UNet2DConditionModel, which is compared here."
+        )
+    for name in INTERFACE:
+        ours, theirs = (_setting(config, name) for config in (base, mine))
+        if ours != theirs:
+            raise ValueError(
+                f"{shown} belongs to another base model: its {name} is {theirs!s:.40}, here it is {ours!s:.40}."
+            )
+    pipeline = folder.parent
+    index = pipeline / "model_index.json"
+    named = read_json(index) if folder.name == "unet" and index.is_file() else {}
+    parts = [part for part in PARTS[resolved.source.kind] if part != "unet"]
+    there = [part for part in parts if _files(pipeline / part)] if folder.name == "unet" else []
+    if "scheduler" in there:
+        _check_noise(shown, _scheduler(pipeline), scheduler_config(resolved))
+    return Differences(
+        [part for part in parts if (not _same(part, pipeline, resolved) if part in there else _has(named, part))],
+        [n for n in sorted(mine.keys() & base.keys()) if n[0] != "_" and n != "sample_size" and mine[n] != base[n]],
+    )
+
+
+def _setting(config: dict[str, Any], name: str) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    value = config.get(name, inspect.signature(UNet2DConditionModel.__init__).parameters[name].default)
+    return value[0] if isinstance(value, list) and value and len(set(map(str, value))) == 1 else value
+
+
+def _has(index: dict[str, Any], part: str) -> bool:
+    """model_index.json names a part's library and class, or [null, null]."""
+    return isinstance(index.get(part), list) and None not in index[part]
+
+
+def _scheduler(pipeline: Path) -> dict[str, Any]:
+    return read_json(pipeline / "scheduler" / "scheduler_config.json")
+
+
+def _check_noise(shown: str, mine: dict[str, Any], base: dict[str, Any]) -> None:
+    """Pictures are drawn on the base's noise schedule: a UNet of another one draws garbage on it."""
+    from diffusers import DDIMScheduler
+
+    ours = DDIMScheduler.from_config(base)
+    try:
+        theirs = DDIMScheduler.from_config(mine)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{shown}: its scheduler_config.json is not one that is drawn by here ({error!s:.60})."
+        ) from None
+    types = [scheduler.config.prediction_type for scheduler in (theirs, ours)]
+    why = f"its prediction_type is {types[0]!s:.30}, the base's {types[1]!s:.30}" if types[0] != types[1] else ""
+    if not why and not theirs.alphas_cumprod.allclose(ours.alphas_cumprod, rtol=1e-5, atol=0):
+        why = "its noise schedule is another than the base's"
+    if why:
+        raise ValueError(f"{shown}: {why}, by which all are drawn. Give it as --pretrained_model_name_or_path instead.")
+
+
+def _same(part: str, pipeline: Path, resolved: Resolved) -> bool:
+    """A part of two pipelines: by settings (schedulers), or by the files that both have, and by their bytes."""
+    if part == "scheduler":
+        return _plain(_scheduler(pipeline)) == _plain(scheduler_config(resolved))
+    ours = vae_files(resolved) if part == "vae" else _files(resolved.model_path / part)
+    prints = [{file.name: fingerprint_files([file]) for file in files} for files in (_files(pipeline / part), ours)]
+    both = prints[0].keys() & prints[1].keys()
+    weights = [name for name in both if name.endswith(WEIGHTS)]
+    needed = weights if part == "vae" or part.startswith("text_encoder") else both
+    return bool(needed) and all(prints[0][name] == prints[1][name] for name in needed)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what says which version wrote it."""
+    return {name: value for name, value in config.items() if name != "_diffusers_version"}
