@@ -83,9 +83,17 @@ def read_text(path: Path, column: str | None) -> Iterator[Located]:
         raise ValueError(
             f"{path}: a text file has no columns, but column {column!r} was asked for. Leave --caption_column out."
         )
+    comments = []
     for number, line in enumerate(read_lines(path), 1):
-        if line.strip() and not line.startswith("#"):
+        if line.startswith("#"):
+            comments.append(number)
+        elif line.strip():
             yield f"line {number}", line
+    if comments:
+        print(
+            f"{path}: lines that begin with # are comments, {len(comments)} of them skipped (the first is line "
+            f"{comments[0]}). If one is a prompt, put a space before its #."
+        )
 
 
 def read_json(path: Path, column: str | None) -> Iterator[Located]:

@@ -337,6 +337,7 @@ class TrainingRun(Generic[C]):
 
     model: DiffusionModel
     learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
+    total: int  # iterations
 
     def __init__(self, cfg: C):
         self.device = pick_device(distributed.own_device(cfg.run.device))
@@ -363,6 +364,9 @@ class TrainingRun(Generic[C]):
             return contextlib.nullcontext()
         if self.resume is not None:
             notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
+            if self.state.iteration >= self.total:
+                more = "--max_train_steps or --num_train_epochs raise that"
+                notes.append(f"nothing is left to train: the run is {self.total} iterations ({more})")
         else:
             if self.cfg.run.resume_from_checkpoint is not None:  # the word latest: a path without one is an error
                 notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
