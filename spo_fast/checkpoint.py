@@ -207,7 +207,10 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
     older = sorted((c for c in checkpoints(run_dir) if c != final), key=number)
     for old in older[: max(len(older) + 1 - limit, 0)] if limit else []:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # what was just saved is worth more than the room
+            print(f"warning: {old} cannot be removed ({error.strerror}); delete it yourself.")
     return final
 
 

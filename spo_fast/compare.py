@@ -74,14 +74,20 @@ def read_votes(files: Sequence[Path], key: str) -> list[Vote]:
         saved = read_json(file)
         if saved.get("key") != key:
             raise ValueError(f"{file} holds votes of another comparison (other pictures or contenders). Leave it out.")
-        for number, vote in enumerate(saved.get("votes", ()), 1):
-            try:
-                votes.append(Vote(**vote))
-            except TypeError:
-                raise ValueError(f"{file}, vote {number}: not a vote. Export it again.") from None
-            if votes[-1].choice not in ("a", "b", "tie") or votes[-1].question not in {q for q, *_ in QUESTIONS}:
+        if not isinstance(found := saved.get("votes"), list):
+            raise ValueError(f"{file}: its votes are a JSON {type(found).__name__}, not a list. Export it again.")
+        for number, vote in enumerate(found, 1):
+            if not is_vote(vote):
                 raise ValueError(f"{file}, vote {number}: {vote!s:.80} is not a vote. Export it again.")
+            votes.append(Vote(**vote))
     return votes
+
+
+def is_vote(found: Any) -> bool:
+    kinds = {"prompt": int, "image": int, "a": str, "b": str, "question": str, "choice": str}
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+        return False
+    return found["choice"] in ("a", "b", "tie") and found["question"] in {name for name, *_ in QUESTIONS}
 
 
 def user_study(votes: Sequence[Vote], seed: int) -> dict[tuple[str, str], dict[str, Any]]:

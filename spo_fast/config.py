@@ -346,6 +346,11 @@ class AdamConfig(Section):
     """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
     many pairs a step."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decay = self.learning_rate * self.adam_weight_decay
+        _need(decay < 1, f"learning_rate x adam_weight_decay is {decay:g}: from 1 on a step turns the weights around.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(AdamConfig):
