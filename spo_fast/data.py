@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spo_fast.files import reason_of
+
 if TYPE_CHECKING:  # torch is imported where it is used: listing prompts needs only the standard library
     from torch import Tensor
 
@@ -146,7 +148,9 @@ def read_parquet(path: Path, column: str | None) -> Iterator[Located]:
             # this column only: Pick-a-Pic's files hold the images too, gigabytes of them
             values = file.read(columns=[column]).column(0).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({error}). Copy or download it again.") from error
+        raise ValueError(
+            f"{path}: not a whole parquet file ({reason_of(error)}). Copy or download it again."
+        ) from error
     yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
 
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's words in one line, the system's without its number and path."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file if it holds anything else."""
     try:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from spo_fast import noise
 from spo_fast.config import RunError
+from spo_fast.files import reason_of
 from spo_fast.splits import files_of
 
 logger = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ class ParquetSource(IndexedSource):
                 yield file, [prompt_column(name, present, self.images, self.caption), *LABEL_COLUMNS, *optional]
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(
-                f"{name}: cannot be read as parquet ({error}). If it is torn, copy or download it again."
+                f"{name}: cannot be read as parquet ({reason_of(error)}). If it is torn, copy or download it again."
             ) from error
 
     def _found(self, sizes: list[int]) -> Iterator[Found]:
@@ -340,11 +341,13 @@ def stored_image(name: str, value: Any, folder: Path | None) -> bytes:
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str):
-        check_inside(name, value)
         if folder is None:
             raise BadRowError(
                 f"{name} is a path, {value!r:.80}: of data on the hub the parquet files must hold the images"
             )
+        if PurePath(value).is_relative_to(folder):  # absolute, as `datasets` remembers where a picture came from
+            value = str(PurePath(value).relative_to(folder))
+        check_inside(name, value)
         return image_inside(folder, name, value)
     if not isinstance(value, bytes):
         raise BadRowError(f"{name} is {'missing' if value is None else f'{value!r:.80}, not the bytes of an image'}")
@@ -449,7 +452,7 @@ def image_inside(folder: Path, name: str, value: str) -> bytes:
             raise BadRowError(f"{name} {value!r:.80} is not a file")
         return path.read_bytes()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise BadRowError(f"{name} {value!r:.80} cannot be read ({error})") from None
+        raise BadRowError(f"{name} {value!r:.80} cannot be read ({reason_of(error)})") from None
 
 
 def open_pairs(
@@ -767,7 +770,7 @@ def decode_image(data: bytes) -> Image.Image:
             if stored.mode == "F":
                 raise BadRowError("the image holds floating-point numbers, whose range is not known")
             if stored.mode == "I" and stored.format == "TIFF":  # I;16 otherwise; of PNG and PPM files I are 16 bits too
-                raise BadRowError("the image holds 32-bit numbers, whose range is not known")
+                raise BadRowError("the image holds 32-bit or signed numbers, whose range is not known")
             image = upright(stored)
             if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
                 return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -96,6 +96,12 @@ NUM_TIMESTEPS = 1000
 PUBLISHED = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False, "set_alpha_to_one": False}
 # diffusers shows the arguments of these only where scipy and torchsde are installed
 HIDDEN = dict.fromkeys(("LMSDiscreteScheduler", "DPMSolverSDEScheduler"), {"timestep_spacing": "linspace"})
+# of a process, or a network that is told or predicts something else
+ANOTHER: dict[str, list[Any]] = {
+    "use_flow_sigmas": [True],
+    "timestep_type": ["continuous"],
+    "variance_type": ["learned", "learned_range"],
+}
 NOT_DONE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
@@ -124,10 +130,11 @@ def ddim_scheduler(config: Mapping[str, Any]) -> Any:
                 f"{where} has {key}=true{'' if key in config else ' by default'}: its steps are not Gaussian in x_t, "
                 f"have no log-probability. Set {key} to false in its scheduler_config.json if the model allows it."
             )
-    prediction_type, flow = settings["prediction_type"], config.get("use_flow_sigmas")
-    if flow or prediction_type not in PREDICTIONS:
-        odd = "use_flow_sigmas=true" if flow else f"prediction_type={prediction_type!r:.40}"
-        raise ValueError(f"{where} has {odd}. Only {', '.join(PREDICTIONS)} of a diffusion are trained here.")
+    prediction_type = settings["prediction_type"]
+    odd = [key for key, values in ANOTHER.items() if config.get(key) in values]
+    if odd or prediction_type not in PREDICTIONS:
+        what = f"{odd[0]}={config[odd[0]]}" if odd else f"prediction_type={prediction_type!r:.40}"
+        raise ValueError(f"{where} has {what}. Only {', '.join(PREDICTIONS)} of a diffusion are trained here.")
     try:
         scheduler: Any = diffusers.DDIMScheduler(**settings)
         scheduler.set_timesteps(2)  # looks at spacing and offset

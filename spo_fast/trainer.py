@@ -864,10 +864,9 @@ class Run(TrainingRun[Config]):
                 if log is not None:
                     self.tell(iteration, record, log, timer, telemetry, progress)
                 timer.read_ms()
-                never = (
-                    self.state.iteration == self.total and not self.state.optimizer_steps and self.state.skipped_steps
-                )
-                broken = never or self.state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps
+                unfit, most = self.state.nonfinite_in_a_row, self.cfg.optim.max_nonfinite_steps
+                never = self.state.iteration == self.total and not self.state.optimizer_steps
+                broken = unfit >= most or (never and unfit > 0)
                 if broken:
                     raise RunError(self.broken_text("optimizer steps" if record["pairs"] else "iterations' scores"))
                 if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:

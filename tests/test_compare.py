@@ -201,6 +201,8 @@ def vote_with(name: str, value: str) -> bytes:
                 ("choice", "null"),
                 ("choice", '"c"'),
                 ("more", "1"),
+                ("a", '"z"'),
+                ("b", '"x"'),
             ]
         ),
         (b'{"key": "k", "votes": [{"prompt":0,"image":0,"a":"a","b":"b","question":"q","choice":"a"}]}', "vote 1"),
@@ -209,9 +211,9 @@ def vote_with(name: str, value: str) -> bytes:
 def test_bad_votes_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "votes.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_votes([tmp_path / "votes.json"], "k")
+        read_votes([tmp_path / "votes.json"], "k", ["x", "y"])
     with pytest.raises(FileNotFoundError, match="Export"):
-        read_votes([tmp_path / "none.json"], "k")
+        read_votes([tmp_path / "none.json"], "k", ["x", "y"])
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,8 @@ def test_sixteen_bits_are_cut_to_eight(kind: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (np.full((3, 3), 200, np.int32), "32-bit numbers, whose range is not known"),
-        (np.full((3, 3), 2**31 - 1, np.int32), "32-bit numbers"),
+        (np.full((3, 3), 200, np.int32), "32-bit or signed numbers, whose range is not known"),
+        (np.full((3, 3), 2**31 - 1, np.int32), "32-bit or signed"),
         (np.full((3, 3), 0.5, np.float32), "floating-point numbers"),
         (np.full((3, 3), 200.0, np.float32), "floating-point numbers"),
     ],
@@ -215,6 +215,12 @@ def test_a_path_in_place_of_bytes_is_read(tmp_path: Path, bad: BadRows, value: A
     (tmp_path / "d" / "deep" / "images" / "a.png").write_bytes(png("blue"))
     for spec in (tmp_path / "d", tmp_path / "d" / "deep" / "a.parquet"):
         assert open_pairs(spec, bad).read([0])[0].image(1) == png("blue")
+
+
+def test_an_absolute_path_within_the_folder_is_read(tmp_path: Path, bad: BadRows) -> None:
+    write_pairs(tmp_path / "d" / "a.parquet", "a cat", {"bytes": None, "path": str((tmp_path / "d/a.png").resolve())})
+    (tmp_path / "d" / "a.png").write_bytes(png("blue"))
+    assert open_pairs(tmp_path / "d", bad).read([0])[0].image(0) == png("blue")
 
 
 @pytest.mark.parametrize(
