@@ -204,7 +204,6 @@ class RewardLearner:
         self.policy, self.cfg = reward.weights, cfg
         self.optimizer = make_optimizer(self.policy.masters, cfg)
         self.sizes = StepSizes(self.policy, cfg)
-        self.check_weights()
         if cfg.lr_scheduler == "warmup_decay":
             factor = learning_rate_factor(cfg, total)
             self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)

@@ -374,7 +374,8 @@ class TrainingRun(Generic[C]):
     """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
 
     model: DiffusionModel
-    learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
+    # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration), check_weights()
+    learner: Any
     total: int  # iterations
 
     def __init__(self, cfg: C):
@@ -398,6 +399,7 @@ class TrainingRun(Generic[C]):
         if self.resume is not None:
             main = self.group.main
             self.state, notes = checkpoint.load(self.resume, self.learner, self.settings(), main)
+        self.learner.check_weights()  # those that the first step starts from
         if not self.group.main:
             return contextlib.nullcontext()
         if self.resume is not None:
