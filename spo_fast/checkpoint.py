@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spo_fast.config import RunError
-from spo_fast.files import read_json, read_tensors
+from spo_fast.files import read_json, read_tensors, reason_of
 from spo_fast.models import sharded
 
 
@@ -146,7 +146,7 @@ def damage(checkpoint_dir: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
-        return " ".join(str(error).split())
+        return reason_of(error)
     return None if lines else f"{SUMS} is empty"
 
 
@@ -207,7 +207,10 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
     older = sorted((c for c in checkpoints(run_dir) if c != final), key=number)
     for old in older[: max(len(older) + 1 - limit, 0)] if limit else []:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # what was just saved is worth more than the room
+            print(f"warning: {old} cannot be removed ({error.strerror}); delete it yourself.")
     return final
 
 

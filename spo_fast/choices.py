@@ -1,6 +1,7 @@
 """What a run chooses by itself for the device it finds, each choice with its reason and the flag that overrides it.
 
-Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once.
+Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once; and,
+if the model's noise schedule ends in a step without noise, that training ends before it.
 Batches stay whole while the predicted peak (costs.py) leaves room; then CUDA graphs, which keep a rollout's memory, are
 left out, then batches are halved until they fit; norms, then all activations, are recomputed only when no batch fits
 without. The run's saved settings hold what was chosen.
@@ -16,7 +17,10 @@ import torch
 
 from spo_fast.config import Config
 from spo_fast.costs import Costs, predict
-from spo_fast.models.sources import Resolved
+from spo_fast.models.sources import Resolved, scheduler_config
+from spo_fast.presets import DATA
+from spo_fast.rollout import last_noisy_step
+from spo_fast.schedule import ddim_scheduler, table_of
 
 GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
@@ -107,6 +111,14 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))
 
+    if resolved is not None:
+        scheduler = ddim_scheduler(scheduler_config(resolved))
+        if cfg.objective.method not in DATA:
+            table = table_of(scheduler, cfg.sample.num_steps, cfg.sample.eta)
+            if (end := last_noisy_step(cfg.sample, table)) < cfg.sample.last_branch:
+                t = int(table.timesteps[-1])
+                why = f"on the model's schedule the last step, from t = {t}, adds no noise: no log-probability to train"
+                take("branch_end", end, why)
     if cfg.model.mixed_precision == "auto":
         on_gpu = device.type == "cuda"
         why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"

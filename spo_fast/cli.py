@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 import dis
+import errno
 import functools
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +48,10 @@ SHORTHANDS = {
 }
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where no run is there yet (or any more) that could save."""
 
 
 class UsageError(ValueError):
@@ -264,23 +271,27 @@ def main(build: Callable[[], Any], arguments: list[str] | None = None) -> int:
     """Build a run (an object with train() and run_dir) and train it. Returns the exit status; see `guarded`."""
 
     def work() -> None:
-        run = build()
+        try:
+            run = build()
+        except KeyboardInterrupt as stopped:
+            raise type(stopped)("training had not begun") from None
         from spo_fast.checkpoint import checkpoints, number
 
         try:
             run.train()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             last = max(checkpoints(run.run_dir), key=number, default=None)
             goes_on = (
                 f"--resume_from_checkpoint latest goes on from {last}" if last else "no checkpoint was written yet"
             )
-            raise KeyboardInterrupt(goes_on) from None
+            raise type(stopped)(goes_on) from None
 
     return guarded(work, arguments)
 
 
 def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
-    """Do a command's work and return its exit status: 0, 130 after Ctrl-C, 2 for wrong usage, 1 for other errors.
+    """Do a command's work and return its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM, 2 for wrong usage, 1 for
+    other errors.
 
     An error is one line on stderr (a table of missing files some more); --debug adds the traceback.
     """
@@ -291,18 +302,37 @@ def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
     who = "" if rank == "0" else f"[rank {rank}] "
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(terminated())
             if who:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             work()
     except KeyboardInterrupt as error:
-        print(who + "; ".join(["stopped", *map(str, error.args)]), file=sys.stderr)
-        return 130
+        by, status = (" by SIGTERM", 143) if isinstance(error, Terminated) else ("", 130)
+        print(f"{who}stopped{by}" + "".join(f"; {arg}" for arg in error.args), file=sys.stderr)
+        return status
     except Exception as error:
         if debug:
             traceback.print_exc()
         print(f"{who}error: {told(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated. A run in training takes the signal itself (stopping.py)."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other install handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def told(error: Exception) -> str:
@@ -314,6 +344,11 @@ def told(error: Exception) -> str:
     if isinstance(error, MissingFilesError):
         return str(error)
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:  # the system's own, [Errno 20] Not a directory: 'runs/a/samples'
+        paths = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        text = f"{paths}: {error.strerror}" if paths else error.strerror
+        if error.errno != errno.ENOSPC:
+            return f"{text}. Mend or move what stands there, or give another path (--debug shows what needed it)."
     if "No space left on device" in text:
         return f"{text}. Free some space, or keep fewer checkpoints (--checkpoints_total_limit)."
     if type(error).__name__ == "OutOfMemoryError":  # what the trainer of policies does not explain itself

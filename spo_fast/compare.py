@@ -65,8 +65,9 @@ class Vote:
     choice: str  # a, b or tie
 
 
-def read_votes(files: Sequence[Path], key: str) -> list[Vote]:
-    """Votes of several people. Raises FileNotFoundError, or ValueError for votes of another comparison or damage."""
+def read_votes(files: Sequence[Path], key: str, sides: Sequence[str]) -> list[Vote]:
+    """Votes of several people on pairs of the sides. Raises FileNotFoundError, or ValueError for votes of another
+    comparison or damage."""
     votes = []
     for file in files:
         if not file.is_file():
@@ -74,14 +75,22 @@ def read_votes(files: Sequence[Path], key: str) -> list[Vote]:
         saved = read_json(file)
         if saved.get("key") != key:
             raise ValueError(f"{file} holds votes of another comparison (other pictures or contenders). Leave it out.")
-        for number, vote in enumerate(saved.get("votes", ()), 1):
-            try:
-                votes.append(Vote(**vote))
-            except TypeError:
-                raise ValueError(f"{file}, vote {number}: not a vote. Export it again.") from None
-            if votes[-1].choice not in ("a", "b", "tie") or votes[-1].question not in {q for q, *_ in QUESTIONS}:
+        if not isinstance(found := saved.get("votes"), list):
+            raise ValueError(f"{file}: its votes are a JSON {type(found).__name__}, not a list. Export it again.")
+        for number, vote in enumerate(found, 1):
+            if not is_vote(vote, sides):
                 raise ValueError(f"{file}, vote {number}: {vote!s:.80} is not a vote. Export it again.")
+            votes.append(Vote(**vote))
     return votes
+
+
+def is_vote(found: Any, sides: Sequence[str]) -> bool:
+    kinds = {"prompt": int, "image": int, "a": str, "b": str, "question": str, "choice": str}
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+        return False
+    if found["a"] == found["b"] or not {found["a"], found["b"]} <= set(sides):
+        return False
+    return found["choice"] in ("a", "b", "tie") and found["question"] in {name for name, *_ in QUESTIONS}
 
 
 def user_study(votes: Sequence[Vote], seed: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -325,7 +334,7 @@ def write_comparison(c: Comparison, votes_files: Sequence[Path] = ()) -> Path:
     from spo_fast.trainer import write_grid
 
     out = Path(c.evaluation.cfg.pictures.output_dir)
-    votes = read_votes(votes_files, c.key)
+    votes = read_votes(votes_files, c.key, c.names)
     if votes:
         study = user_study(votes, c.evaluation.cfg.pictures.seed)
         found = [

@@ -356,6 +356,11 @@ class AdamConfig(Section):
     """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
     many pairs a step."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decay = self.learning_rate * self.adam_weight_decay
+        _need(decay < 1, f"learning_rate x adam_weight_decay is {decay:g}: from 1 on a step turns the weights around.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(AdamConfig):
@@ -468,7 +473,8 @@ class ScorerConfig(ScorerPaths):
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     prompts: str | None = None
-    """Prompt file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in list."""
+    """Prompt file: .txt (one a line; # begins a comment), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in
+    list."""
     caption_column: str | None = None
     """Column or key that holds the prompt, also that of --pairs. Default: the first of caption, prompt, text."""
     shuffle: bool = True
@@ -483,13 +489,14 @@ class DataConfig(Section):
 class PairSourceConfig(Section):
     pairs: str | None = None
     """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
-    .csv or .tsv of prompt, image_0, image_1, label_0, label_1."""
+    .csv or .tsv of prompt, image_0, image_1, label_0, label_1. Of files named after splits the training split's."""
     pairs_revision: str | None = None
     """Hub revision (branch, tag or commit) of the pairs."""
     validation_share: Share = 0.02
     """Share of the prompts held out, with all their pairs."""
     validation_pairs: str | None = None
-    """Another source of pairs to hold out, in place of a share of the prompts."""
+    """Another source of pairs to hold out, in place of a share of the prompts. Of files named after splits the
+    validation split's, else the test split's."""
     max_validation_pairs: Count = 512
     """Held-out pairs used in an evaluation."""
     max_bad_share: Share = 0.01

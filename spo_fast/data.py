@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spo_fast.files import reason_of
+
 if TYPE_CHECKING:  # torch is imported where it is used: listing prompts needs only the standard library
     from torch import Tensor
 
@@ -83,9 +85,17 @@ def read_text(path: Path, column: str | None) -> Iterator[Located]:
         raise ValueError(
             f"{path}: a text file has no columns, but column {column!r} was asked for. Leave --caption_column out."
         )
+    comments = []
     for number, line in enumerate(read_lines(path), 1):
-        if line.strip() and not line.startswith("#"):
+        if line.startswith("#"):
+            comments.append(number)
+        elif line.strip():
             yield f"line {number}", line
+    if comments:
+        print(
+            f"{path}: lines that begin with # are comments, {len(comments)} of them skipped (the first is line "
+            f"{comments[0]}). If one is a prompt, put a space before its #."
+        )
 
 
 def read_json(path: Path, column: str | None) -> Iterator[Located]:
@@ -138,7 +148,9 @@ def read_parquet(path: Path, column: str | None) -> Iterator[Located]:
             # this column only: Pick-a-Pic's files hold the images too, gigabytes of them
             values = file.read(columns=[column]).column(0).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({error}). Copy or download it again.") from error
+        raise ValueError(
+            f"{path}: not a whole parquet file ({reason_of(error)}). Copy or download it again."
+        ) from error
     yield from ((f"row {number}", value) for number, value in enumerate(values, 1))
 
 

@@ -18,6 +18,11 @@ WEIGHT_NAMES = tuple(name + end for end in ("", ".index.json") for name in ("mod
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's words in one line, the system's without its number and path."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file if it holds anything else."""
     try:

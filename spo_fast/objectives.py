@@ -213,7 +213,7 @@ class D3PO(SPO):
     """
 
     def sampling(self, cfg: SampleConfig) -> SampleConfig:
-        return replace(cfg, num_inner_steps=cfg.num_steps, branch_end=None)
+        return replace(cfg, num_inner_steps=cfg.num_steps)
 
 
 class LPO(SPO):

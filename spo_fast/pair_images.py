@@ -72,7 +72,7 @@ class ImageLoader:
         if model.height != model.width:
             raise ValueError(f"labelled pairs are read as square images, not {model.width}x{model.height}.")
         self.model, self.labeller, self.gap, self.noise = model, labeller, relabel_gap, noise
-        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise}"
+        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise} upright"
         if labeller is not None:
             fingerprint += f" {labeller_fingerprint}"
         directory = cfg.latent_cache_dir or run_dir / "latent_cache"
@@ -189,7 +189,8 @@ class SplitPairs:
         if cfg.validation_pairs is None:
             self.train_rows, valid_rows = split_by_prompt(self.source, cfg.validation_share, seed)
         else:
-            self.valid_source = open_pairs(cfg.validation_pairs, self.bad, caption_column=caption_column)
+            where = cfg.validation_pairs
+            self.valid_source = open_pairs(where, self.bad, caption_column=caption_column, split="validation")
             self.train_rows, valid_rows = np.arange(len(self.source)), np.flatnonzero(self.valid_source.labelled)
         chosen = np.random.Generator(np.random.Philox(seed)).permutation(valid_rows)
         self.valid_rows = np.sort(chosen[: cfg.max_validation_pairs])  # in the file's order, to read it once

@@ -23,17 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from spo_fast import noise
 from spo_fast.config import RunError
+from spo_fast.files import reason_of
+from spo_fast.splits import files_of
 
 logger = logging.getLogger(__name__)
 
@@ -247,13 +249,16 @@ class ParquetSource(IndexedSource):
 
     A row group is the least that can be read: files written with row groups of gigabytes need as much memory.
     files: name for messages -> function that opens it, in order. Other columns are not read; are_different neither, as
-    in the published trainer's default.
+    in the published trainer's default.  root: what the names are relative to; None: on the hub. Images may be paths,
+    relative to their file.
     """
 
     images = ("jpg_0", "jpg_1")
 
-    def __init__(self, name: str, files: dict[str, Any], bad: BadRows, caption: str | None) -> None:
-        self.names, self.openers, self.caption = list(files), list(files.values()), caption
+    def __init__(
+        self, name: str, files: dict[str, Any], bad: BadRows, caption: str | None, root: Path | None = None
+    ) -> None:
+        self.names, self.openers, self.caption, self.root = list(files), list(files.values()), caption, root
         self.groups: list[tuple[int, int]] = []  # (file, row group) of each block
         sizes: list[int] = []
         self._index(name, self._found(sizes), bad)
@@ -274,7 +279,7 @@ class ParquetSource(IndexedSource):
                 yield file, [prompt_column(name, present, self.images, self.caption), *LABEL_COLUMNS, *optional]
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(
-                f"{name}: cannot be read as parquet ({error}). If it is torn, copy or download it again."
+                f"{name}: cannot be read as parquet ({reason_of(error)}). If it is torn, copy or download it again."
             ) from error
 
     def _found(self, sizes: list[int]) -> Iterator[Found]:
@@ -302,6 +307,7 @@ class ParquetSource(IndexedSource):
             number, group = self.groups[block]
             wanted.setdefault(number, {}).setdefault(group, []).append(position)
         for number in sorted(wanted):
+            folder = None if self.root is None else (self.root / self.names[number]).parent.resolve()
             with self._open(number) as (file, light):
                 for group, positions in sorted(wanted[number].items()):
                     table = file.read_row_group(group, columns=[*light, *self.images])
@@ -309,7 +315,7 @@ class ParquetSource(IndexedSource):
                     for position in positions:
                         place, row = int(self.places[indices[position]]), int(self.rows[indices[position]])
                         prompt, label, weight = checked(light_record(light, [c[place].as_py() for c in columns]))
-                        images = tuple(partial(stored_image, j, table[j][place].as_py()) for j in self.images)
+                        images = tuple(partial(stored_image, j, table[j][place].as_py(), folder) for j in self.images)
                         out[position] = Row(f"{self.names[number]}, row {row}", prompt, label, weight, images)
         return [out[position] for position in range(len(indices))]
 
@@ -330,11 +336,22 @@ def light_record(names: list[str], values: Iterable[Any]) -> dict[str, Any]:
     return dict(zip(("prompt", *names[1:]), decoded, strict=True))
 
 
-def stored_image(name: str, value: Any) -> bytes:
-    data = value.get("bytes") if isinstance(value, dict) else value  # a dict, as the library `datasets` stores images
-    if not isinstance(data, bytes):
-        raise BadRowError(f"{name} is {'missing' if data is None else f'{data!r:.80}, not the bytes of an image'}")
-    return data
+def stored_image(name: str, value: Any, folder: Path | None) -> bytes:
+    """value: bytes, a path relative to the folder, or a dict of both (the library `datasets`), bytes before path."""
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str):
+        if folder is None:
+            raise BadRowError(
+                f"{name} is a path, {value!r:.80}: of data on the hub the parquet files must hold the images"
+            )
+        if PurePath(value).is_relative_to(folder):  # absolute, as `datasets` remembers where a picture came from
+            value = str(PurePath(value).relative_to(folder))
+        check_inside(name, value)
+        return image_inside(folder, name, value)
+    if not isinstance(value, bytes):
+        raise BadRowError(f"{name} is {'missing' if value is None else f'{value!r:.80}, not the bytes of an image'}")
+    return value
 
 
 class TableSource(IndexedSource):
@@ -435,7 +452,7 @@ def image_inside(folder: Path, name: str, value: str) -> bytes:
             raise BadRowError(f"{name} {value!r:.80} is not a file")
         return path.read_bytes()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise BadRowError(f"{name} {value!r:.80} cannot be read ({error})") from None
+        raise BadRowError(f"{name} {value!r:.80} cannot be read ({reason_of(error)})") from None
 
 
 def open_pairs(
@@ -445,12 +462,14 @@ def open_pairs(
     caption_column: str | None = None,
     revision: str | None = None,
     filesystem: Any = None,
+    split: str = "train",
 ) -> PairSource:
     """Index the pairs that `spec` names. Unusable rows are added to `bad`; whole-file faults raise.
 
     spec: a .parquet file or a folder of them (searched with its subfolders); a .jsonl, .csv or .tsv table, or the
-    folder that holds it beside the images; else the id owner/name of a data set on the Hugging Face hub, whose parquet
-    files are streamed. Where files are sorted into splits by their names, the training split is read.
+    folder that holds it beside the images, itself or in its subfolders; else the id owner/name of a data set on the
+    Hugging Face hub, whose parquet files are streamed.
+    split: what is read where files are sorted into splits by their names (splits.py): train or validation.
     caption_column: None takes caption or prompt.  revision: of the hub's data set.
     filesystem: an fsspec file system with the hub's paths (datasets/owner/name), instead of the hub.
     Raises FileNotFoundError, ImportError (parquet without pyarrow), ConnectionError or ValueError, naming the file.
@@ -463,22 +482,30 @@ def open_pairs(
             raise FileNotFoundError(
                 f"{spec}: no such file or folder. Give {kinds}, or a data set's id on the hub (owner/name)."
             )
-        return hub_parquet(str(spec), bad, caption_column, revision, filesystem)
+        return hub_parquet(str(spec), bad, caption_column, revision, filesystem, split)
     if revision is not None:
         raise ValueError(f"{path}: revision={revision!r} is for data sets on the hub, and this path is here.")
+    root = path if path.is_dir() else path.parent
     files = [p for p in (path.rglob("*.parquet") if path.is_dir() else [path]) if p.suffix.lower() == ".parquet"]
     tables = [p for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix.lower() in DELIMITERS]
-    if len(tables) > 1 or bool(files) == bool(tables):
-        found = ", ".join(sorted(p.name for p in [*tables, *files])[:5]) or "neither"
-        raise ValueError(f"{path}: found {found}. Give {kinds}, with nothing else of the kind in it.")
+    if not files and not tables:
+        tables = [p for suffix in DELIMITERS for p in path.rglob(f"*{suffix}")]
+    clash = bool(files) == bool(tables)
+    found = {p.relative_to(root).as_posix(): p for p in ([*tables, *files] if clash else files or tables)}
+    if path.is_dir() and not clash:
+        found = {name: found[name] for name in files_of(str(path), found, split)}
+    if clash or (tables and len(found) > 1):
+        names = ", ".join(sorted(p.name for p in found.values())[:5]) or "neither"
+        raise ValueError(f"{path}: found {names}. Give {kinds}, with nothing else of the kind in it.")
     if tables:
-        return TableSource(tables[0], bad, caption_column)
-    root = path if path.is_dir() else path.parent
-    openers = {p.relative_to(root).as_posix(): partial(p.open, "rb") for p in files}
-    return parquet_source(str(path), openers, bad, caption_column)
+        return TableSource(next(iter(found.values())), bad, caption_column)
+    openers = {name: partial(p.open, "rb") for name, p in found.items()}
+    return parquet_source(str(path), openers, bad, caption_column, root)
 
 
-def hub_parquet(spec: str, bad: BadRows, caption: str | None, revision: str | None, filesystem: Any) -> PairSource:
+def hub_parquet(
+    spec: str, bad: BadRows, caption: str | None, revision: str | None, filesystem: Any, split: str
+) -> PairSource:
     need_pyarrow(spec)
     if filesystem is None:
         from huggingface_hub import HfFileSystem
@@ -502,7 +529,7 @@ def hub_parquet(spec: str, bad: BadRows, caption: str | None, revision: str | No
                 logger.warning(f"{spec} holds no parquet files: reading the hub's conversion, {root}")
             # no read-ahead: Parquet knows which bytes it needs
             opened = {p.split(f"{root}/")[-1]: partial(filesystem.open, p, "rb", cache_type="none") for p in paths}
-            return parquet_source(spec, opened, bad, caption)
+            return parquet_source(spec, {name: opened[name] for name in files_of(spec, opened, split)}, bad, caption)
     raise FileNotFoundError(
         f"{spec}: no such local path, and no parquet files on the hub under {' or '.join(roots)}. Check the id and the "
         "revision, log in if it is private, or download the data set and give its folder."
@@ -516,14 +543,11 @@ def need_pyarrow(name: str) -> None:
         raise ImportError(f"{name}: reading parquet needs pyarrow: pip install 'spo_fast[data]'") from error
 
 
-def parquet_source(name: str, files: dict[str, Any], bad: BadRows, caption: str | None) -> PairSource:
-    """The files in order of their names; of splits, named as on the hub (train-00000-of-00009.parquet,
-    default/train/0000.parquet), the training one."""
+def parquet_source(
+    name: str, files: dict[str, Any], bad: BadRows, caption: str | None, root: Path | None = None
+) -> PairSource:
     need_pyarrow(name)
-    chosen = [file for file in files if re.search(r"(^|/)(partial-)?train\b", file)]
-    if chosen and len(chosen) < len(files):
-        logger.warning(f"{name}: reading the {len(chosen)} files of the training split of {len(files)} files")
-    return ParquetSource(name, {file: files[file] for file in sorted(chosen or files)}, bad, caption)
+    return ParquetSource(name, files, bad, caption, root)
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
@@ -731,21 +755,25 @@ def make_batch(rows: list[tuple[Row, T]], position: int) -> PairBatch[T]:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The first frame in 8-bit RGB, not turned by its EXIF tag; transparency shows white. Raises BadRowError.
+    """The first frame in 8-bit RGB, turned as its EXIF data say; transparency shows white. Raises BadRowError.
 
-    The published code drops alpha instead, which shows whatever colour lies under it; JPEG files have none.
+    The published code drops alpha instead, which shows whatever colour lies under it, and does not turn; Pick-a-Pic's
+    files have neither. 16 bits are cut to their upper 8; of wider numbers the range is not known.
     """
     if not data:
         raise BadRowError("the image is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
+        with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
+            width, height = stored.size
             if not 0 < width * height <= MAX_PIXELS:
                 raise BadRowError(f"the image has {width} x {height} pixels, of at most {MAX_PIXELS}")
-            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
-                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.mode == "F":
+            if stored.mode == "F":
                 raise BadRowError("the image holds floating-point numbers, whose range is not known")
+            if stored.mode == "I" and stored.format == "TIFF":  # I;16 otherwise; of PNG and PPM files I are 16 bits too
+                raise BadRowError("the image holds 32-bit or signed numbers, whose range is not known")
+            image = upright(stored)
+            if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
+                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
             if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -756,6 +784,15 @@ def decode_image(data: bytes) -> Image.Image:
         raise BadRowError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's decoders raise whatever the damage leads to
         raise BadRowError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as its EXIF data say; damaged ones are ignored, as viewers do."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever the damage leads to
+        return image
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
 
 
 def to_square(image: Image.Image, size: int) -> Tensor:  # (3, size, size) float32 in [-1, 1]

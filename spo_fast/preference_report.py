@@ -21,6 +21,11 @@ class Estimate(NamedTuple):
     error: float  # standard error
     pairs: int
 
+    def text(self, sign: str = "") -> str:
+        """Mean and standard error as far as there are any."""
+        mean = shown(self.mean, sign)
+        return mean if math.isnan(self.error) else f"{mean} ± {self.error:.3f}"
+
 
 class Judgements:
     """Score differences of contenders on the same pairs. Ties have no right answer and are left out of everything."""
@@ -84,17 +89,15 @@ class Judgements:
         names, first = self.names, self.names[0]
         rows = [["t", "pairs", *names, *(f"{first} - {name}" for name in names[1:])]]
         for t in self.timesteps:
-            cells = [
-                f"{e.mean:.3f} ± {e.error:.3f}" for e in (self.accuracy(n, t) for n in names if t in self.measured(n))
-            ]
+            cells = [self.accuracy(n, t).text() for n in names if t in self.measured(n)]
             gains = [self.gain(first, name, t) for name in names[1:] if t in self.measured(first)]
             if cells:
                 count = self.accuracy(first, t).pairs
-                rows.append([str(t), str(count), *cells, *(f"{e.mean:+.3f} ± {e.error:.3f}" for e in gains)])
+                rows.append([str(t), str(count), *cells, *(e.text("+") for e in gains)])
         text = markdown(rows)
         rows = [["", *names]]
-        rows.append(["log loss (coin: 0.693)", *(f"{self.log_loss(n):.3f}" for n in names)])
-        rows.append(["calibration error", *(f"{self.calibration_error(n):.3f}" for n in names)])
+        rows.append(["log loss (coin: 0.693)", *(shown(self.log_loss(n)) for n in names)])
+        rows.append(["calibration error", *(shown(self.calibration_error(n)) for n in names)])
         return f"Agreement with people on held-out pairs (ties left out):\n\n{text}\n\n{markdown(rows)}\n"
 
     def to_json(self) -> dict[str, Any]:
@@ -112,6 +115,10 @@ def estimate(values: Tensor) -> Estimate:
     n = len(values)
     error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
     return Estimate(float(values.mean()) if n else math.nan, error, n)
+
+
+def shown(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
 
 
 def without_nan(value: Any) -> Any:

@@ -41,7 +41,7 @@ from spo_fast.scorers.clip import (
 )
 from spo_fast.scorers.clip_scorers import check_vocabulary, load_pickscore, preprocess_for_spm_training
 from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
-from spo_fast.trainer import TrainingRun, make_optimizer
+from spo_fast.trainer import StepSizes, TrainingRun, make_optimizer, repeated
 from spo_fast.weights import check_finite, read_tensors
 
 # ---------------------------------------------------------------------------------------------------- the loss
@@ -204,6 +204,7 @@ class RewardLearner:
 
         self.policy, self.cfg = reward.weights, cfg
         self.optimizer = make_optimizer(self.policy.masters, cfg)
+        self.sizes = StepSizes(self.policy, cfg)
         if cfg.lr_scheduler == "warmup_decay":
             factor = learning_rate_factor(cfg, total)
             self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
@@ -218,6 +219,10 @@ class RewardLearner:
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(iteration)
+
+    def check_weights(self) -> None:
+        """Raises RunError if the last optimizer step broke the weights. Waits for the device."""
+        self.sizes.look(float(self.policy.size()))
 
     def step(self) -> Tensor:
         """One optimizer step on the accumulated gradients; returns their norm before clipping."""
@@ -459,6 +464,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         if self.images.cache is not None:
             print(f"VAE latents are kept in {self.images.cache.directory}")
         print(f"{self.total:,} steps of {self.pairs_per_step} pairs")
+        print(repeated(len(self.train_rows), self.pairs_per_step, "a step"), end="")
 
     def train(self) -> Path:
         """From the first or the resumed step to the last; returns the run directory."""
@@ -471,6 +477,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             while self.state.iteration < self.total:
                 record = self.iterate(iter(stream), timer)
                 self.state.iteration += 1
+                self.learner.check_weights()
                 done = self.state.iteration == self.total
                 if len(self.valid_rows) and self.state.iteration % cfg.run.validation_steps == 0 and not done:
                     with timer("evaluate"):

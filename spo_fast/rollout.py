@@ -67,6 +67,20 @@ class Segments:
         return Experience(states, x_prev.unsqueeze(2), index.unsqueeze(2), cond, self.scores, order=slot)
 
 
+def last_noisy_step(cfg: SampleConfig, table: StepTable) -> int:
+    """branch_end, or where the steps' noise ends before it: what has std 0 is taken, but has no log-probability.
+
+    Only a schedule's last step can be one (ddim_table). Raises ValueError if that leaves nothing to train.
+    """
+    noisy = int((table.coefficients[:, 4] > 0).sum())
+    if cfg.branch_start >= noisy:
+        raise ValueError(
+            f"branch_start={cfg.branch_start} leaves no step to train: on the model's noise schedule the last of "
+            f"{cfg.num_steps} steps, from t = {int(table.timesteps[-1])}, adds no noise. Use a lower --branch_start."
+        )
+    return min(cfg.last_branch, noisy)
+
+
 def segments(cfg: SampleConfig) -> list[tuple[int, int]]:
     """(first step, step of the judgement) of each segment; judgement at num_steps means the final latents.
 
@@ -85,7 +99,8 @@ def threshold_at(table: StepTable, cfg: SampleConfig, i: int) -> float | Tensor:
     if cfg.threshold_max is None:
         return cfg.threshold
     sigma = table.coefficients[:, 4]
-    noisiness = (sigma[i] - sigma.min()) / (sigma.max() - sigma.min()).clamp_min(1e-12)  # of a single step
+    least = sigma.where(sigma > 0, torch.inf).amin()  # a last step without noise is never compared
+    noisiness = (sigma[i] - least) / (sigma.max() - least).clamp_min(1e-12)  # of a single step
     return cfg.threshold + (cfg.threshold_max - cfg.threshold) * noisiness
 
 

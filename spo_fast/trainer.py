@@ -118,6 +118,32 @@ def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Opt
     return kinds[cfg.optimizer](parameters, min_8bit_size=cfg.min_8bit_size, **settings)
 
 
+class StepSizes:
+    """Ends a run whose weights are broken: not finite, or moved by more than their own size in one optimizer step.
+
+    Told from TrainedWeights.size, whose difference is the least that the step can have moved them by. The size that
+    counts is that of the frozen weights that LoRAs change, else that of the trained weights before the step.
+    """
+
+    def __init__(self, policy: Any, cfg: AdamConfig):
+        reach = getattr(policy, "reach", None)
+        self.reach, self.cfg = None if reach is None else float(reach), cfg
+        self.last: float | None = None
+
+    def look(self, size: float) -> None:
+        """size: of the weights after each step. Raises RunError."""
+        last, self.last = self.last, size
+        moved = 0.0 if last is None else size - last
+        if math.isfinite(size) and moved <= (last or 0.0 if self.reach is None else self.reach):
+            return
+        what = "moved what is trained by more than the weights' own size" if math.isfinite(size) else "left no number"
+        raise RunError(
+            f"an optimizer step {what}: nothing of it is saved. Lower --learning_rate ({self.cfg.learning_rate:g}), "
+            f"--adam_weight_decay ({self.cfg.adam_weight_decay:g}) or a large --lora_alpha; --resume_from_checkpoint "
+            "latest goes on from before it."
+        )
+
+
 class LastBatch(NamedTuple):
     """What the last backward was given, for a diagnosis."""
 
@@ -154,6 +180,7 @@ class Learner:
         )
         self.last: LastBatch | None = None
         self.deviations: dict[int, float] | None = None  # of the ratio from 1 before the first step, by timestep
+        self.sizes = StepSizes(policy, cfg.optim)
         self.poison: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
@@ -287,10 +314,13 @@ class Learner:
         total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         total = total + torch.as_tensor(self.poison, dtype=total.dtype, device=total.device)
         self.poison = 0.0
+        found = torch.stack([total, self.policy.size().to(total)])
         if self.policy.shards is not None:  # of this process's parts so far
-            self.group.add([total.square_()])
-            total = total.sqrt()
-        norm = float(total)  # waits for the device, once an optimizer step
+            self.group.add([found.square_()])
+            found = found.sqrt()
+        total = found[0]
+        norm, size = found.tolist()  # waits for the device, once an optimizer step
+        self.sizes.look(size)  # of the step before
         finite = math.isfinite(norm)
         if finite:
             if self.cfg.optim.max_grad_norm is not None:
@@ -304,6 +334,14 @@ class Learner:
         self.scaler.update(None if finite or not self.scaler.is_enabled() else self.scaler.get_scale() / 2)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def check_weights(self) -> None:
+        """Raises RunError if the last optimizer step broke the weights. All processes call it; waits for the device."""
+        size = self.policy.size()
+        if self.policy.shards is not None:
+            self.group.add([size.square_()])
+            size = size.sqrt()
+        self.sizes.look(float(size))
 
     def go_to(self, iteration: int) -> None:
         """Put the learning rate where this run's schedule has it at `iteration`."""
@@ -336,7 +374,9 @@ class TrainingRun(Generic[C]):
     """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
 
     model: DiffusionModel
-    learner: Any  # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration)
+    # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration), check_weights()
+    learner: Any
+    total: int  # iterations
 
     def __init__(self, cfg: C):
         self.device = pick_device(distributed.own_device(cfg.run.device))
@@ -359,10 +399,14 @@ class TrainingRun(Generic[C]):
         if self.resume is not None:
             main = self.group.main
             self.state, notes = checkpoint.load(self.resume, self.learner, self.settings(), main)
+        self.learner.check_weights()  # those that the first step starts from
         if not self.group.main:
             return contextlib.nullcontext()
         if self.resume is not None:
             notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
+            if self.state.iteration >= self.total:
+                more = "--max_train_steps or --num_train_epochs raise that"
+                notes.append(f"nothing is left to train: the run is {self.total} iterations ({more})")
         else:
             if self.cfg.run.resume_from_checkpoint is not None:  # the word latest: a path without one is an error
                 notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
@@ -512,6 +556,8 @@ class Run(TrainingRun[Config]):
         size, each = self.group.size, cfg.sample.sample_batch_size
         of = f"{size * each} {'pairs' if self.pairs else 'prompts'}"
         print(f"{self.total} iterations of {of}" + (f" on {size} processes" if size > 1 else ""))
+        if self.pairs is not None:
+            print(repeated(len(self.pairs.train_rows), each, "an iteration"), end="")
         if cut and self.pairs is None:
             limit = self.model.tokenizers[0].model_max_length
             print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
@@ -816,10 +862,13 @@ class Run(TrainingRun[Config]):
                     self.state = before
                     return False
                 self.state.iteration += 1
+                self.learner.check_weights()
                 if log is not None:
                     self.tell(iteration, record, log, timer, telemetry, progress)
                 timer.read_ms()
-                broken = self.state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps
+                unfit, most = self.state.nonfinite_in_a_row, self.cfg.optim.max_nonfinite_steps
+                never = self.state.iteration == self.total and not self.state.optimizer_steps
+                broken = unfit >= most or (never and unfit > 0)
                 if broken:
                     raise RunError(self.broken_text("optimizer steps" if record["pairs"] else "iterations' scores"))
                 if self.state.iteration % self.cfg.run.checkpointing_steps == 0 or self.state.iteration == self.total:
@@ -859,8 +908,8 @@ class Run(TrainingRun[Config]):
         self.report()
         return (
             f"{self.state.nonfinite_in_a_row} {what} in a row were not finite; see {self.diagnosis()}. "
-            "Go on from the last checkpoint with a lower --learning_rate (--resume_from_checkpoint "
-            "latest), or start anew in another --output_dir with --mixed_precision bf16 or no."
+            "Go on from the last checkpoint (--resume_from_checkpoint latest) with a lower --learning_rate, or start "
+            "anew with --mixed_precision bf16 or no."
         )
 
     def check_agreement(self) -> None:
@@ -988,6 +1037,11 @@ def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | No
     wanted = geneval_records(cfg.data.prompts)
     check_wanted([*(prompts if in_training else ()), *cfg.run.validation_prompt], wanted)
     return wanted
+
+
+def repeated(rows: int, batch: int, of: str) -> str:
+    """A line if a batch reads pairs more than once; of: whose batch it is."""
+    return "" if batch <= rows else f"warning: {of} reads {batch:,} pairs, of which there are {rows:,}: they repeat.\n"
 
 
 def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:

@@ -160,6 +160,13 @@ def test_user_study_by_hand() -> None:
     assert found["a", "c"]["general"][0].mean == 0
 
 
+def vote_with(name: str, value: str) -> bytes:
+    """A whole vote, and one that holds another value in one place."""
+    whole = {"prompt": "0", "image": "0", "a": '"x"', "b": '"y"', "question": '"general"', "choice": '"a"'}
+    votes = ["{" + ", ".join(f'"{n}": {v}' for n, v in vote.items()) + "}" for vote in (whole, whole | {name: value})]
+    return f'{{"key": "k", "votes": [{", ".join(votes)}]}}'.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -167,16 +174,46 @@ def test_user_study_by_hand() -> None:
         (b"\xff\xfe", "damaged"),
         (b"[]", "not an object"),
         (b'{"key": "other"}', "another comparison"),
-        (b'{"key": "k", "votes": [{"prompt": 1}]}', "vote 1: not a vote"),
+        (b'{"key": "k", "votes": [{"prompt": 1}]}', "vote 1: {'prompt': 1} is not a vote"),
+        (b'{"key": "k"}', "its votes are a JSON NoneType, not a list"),
+        (b'{"key": "k", "votes": null}', "its votes are a JSON NoneType, not a list"),
+        (b'{"key": "k", "votes": 7}', "its votes are a JSON int"),
+        (b'{"key": "k", "votes": {"prompt": 1}}', "its votes are a JSON dict"),
+        (b'{"key": "k", "votes": "abc"}', "its votes are a JSON str"),
+        (b'{"key": "k", "votes": [null]}', "vote 1: None is not a vote"),
+        (b'{"key": "k", "votes": [[]]}', "vote 1: "),
+        (b'{"key": "k", "votes": [[1, 2]]}', "vote 1: "),
+        *(
+            (vote_with(name, value), "vote 2: .* is not a vote")
+            for name, value in [
+                ("prompt", "[0]"),
+                ("prompt", '"0"'),
+                ("prompt", "null"),
+                ("prompt", "0.5"),
+                ("prompt", "true"),
+                ("a", "[]"),
+                ("image", "{}"),
+                ("a", "null"),
+                ("b", "1"),
+                ("question", "[]"),
+                ("question", "{}"),
+                ("choice", "[]"),
+                ("choice", "null"),
+                ("choice", '"c"'),
+                ("more", "1"),
+                ("a", '"z"'),
+                ("b", '"x"'),
+            ]
+        ),
         (b'{"key": "k", "votes": [{"prompt":0,"image":0,"a":"a","b":"b","question":"q","choice":"a"}]}', "vote 1"),
     ],
 )
 def test_bad_votes_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "votes.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_votes([tmp_path / "votes.json"], "k")
+        read_votes([tmp_path / "votes.json"], "k", ["x", "y"])
     with pytest.raises(FileNotFoundError, match="Export"):
-        read_votes([tmp_path / "none.json"], "k")
+        read_votes([tmp_path / "none.json"], "k", ["x", "y"])
 
 
 @pytest.mark.parametrize(

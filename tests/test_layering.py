@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "spo_fast"
 ORDER = (
     ("ops",),
-    ("schedule", "experience", "noise", "config", "extras", "files"),
+    ("schedule", "experience", "noise", "config", "extras", "files", "splits"),
     ("weights",),
     ("models", "scorers"),
     ("rollout", "offline"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from runs import ITERATIONS, ROOT, Killed, assert_same_end, built, facts, flags,
 from safetensors.torch import load_file
 from test_distributed import free_port
 
-from spo_fast import checkpoint, stopping, train, trainer
+from spo_fast import checkpoint, evaluate, stopping, train, trainer
 
 EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
 EACH = {"checkpointing_steps": 1}
@@ -245,6 +246,49 @@ def test_a_stop_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch,
         os.kill(os.getpid(), signal.SIGTERM)
         assert left.wait(30)
     assert status == [1] and "--stop_seconds" in capsys.readouterr().err
+
+
+def test_sigterm_while_loading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "build", lambda cfg: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    assert train.main(flags(tmp_path / "run")) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; training had not begun\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(evaluate, "evaluate", lambda cfg: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    assert evaluate.main(["--model", "toy", "--output_dir", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole = checkpoint.shutil.rmtree
+
+    def locked(path: Path, *args: Any, **options: Any) -> None:
+        if path.name == "checkpoint-1":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "state.json")
+        whole(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", locked)
+    out = run_toy(tmp_path / "run", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
+    assert f"warning: {out / 'checkpoint-1'} cannot be removed (Permission denied)" in capsys.readouterr().out
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+
+
+@pytest.mark.parametrize("name", ["samples", "metrics.jsonl/x", "config.yaml/x"])
+def test_what_stands_in_the_way_is_named(tmp_path: Path, capsys: Any, name: str) -> None:
+    """A file in a folder's place, or a folder in a file's: one line, without the number of the system's error."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    settings = {"num_validation_images": 1, "max_train_steps": 1}
+    status = train.main(flags(tmp_path / "run", **settings))
+    error = capsys.readouterr().err
+    if status:  # what an earlier run left may be set aside
+        assert "Errno" not in error and "Mend or move what stands there" in error and error.count("\n") == 1
+        assert str(tmp_path / "run" / name.split("/")[0]) in error
+    else:
+        assert name.startswith("metrics")
 
 
 @pytest.mark.slow

@@ -156,6 +156,22 @@ def test_a_damaged_file_is_encoded_again(tmp_path, caplog, damage):
     assert loader.loads == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_encoded_again(tmp_path, caplog, value):
+    """Its header and checksum are whole."""
+    cache = PromptCache(tmp_path, "f", Loader())
+    cache.ensure(["a", "b"])
+    row = {name: values.clone() for name, values in cache.read("a").items()}
+    row["pooled"][3] = value
+    PromptCache(tmp_path, "f", Loader()).write("a", row)
+    loader = Loader()
+    mended = PromptCache(tmp_path, "f", loader)
+    with caplog.at_level(logging.WARNING):
+        rows = mended.get(["a", "b"], "cpu", torch.float32)
+    assert "it holds NaN or infinity" in caplog.text and loader.batches == [["a"] + [""] * 7]
+    assert rows["pooled"].isfinite().all() and torch.equal(rows["prompt_embeds"][0], expected("a"))
+
+
 def test_writes_are_atomic(tmp_path, monkeypatch):
     """Until os.replace the final name does not exist; a failure in between leaves nothing behind."""
     cache = PromptCache(tmp_path, "f", Loader())

@@ -854,7 +854,25 @@ def test_report_table(tmp_path: Path) -> None:
 def test_report_of_ties_alone(tmp_path: Path) -> None:
     j = Judgements([0])
     j.add("a", 0, torch.zeros(2, 3), torch.full((3,), 0.5))
-    assert "| 0 | 0     | nan" in write_report(j, tmp_path)
+    text = write_report(j, tmp_path)
+    assert "| 0 | 0     | -" in text and "nan" not in text
+
+
+def test_report_of_one_pair(tmp_path: Path) -> None:
+    """Its accuracy has no standard error."""
+    j = Judgements([0])
+    for name, scores in (("a", [0.0, 1.0]), ("b", [1.0, 0.0])):
+        j.add(name, 0, torch.tensor(scores)[:, None], torch.tensor([1.0]))
+    lines = write_report(j, tmp_path).splitlines()
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == ["0", "1", "0.000", "1.000", "-1.000"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["accuracy"]["a"]["0"] == [0.0, None, 1]
+
+
+def test_pairs_that_repeat_within_a_step_are_told(pairs: Path, tmp_path: Path, capsys: Any) -> None:
+    trained(tmp_path / "many", pairs=pairs, max_train_steps=1, train_batch_size=32)
+    assert "warning: a step reads 32 pairs, of which there are " in capsys.readouterr().out
+    trained(tmp_path / "few", pairs=pairs, max_train_steps=1)
+    assert "they repeat" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- bad rows

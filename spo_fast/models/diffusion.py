@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from spo_fast.models.lora import written_settings
 from spo_fast.models.policy import Policy
 from spo_fast.models.row_cache import fingerprint_files
 from spo_fast.models.text import PromptCache
-from spo_fast.schedule import StepTable, ddim_table
+from spo_fast.schedule import StepTable, ddim_scheduler, schedule_notes, table_of
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -33,7 +32,8 @@ class DiffusionModel:
         self.kind = resolved.source.kind
         self.dtype = DTYPES[cfg.mixed_precision]
         self.scheduler_config = sources.scheduler_config(resolved)
-        _check_scheduler(self.scheduler_config)
+        self._ddim = ddim_scheduler(self.scheduler_config)
+        print("".join(f"{note}\n" for note in schedule_notes(self.scheduler_config)), end="")
         self.tokenizers = sources.load_tokenizers(resolved)
         # strict: rows of the days when encoders were loaded in part are not read again
         fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype} strict"
@@ -124,12 +124,6 @@ class DiffusionModel:
         """Names the VAE's weights, for what is kept of its outputs."""
         return fingerprint_files(sources.vae_files(self.resolved))
 
-    @functools.cached_property
-    def _ddim(self) -> Any:
-        from diffusers import DDIMScheduler
-
-        return DDIMScheduler.from_config(self.scheduler_config)
-
     @property
     def alphas_cumprod(self) -> Tensor:  # (T,) float32 on the CPU
         return self._ddim.alphas_cumprod
@@ -140,8 +134,7 @@ class DiffusionModel:
 
     def table(self, num_steps: int, eta: float) -> StepTable:
         """DDIM steps of the model's own noise schedule, on the device."""
-        self._ddim.set_timesteps(num_steps)
-        return ddim_table(self.alphas_cumprod, self._ddim.timesteps, eta, self.prediction_type).to(self.device)
+        return table_of(self._ddim, num_steps, eta).to(self.device)
 
     # ------------------------------------------------------------------------------------------------ export
 
@@ -219,17 +212,3 @@ def check_size(height: int, width: int, factor: int) -> None:
     for name, size in (("height", height), ("width", width)):
         if size % factor:
             raise ValueError(f"{name}={size} must be a multiple of {factor}, the VAE's factor.")
-
-
-def _check_scheduler(config: dict[str, Any]) -> None:
-    if not ({"beta_start", "beta_end"} <= config.keys() or config.get("trained_betas")):
-        raise ValueError(
-            f"the model's scheduler ({config.get('_class_name')}) has no betas: the model belongs to another noise "
-            "schedule than the discrete one of SD-1.5 and SDXL, which is the only one that is trained here."
-        )
-    for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-        if config.get(name):
-            raise ValueError(
-                f"the model's scheduler has {name}=true: its steps are not Gaussian in x_t, have no log-probability. "
-                f"Set {name} to false in scheduler/scheduler_config.json if the model allows it."
-            )

@@ -131,6 +131,11 @@ class TrainedWeights:
         self._read(state, self.masters)
         self._each(self._copy)
 
+    @torch.no_grad()
+    def size(self) -> Tensor:  # ()
+        """Norm of the masters, or of this process's parts of them. Nothing is read from the device."""
+        return torch.nn.utils.get_total_norm(self.masters)
+
     def average_state_dict(self) -> dict[str, Tensor]:
         """The moving averages by the names of `state_dict`; empty if none are kept."""
         return dict(zip(self.names, self.averages or (), strict=False))
@@ -179,6 +184,8 @@ class Policy(TrainedWeights):
         for _, p in named:
             p.data = p.data.to(dtype)
         super().__init__(named)
+        self.reach = None if adapter.full_finetune else base_norm(unet)
+        """Norm of the frozen weights that a LoRA changes; None if what is trained are whole weights."""
         self._merged: MergedWeights | None = None
         self.graphs = Graphs(None)
         """Of a rollout's calls, whose shapes repeat (rollout.py)."""
@@ -186,6 +193,19 @@ class Policy(TrainedWeights):
         if adapter.lora_path is not None:
             self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
             self._start = [p.detach().clone() for p in self._weights]
+
+    @torch.no_grad()
+    def size(self) -> Tensor:  # ()
+        """Of LoRAs the norm of what they add to the frozen weights, (alpha / rank) B A of all layers: B begins at 0."""
+        if self.adapter.full_finetune:
+            return super().size()
+        halves = dict(zip(self.names, self.masters, strict=True))
+        squares = []
+        for name, down in halves.items():
+            if ".lora_A." in name:
+                a, b = down.flatten(1), halves[name.replace(".lora_A.", ".lora_B.")].flatten(1)  # (r, in), (out, r)
+                squares.append(((a @ a.T) * (b.T @ b)).sum())  # |B A|^2 without B A itself
+        return self.adapter.alpha / self.adapter.rank * torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @torch.no_grad()
     def _fill(self, values: list[Tensor]) -> None:
@@ -326,6 +346,13 @@ def _add_lora(unet: Any, adapter: AdapterConfig) -> None:
     except ValueError as error:  # no such layer, or one of a kind that takes no LoRA
         names = " ".join(adapter.lora_targets)
         raise ValueError(f"--lora_targets {names} fits no layer of the UNet ({error}). Try to_q to_k to_v.") from error
+
+
+@torch.no_grad()
+def base_norm(unet: Any) -> Tensor:  # () float32
+    """Norm of all frozen weights that wear a LoRA."""
+    layers = [m.base_layer.weight for m in unet.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    return torch.stack([torch.linalg.vector_norm(w, dtype=torch.float32) for w in layers]).norm()
 
 
 def denoise(

@@ -57,7 +57,7 @@ class RowCache:
             return False
 
     def read(self, key: str) -> Row | None:
-        """The row in memory or on disk; None if there is none or it is damaged (with a warning)."""
+        """The row in memory or on disk; None if there is none or it is damaged or not finite (with a warning)."""
         if key in self._recent:
             self._recent.move_to_end(key)
             return self._recent[key]
