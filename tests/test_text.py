@@ -168,7 +168,7 @@ def test_a_row_that_is_not_finite_is_encoded_again(tmp_path, caplog, value):
     mended = PromptCache(tmp_path, "f", loader)
     with caplog.at_level(logging.WARNING):
         rows = mended.get(["a", "b"], "cpu", torch.float32)
-    assert "it holds NaN or infinity" in caplog.text and loader.batches == [["a"] + [""] * 7]
+    assert "it holds a NaN or an infinity" in caplog.text and loader.batches == [["a"] + [""] * 7]
     assert rows["pooled"].isfinite().all() and torch.equal(rows["prompt_embeds"][0], expected("a"))
 
 

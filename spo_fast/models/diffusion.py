@@ -189,12 +189,24 @@ class DiffusionModel:
 
 def embeddings(kind: str, encoders: Sequence[Any], ids: Iterable[Tensor]) -> dict[str, Tensor]:
     """What the UNet is told of P prompts: (P, L, D) prompt_embeds, and SDXL's (P, D') text_embeds."""
-    hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]
+    with _default_dtype(encoders[0].dtype):
+        hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]
     if kind == "sd15":
         return {"prompt_embeds": hidden[0].last_hidden_state}
     # SDXL reads the layer before the last of both encoders, and the second's pooled projection
     embeds = torch.cat([out.hidden_states[-2] for out in hidden], dim=-1)
     return {"prompt_embeds": embeds, "text_embeds": hidden[-1].text_embeds}
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """float64 as torch's default for float64 encoders: transformers 4.57 makes their masks in it (raises otherwise)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
