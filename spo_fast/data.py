@@ -91,7 +91,7 @@ def read_text(path: Path, column: str | None) -> Iterator[Located]:
             comments.append(number)
         elif line.strip():
             yield f"line {number}", line
-    if comments:
+    if comments and path.parent != BUILTIN_PROMPTS.parent:
         print(
             f"{path}: lines that begin with # are comments, {len(comments)} of them skipped (the first is line "
             f"{comments[0]}). If one is a prompt, put a space before its #."

@@ -20,18 +20,19 @@ def seeded(policy: Policy) -> Policy:
     """A LoRA in the middle of its training: B is not 0 any more."""
     generator = torch.Generator().manual_seed(0)
     for master in policy.masters:
-        master.data = torch.randn(master.shape, generator=generator)
+        master.data = torch.randn(master.shape, generator=generator).to(master.dtype)
     return policy
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp64"])
 @pytest.mark.parametrize("targets", [("to_q", "to_k"), ("conv1", "to_out.0", "time_emb_proj")])
-def test_size_is_the_norm_of_what_loras_add(targets: tuple[str, ...], tmp_path: Path) -> None:
-    run = built(tmp_path / "run", lora_targets=targets, rank=3, lora_alpha=5)
+def test_size_is_the_norm_of_what_loras_add(targets: tuple[str, ...], precision: str, tmp_path: Path) -> None:
+    run = built(tmp_path / "run", lora_targets=targets, rank=3, lora_alpha=5, mixed_precision=precision)
     policy = seeded(run.policy)
-    added = base = 0.0
-    for module in policy.unet.modules():
+    masters, added, base = dict(zip(policy.names, policy.masters, strict=True)), 0.0, 0.0
+    for name, module in policy.unet.named_modules():
         if hasattr(module, "lora_A"):
-            a, b = (module.__getattr__(f"lora_{x}")["default"].weight.detach().double() for x in "AB")
+            a, b = (masters[f"{name}.lora_{x}.default.weight"].detach().double() for x in "AB")
             added += float((5 / 3 * torch.einsum("orxy,rixy->oixy", b[..., None, None] if b.ndim == 2 else b,
                             a[..., None, None] if a.ndim == 2 else a)).square().sum())  # fmt: skip
             base += float(module.base_layer.weight.double().square().sum())

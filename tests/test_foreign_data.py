@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from runs import run_toy
 
-from spo_fast.data import load_prompts
+from spo_fast.data import TOY_PROMPTS, load_prompts
 from spo_fast.pairs import BadRowError, BadRows, decode_image, open_pairs
 from spo_fast.splits import files_of, splits_of
 
@@ -264,6 +264,10 @@ def test_comments_among_prompts_are_told(tmp_path: Path, capsys: pytest.CaptureF
     ):
         (tmp_path / name).write_text(content)
         assert load_prompts(tmp_path / name) == ["#1 dad"] and capsys.readouterr().out == ""
+
+
+def test_the_toys_own_comments_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_prompts(TOY_PROMPTS) and load_prompts(None) and capsys.readouterr().out == ""
 
 
 def test_a_resumed_run_with_nothing_left_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

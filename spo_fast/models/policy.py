@@ -349,10 +349,11 @@ def _add_lora(unet: Any, adapter: AdapterConfig) -> None:
 
 
 @torch.no_grad()
-def base_norm(unet: Any) -> Tensor:  # () float32
+def base_norm(unet: Any) -> Tensor:  # () float32 or wider
     """Norm of all frozen weights that wear a LoRA."""
     layers = [m.base_layer.weight for m in unet.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-    return torch.stack([torch.linalg.vector_norm(w, dtype=torch.float32) for w in layers]).norm()
+    wide = torch.promote_types(layers[0].dtype, torch.float32)
+    return torch.stack([torch.linalg.vector_norm(w, dtype=wide) for w in layers]).norm()
 
 
 def denoise(
