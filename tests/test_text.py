@@ -157,13 +157,15 @@ def test_a_damaged_file_is_encoded_again(tmp_path, caplog, damage):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_is_encoded_again(tmp_path, caplog, value):
-    """Its header and checksum are whole."""
+def test_a_row_that_is_not_finite_is_encoded_again(tmp_path, caplog, monkeypatch, value):
+    """Its header and checksum are whole: an earlier version wrote it, this one does not."""
     cache = PromptCache(tmp_path, "f", Loader())
     cache.ensure(["a", "b"])
     row = {name: values.clone() for name, values in cache.read("a").items()}
     row["pooled"][3] = value
-    PromptCache(tmp_path, "f", Loader()).write("a", row)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("spo_fast.models.row_cache.is_finite", lambda row: True)
+        PromptCache(tmp_path, "f", Loader()).write("a", row)
     loader = Loader()
     mended = PromptCache(tmp_path, "f", loader)
     with caplog.at_level(logging.WARNING):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def embeddings(kind: str, encoders: Sequence[Any], ids: Iterable[Tensor]) -> dic
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """float64 as torch's default for float64 encoders: transformers 4.57 makes their masks in it (raises otherwise)."""
+    """float64 as torch's default for float64 encoders: transformers 4.57 makes their masks in it, or raises."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
     try:
