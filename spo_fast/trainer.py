@@ -867,7 +867,9 @@ class Run(TrainingRun[Config]):
                     self.tell(iteration, record, log, timer, telemetry, progress)
                 timer.read_ms()
                 unfit, most = self.state.nonfinite_in_a_row, self.cfg.optim.max_nonfinite_steps
-                never = self.state.iteration == self.total and not self.state.optimizer_steps
+                # in fp16 the first steps overflow while a scale is looked for
+                looking = self.learner.scaler.is_enabled()
+                never = self.state.iteration == self.total and not (self.state.optimizer_steps or looking)
                 broken = unfit >= most or (never and unfit > 0)
                 if broken:
                     raise RunError(self.broken_text("optimizer steps" if record["pairs"] else "iterations' scores"))
