@@ -52,7 +52,10 @@ def _read_pickle(file: Path, inside: str | None) -> dict[str, Tensor]:
         ) from error
     if inside is not None and isinstance(tensors, Mapping):
         tensors = tensors.get(inside, tensors)
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    named = isinstance(tensors, Mapping) and all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in tensors.items()
+    )
+    if not named:
         raise ValueError(f"{file} holds no state dict (names to tensors): save the state dict alone.")
     return dict(tensors)
 

@@ -290,6 +290,46 @@ def test_what_a_pipeline_has_beside_its_unet_is_told(
         assert pictures(tmp_path / "out" / name) == pictures(whole[0] / "base")
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "names"),
+    [
+        ("vae/config.json", {"scaling_factor": 0.3}, ["vae"]),
+        ("vae/config.json", {"act_fn": "relu"}, ["vae"]),
+        ("text_encoder/config.json", {"num_attention_heads": 4}, ["text_encoder"]),
+        ("text_encoder_2/config.json", {"hidden_act": "quick_gelu"}, ["text_encoder_2"]),
+        ("model_index.json", {"force_zeros_for_empty_prompt": False}, ["force_zeros_for_empty_prompt"]),
+        ("text_encoder_2/config.json", {"transformers_version": "4.0"}, []),
+        ("vae/config.json", {"_diffusers_version": "0.1", "sample_size": 512}, []),
+    ],
+)
+def test_settings_beside_equal_weights_are_told(
+    tmp_path: Path, file: str, changes: dict[str, Any], names: list[str]
+) -> None:
+    from spo_fast.config import ModelConfig
+    from spo_fast.models import resolve
+    from spo_fast.models.contenders import check_unet
+
+    other = with_json(tmp_path / "other", file, **changes)
+    assert check_unet(other / "unet", resolve(ModelConfig(model="toy"), {})).not_used == names
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda tensors, file: save_file({n: tensors[n] for n in tensors if n != "conv_out.bias"}, file), "1 missing"),
+        (lambda tensors, file: file.rename(file.with_suffix(".fp16.safetensors")), "It has diffusion_pytorch_model.fp"),
+        (lambda tensors, file: save_file(tensors, file, {"modelspec.prediction_type": "epsilon"}), "says epsilon"),
+    ],
+)
+def test_a_unet_whose_file_is_wrong_is_told_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any, message: str
+) -> None:
+    file = shutil.copytree(WEIGHTS, tmp_path / "other") / "unet" / "diffusion_pytorch_model.safetensors"
+    spoil(load_file(file), file)
+    assert message in told(capsys, words(tmp_path / "out", lora=[tmp_path / "other"]))
+    assert not (tmp_path / "out" / "base").exists()
+
+
 SCHEDULER = "scheduler/scheduler_config.json"
 
 

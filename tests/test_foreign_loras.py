@@ -386,15 +386,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["diffusers", "of a UNet alone", "PEFT's folder"])
+@pytest.mark.parametrize("how", ["diffusers", "of a UNet alone", "PEFT's folder", "PEFT's folder, renamed"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_give_the_strength_that_peft_computes_with(
     unets: dict[str, Any], tmp_path: Path, name: str, how: str
 ) -> None:
     worn, model = peft_lora(unets["sdxl"], **SETTINGS[name])
     truth = output(worn)
-    if how == "PEFT's folder":
+    if how.startswith("PEFT's folder"):
         model.save_pretrained(tmp_path)
+        if how.endswith("renamed"):
+            (tmp_path / "adapter_model.safetensors").rename(tmp_path / "mine.safetensors")
     else:
         prefix = "unet." if how == "diffusers" else ""
         from peft import get_peft_model_state_dict
@@ -530,6 +532,7 @@ REFUSED: dict[str, tuple[Any, str]] = {  # tensors (and metadata) -> what is sai
     "alpha as a word": ((two(), settings(lora_alpha="two")), "must give lora_alpha"),
     "a pattern of words": ((two(), settings(alpha_pattern={"to_q": "two"})), "as positive numbers"),
     "patterns in a list": ((two(), settings(alpha_pattern=[1])), "as positive numbers"),
+    "alphas that were lost": ((two(), {"ss_network_alpha": "1.0"}), "lost its alphas: its metadata says 1.0"),
     "no pattern": ((two(), settings(alpha_pattern={"(": 1})), "is no pattern"),
     "PiSSA": ((two(), settings(init_lora_weights="pissa_niter_4")), "init_lora_weights=pissa_niter_4"),
     "biases that were trained": ((two(), settings(bias="lora_only")), "bias=lora_only"),

@@ -239,6 +239,62 @@ def test_text_encoders_of_old_and_new_transformers(
         LOADERS[part](resolve(copy))
 
 
+def test_the_rest_of_a_clip_is_left_out(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """OpenAI's own repository holds two towers, merged single files the first encoder's projection."""
+    copy = copy_of(tiny["sdxl"], tmp_path / "sdxl")
+    tensors = load_file(copy / "text_encoder" / "model.safetensors")
+    rest = ("vision_model.post_layernorm.bias", "visual_projection.weight", "text_projection.weight", "logit_scale")
+    more = {name: torch.ones(3) for name in rest}
+    write(copy / "text_encoder", {**tensors, **more}, "plain")
+    file = tmp_path / "sdxl.safetensors"
+    prefix = "conditioner.embedders.0.transformer."
+    single = {**single_file_tensors("sdxl", tiny["sdxl"]), **{prefix + name: value for name, value in more.items()}}
+    save_file({name: value.contiguous() for name, value in single.items()}, file)
+    truth = LOADERS["text_encoder"](resolve(tiny["sdxl"])).state_dict()
+    for resolved in (resolve(copy), resolve(file, config=str(tiny["sdxl"]))):
+        state = LOADERS["text_encoder"](resolved).state_dict()
+        assert state.keys() == truth.keys() and all(torch.equal(state[name], truth[name]) for name in truth)
+
+
+TOKENIZERS: dict[str, tuple[Callable[[Path], Any], str]] = {  # what is done to the toy's folder -> what is said
+    "no length": (lambda m: settings_of(m, "tokenizer", model_max_length=None), "has no model_max_length: its text"),
+    "no settings": (lambda m: (m / "tokenizer" / "tokenizer_config.json").unlink(), "has no model_max_length"),
+    "too long": (lambda m: settings_of(m, "tokenizer_2", model_max_length=77), "model_max_length=77: its text encoder"),
+    "of two lengths": (lambda m: settings_of(m, "tokenizer", model_max_length=8), "have model_max_length 8 and 16"),
+    "no JSON": (lambda m: replace_file(m / "tokenizer" / "tokenizer.json", "{"), "holds no CLIP tokenizer"),
+    "another JSON": (lambda m: replace_file(m / "tokenizer" / "tokenizer.json", "{}"), "holds no CLIP tokenizer"),
+    "more tokens": (lambda m: settings_of(m, "text_encoder", vocab_size=100), "555 tokens: its text encoder has"),
+}
+
+
+def replace_file(file: Path, text: str) -> None:
+    file.unlink()  # a link
+    file.write_text(text)
+
+
+def settings_of(model: Path, part: str, **changes: Any) -> None:
+    file = model / part / ("tokenizer_config.json" if part.startswith("tokenizer") else "config.json")
+    found = {name: value for name, value in {**json.loads(file.read_text()), **changes}.items() if value is not None}
+    replace_file(file, json.dumps(found))
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry_run", "run"])
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_tokenizers_of_other_text_encoders(
+    case: str, dry: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, says = TOKENIZERS[case]
+    model = copy_of(WEIGHTS, tmp_path / "toy")
+    change(model)
+    if case == "more tokens":  # the encoder is whole, and smaller
+        tensors = load_file(model / "text_encoder" / "model.safetensors")
+        name = key_of(tensors, "token_embedding.weight")
+        write(model / "text_encoder", {**tensors, name: tensors[name][:100].contiguous()}, "plain")
+    line = flags(tmp_path / "run", pretrained_model_name_or_path=model) + ["--dry_run"] * dry
+    error = refused(train.main, line, capsys)
+    assert says in error and len(error) <= 300
+
+
 def test_values_beyond_the_type(tiny: dict[str, Path], tmp_path: Path) -> None:
     """Finite in the file and not in float16: another fault than a NaN in the file, with another remedy."""
     copy = copy_of(tiny["sdxl"], tmp_path / "sdxl")
@@ -380,6 +436,33 @@ def test_preference_models(fault: str | None, layout: str, aware: bool, tmp_path
     assert len(told) <= 300 and "/spm/" in told and victim in told and FAULTS[fault].format(victim) in told
 
 
+BROKEN_CLIPS: dict[str, tuple[dict[str, Any], str]] = {  # settings of the vision tower -> what is said
+    "no heads": ({"num_attention_heads": 0}, "must be whole numbers above 0"),
+    "heads in words": ({"num_attention_heads": "4"}, "must be whole numbers above 0"),
+    "eps in words": ({"layer_norm_eps": "1e-5"}, "layer_norm_eps='1e-5' a number"),
+    "a list": ({"hidden_act": ["gelu"]}, r"CLIP activation \['gelu'\] is not known"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CLIPS)
+def test_preference_models_with_broken_settings(case: str, tmp_path: Path) -> None:
+    folder, (changes, says) = make_tiny_spm(tmp_path / "spm"), BROKEN_CLIPS[case]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vision_config": {**config["vision_config"], **changes}}))
+    with pytest.raises(ValueError, match=says):
+        load_any_clip(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": None}))
+    with pytest.raises(ValueError, match="text_config is a JSON NoneType, not an object"):
+        load_any_clip(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="no known CLIP has") as info:
+        load_any_clip(folder)
+    assert len(str(info.value)) <= 300
+    torch.save({1: torch.ones(1)}, folder / "numbers.bin")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_any_clip(folder / "numbers.bin")
+
+
 @pytest.fixture(scope="module")
 def reward(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     resolved = resolve(tiny["sdxl"])
@@ -500,6 +583,11 @@ def test_vae_of_the_other_kind(tiny: dict[str, Path], tmp_path: Path) -> None:
         resolve(tiny["sdxl"], pretrained_vae_model_name_or_path=str(tiny["sd15"]))
     with pytest.raises(ValueError, match="scaling_factor=0.13025: that is the VAE of sdxl"):
         resolve(tiny["sd15"], pretrained_vae_model_name_or_path=str(tiny["sdxl"]))
+    for kind, other in (("sd15", "sdxl"), ("sdxl", "sd15")):
+        file = tmp_path / f"{other}.safetensors"
+        save_file({n: t.contiguous() for n, t in single_file_tensors(other, tiny[other]).items()}, file)
+        with pytest.raises(ValueError, match=f"is a {other} model with the VAE of {other}"):
+            resolve(tiny[kind], pretrained_vae_model_name_or_path=str(file))
     copy = copy_of(tiny["sdxl"], tmp_path / "sdxl")
     file = copy / "vae" / "config.json"
     settings = json.loads(file.read_text())
@@ -577,6 +665,17 @@ PREDICTIONS: dict[str, Told] = {  # tensors, metadata, YAML, (prediction, zero t
     "betas that are none": ({}, {}, LDM.format("many", ""), "linear_start='many' is not a number"),
     "cosine": ({}, {}, LDM.format("0.00085", "    beta_schedule: cosine\n"), "beta_schedule='cosine' is none of"),
     "YAML with another scale": ({}, {}, LDM.format("0.00085", "    scale_factor: 0.5\n"), "has scale_factor=0.5"),
+    **{
+        f"YAML with {bad}": (alphas(), {}, LDM.format("0.00085", f"    {bad}\n"), says)
+        for bad, says in {
+            "timesteps: 0": "timesteps=0 must be above 1",
+            "timesteps: 1": "timesteps=1 must be above 1",
+            "timesteps: .inf": "timesteps=inf is not a number",
+            "linear_end: -1": "linear_end=-1 must be between 0 and 1",
+            "linear_end: .nan": "linear_end=nan must be between 0 and 1",
+            "beta_schedule: [linear]": "beta_schedule=['linear'] is none of",
+        }.items()
+    },
     "YAML with its own scale": ({}, {}, LDM.format("0.00085", "    scale_factor: 0.18215\n"), ("epsilon", False)),
     "SGM eps": ({}, {}, SGM.format("EpsScaling"), ("epsilon", False)),
     "SGM v": ({}, {}, SGM.format("VScaling"), ("v_prediction", False)),

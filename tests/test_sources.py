@@ -32,6 +32,7 @@ from spo_fast.models.sources import (
     ModelSource,
     Resolved,
     load_text,
+    load_tokenizers,
     load_unet,
     load_vae,
     resolve_all,
@@ -192,7 +193,9 @@ def test_hub_layout_of_a_tokenizer(tiny: dict[str, Path], tmp_path: Path) -> Non
         resolve("sd15", path)
     (path / "tokenizer" / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     shutil.copy(CONFIGS / "sd15" / "tokenizer" / "tokenizer_config.json", path / "tokenizer")
-    (tokenizer,), _ = load_text(resolve("sd15", path), torch.float32)
+    file = path / "text_encoder" / "config.json"  # of the published sizes: a tokenizer is read beside its encoder
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 49408, "max_position_embeddings": 77}))
+    (tokenizer,) = load_tokenizers(resolve("sd15", path))
     prompts = ["a photo of a cat", "Café déjà-vu 123 🎉 don't!", ""]
     assert tokenizer(prompts, padding=True).input_ids == clip_tokenizer()(prompts, padding=True).input_ids
 

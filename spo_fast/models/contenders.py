@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spo_fast.files import read_json
+from spo_fast.models import prediction
 from spo_fast.models.row_cache import fingerprint_files
-from spo_fast.models.sources import PARTS, Resolved, scheduler_config, vae_files
+from spo_fast.models.single_file import vae_class
+from spo_fast.models.sources import (
+    PARTS,
+    Resolved,
+    forces_zeros,
+    load_unet_from,
+    scheduler_config,
+    vae_config_file,
+    vae_files,
+)
 
 # of a UNet's config: what it is told and what it gives. Its own depth and widths are its own affair
 INTERFACE = (
@@ -17,6 +27,9 @@ INTERFACE = (
     *("class_embed_type", "num_class_embeds", "center_input_sample"),
 )
 WEIGHTS = (".safetensors", ".bin")
+TEXT_SETTINGS = (  # of a CLIP's, what no tensor's shape shows
+    *("num_attention_heads", "hidden_act", "layer_norm_eps", "num_hidden_layers", "eos_token_id", "projection_dim"),
+)
 
 
 class Differences(NamedTuple):
@@ -57,8 +70,14 @@ def check_unet(folder: Path, resolved: Resolved) -> Differences:
     there = [part for part in parts if _files(pipeline / part)] if folder.name == "unet" else []
     if "scheduler" in there:
         _check_noise(shown, _scheduler(pipeline), scheduler_config(resolved))
+    load_unet_from(folder, None)  # names and shapes
+    for file in folder.glob("*.safetensors"):
+        prediction.contradicts(file, scheduler_config(resolved))
+    differ = [part for part in parts if (not _same(part, pipeline, resolved) if part in there else _has(named, part))]
+    if resolved.source.kind == "sdxl" and named and forces_zeros(pipeline) != forces_zeros(resolved.config_dir):
+        differ.append("force_zeros_for_empty_prompt")
     return Differences(
-        [part for part in parts if (not _same(part, pipeline, resolved) if part in there else _has(named, part))],
+        differ,
         [n for n in sorted(mine.keys() & base.keys()) if n[0] != "_" and n != "sample_size" and mine[n] != base[n]],
     )
 
@@ -99,15 +118,36 @@ def _check_noise(shown: str, mine: dict[str, Any], base: dict[str, Any]) -> None
 
 
 def _same(part: str, pipeline: Path, resolved: Resolved) -> bool:
-    """A part of two pipelines: by settings (schedulers), or by the files that both have, and by their bytes."""
+    """A part of two pipelines: by its settings, and by the bytes of the files that both have."""
     if part == "scheduler":
         return _plain(_scheduler(pipeline)) == _plain(scheduler_config(resolved))
+    settings = vae_config_file(resolved) if part == "vae" else resolved.config_dir / part / "config.json"
+    if settings.is_file() and _computes(part, pipeline / part) != _computes(part, settings.parent):
+        return False
     ours = vae_files(resolved) if part == "vae" else _files(resolved.model_path / part)
     prints = [{file.name: fingerprint_files([file]) for file in files} for files in (_files(pipeline / part), ours)]
     both = prints[0].keys() & prints[1].keys()
     weights = [name for name in both if name.endswith(WEIGHTS)]
     needed = weights if part == "vae" or part.startswith("text_encoder") else both
     return bool(needed) and all(prints[0][name] == prints[1][name] for name in needed)
+
+
+def _computes(part: str, folder: Path) -> dict[str, Any]:
+    """What a network's config.json says of its numbers; what it leaves out is the class's default, as other versions
+    write it."""
+    if not (folder / "config.json").is_file():
+        return {}
+    if part != "vae":
+        from transformers import CLIPTextConfig
+
+        found = CLIPTextConfig.from_pretrained(folder).to_dict()
+        return {name: found.get(name) for name in TEXT_SETTINGS}
+    import diffusers
+
+    config = read_json(folder / "config.json")
+    arguments = inspect.signature(getattr(diffusers, vae_class(config, folder)).__init__).parameters.values()
+    own = {p.name: p.default for p in arguments if p.name not in ("self", "sample_size")}
+    return {name: list(v) if isinstance(v := config.get(name, own[name]), tuple) else v for name in own}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -39,7 +39,7 @@ class DiffusionModel:
         # strict: rows of the days when encoders were loaded in part are not read again
         fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype} strict"
         self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
-        self.zero_uncond = self._forces_zeros()
+        self.zero_uncond = self.kind == "sdxl" and sources.forces_zeros(resolved.config_dir)
 
         dtype = vae_dtype(self.kind, self.dtype, read_json(sources.vae_config_file(resolved)))
         vae: Any = sources.load_vae(resolved, dtype)
@@ -96,12 +96,6 @@ class DiffusionModel:
             uncond["time_ids"] = size.to(self.dtype)
             cond["time_ids"] = uncond["time_ids"].expand(len(prompts), -1)
         return Cond(cond, uncond)
-
-    def _forces_zeros(self) -> bool:
-        """SDXL's unconditional embeddings are zeros, not those of the empty prompt, if its model_index.json says so."""
-        index = self.resolved.config_dir / "model_index.json"
-        settings = read_json(index) if index.is_file() else {}
-        return self.kind == "sdxl" and bool(settings.get("force_zeros_for_empty_prompt", True))
 
     # ------------------------------------------------------------------------------------------------ images
 

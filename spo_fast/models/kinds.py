@@ -72,6 +72,19 @@ def check_text(config: Config, file: Path) -> None:
     """Raise ValueError unless it is a CLIP."""
     name = config.get("model_type", "clip_text_model")
     _need(name in TEXT_TYPES, file, f"model_type={name}", "the text encoders of SD-1.5 and SDXL are CLIPs")
+    eps = config.get("layer_norm_eps", 1e-5)
+    _need(isinstance(eps, float), file, f"layer_norm_eps={eps!r:.40}", "a CLIP's is a number such as 1e-05", "Mend it")
+
+
+def check_tokenizer(max_length: int, tokens: int, config: Config, folder: Path) -> None:
+    """Raise ValueError for a tokenizer whose prompts are too long for its text encoder, or that knows more tokens."""
+    text = config.get("text_config") or config
+    positions, vocabulary = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)
+    given = f"model_max_length={max_length}" if max_length < 10**9 else "no model_max_length"
+    mend = f"Set it to {positions} in its tokenizer_config.json"
+    _need(0 < max_length <= positions, folder, given, f"its text encoder has {positions} positions", mend)
+    why = f"its text encoder has embeddings of {vocabulary}"
+    _need(tokens <= vocabulary, folder, f"{tokens} tokens", why, "Give the tokenizer that belongs to it")
 
 
 def check_together(unet: Config, vae: Config, texts: Sequence[Config], unet_file: Path, vae_file: Path) -> None:

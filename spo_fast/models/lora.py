@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from spo_fast.files import read_header, read_json, read_tensors
+from spo_fast.files import read_header, read_json, read_metadata, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ ENDINGS = {
     "weight": r"\.(?:diff|w_norm)",  # ComfyUI's and LyCORIS' changes of what has no two matrices
     "bias": r"\.(?:diff_b|b_norm)",
 }
+PEFT_NAME = re.compile(r"base_model\.model\.")
 PREFIX = re.compile(r"(?:base_model\.model\.|model\.|diffusion_model\.|unet\.|lora_unet[._]|lycoris_)*")
 TEXT = re.compile(r"(?:base_model\.model\.)?(?:lora_te\d*[._]|text_encoders?\w*\.|te\d?\.|clip_[lg]\.|text_model\.)")
 OTHER_KINDS = {
@@ -235,6 +236,15 @@ def read_file(file: Path, unet: Any) -> Lora:
                 given = tuple(change.shape)
                 refuse(f"belongs to another base model: its {layer}.{what} is {given}, here it is {tuple(shape)}.")
     has_alpha = told.alpha is not None or any("alpha" in names for names in parts.values())
+    kohya = read_metadata(file).get("ss_network_alpha", "")
+    if (
+        not has_alpha
+        and re.fullmatch(r"\d+(\.\d+)?", kohya)
+        and {len(x.down) for x in layers.values()} - {float(kohya)}
+    ):
+        refuse(
+            f"lost its alphas: its metadata says {kohya:.20} (ss_network_alpha), its tensors none. Download it again."
+        )
     return Lora(layers, changes, has_alpha)
 
 
@@ -332,7 +342,7 @@ class Told:
                 refuse("is damaged: its lora_adapter_metadata is no JSON object. Save it again.")
             of_unet = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
             config = of_unet or {key: value for key, value in config.items() if "." not in key}
-        elif file.name == PEFT_FILE:
+        elif file.name == PEFT_FILE or (beside.is_file() and any(map(PEFT_NAME.match, read_header(file)))):
             if not beside.is_file():
                 refuse(
                     f"is PEFT's, which writes {PEFT_CONFIG} beside it, where alpha stands: it is missing. Copy it too."

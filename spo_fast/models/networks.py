@@ -101,13 +101,17 @@ def _built(make: Callable[[], Any], cls: Any, name: Path | str) -> Any:
         ) from error
 
 
+REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
 def text_encoder(
     cls: Any, config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
 ) -> nn.Module:
     """A CLIP text encoder of transformers. Strict: see weights.fill.
 
     transformers names CLIPTextModel's tensors without `text_model.` since 5.6, older ones and the projected class with
-    it, and neither reads the other's: either is read here, whichever is installed.
+    it, and neither reads the other's: either is read here, whichever is installed. A whole CLIP's other tensors, which
+    OpenAI's own repository and merged files hold, are left out as transformers leaves them.
     """
     from transformers import CLIPTextConfig
 
@@ -118,7 +122,8 @@ def text_encoder(
         bare = key.removeprefix("text_model.")
         return own.get(bare, key)
 
-    return fill(network, renamed(tensors, rename, name), name, dtype)
+    ours = {n: t for n, t in tensors.items() if n in network.state_dict() or not n.startswith(REST_OF_CLIP)}
+    return fill(network, renamed(ours, rename, name), name, dtype)
 
 
 def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:

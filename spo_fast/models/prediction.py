@@ -138,10 +138,13 @@ def _schedule_of_yaml(params: Mapping[str, Any], file: Path) -> dict[str, Any]:
         if ldm in params:
             try:
                 found[ours] = int(params[ldm]) if ldm == "timesteps" else float(params[ldm])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"{shown(file)}: {ldm}={params[ldm]!r:.40} is not a number. Mend it.") from None
+            if not (found[ours] > 1 if ldm == "timesteps" else 0 < found[ours] < 1):
+                fits = "above 1" if ldm == "timesteps" else "between 0 and 1"
+                raise ValueError(f"{shown(file)}: {ldm}={params[ldm]!r:.40} must be {fits}. Mend it.")
     if (schedule := params.get("beta_schedule")) is not None:
-        if schedule not in BETAS:
+        if schedule not in list(BETAS):
             raise ValueError(f"{shown(file)}: beta_schedule={schedule!r:.40} is none of {', '.join(BETAS)}.")
         found["beta_schedule"] = BETAS[schedule]
     return found

@@ -41,9 +41,14 @@ def check_model_file(path: Path, kind: str, with_vae: bool) -> None:
         raise ValueError(f"{path} is no whole {kind} model: it has no tensors named {'*, '.join(lacking)}*.{mend}")
 
 
-def check_vae_file(path: Path) -> None:
-    """Raise ValueError unless the file has a VAE's decoder, alone or inside a whole model."""
-    if not any(n.removeprefix(VAE_PREFIX).startswith("decoder.") for n in read_header(path)):
+def check_vae_file(path: Path, kind: str) -> None:
+    """Raise ValueError unless the file has a VAE's decoder, alone or inside a whole model of this kind."""
+    names = read_header(path)
+    for other, prefixes in TEXT_PREFIXES.items():
+        if other != kind and any(n.startswith(prefixes) for n in names):
+            why = f"its latents mean nothing to a UNet of {kind}. Give another VAE"
+            raise ValueError(f"{shown(path)} is a {other} model with the VAE of {other}: {why}.")
+    if not any(n.removeprefix(VAE_PREFIX).startswith("decoder.") for n in names):
         raise ValueError(f"{path} holds no VAE: no tensor is named decoder.* or {VAE_PREFIX}decoder.*")
 
 

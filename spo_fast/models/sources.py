@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_fast.config import did_you_mean
-from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_header, read_json, weight_files
+from spo_fast.files import DAMAGED, WEIGHT_NAMES, read_header, read_json, shown, weight_files
 from spo_fast.models import kinds, prediction
 from spo_fast.models.clip_tokenizer import clip_tokenizer
 from spo_fast.models.lora import LORA_FILE, PEFT_CONFIG, choose_lora, find_lora
@@ -333,7 +333,7 @@ def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Miss
 def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
     local = Path(os.path.expanduser(need.source))  # Path's own raises for a user that is none
     if local.is_file():
-        _check_file(local, need)
+        _check_file(local, need, model.kind)
         return local
     if local.is_dir():
         return _find_in_directory(local, need, why="the directory lacks ")
@@ -349,7 +349,7 @@ def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
     return _download(need, model.cache_dir)
 
 
-def _check_file(file: Path, need: _Need) -> None:
+def _check_file(file: Path, need: _Need, kind: str) -> None:
     if need.file or need.parts in (("clip-alone",), ("latent-reward",)):
         if file.suffix == ".safetensors":
             read_header(file)
@@ -357,7 +357,7 @@ def _check_file(file: Path, need: _Need) -> None:
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: only .safetensors is read as a single file (a .ckpt is a pickle); convert it first.")
     if need.parts == ("vae-alone",):
-        check_vae_file(file)
+        check_vae_file(file, kind)
     else:
         check_model_file(file, need.kind, with_vae="vae" in need.parts)
 
@@ -368,7 +368,7 @@ def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing
         for file in (directory / name for name in (need.file, f"{need.file}.index.json", *WEIGHT_NAMES)):
             if file.is_file():
                 for shard in weight_files(file):
-                    _check_file(shard, need)
+                    _check_file(shard, need, need.kind)
                 return file
         return _lacks(need, f"{why}{need.file} or model.safetensors")
     if need.kind and (directory / "unet" / "config.json").is_file():
@@ -565,9 +565,11 @@ def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
 
 
 def check_weights(resolved: Resolved) -> None:
-    """Raise ValueError for a network whose names and shapes are not its files'. No weight is read."""
+    """Raise ValueError for a network whose names and shapes are not its files', or a tokenizer that is not its text
+    encoder's. No weight is read."""
     for load in (load_unet, load_vae, load_text_encoders):
         load(resolved, None)
+    load_tokenizers(resolved)
 
 
 def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
@@ -624,7 +626,22 @@ def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[Any],
 
 def load_tokenizers(resolved: Resolved) -> list[Any]:
     """One CLIPTokenizer for SD1.5, two for SDXL. A single file has none: they are built from the shipped merges."""
-    return [_tokenizer(resolved.config_dir / tokenizer) for tokenizer, _ in TEXT_PARTS[resolved.source.kind]]
+    found = []
+    for name, encoder in TEXT_PARTS[resolved.source.kind]:
+        folder, config = resolved.config_dir / name, read_json(resolved.config_dir / encoder / "config.json")
+        try:
+            tokenizer = _tokenizer(folder)
+        except Exception as error:  # whatever the library makes of files that are no tokenizer's
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
+            raise ValueError(f"{shown(folder)} holds no CLIP tokenizer ({why}). {DAMAGED}") from error
+        kinds.check_tokenizer(tokenizer.model_max_length, len(tokenizer), config, folder)
+        found.append(tokenizer)
+    if len(lengths := {tokenizer.model_max_length for tokenizer in found}) > 1:
+        raise ValueError(
+            f"the tokenizers in {shown(resolved.config_dir)} have model_max_length {min(lengths)} and {max(lengths)}: "
+            "their prompts are joined, so it must be one. Mend their tokenizer_config.json."
+        )
+    return found
 
 
 def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[nn.Module]:
@@ -667,6 +684,12 @@ def vae_files(resolved: Resolved) -> list[Path]:
     return sorted(file for file in _vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
 
 
+def forces_zeros(pipeline: Path) -> bool:
+    """SDXL's unconditional embeddings are zeros, not those of the empty prompt, if its model_index.json says so."""
+    index = pipeline / "model_index.json"
+    return bool((read_json(index) if index.is_file() else {}).get("force_zeros_for_empty_prompt", True))
+
+
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:
     """The scheduler's settings as its JSON, and a single file itself, have them; nothing heavy is imported."""
     settings = read_json(resolved.config_dir / "scheduler" / "scheduler_config.json")
@@ -690,7 +713,10 @@ def _from_directory(cls: Any, folder: Path, dtype: torch.dtype | None, variant: 
     stem = "model" if cls.__module__.startswith("transformers") else "diffusion_pytorch_model"
     chosen = _weight_files({file.name for file in folder.iterdir()}, "", stem, variant)
     if not chosen:
-        raise FileNotFoundError(f"{folder} has no {stem}{f'.{variant}' if variant else ''}.safetensors. {DAMAGED}")
+        others = sorted(file.name for file in folder.glob(f"{stem}*") if file.suffix in WEIGHT_SUFFIXES)
+        mend = f"It has {others[0]}: rename that, if it is what you want." if others else DAMAGED
+        lacking = f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+        raise FileNotFoundError(f"{shown(folder)} has no {lacking}. {mend}")
     return _frozen(load_part(cls, folder / chosen[0], folder, dtype))
 
 

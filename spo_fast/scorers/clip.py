@@ -51,10 +51,16 @@ class TowerConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
+        sizes = (self.width, self.mlp_width, self.num_layers, self.num_heads)
+        if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(self.layer_norm_eps, float):
+            raise ValueError(
+                f"CLIP sizes {sizes!s:.80} (channels, of the MLP, layers, heads) must be whole numbers above 0, and "
+                f"layer_norm_eps={self.layer_norm_eps!r:.20} a number with a point. Mend config.json."
+            )
+        if self.activation not in list(ACTIVATIONS):
             known = ", ".join(ACTIVATIONS)
             raise ValueError(
-                f"CLIP activation {self.activation!r} is not known (known: {known}). Mend hidden_act in config.json."
+                f"CLIP activation {self.activation!r:.40} is not known ({known} are). Mend hidden_act in config.json."
             )
         if self.width % self.num_heads:
             raise ValueError(
@@ -448,7 +454,12 @@ def read_hf_config(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     config = read_json(file)
-    return config if {"text_config", "vision_config"} <= config.keys() else None
+    if not {"text_config", "vision_config"} <= config.keys():
+        return None
+    for kind in ("text_config", "vision_config"):
+        if not isinstance(config[kind], dict):
+            raise ValueError(f"{shown(file)}: {kind} is a JSON {type(config[kind]).__name__}, not an object. {DAMAGED}")
+    return config
 
 
 def config_from_state_dict(
@@ -501,10 +512,10 @@ def config_from_state_dict(
 
 def _known_towers(key: tuple[int, int, int], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if key not in KNOWN_CLIPS:
-        known = "; ".join(f"{clip.name} {sizes}" for sizes, clip in KNOWN_CLIPS.items())
+        known = ", ".join(clip.name for clip in KNOWN_CLIPS.values())
         raise ValueError(
-            f"{name}: no known CLIP has (vision width, layers, patch) = {key}, so head counts and activation cannot be "
-            f"told. Put its config.json (transformers' CLIPConfig) in the same directory. Known: {known}."
+            f"{shown(name, 70)}: no known CLIP has (vision width, layers, patch) = {key}, which tells heads and "
+            f"activation. Put its config.json beside it. Known: {known}."
         )
     clip = KNOWN_CLIPS[key]
     return (
