@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -65,9 +65,11 @@ class Vote:
     choice: str  # a, b or tie
 
 
-def read_votes(files: Sequence[Path], key: str, sides: Sequence[str]) -> list[Vote]:
-    """Votes of several people on pairs of the sides. Raises FileNotFoundError, or ValueError for votes of another
-    comparison or damage."""
+def read_votes(files: Sequence[Path], key: str, sides: Sequence[str], shown: Set[tuple[int, int]]) -> list[Vote]:
+    """Votes of several people on pairs of the sides and on pictures (prompt, image) that were shown.
+
+    Raises FileNotFoundError, or ValueError for votes of another comparison or damage.
+    """
     votes = []
     for file in files:
         if not file.is_file():
@@ -78,7 +80,7 @@ def read_votes(files: Sequence[Path], key: str, sides: Sequence[str]) -> list[Vo
         if not isinstance(found := saved.get("votes"), list):
             raise ValueError(f"{file}: its votes are a JSON {type(found).__name__}, not a list. Export it again.")
         for number, vote in enumerate(found, 1):
-            if not is_vote(vote, sides):
+            if not is_vote(vote, sides) or (vote["prompt"], vote["image"]) not in shown:
                 raise ValueError(f"{file}, vote {number}: {vote!s:.80} is not a vote. Export it again.")
             votes.append(Vote(**vote))
     return votes
@@ -334,7 +336,8 @@ def write_comparison(c: Comparison, votes_files: Sequence[Path] = ()) -> Path:
     from spo_fast.trainer import write_grid
 
     out = Path(c.evaluation.cfg.pictures.output_dir)
-    votes = read_votes(votes_files, c.key, c.names)
+    per = c.evaluation.cfg.pictures.images_per_prompt
+    votes = read_votes(votes_files, c.key, c.names, {divmod(n, per) for n in c.shown})
     if votes:
         study = user_study(votes, c.evaluation.cfg.pictures.seed)
         found = [

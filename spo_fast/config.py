@@ -109,7 +109,9 @@ class Kind:
             _need(math.isfinite(value), f"{label}={value} is not a finite number.")
             why = f": {self.range.why}" if self.range and self.range.why else ""
             _need(self.range is None or value in self.range, f"{label}={value!s:.60} must be {self.range}{why}.")
-            _need(abs(value) < 2**63 or self.base is float, f"{label}={value!s:.60} is too large a number.")
+            # float32 ends at 3e38, and AdamW divides its rate by as little as 1 - beta
+            most = 1e30 if self.base is float else 2**63 - 1
+            _need(abs(value) <= most, f"{label}={value!s:.60} is too large a number.")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -772,8 +772,13 @@ def decode_image(data: bytes) -> Image.Image:
             if stored.mode == "I" and stored.format == "TIFF":  # I;16 otherwise; of PNG and PPM files I are 16 bits too
                 raise BadRowError("the image holds 32-bit or signed numbers, whose range is not known")
             image = upright(stored)
+            clear = image.info.get("transparency")  # of PNG without alpha: the value that is not to be seen
             if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+                values = np.asarray(image)
+                grey = np.where(values == clear, 255, (values >> 8).clip(0, 255))  # == None: nowhere
+                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            if stored.format == "PNG" and clear is not None and image.mode in ("L", "RGB"):  # Pillow scales pixels only
+                image.info["transparency"] = in_8_bits(clear, depth=data[24])
             if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -793,6 +798,13 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:  # whatever the damage leads to
         return image
     return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def in_8_bits(value: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
+    """A PNG file's own sample value, or three, as the 8 bits that Pillow makes of its pixels; depth: bits a sample."""
+    if isinstance(value, tuple):
+        return tuple(v >> (depth - 8) for v in value)
+    return value * 255 // (2**depth - 1)
 
 
 def to_square(image: Image.Image, size: int) -> Tensor:  # (3, size, size) float32 in [-1, 1]

@@ -85,6 +85,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "of some steps": ({"learning_rate": 1e30, "adam_weight_decay": 0, "max_train_steps": 3}, "an optimizer step"),
     "weight decay": ({"adam_weight_decay": 1e30}, "adam_weight_decay is 1e+27"),
     "both": ({"adam_weight_decay": 10, "learning_rate": 0.1}, "adam_weight_decay is 1:"),
+    "beyond float32": ({"learning_rate": 1e38, "adam_weight_decay": 0}, "--learning_rate=1e+38 is too large a number"),
+    "an epsilon beyond it": ({"adam_epsilon": 1e39}, "--adam_epsilon=1e+39 is too large a number"),
     "alpha": ({"lora_alpha": 1e30}, "were not finite"),
     "an alpha of 1e9": ({"lora_alpha": 1e9}, "more than the weights' own size"),
 }

@@ -176,6 +176,8 @@ def vote_with(name: str, value: str) -> bytes:
         (b'{"key": "other"}', "another comparison"),
         (b'{"key": "k", "votes": [{"prompt": 1}]}', "vote 1: {'prompt': 1} is not a vote"),
         (b'{"key": "k"}', "its votes are a JSON NoneType, not a list"),
+        (vote_with("prompt", "-1"), "vote 2: {'prompt': -1"),
+        (vote_with("image", "1"), "vote 2: {'prompt': 0, 'image': 1"),
         (b'{"key": "k", "votes": null}', "its votes are a JSON NoneType, not a list"),
         (b'{"key": "k", "votes": 7}', "its votes are a JSON int"),
         (b'{"key": "k", "votes": {"prompt": 1}}', "its votes are a JSON dict"),
@@ -211,9 +213,9 @@ def vote_with(name: str, value: str) -> bytes:
 def test_bad_votes_are_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "votes.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_votes([tmp_path / "votes.json"], "k", ["x", "y"])
+        read_votes([tmp_path / "votes.json"], "k", ["x", "y"], {(0, 0)})
     with pytest.raises(FileNotFoundError, match="Export"):
-        read_votes([tmp_path / "none.json"], "k", ["x", "y"])
+        read_votes([tmp_path / "none.json"], "k", ["x", "y"], {(0, 0)})
 
 
 @pytest.mark.parametrize(

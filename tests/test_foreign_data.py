@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,39 @@ def of_array(values: np.ndarray, kind: str) -> bytes:
 def test_sixteen_bits_are_cut_to_eight(kind: str) -> None:
     image = decode_image(of_array(np.full((3, 3), 0xABCD, np.uint16), kind))
     assert image.mode == "RGB" and image.getpixel((1, 1)) == (0xAB, 0xAB, 0xAB)
+
+
+def clear_png(depth: int, color_type: int, samples: list[int], clear: list[int]) -> bytes:
+    """One row of pixels, and the value that is transparent (PNG specification, 11.3.2.1: at the file's own depth)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    bits += "0" * (-len(bits) % 8)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    width = len(samples) // len(clear)
+    head = struct.pack(">IIBBBBB", width, 1, depth, color_type, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"tRNS", struct.pack(f">{len(clear)}H", *clear)), (b"IDAT", zlib.compress(row)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in (*chunks, (b"IEND", b"")))
+
+
+@pytest.mark.parametrize(
+    ("depth", "samples", "clear", "seen"),
+    [
+        (1, [0, 1], [0], [255, 255]),
+        (2, [0, 1, 2, 3], [1], [0, 255, 170, 255]),
+        (4, [0, 7, 15], [7], [0, 255, 255]),
+        (8, [7, 8], [7], [255, 8]),
+        (16, [0x1234, 0x1235, 0xABCD], [0x1234], [255, 0x12, 0xAB]),
+        (8, [7, 8, 9, 7, 8, 10], [7, 8, 9], [(255, 255, 255), (7, 8, 10)]),
+        (16, [0x1234, 0x5678, 0x9ABC, 0, 1, 2], [0x1234, 0x5678, 0x9ABC], [(255, 255, 255), (0, 0, 0)]),
+    ],
+)
+def test_a_transparent_value_shows_white(depth: int, samples: list[int], clear: list[int], seen: list[Any]) -> None:
+    image = decode_image(clear_png(depth, 2 if len(clear) == 3 else 0, samples, clear))
+    want = np.array([seen] if len(clear) == 3 else [[(v, v, v) for v in seen]])
+    assert np.array_equal(np.asarray(image), want)
 
 
 @pytest.mark.parametrize(
