@@ -60,6 +60,7 @@ Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, ends="(]")]
 NotNegative = Annotated[float, Range(0)]
+Guidance = Annotated[float, Range(0, 100, why="beyond, what is drawn is noise")]
 Share = Annotated[float, Range(0, 1, "[)")]
 Threshold = Annotated[float, Range(-1, 1, "[)", why="probabilities differ by less than 1")]
 
@@ -222,9 +223,9 @@ class SampleConfig(Section):
     """Prompts of one rollout on each rank; of dpo and mapo pairs of one iteration."""
     num_steps: Annotated[int, Range(1, 999)] = 20
     """DDIM steps."""
-    eta: Annotated[float, Range(0, 1, "(]", why="at 0 a step is deterministic and has no log-probability")] = 1.0
-    """DDIM's noise level; 0 has no log-probabilities."""
-    guidance_scale: NotNegative = 5.0
+    eta: Annotated[float, Range(0.001, 1, why="at 0 a step is deterministic and has no log-probability")] = 1.0
+    """DDIM's noise level; 0 has no log-probabilities, and near it their size knows no limit."""
+    guidance_scale: Guidance = 5.0
     """Classifier-free guidance, in sampling and in training. At 1 or below the unconditional half is not evaluated."""
     num_candidates: Annotated[int, Range(2, why="two or more are needed to compare")] = 4
     """k: candidates x_{t-1} drawn at each branching step."""
@@ -692,7 +693,7 @@ class RewardConfig(Section):
     text_projection_path: str | None = None
     """latent, SD-1.5: local CLIP ViT-L/14, whose text projection the model starts with. Default:
     openai/clip-vit-large-patch14 from the hub."""
-    train_guidance_scale: NotNegative = 5.0
+    train_guidance_scale: Guidance = 5.0
     """pixel: classifier-free guidance of the x0 estimate. latent: of the reward model's visual feature (LPO: 7.5)."""
     in_batch_negatives: bool = False
     """Let each prompt choose among all images of the batch as well, as CLIP is trained; the published SPM does not."""
@@ -808,7 +809,7 @@ class PicturesConfig(Section):
     """Pictures of each prompt, from noise of their own; the same for every contender. GenEval's tables use 4."""
     num_steps: Annotated[int, Range(1, 999)] = 20
     """DDIM steps, without noise of their own (eta 0)."""
-    guidance_scale: NotNegative = 5.0
+    guidance_scale: Guidance = 5.0
     """Classifier-free guidance."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 42
     """Of the noise pictures start from, of the bootstrap and of the order in blind votes."""
