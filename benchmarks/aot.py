@@ -23,7 +23,16 @@ from typing import Any
 import torch
 
 from benchmarks.records import Records, results_path, table
-from spo_fast.ops import geglu, group_norm_silu, lora_linear, merge_lora, preference_loss, resize_normalize, transition
+from spo_fast.ops import (
+    geglu,
+    group_norm_silu,
+    log_ratio,
+    lora_linear,
+    merge_lora,
+    preference_loss,
+    resize_normalize,
+    transition,
+)
 from spo_fast.ops.backend import INTERPRET
 
 ARCHITECTURES = [80, 89, 90, 100]
@@ -55,8 +64,8 @@ KERNELS = {
         transition._transition_kernel,
         {"HAS_UNCOND": False, "HAS_NOISE": True, "WANT_X0": False, "BLOCK": transition.GROUPS},
     ),
-    "log_ratio": (transition._log_ratio_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
-    "log_ratio backward": (transition._log_ratio_backward_kernel, {"HAS_UNCOND": True, "BLOCK": transition.BLOCK}),
+    "log_ratio": (log_ratio._log_ratio_kernel, {"HAS_UNCOND": True, "BLOCK": log_ratio.BLOCK}),
+    "log_ratio backward": (log_ratio._log_ratio_backward_kernel, {"HAS_UNCOND": True, "BLOCK": log_ratio.BLOCK}),
     "preference_loss, pairs": (preference_loss._preference_loss_kernel, {"K": 2, "S": 1, "BLOCK": 256}),
     "preference_loss, four of three": (preference_loss._preference_loss_kernel, {"K": 4, "S": 3, "BLOCK": 64}),
     "resize_normalize": (resize_normalize._resize_normalize_kernel, {"BLOCK": resize_normalize.BLOCK}),

@@ -16,9 +16,9 @@ from benchmarks import networks
 from benchmarks.records import Records
 from benchmarks.shapes import LATENTS, TINY_LATENTS, iteration_config
 from benchmarks.timing import capture, measure, relative_error
+from spo_fast.method.schedule import ddim_table
 from spo_fast.models.policy import Policy
 from spo_fast.ops.transition import transition
-from spo_fast.schedule import ddim_table
 
 PROMPTS, CHILDREN = 2, 4
 

@@ -13,7 +13,7 @@ from benchmarks.records import Records
 from benchmarks.shapes import ScorerShape, scorer_shapes
 from benchmarks.timing import Case, copy_bandwidth, time_case
 from spo_fast.ops.resize_normalize import resize_normalize, resize_normalize_ref
-from spo_fast.scorers.clip_scorers import CLIP_MEAN, CLIP_STD
+from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
 
 
 def resize_normalize_case(shape: ScorerShape, dtype: torch.dtype, device: str, modes: tuple[str, ...]) -> Case:

@@ -13,9 +13,10 @@ from benchmarks.networks import ddim_scheduler
 from benchmarks.records import Records
 from benchmarks.shapes import RatioShape, StepShape, ratio_shapes, step_shapes
 from benchmarks.timing import Case, copy_bandwidth, time_case
+from spo_fast.method.schedule import ddim_table
 from spo_fast.ops import backend, philox
-from spo_fast.ops.transition import log_ratio, log_ratio_ref, transition, transition_ref
-from spo_fast.schedule import ddim_table
+from spo_fast.ops.log_ratio import log_ratio, log_ratio_ref
+from spo_fast.ops.transition import transition, transition_ref
 
 GUIDANCE = 5.0
 

@@ -26,9 +26,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from spo_fast import checkpoint, cli, train, trainer
-from spo_fast.data import load_prompts
-from spo_fast.metrics import read_metrics
+from spo_fast import train
+from spo_fast.config import command as config_command
+from spo_fast.data import files
+from spo_fast.data.prompts import load_prompts
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.method import objectives
+from spo_fast.training import checkpoint, loop, run_directory
+from spo_fast.training import learner as training_learner
 
 ITERATIONS = 4
 LINE = shlex.split(
@@ -67,8 +72,8 @@ class Faults:
 
     def copy(self, name: str, checkpoints: int = ITERATIONS) -> Path:
         run = shutil.copytree(self.root / "whole", self.root / name)
-        for path in checkpoint.checkpoints(run):
-            if checkpoint.number(path) > checkpoints:
+        for path in run_directory.checkpoints(run):
+            if run_directory.number(path) > checkpoints:
                 shutil.rmtree(path)
         return run
 
@@ -87,7 +92,7 @@ class Faults:
         """
         if run_dir is not None:
             printed = self.printed if last else ""
-            last = last or max(map(checkpoint.number, checkpoint.checkpoints(run_dir)), default=0)
+            last = last or max(map(run_directory.number, run_directory.checkpoints(run_dir)), default=0)
             resumed, _ = self.run(run_dir)
             # a run from the start would end alike, having lost everything
             if f"checkpoint-{last} at iteration {last}" not in (printed or self.printed):
@@ -148,44 +153,47 @@ class Faults:
         self.row("disk full (simulated: mounting a tmpfs is not allowed here)", run, status, seen)
 
     def signalled(self) -> None:
-        run, whole = self.copy("SIGTERM", 1), trainer.Learner.update
+        run, whole = self.copy("SIGTERM", 1), training_learner.Learner.update
 
         def signals(learner: Any, *args: Any) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
             return whole(learner, *args)
 
-        with mock.patch.object(trainer.Learner, "update", signals):
+        with mock.patch.object(training_learner.Learner, "update", signals):
             status, seen = self.run(run)
         self.row("SIGTERM in an update", run, status, seen)
 
     def nan_weights(self) -> None:
         run = self.copy("nan", 2)
         broken = torch.full((), float("nan"))
-        whole = trainer.Run.rollout_weights
+        whole = loop.Run.rollout_weights
 
         def poison(r: Any, *args: Any) -> Any:
             with torch.no_grad():
                 r.policy.masters[0].mul_(broken)
             return whole(r, *args)
 
-        with mock.patch.object(trainer.Run, "rollout_weights", poison):
+        with mock.patch.object(loop.Run, "rollout_weights", poison):
             status, seen = self.run(run, "--max_nonfinite_steps", "1")
         self.row("weights turn NaN", run, status, seen)
 
     def nan_loss(self) -> None:
-        run, whole = self.copy("nan-loss", 2), trainer.predict_states
+        run, whole = self.copy("nan-loss", 2), objectives.predict_states
 
         def broken(*args: Any) -> Any:
             m = whole(*args)
             return m._replace(cond=m.cond * float("nan"))
 
-        with mock.patch.object(trainer, "predict_states", broken):
+        with (
+            mock.patch.object(training_learner, "predict_states", broken),
+            mock.patch.object(loop, "predict_states", broken),
+        ):
             status, seen = self.run(run, "--max_nonfinite_steps", "1")
         self.row("NaN loss", run, status, seen)
 
     def second_run(self) -> None:
         run = self.copy("second", 2)
-        with checkpoint.lock(run):
+        with files.lock(run):
             status, seen = self.run(run)
         self.row("a second run in the directory", run, status, seen)
 
@@ -211,9 +219,9 @@ class Faults:
             assert ranks[0].poll() is None
         ranks[1].kill()
         seen = ranks[0].communicate(timeout=100)[1].strip()
-        found = max(checkpoint.checkpoints(run), key=checkpoint.number)
-        whole = "whole" if checkpoint.damage(found) is None else "DAMAGED"
-        lost = f"nothing before checkpoint {checkpoint.number(found)}, which is {whole}"
+        found = max(run_directory.checkpoints(run), key=run_directory.number)
+        whole = "whole" if run_directory.damage(found) is None else "DAMAGED"
+        lost = f"nothing before checkpoint {run_directory.number(found)}, which is {whole}"
         self.row("one of two processes killed", None, ranks[0].returncode, seen, lost=lost)
 
     def hub(self) -> None:
@@ -237,7 +245,7 @@ class Faults:
         @given(contents)
         def one(content: bytes) -> None:
             path.write_bytes(content)
-            status, seen = told([], lambda words: cli.guarded(lambda: read(path), words))
+            status, seen = told([], lambda words: config_command.guarded(lambda: read(path), words))
             if status:
                 errors.append(seen)
 

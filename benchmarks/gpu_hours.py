@@ -25,15 +25,19 @@ from benchmarks import iteration, networks
 from benchmarks.records import RESULTS, Records, quantiles, read
 from benchmarks.shapes import LATENTS, TINY_LATENTS, unet_config
 from spo_fast import train
-from spo_fast.config import Config, PreferenceConfig
-from spo_fast.costs import CountFlops
+from spo_fast.config.preference import PreferenceConfig
+from spo_fast.config.presets import PREFERENCE_PRESETS
+from spo_fast.config.recipes import latent_recipe
+from spo_fast.config.training import Config
+from spo_fast.evaluation.tables import markdown
+from spo_fast.method.rollout import segments
 from spo_fast.models.diffusion import DTYPES, decode, embeddings
-from spo_fast.pair_images import Images
-from spo_fast.preference_report import markdown
-from spo_fast.preference_trainer import NoisyLatentReward, PixelReward, Reward, RewardLearner, pair_loss
-from spo_fast.presets import PREFERENCE_PRESETS, latent_recipe
-from spo_fast.rollout import segments
-from spo_fast.scorers.latent import LatentReward, LatentScorer
+from spo_fast.scorers.latent import LatentScorer
+from spo_fast.scorers.latent_network import LatentReward
+from spo_fast.training.pair_batches import Images
+from spo_fast.training.plan.counters import CountFlops
+from spo_fast.training.preference_model import NoisyLatentReward, PixelReward, Reward, pair_loss
+from spo_fast.training.preference_run import RewardLearner
 
 KINDS = ("sd15", "sdxl")
 PROMPTS = 4000  # of SPO's and LPO's published runs

@@ -22,22 +22,21 @@ from benchmarks import networks
 from benchmarks.published import PublishedLoop
 from benchmarks.records import Records, quantiles
 from benchmarks.shapes import LATENTS, TINY_LATENTS, iteration_config
-from spo_fast.checkpoint import TrainState
-from spo_fast.config import Config
-from spo_fast.engine import compile_networks, replayed
-from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
-from spo_fast.metrics import Timer
+from spo_fast.config.training import Config
+from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, judges
+from spo_fast.method.noise import KeyedDraws, permutation
+from spo_fast.method.objectives import make_objective, predict_states
+from spo_fast.method.rollout import RolloutBatch, segments
+from spo_fast.method.schedule import StepTable, ddim_table
 from spo_fast.models.diffusion import DTYPES
 from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import CudaCapture
 from spo_fast.models.policy import Policy
-from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import make_objective, predict_states
-from spo_fast.ops.transition import log_ratio
-from spo_fast.rollout import RolloutBatch, segments
-from spo_fast.schedule import StepTable, ddim_table
-from spo_fast.scorers import judges
-from spo_fast.trainer import Learner
+from spo_fast.ops.log_ratio import log_ratio
+from spo_fast.training.accelerate import compile_networks, replayed
+from spo_fast.training.checkpoint import TrainState
+from spo_fast.training.learner import Learner
+from spo_fast.training.monitor.timer import Timer
 
 # ---------------------------------------------------------------------------------------------------- rows
 
@@ -249,7 +248,7 @@ class Published:
 
 
 class Ours:
-    """spo_fast's own classes, wired as trainer.Run wires them."""
+    """spo_fast's own classes, wired as loop.Run wires them."""
 
     def __init__(self, setup: Setup, technique: Technique):
         self.setup, self.dtype = setup, DTYPES[technique.mixed_precision]
@@ -305,7 +304,7 @@ class Ours:
             return self.vae.decode(latents, return_dict=False)[0]
 
     def iterate(self, decisions: Decisions) -> dict[str, Any]:
-        """trainer.Run.iterate with the script in the scorer's place; always iteration 0, so that shapes repeat."""
+        """loop.Run.iterate with the script in the scorer's place; always iteration 0, so that shapes repeat."""
         setup, cfg = self.setup, self.cfg
         prompts = torch.arange(cfg.sample.sample_batch_size, device=setup.device)
         draws = KeyedDraws(cfg.run.seed, 0, prompts)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import unet_config
-from spo_fast.experience import Cond
-from spo_fast.models.sources import CONFIGS
-from spo_fast.scorers import ClipScorer
+from spo_fast.method.experience import Cond
+from spo_fast.models.files.sources import CONFIGS
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
+from spo_fast.scorers.spm import ClipScorer
 
 # Std of the entries of a LoRA's update B A. Not zero: the policy would be the reference, every log-ratio 0. Not tiny
 # either: at 0.0005 the log-ratios of a random SD1.5 are near 1e-4 and bf16's rounding is three times larger

@@ -27,9 +27,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks.networks import lora_weights
-from spo_fast.config import Config
-from spo_fast.experience import Cond
-from spo_fast.rollout import segments
+from spo_fast.config.training import Config
+from spo_fast.method.experience import Cond
+from spo_fast.method.rollout import segments
 
 Phase = Callable[[str], contextlib.AbstractContextManager]
 

@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 from safetensors import safe_open
 
-from spo_fast.metrics import read_metrics
+from spo_fast.evaluation.pages.run_record import read_metrics
 
 SIZES = (1, 2, 4, 8, 16, 64, 256, 1024)
 DRAWS = 200  # iterations simulated
@@ -164,7 +164,8 @@ TOY = shlex.split(
 
 def counted_process(told: Path, line: list[str]) -> int:
     """A training process that writes down what it hands to the others: one JSON object."""
-    from spo_fast import distributed, train, trainer
+    from spo_fast import train
+    from spo_fast.training import learner, processes
 
     sent: dict[str, list[int]] = {"gradients": [], "exchanged": [], "terms": []}
 
@@ -181,11 +182,11 @@ def counted_process(told: Path, line: list[str]) -> int:
     def others(group: Any, parts: list[Any]) -> int:
         return sum(part.nbytes for rank, part in enumerate(parts) if rank != group.rank)
 
-    group = distributed.Group
+    group = processes.Group
     # an all-reduce of one tensor is of statistics
     count(group, "add", "gradients", lambda _, tensors: sum(t.nbytes for t in tensors) if len(tensors) > 1 else None)
     count(group, "exchange", "exchanged", others)
-    count(trainer.Learner, "update", "terms", lambda _, experience, *rest: len(experience))
+    count(learner.Learner, "update", "terms", lambda _, experience, *rest: len(experience))
     status = train.main(line)
     told.write_text(json.dumps(sent))
     return status

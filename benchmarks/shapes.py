@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spo_fast.config import Config
-from spo_fast.models.sources import CONFIGS
-from spo_fast.presets import PRESETS
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.training import Config
+from spo_fast.models.files.sources import CONFIGS
 
 KINDS = ("sd15", "sdxl")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.records import RESULTS
-from spo_fast.toy import claims
+from spo_fast.toy import claim_tables, claims
 
 
 def test_claims(pytestconfig, tmp_path, capsys):
@@ -17,10 +17,10 @@ def test_claims(pytestconfig, tmp_path, capsys):
     claims.run_missing(records, tmp_path, pytestconfig.getoption("budget_s"))
     found = claims.current(claims.read(records))
     with capsys.disabled():
-        print("\n" + claims.tables(found))
-    claims.plot(found, records.with_suffix(".png"))
+        print("\n" + claim_tables.tables(found))
+    claim_tables.plot(found, records.with_suffix(".png"))
     assert set(claims.ONCE) <= set(found)
     for r in found.values():
         assert r["command"] and "commit" in r and r["versions"]
         if r["cell"] not in claims.ONCE:
-            assert r["spent"] >= claims.BUDGET and r["curve"][-1]["spent"] == r["spent"]
+            assert r["spent"] >= claim_tables.BUDGET and r["curve"][-1]["spent"] == r["spent"]

@@ -23,10 +23,11 @@ import torch
 
 from benchmarks.records import RESULTS, software
 from spo_fast import train, train_spm
-from spo_fast.metrics import read_metrics
-from spo_fast.preference_report import markdown
-from spo_fast.toy import build, evaluate, world
-from spo_fast.trainer import Run
+from spo_fast.data import toy_world
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.evaluation.tables import markdown
+from spo_fast.toy import build, evaluate
+from spo_fast.training.loop import Run
 
 NUM_IMAGES = 1024
 SPM_PAIRS, SPM_HELD_OUT = 8192, 1024
@@ -46,7 +47,7 @@ def quality(seed: int, random_picks: bool, work_dir: Path) -> dict[str, Any]:
     record = {"run": name, "seed": seed, "picks": "random" if random_picks else "spm", "scores": numbers}
     if not random_picks:
         with run.policy.reference():
-            spread = evaluate.candidate_spread(run, world.TEST, 4, seed)
+            spread = evaluate.candidate_spread(run, toy_world.TEST, 4, seed)
         record |= {f"{what}_spread": spread.spread(what) for what in ("layout", "aesthetics")}
     return {**record, "cpu_s": round(cpu_s, 1), "optimizer_steps": run.state.optimizer_steps, "pairs": run.state.pairs}
 
@@ -58,7 +59,7 @@ def preference_models(seed: int, work_dir: Path) -> dict[str, Any]:
     """
     pairs, held_out = work_dir / f"pairs-{seed}.parquet", work_dir / f"held-out-{seed}.parquet"
     build.write_pairs(pairs, SPM_PAIRS, 5000 + seed)
-    build.write_pairs(held_out, SPM_HELD_OUT, 6000 + seed, world.TUNE)
+    build.write_pairs(held_out, SPM_HELD_OUT, 6000 + seed, toy_world.TUNE)
 
     def command(name: str, *more: str) -> int:
         common = ("--model", "toy", "--pairs", str(pairs), "--seed", str(seed), "--output_dir", str(work_dir / name))
@@ -173,13 +174,13 @@ def picture(run_dir: Path, path: Path = RESULTS / "toy.png", side: int = 6, zoom
     from PIL import Image, ImageDraw
 
     run = evaluate.load_run(run_dir)
-    prompts = world.TEST[: side * side]
+    prompts = toy_world.TEST[: side * side]
     guidance = run.cfg.sample.guidance_scale
     with run.policy.reference():
         base = evaluate.pictures(run, prompts, guidance, seed=0)
     trained = evaluate.pictures(run, prompts, guidance, seed=0)
-    real = world.draw(prompts, torch.Generator().manual_seed(0))
-    cell, margin, top = world.SIZE * zoom + 2, 16, 24
+    real = toy_world.draw(prompts, torch.Generator().manual_seed(0))
+    cell, margin, top = toy_world.SIZE * zoom + 2, 16, 24
     width = side * cell
     sheet = Image.new("RGB", (3 * width + 4 * margin, width + top + margin), "white")
     for i, (title, pictures) in enumerate((("real", real), ("base model", base), ("after SPO", trained))):
@@ -187,7 +188,7 @@ def picture(run_dir: Path, path: Path = RESULTS / "toy.png", side: int = 6, zoom
         ImageDraw.Draw(sheet).text((left, 6), title, fill="black", font_size=14)
         for j, x in enumerate(pictures):
             pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-            tile = Image.fromarray(pixels).resize((world.SIZE * zoom,) * 2, Image.Resampling.NEAREST)
+            tile = Image.fromarray(pixels).resize((toy_world.SIZE * zoom,) * 2, Image.Resampling.NEAREST)
             sheet.paste(tile, (left + j % side * cell, top + j // side * cell))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -1,6 +1,6 @@
 /* The C interface of spo_fast: what libspo_fast_cpu.so and libspo_fast_cuda.so both export.
  *
- * Plain C, raw pointers, no torch: one build serves every torch and every Python; spo_fast/ops/clib.py loads it.
+ * Plain C, raw pointers, no torch: one build serves every torch and every Python; spo_fast/ops/c_library.py loads it.
  * Every tensor is dense and contiguous. n = C*H*W elements of one sample. Functions return SPO_OK or an error code.
  * On CUDA they launch on `stream` and return: no synchronisation, no allocation, so a graph capture holds. On CPU
  * `stream` is ignored and the result does not depend on the number of threads, bit for bit.

@@ -8,11 +8,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from spo_fast import cli
-from spo_fast.config import Config, RunError
-from spo_fast.extras import check_extras
-from spo_fast.models import find_lora, resolve, run_paths
-from spo_fast.presets import DATA, MEMORY, METHODS, PRESETS, READS, RECIPES
+from spo_fast.config import command, errors
+from spo_fast.config import flags as config_flags
+from spo_fast.config.errors import RunError
+from spo_fast.config.methods import DATA, METHODS, READS
+from spo_fast.config.optional_packages import check_extras
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.recipes import MEMORY, RECIPES
+from spo_fast.config.training import Config
+from spo_fast.evaluation.required_files import resolve, run_paths
+from spo_fast.models.files.lora import find_lora
 
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
 EXAMPLES = [
@@ -25,7 +30,7 @@ EXAMPLES = [
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
-    parser = cli.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
+    parser = config_flags.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
     parser.add_argument(
         "--dry_run", action="store_true", help="Print what the run would need and cost; load and write nothing."
     )
@@ -35,10 +40,10 @@ def parse(arguments: list[str] | None = None) -> Config:
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
         return method | RECIPES[source.get("recipe", "default")](given) | less_memory
 
-    cfg, given, flags = cli.parse(parser, PRESETS, arguments, recipe)
+    cfg, given, flags = config_flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, flags)
     if cfg.objective.method in DATA and cfg.pairs.pairs is None:
-        raise cli.UsageError(
+        raise errors.UsageError(
             f"--method {cfg.objective.method} trains on --pairs: a parquet file or directory, a folder "
             "with a table, or a hub id."
         )
@@ -51,7 +56,7 @@ def check_read(method: str, flags: set[str]) -> None:
     """Raises UsageError for a flag that says nothing to this method."""
     for name in sorted(flags & READS.keys()):
         if method not in READS[name]:
-            raise cli.UsageError(f"--{name} is not read by --method {method}, only by {', '.join(READS[name])}.")
+            raise errors.UsageError(f"--{name} is not read by --method {method}, only by {', '.join(READS[name])}.")
 
 
 def build(cfg: Config) -> Any:
@@ -59,8 +64,9 @@ def build(cfg: Config) -> Any:
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
     resolve(cfg.model, run_paths(cfg))  # everything missing is named at once, before PyTorch is imported
-    from spo_fast.choices import found_device, is_out_of_memory, out_of_memory, pick_device
-    from spo_fast.trainer import Run
+    from spo_fast.models.device import found_device, pick_device
+    from spo_fast.training.loop import Run
+    from spo_fast.training.plan.fit_memory import is_out_of_memory, out_of_memory
 
     try:
         return Run(cfg)
@@ -71,7 +77,7 @@ def build(cfg: Config) -> Any:
 
 
 def dry_run(cfg: Config) -> None:
-    from spo_fast.dry_run import report
+    from spo_fast.training.plan.dry_run import report
 
     print(report(cfg))
 
@@ -79,8 +85,8 @@ def dry_run(cfg: Config) -> None:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if "--dry_run" in words:
-        return cli.guarded(lambda: dry_run(parse(words)), words)
-    return cli.main(lambda: build(parse(arguments)), arguments)
+        return command.guarded(lambda: dry_run(parse(words)), words)
+    return command.main(lambda: build(parse(arguments)), arguments)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spo_fast import cli
-from spo_fast.config import PreferenceConfig
-from spo_fast.extras import check_extras
-from spo_fast.models import resolve
-from spo_fast.presets import PREFERENCE_PRESETS, latent_recipe
+from spo_fast.config import command, errors, flags
+from spo_fast.config.optional_packages import check_extras
+from spo_fast.config.preference import PreferenceConfig
+from spo_fast.config.presets import PREFERENCE_PRESETS
+from spo_fast.config.recipes import latent_recipe
+from spo_fast.evaluation.required_files import resolve
 
 ABOUT = "Train a (step-aware) preference model on pairs of images."
 EXAMPLES = [
@@ -25,12 +26,12 @@ EXAMPLES = [
 
 def parse(arguments: list[str] | None = None) -> PreferenceConfig:
     """The resolved PreferenceConfig of a command line. Raises ValueError for settings that do not fit together."""
-    parser = cli.build_parser(PREFERENCE_PRESETS, "python -m spo_fast.train_spm", ABOUT, EXAMPLES)
+    parser = flags.build_parser(PREFERENCE_PRESETS, "python -m spo_fast.train_spm", ABOUT, EXAMPLES)
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         return latent_recipe(given) if source.get("parameterisation") == "latent" else {}
 
-    return cli.parse(parser, PREFERENCE_PRESETS, arguments, recipe)[0]
+    return flags.parse(parser, PREFERENCE_PRESETS, arguments, recipe)[0]
 
 
 def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
@@ -46,20 +47,20 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
 
 def build(cfg: PreferenceConfig) -> Any:
     if cfg.pairs.pairs is None:
-        raise cli.UsageError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
+        raise errors.UsageError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
     check_extras(cfg.flat())
     paths = [cfg.reward.init_path, *(entry.split("=", 1)[1] for entry in cfg.run.compare_with)]
     for path in paths:
         if path is not None and not Path(path).exists():
             raise FileNotFoundError(f"{path} does not exist: give a preference model's file or directory.")
     resolved = resolve(cfg.model, needed_scorers(cfg))  # all that is missing is named before PyTorch is imported
-    from spo_fast.preference_trainer import PreferenceRun
+    from spo_fast.training.preference_run import PreferenceRun
 
     return PreferenceRun(cfg, resolved)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return cli.main(lambda: build(parse(arguments)), arguments)
+    return command.main(lambda: build(parse(arguments)), arguments)
 
 
 if __name__ == "__main__":

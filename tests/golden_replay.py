@@ -10,12 +10,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from spo_fast.config import AdapterConfig
-from spo_fast.experience import Cond
+from spo_fast.config.training import AdapterConfig
+from spo_fast.method.experience import Cond
+from spo_fast.method.schedule import StepTable, ddim_table
 from spo_fast.models.policy import Policy
-from spo_fast.schedule import StepTable, ddim_table
-from spo_fast.scorers import ClipScorer
-from spo_fast.scorers.clip import load_clip
+from spo_fast.scorers.clip_files import load_clip
+from spo_fast.scorers.spm import ClipScorer
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spo_fast import checkpoint, train, trainer
+from spo_fast import train
 from spo_fast.models import sharded
 from spo_fast.models.diffusion import DTYPES
+from spo_fast.training import loop, run_directory
 
 
 def process_0_takes_longer_than(seconds: float) -> None:
@@ -33,9 +34,9 @@ def process_0_takes_longer_than(seconds: float) -> None:
 
         return call
 
-    trainer.Run.before_training = slow(trainer.Run.before_training)  # type: ignore[method-assign]
-    trainer.Run.show_progress = slow(trainer.Run.show_progress)  # type: ignore[method-assign]
-    checkpoint.write_sums = slow(checkpoint.write_sums)
+    loop.Run.before_training = slow(loop.Run.before_training)  # type: ignore[method-assign]
+    loop.Run.show_progress = slow(loop.Run.show_progress)  # type: ignore[method-assign]
+    run_directory.write_sums = slow(run_directory.write_sums)
 
 
 def main() -> int:

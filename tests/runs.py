@@ -20,9 +20,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 
-from spo_fast import train, trainer
-from spo_fast.metrics import read_metrics
-from spo_fast.presets import PRESETS
+from spo_fast import train
+from spo_fast.config.presets import PRESETS
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.training import learner, loop
 
 ROOT = Path(__file__).parent.parent
 # 4 steps, 2 of them branching, 2 candidates; threshold -1 keeps every pair: 4 pairs of 2 prompts an iteration
@@ -59,9 +60,9 @@ def run_toy(output_dir: Path, **settings: Any) -> Path:
     return output_dir
 
 
-def built(output_dir: Path, **settings: Any) -> trainer.Run:
+def built(output_dir: Path, **settings: Any) -> loop.Run:
     """The parts of a run, not started."""
-    return trainer.Run(train.parse(flags(output_dir, **settings)))
+    return loop.Run(train.parse(flags(output_dir, **settings)))
 
 
 class Killed(BaseException):
@@ -70,7 +71,7 @@ class Killed(BaseException):
 
 def killed_run(output_dir: Path, monkeypatch: pytest.MonkeyPatch, after: int, **settings: Any) -> Path:
     """A run in this process that dies inside the iteration after `after` whole ones, its rollout done."""
-    whole = trainer.Learner.update
+    whole = learner.Learner.update
 
     def dies(self: Any, experience: Any, state: Any, *rest: Any) -> Any:
         record = whole(self, experience, state, *rest)
@@ -79,7 +80,7 @@ def killed_run(output_dir: Path, monkeypatch: pytest.MonkeyPatch, after: int, **
         return record
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer.Learner, "update", dies)
+        patch.setattr(learner.Learner, "update", dies)
         train.main(flags(output_dir, **settings))
     return output_dir
 

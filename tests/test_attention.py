@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import make_tiny_sdxl
 
-from spo_fast.config import AdapterConfig
+from spo_fast.config.training import AdapterConfig
 from spo_fast.models import attention
 from spo_fast.models.attention import KERNELS, pick, sdpa, shapes_of
 from spo_fast.models.policy import Policy

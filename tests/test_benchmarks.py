@@ -163,7 +163,7 @@ def test_scripted_decisions_are_exact_and_seeded():
     a, b = (iteration.Decisions.scripted(cfg, 0.5, "cpu") for _ in range(2))
     assert torch.equal(a.valid, b.valid) and torch.equal(a.ranks, b.ranks)
     assert int(a.valid.sum()) == 4 and a.valid.shape == (4, 2)
-    from spo_fast.rollout import best_and_worst
+    from spo_fast.method.rollout import best_and_worst
 
     for c in range(4):
         sides, valid = best_and_worst(a.scores(c).view(2, 2), cfg.sample.threshold)

@@ -11,9 +11,11 @@ from runs import built, facts, flags, run_toy
 from test_train_spm import line, pairs  # noqa: F401  (a fixture)
 
 from spo_fast import train, train_spm
-from spo_fast.config import AdamConfig, PreferenceConfig, RunError
+from spo_fast.config.errors import RunError
+from spo_fast.config.preference import PreferenceConfig
+from spo_fast.config.sections import AdamConfig
 from spo_fast.models.policy import Policy
-from spo_fast.trainer import StepSizes
+from spo_fast.training.step_sizes import StepSizes
 
 
 def seeded(policy: Policy) -> Policy:

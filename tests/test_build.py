@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_fast.ops import clib
+from spo_fast.ops import c_library, log_ratio, resize_normalize, transition
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 HEAVY = {"torch", "diffusers", "transformers"}
 
-needs_library = pytest.mark.skipif(clib.load("cpu") is None, reason=clib.why_missing("cpu"))
+needs_library = pytest.mark.skipif(c_library.load("cpu") is None, reason=c_library.why_missing("cpu"))
 
 
 def in_subprocess(code: str, python: str = sys.executable, **environment: str) -> str:
@@ -59,22 +59,24 @@ def test_cuda_compiles_without_warnings_or_spills(source, architecture, tmp_path
     assert set(spills) == {("0", "0")}
 
 
-@pytest.mark.skipif(clib.load("cuda") is None, reason=clib.why_missing("cuda"))
+@pytest.mark.skipif(c_library.load("cuda") is None, reason=c_library.why_missing("cuda"))
 def test_cuda_errors_carry_their_text(monkeypatch):
-    library = clib.load("cuda")
+    library = c_library.load("cuda")
     assert library.spo_error_string(1000 + 2).decode() == "out of memory"  # cudaErrorMemoryAllocation
     if torch.cuda.is_available():
         return
     # without a device every launch fails: through the binding, as if these tensors were on one
-    monkeypatch.setattr(clib, "load", lambda device_type: library)
+    monkeypatch.setattr(c_library, "load", lambda device_type: library)
     library.spo_set_num_threads.argtypes = [ctypes.c_int]
     m, row = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     table = torch.ones(1, 5, dtype=torch.float64)
     for call in (
-        lambda: clib.transition(m, None, m, row, table, 1.0, None, None, 0),
-        lambda: clib.log_ratio_forward(m, None, m, None, m, m, row, row, table, 1.0),
-        lambda: clib.log_ratio_backward(m, None, m, None, m, m, row, row, table, 1.0, torch.ones(1), torch.ones(1)),
-        lambda: clib.resize_normalize(torch.zeros(1, 3, 4, 4), 2, [0.0] * 3, [1.0] * 3, torch.float32),
+        lambda: transition.transition_c(m, None, m, row, table, 1.0, None, None, 0),
+        lambda: log_ratio.log_ratio_forward(m, None, m, None, m, m, row, row, table, 1.0),
+        lambda: log_ratio.log_ratio_backward(
+            m, None, m, None, m, m, row, row, table, 1.0, torch.ones(1), torch.ones(1)
+        ),
+        lambda: resize_normalize.resize_normalize_c(torch.zeros(1, 3, 4, 4), 2, [0.0] * 3, [1.0] * 3, torch.float32),
     ):
         with pytest.raises(RuntimeError, match="failed: .*(CUDA|driver|device)"):
             call()
@@ -100,7 +102,7 @@ def c_array(values):
 )
 def test_philox_known_answers(counter, key, expected):
     out = c_array([0] * 4)
-    assert clib.load("cpu").spo_philox(c_array(counter), c_array(key), out) == 0
+    assert c_library.load("cpu").spo_philox(c_array(counter), c_array(key), out) == 0
     assert " ".join(f"{word:08x}" for word in out) == expected
 
 
@@ -119,12 +121,12 @@ def log_ratio_inputs(num_states=3, num_transitions=5, sample=(4, 65, 64)):
 @needs_library
 def test_libraries_export_the_interface_and_nothing_else():
     declared = set(re.findall(r"^SPO_API .*?(spo_\w+)\(", (ROOT / "csrc/spo_fast.h").read_text(), re.MULTILINE))
-    assert set(clib.ARGUMENTS) | {"spo_error_string"} == declared
-    for library in filter(None, map(clib.load, clib.LIBRARIES)):
+    assert set(c_library.ARGUMENTS) | {"spo_error_string"} == declared
+    for library in filter(None, map(c_library.load, c_library.LIBRARIES)):
         listing = subprocess.run(
             ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
         )
-        absent = clib.CPU_ONLY if "cuda" in library._name else set()
+        absent = c_library.CPU_ONLY if "cuda" in library._name else set()
         assert {line.split()[2] for line in listing.stdout.splitlines()} == declared - absent
 
 
@@ -141,10 +143,10 @@ def test_threads_never_show_in_the_result():
             cond, uncond, x_t, rows, table = (inputs[i] for i in (0, 1, 4, 7, 8))
             results.append(
                 [
-                    *clib.transition(cond, uncond, x_t, rows, table, 5.0, keys, None, 3),
-                    *clib.log_ratio_forward(*inputs),
-                    *clib.log_ratio_backward(*inputs, *weights),
-                    clib.resize_normalize(pixels, 24, [0.5] * 3, [0.2] * 3, torch.float32),
+                    *transition.transition_c(cond, uncond, x_t, rows, table, 5.0, keys, None, 3),
+                    *log_ratio.log_ratio_forward(*inputs),
+                    *log_ratio.log_ratio_backward(*inputs, *weights),
+                    resize_normalize.resize_normalize_c(pixels, 24, [0.5] * 3, [0.2] * 3, torch.float32),
                 ]
             )
     finally:
@@ -161,7 +163,7 @@ def test_16_bit_conversions_agree_with_torch(dtype):
     zeros = torch.zeros_like(patterns, dtype=torch.float32)
     table = torch.tensor([[0, 1, 0, 1, 1]], dtype=torch.float64)  # x0 = m
     row = torch.zeros(1, dtype=torch.int64)
-    widened, _ = clib.transition(patterns, None, zeros, row, table, 1.0, None, None, 0)
+    widened, _ = transition.transition_c(patterns, None, zeros, row, table, 1.0, None, None, 0)
     assert torch.equal(widened.nan_to_num(12345.0), patterns.float().nan_to_num(12345.0))
 
     # With a = 0, b = 1, m = 0 and std^2 n = 1 the gradient is x_prev itself, narrowed to the dtype of m.
@@ -173,7 +175,7 @@ def test_16_bit_conversions_agree_with_torch(dtype):
     n = values.numel()
     m = torch.zeros_like(values, dtype=dtype)
     table = torch.tensor([[0, 1, 0, 0, n**-0.5]], dtype=torch.float64)  # std^2 n = 1
-    gradient, _ = clib.log_ratio_backward(
+    gradient, _ = log_ratio.log_ratio_backward(
         *(m, None, m, None, torch.zeros_like(values), values, row, row, table, 1.0), torch.ones(1), torch.zeros(1)
     )
     assert torch.equal(gradient.float().nan_to_num(12345.0), values.to(dtype).float().nan_to_num(12345.0))
@@ -187,16 +189,16 @@ def test_index_out_of_range_is_an_error():
         broken[position] = broken[position].clone()
         broken[position][-1] = bad
         with pytest.raises(RuntimeError, match=message):
-            clib.log_ratio_forward(*broken)
+            log_ratio.log_ratio_forward(*broken)
         with pytest.raises(RuntimeError, match=message):
-            clib.log_ratio_backward(*broken, torch.ones(5), torch.ones(5))
+            log_ratio.log_ratio_backward(*broken, torch.ones(5), torch.ones(5))
 
 
 @needs_library
 def test_states_without_transitions_get_zero_gradient():
     inputs = log_ratio_inputs(num_states=3, num_transitions=2, sample=(2, 3, 3))  # state 2 has none
     inputs[8][0, 4] = 0.0  # std 0 in the row of states 0 and 2: inf for the first, still 0 for the last
-    grad_cond, grad_uncond = clib.log_ratio_backward(*inputs, torch.ones(2), torch.ones(2))
+    grad_cond, grad_uncond = log_ratio.log_ratio_backward(*inputs, torch.ones(2), torch.ones(2))
     assert not grad_cond[0].isfinite().any() and grad_cond[1].isfinite().all()
     assert torch.count_nonzero(grad_cond[2]) == torch.count_nonzero(grad_uncond[2]) == 0
 
@@ -216,18 +218,18 @@ def test_binding_refuses_what_the_library_cannot_read():
         ((cond, uncond, x_t, rows, table, g, None, None, 2), "need keys"),
     ]:
         with pytest.raises(ValueError, match=message):
-            clib.transition(*arguments)
+            transition.transition_c(*arguments)
 
 
 def test_missing_library_says_why(monkeypatch, tmp_path):
     monkeypatch.setenv("SPO_FAST_LIB_DIR", str(tmp_path))
-    clib._open.cache_clear()
+    c_library._open.cache_clear()
     try:
-        assert clib.load("cpu") is None
-        assert "libspo_fast_cpu.so does not exist" in clib.why_missing("cpu")
-        assert clib.load("mps") is None and "mps" in clib.why_missing("mps")
+        assert c_library.load("cpu") is None
+        assert "libspo_fast_cpu.so does not exist" in c_library.why_missing("cpu")
+        assert c_library.load("mps") is None and "mps" in c_library.why_missing("mps")
     finally:
-        clib._open.cache_clear()
+        c_library._open.cache_clear()
 
 
 def path_without_nvcc(folder: Path) -> str:

@@ -10,8 +10,10 @@ import signal
 import pytest
 import torch
 
-from spo_fast.toy import claims
-from spo_fast.toy.claims import CLAIMS, CONTENDERS, GRID, MAIN, SEEDS, TUNING_SEED, key
+from spo_fast.toy import claim_tables, claims, contenders
+from spo_fast.toy.claim_tables import CLAIMS, GRID, SEEDS, TUNING_SEED, key
+from spo_fast.toy.contenders import CONTENDERS, MAIN
+from spo_fast.training import loop
 
 
 def scores(aesthetics, layout=1.0):
@@ -41,7 +43,7 @@ def records_of(*rows):
 
 
 def test_the_plan_is_in_order_of_importance_and_complete():
-    plan = claims.plan()
+    plan = claim_tables.plan()
     cells = [key(*run) for run in plan]
     assert len(set(cells)) == len(cells)
     tuned = [name for name, c in CONTENDERS.items() if not c.like]
@@ -54,11 +56,11 @@ def test_the_plan_is_in_order_of_importance_and_complete():
 def test_the_learning_rate_is_the_best_that_keeps_the_layout():
     grid = [record("spo", TUNING_SEED, a, layout, lr) for (a, layout), lr in zip(
         [(6.5, 1.0), (7.0, 0.99), (8.0, 0.98), (9.0, 0.90), (9.0, 0.90), (7.0, 0.98)], GRID, strict=True)]  # fmt: skip
-    assert claims.chosen_rate("spo", records_of(*grid)) == GRID[2]
-    assert claims.chosen_rate("winner start", records_of(*grid)) == GRID[2]  # an ablation takes SPO's
-    assert claims.chosen_rate("mspo", records_of(*grid)) is None
-    assert claims.chosen_rate("spo", records_of(*grid[:3])) is None
-    assert claims.chosen_rate("spo", {r["cell"]: r for r in grid}) is None  # what the layout was is not known
+    assert claim_tables.chosen_rate("spo", records_of(*grid)) == GRID[2]
+    assert claim_tables.chosen_rate("winner start", records_of(*grid)) == GRID[2]  # an ablation takes SPO's
+    assert claim_tables.chosen_rate("mspo", records_of(*grid)) is None
+    assert claim_tables.chosen_rate("spo", records_of(*grid[:3])) is None
+    assert claim_tables.chosen_rate("spo", {r["cell"]: r for r in grid}) is None  # what the layout was is not known
 
 
 def test_runs_at_a_rate_that_the_grid_no_longer_chooses_are_made_again():
@@ -84,27 +86,32 @@ def test_runs_at_a_rate_that_the_grid_no_longer_chooses_are_made_again():
 def test_verdicts(gains, says):
     rows = [record("spo", s, 7 + g) for s, g in enumerate(gains)] + [record("dpo", s, 7.0) for s, _ in enumerate(gains)]
     records = records_of(*rows)
-    assert claims.verdict(claims.difference("spo", "dpo", records)) == says
-    line = next(row for row in claims.claims_table(records).splitlines() if "Diffusion-DPO" in row)
+    assert claim_tables.verdict(claim_tables.difference("spo", "dpo", records)) == says
+    line = next(row for row in claim_tables.claims_table(records).splitlines() if "Diffusion-DPO" in row)
     assert line.rstrip(" |").endswith(says)
 
 
 def test_what_has_not_run_shows_as_not_run():
-    text = claims.tables(records_of(record("spo", 0, 7.0)))
-    assert text.startswith(f"1 of {len(claims.plan())} runs")
-    assert sum("not run" in row for row in claims.score_table(records_of()).splitlines()) == len(CONTENDERS)
-    assert claims.claims_table(records_of()).count("not run") == len(CLAIMS)
+    text = claim_tables.tables(records_of(record("spo", 0, 7.0)))
+    assert text.startswith(f"1 of {len(claim_tables.plan())} runs")
+    assert sum("not run" in row for row in claim_tables.score_table(records_of()).splitlines()) == len(CONTENDERS)
+    assert claim_tables.claims_table(records_of()).count("not run") == len(CLAIMS)
 
 
 def test_compute_to_reach_a_level():
     tuning = [record(name, TUNING_SEED, 7.0, lr=lr) for name in ("spo", "dpo") for lr in GRID]
     records = records_of(*(record("spo", s, 8.0) for s in SEEDS), *(record("dpo", s, 7.0) for s in SEEDS), *tuning)
-    assert claims.rows_to_reach("spo", 7.0, records) == (pytest.approx(12000), False)
-    assert claims.rows_to_reach("dpo", 7.0, records) == (pytest.approx(24000), False)
-    assert claims.rows_to_reach("spo", 6.2, records) == (pytest.approx(6000), True)  # what lies before is not known
-    assert claims.rows_to_reach("dpo", 7.5, records) is None
-    assert "12,000 (30 s + the judge's)" in claims.cost_table(records) and "not reached" in claims.cost_table(records)
-    with_judge = claims.cost_table(records | {"judge": {"cell": "judge", "cpu_s": 90.0}})
+    assert claim_tables.rows_to_reach("spo", 7.0, records) == (pytest.approx(12000), False)
+    assert claim_tables.rows_to_reach("dpo", 7.0, records) == (pytest.approx(24000), False)
+    assert claim_tables.rows_to_reach("spo", 6.2, records) == (
+        pytest.approx(6000),
+        True,
+    )  # what lies before is not known
+    assert claim_tables.rows_to_reach("dpo", 7.5, records) is None
+    assert "12,000 (30 s + the judge's)" in claim_tables.cost_table(
+        records
+    ) and "not reached" in claim_tables.cost_table(records)
+    with_judge = claim_tables.cost_table(records | {"judge": {"cell": "judge", "cpu_s": 90.0}})
     assert "12,000 (30 s + 90 s)" in with_judge and "24,000 (60 s)" in with_judge  # dpo needs no judge
 
 
@@ -113,15 +120,15 @@ def test_layouts_are_matched_by_the_best_point_that_keeps_them():
     for r in rows[: len(SEEDS)]:  # SPO's last quarter lost the layout
         r["curve"][-1]["layout"][0] = 0.5
     records = records_of(*rows)
-    kept = claims.layout_kept(records)
-    assert claims.difference("spo", "dpo", records, of_a=kept, of_b=kept)[0] == pytest.approx(7.5 - 7.0)
-    line = next(row for row in claims.claims_table(records).splitlines() if "equal compute" in row)
+    kept = claim_tables.layout_kept(records)
+    assert claim_tables.difference("spo", "dpo", records, of_a=kept, of_b=kept)[0] == pytest.approx(7.5 - 7.0)
+    line = next(row for row in claim_tables.claims_table(records).splitlines() if "equal compute" in row)
     assert "+1.000" in line and "+0.500" in line
     for r in rows[: len(SEEDS)]:
         for point in r["curve"]:
             point["layout"][0] = 0.5
-    assert claims.difference("spo", "dpo", records, of_a=kept, of_b=kept) is None
-    quarter = next(row for row in claims.claims_table(records).splitlines() if "quarter" in row)
+    assert claim_tables.difference("spo", "dpo", records, of_a=kept, of_b=kept) is None
+    quarter = next(row for row in claim_tables.claims_table(records).splitlines() if "quarter" in row)
     assert "-0.500" in quarter and quarter.endswith("not reproduced |")  # 6.5 against 7.0
 
 
@@ -129,10 +136,12 @@ def test_points_on_the_way_are_moved_by_what_their_pictures_are_better():
     """The fewer pictures of the marks score .2 higher with the base model already."""
     records = records_of(*(record("spo", s, 8.0) for s in SEEDS), *(record("dpo", s, 7.0) for s in SEEDS))
     records["base"]["marks"] = scores(6.2)
-    assert [p["aesthetics"][0] for p in claims.curve_of(records["spo/0"], records)] == pytest.approx([6.3, 6.8, 7.3, 8])
-    quarter = next(row for row in claims.claims_table(records).splitlines() if "quarter" in row)
+    assert [p["aesthetics"][0] for p in claim_tables.curve_of(records["spo/0"], records)] == pytest.approx(
+        [6.3, 6.8, 7.3, 8]
+    )
+    quarter = next(row for row in claim_tables.claims_table(records).splitlines() if "quarter" in row)
     assert "-0.700" in quarter
-    assert claims.rows_to_reach("spo", 6.8, records) == (pytest.approx(12000), False)
+    assert claim_tables.rows_to_reach("spo", 6.8, records) == (pytest.approx(12000), False)
 
 
 def test_rows_are_counted_as_they_cost():
@@ -150,13 +159,22 @@ def test_rows_are_counted_as_they_cost():
 def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, capsys):
     """Two contenders, one rate, one seed, a tiny budget: a second call runs nothing, --cell gives the same number."""
     for name, value in {"BUDGET": 600, "PICTURES": 66, "MARK_PICTURES": 65, "GRID": (1e-3,), "SEEDS": (0,)}.items():
-        monkeypatch.setattr(claims, name, value)
+        for part in (claim_tables, claims, contenders):
+            if hasattr(part, name):
+                monkeypatch.setattr(part, name, value)
     small = {"sample_batch_size": 2, "num_steps": 6, "branch_start": 3, "num_candidates": 2}
-    few = {"spo": claims.Contender(small), "random picks": claims.Contender(small, like="spo", random_picks=True)}
-    monkeypatch.setattr(claims, "MAIN", few)
-    monkeypatch.setattr(claims, "ABLATIONS", {})
-    monkeypatch.setattr(claims, "REST", {})
+    few = {
+        "spo": contenders.Contender(small),
+        "random picks": contenders.Contender(small, like="spo", random_picks=True),
+    }
+    monkeypatch.setattr(contenders, "MAIN", few)
+    monkeypatch.setattr(claim_tables, "MAIN", few)
+    monkeypatch.setattr(contenders, "ABLATIONS", {})
+    monkeypatch.setattr(claim_tables, "ABLATIONS", {})
+    monkeypatch.setattr(contenders, "REST", {})
+    monkeypatch.setattr(claim_tables, "REST", {})
     monkeypatch.setattr(claims, "CONTENDERS", few)
+    monkeypatch.setattr(claim_tables, "CONTENDERS", few)
     monkeypatch.setattr(claims.evaluate, "GUIDANCE_SCALES", (2.0,))
     path = tmp_path / "records.jsonl"
     common = ["--records", str(path), "--work_dir", str(tmp_path / "work")]
@@ -185,13 +203,13 @@ def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, caps
     assert {k: again[k] for k in ("aesthetics", "layout", "spent", "pairs")} == {
         k: found["spo/0"][k] for k in ("aesthetics", "layout", "spent", "pairs")
     }
-    iterate = claims.Run.iterate
+    iterate = loop.Run.iterate
 
     def stopped(run, *args):
         os.kill(os.getpid(), signal.SIGTERM)
         return iterate(run, *args)
 
-    monkeypatch.setattr(claims.Run, "iterate", stopped)
+    monkeypatch.setattr(loop.Run, "iterate", stopped)
     path.write_text("".join(line for line in first.splitlines(True) if "random picks" not in line))
     assert claims.main(common) == 1 and "before its budget was spent" in capsys.readouterr().err
     assert "random picks/0" not in claims.read(path)  # a run cut short is no result

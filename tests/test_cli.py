@@ -19,11 +19,12 @@ from runs import PAIRS, ROOT, SMALL, assert_same_end, assert_same_tensors, built
 from safetensors.torch import load_file
 
 from spo_fast import train, train_spm
-from spo_fast.config import Config
-from spo_fast.models.clip_tokenizer import END, clip_tokenizer
-from spo_fast.models.sources import DEFAULTS, SCORER_SOURCES
-from spo_fast.presets import PREFERENCE_PRESETS, PRESETS
-from spo_fast.scorers import make_tiny_spm
+from spo_fast.config.presets import PREFERENCE_PRESETS, PRESETS
+from spo_fast.config.scorers import SCORER_SOURCES
+from spo_fast.config.training import Config
+from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
+from spo_fast.models.files.sources import DEFAULTS
+from spo_fast.scorers.spm import make_tiny_spm
 
 
 def parse(*arguments: str) -> Config:
@@ -248,8 +249,9 @@ def test_fast_recipe(model: str, vae: str | None, tmp_path: Path) -> None:
 
 
 def test_fast_recipe_asks_for_the_tiny_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spo_fast.models import MODELS
-    from spo_fast.models.sources import MissingFilesError, resolve_all
+    from spo_fast.config.errors import MissingFilesError
+    from spo_fast.models.files.find import resolve_all
+    from spo_fast.models.files.sources import MODELS
 
     cfg = parse("--model", "sd15", "--recipe", "fast")
     source = dataclasses.replace(MODELS["sd15"](cfg.model), cache_dir=str(tmp_path))

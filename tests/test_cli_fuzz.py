@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from spo_fast import train, train_spm
-from spo_fast.config import Config, Kind, PreferenceConfig, Settings
-from spo_fast.data import READERS, load_prompts
+from spo_fast.config.fields import Kind, Settings
+from spo_fast.config.preference import PreferenceConfig
+from spo_fast.config.training import Config
+from spo_fast.data.prompts import READERS, load_prompts
 
 # derandomized: the same cases each time. tmp_path is shared by a test's cases, and each writes its file anew
 FUZZ = settings(

@@ -17,7 +17,7 @@ from PIL import Image
 from runs import command_line, run_toy
 
 from spo_fast import compare
-from spo_fast.compare import QUESTIONS, Vote, read_votes, user_study
+from spo_fast.evaluation.pages.votes import QUESTIONS, Vote, read_votes, user_study
 
 NASTY = 'a </script><script>alert(1)</script> & "ring" <img src=x>'
 SETTINGS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""models/compiled.py: no graph break, no recompilation after the first iteration, and the same numbers."""
+"""models/compile.py: no graph break, no recompilation after the first iteration, and the same numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from runs import built
 from torch._dynamo.utils import counters
 
-from spo_fast import trainer
-from spo_fast.experience import Experience
-from spo_fast.objectives import SPO
+from spo_fast.method.experience import Experience
+from spo_fast.method.objectives import SPO
+from spo_fast.training import loop
 
 TOY: dict[str, Any] = {
     **{"num_steps": 4, "branch_start": 2, "sample_batch_size": 4, "max_prompts": 16, "train_batch_size": 4},
@@ -30,7 +30,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def iteration(run: trainer.Run, number: int, share: float) -> dict[str, Any]:
+def iteration(run: loop.Run, number: int, share: float) -> dict[str, Any]:
     """Of its rollout only this share of the pairs is kept."""
 
     class Fewer(SPO):
@@ -45,8 +45,8 @@ def iteration(run: trainer.Run, number: int, share: float) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["regional", "full"])
 def test_nothing_is_recompiled(how, tmp_path, monkeypatch):
-    whole = trainer.Run.compile
-    monkeypatch.setattr(trainer.Run, "compile", lambda run: whole(run, backend="aot_eager"))
+    whole = loop.Run.compile
+    monkeypatch.setattr(loop.Run, "compile", lambda run: whole(run, backend="aot_eager"))
     run = built(tmp_path / "run", **TOY, compile=how)
     run.encode_prompts()
     plain = built(tmp_path / "plain", **TOY)

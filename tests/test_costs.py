@@ -18,19 +18,23 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spo_fast import costs, train
-from spo_fast.choices import Device, choose
-from spo_fast.config import Config
-from spo_fast.costs import Costs, CountFlops, LiveStorage, predict
-from spo_fast.models import resolve, scorer_paths
-from spo_fast.models.clip_tokenizer import END, clip_tokenizer
-from spo_fast.models.sources import load_text_encoders, load_unet
-from spo_fast.pair_images import READ_BATCH
-from spo_fast.presets import PRESETS
-from spo_fast.scorers import ClipScorer, make_tiny_spm
-from spo_fast.scorers.latent import init_latent_reward, save_latent_reward
+from spo_fast import train
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.training import Config
+from spo_fast.evaluation.required_files import resolve, scorer_paths
+from spo_fast.models.device import Device
+from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
+from spo_fast.models.files.load import load_text_encoders, load_unet
+from spo_fast.scorers.latent_files import init_latent_reward, save_latent_reward
+from spo_fast.scorers.spm import ClipScorer, make_tiny_spm
 from spo_fast.toy.build import write_pairs
-from spo_fast.trainer import Run
+from spo_fast.training.loop import Run
+from spo_fast.training.pair_batches import READ_BATCH
+from spo_fast.training.plan import costs, counters, fake_run
+from spo_fast.training.plan.costs import Costs
+from spo_fast.training.plan.counters import CountFlops, LiveStorage
+from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.fit_memory import choose
 
 # the toy at its own size, its batches smaller than the preset's
 TOY: dict[str, Any] = {
@@ -206,7 +210,7 @@ def test_predicted_memory_is_what_the_gpu_allocates(name, tmp_path):
     settings = {**SETTINGS[name], "mixed_precision": "fp16", "sample_batch_size": 16, "train_batch_size": 32}
     run = built(tmp_path / "run", **{**TOY, **settings, "max_prompts": 32, "device": "cuda"})
     run.encode_prompts()
-    with LiveStorage(costs.CUDA_BLOCK) as live:
+    with LiveStorage(counters.CUDA_BLOCK) as live:
         live.count(weights(run))
         run.iterate(1, live.phase)  # type: ignore[arg-type]
         torch.cuda.synchronize()
@@ -394,7 +398,7 @@ def test_what_was_counted_before_changes_nothing(tmp_path):
     mixed = [predict(cfg, device_type="cpu") for cfg in (plain, *others, plain)]
     assert mixed[0] == mixed[-1] and mixed[0] != mixed[1] != mixed[2]
     for cfg, before in zip(others, mixed[1:], strict=False):
-        costs._latest = None
+        fake_run._latest = None
         assert predict(cfg, device_type="cpu") == before
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_fast.data import BUILTIN_PROMPTS, PromptSampler, count_repeats, epoch_permutation, load_prompts
+from spo_fast.data.prompt_order import PromptSampler, epoch_permutation
+from spo_fast.data.prompts import BUILTIN_PROMPTS, count_repeats, load_prompts
 
 REPOSITORY = Path(__file__).parents[1]
 PROMPTS = ["a red fox", 'a sign that says "open, late"', "Zürich at night, 夜景", "a red fox"]
@@ -166,7 +167,9 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_reading_prompts_imports_neither_torch_nor_pyarrow():
-    code = "import sys, spo_fast.data as d; d.load_prompts(None); print({'torch', 'pyarrow'} & set(sys.modules))"
+    code = (
+        "import sys, spo_fast.data.prompts as d; d.load_prompts(None); print({'torch', 'pyarrow'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert result.stdout.strip() == "set()"
 

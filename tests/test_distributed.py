@@ -19,14 +19,16 @@ from runs import ROOT, facts, flags, run_toy
 from safetensors.torch import load_file
 from test_objectives import randn
 
-from spo_fast import checkpoint
-from spo_fast.config import OptimConfig, RunError
-from spo_fast.distributed import Group, rebalance, whole_scores
-from spo_fast.experience import Cond, Experience, States
+from spo_fast.config.errors import RunError
+from spo_fast.config.training import OptimConfig
+from spo_fast.method.experience import Cond, Experience, States
 from spo_fast.models import sharded
 from spo_fast.models.diffusion import DTYPES
-from spo_fast.models.policy import TrainedWeights
-from spo_fast.trainer import slots
+from spo_fast.models.trained_weights import TrainedWeights
+from spo_fast.training import optimizer as training_optimizer
+from spo_fast.training.accumulation import slots
+from spo_fast.training.processes import Group
+from spo_fast.training.rebalance import rebalance, whole_scores
 
 
 def free_port() -> int:
@@ -272,7 +274,7 @@ def test_sharded_weights_do_what_whole_ones_do(
         assert torch.equal(a, b)
     exported = parts.whole()
     assert all(torch.equal(value, exported[name]) for name, value in whole.state_dict().items())
-    moments, _ = checkpoint.flatten_optimizer(optimizer.state_dict())
+    moments, _ = training_optimizer.flatten_optimizer(optimizer.state_dict())
     kinds = {"trained": parts.state_dict(), "optimizer": moments, "averages": parts.average_state_dict()}
     parts.shards.save(tmp_path / "shards", kinds)
     for kind, tensors in kinds.items():
@@ -405,7 +407,7 @@ def test_launched_halfway_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_lost_peers_are_named() -> None:
-    from spo_fast.distributed import _peers
+    from spo_fast.training.processes import _peers
 
     with pytest.raises(RunError, match="another process of this run has ended"), _peers():
         raise RuntimeError("Connection closed by peer")

@@ -14,11 +14,17 @@ import torch
 import yaml
 from runs import ROOT, SMALL, built, command_line, flags
 
-from spo_fast import choices, dry_run, train, trainer
-from spo_fast.choices import GIB, Choice, Device, choose, is_out_of_memory, out_of_memory
-from spo_fast.costs import predict
-from spo_fast.metrics import read_metrics
-from spo_fast.presets import PRESETS
+from spo_fast import train
+from spo_fast.config import training
+from spo_fast.config.presets import PRESETS
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.method import objectives
+from spo_fast.models import device as models_device
+from spo_fast.models.device import GIB, Choice, Device
+from spo_fast.training import learner, loop
+from spo_fast.training.plan import dry_run
+from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.fit_memory import choose, is_out_of_memory, out_of_memory
 
 MIB = 2**20
 OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "cuda_graphs", "memory", "gradient_checkpointing")
@@ -28,9 +34,9 @@ def gpu(memory_bytes: float) -> Device:
     return Device("a pretended GPU", "cuda", int(memory_bytes))
 
 
-def toy_on(memory_mib: float, **settings: object) -> tuple[trainer.Config, dict[str, Choice]]:
+def toy_on(memory_mib: float, **settings: object) -> tuple[training.Config, dict[str, Choice]]:
     """The toy's choices on a GPU with so much memory besides what is set aside."""
-    size = (memory_mib * MIB + choices.CONTEXT) / choices.SHARE
+    size = (memory_mib * MIB + models_device.CONTEXT) / models_device.SHARE
     few = {"num_steps": 4, "branch_start": 2, "sample_batch_size": 4, "train_batch_size": 4}
     cfg = PRESETS["toy"]().with_fields(**{**few, "mixed_precision": "auto", "decode_chunk": None, **settings})
     chosen, found = choose(cfg, gpu(size))
@@ -119,9 +125,9 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     for name, number in (("auto", 2), ("cuda", 2), ("cuda:3", 3), ("cuda:0", 0)):
-        assert choices.pick_device(name) == torch.device("cuda", number) and chosen.pop() == number
+        assert models_device.pick_device(name) == torch.device("cuda", number) and chosen.pop() == number
     with pytest.raises(ValueError, match="sees 4 CUDA devices"):
-        choices.pick_device("cuda:4")
+        models_device.pick_device("cuda:4")
     with pytest.raises(ValueError, match="specified index"):  # of PyTorch's own: what this is about
         torch.cuda.set_device(torch.device("cuda"))
 
@@ -141,7 +147,9 @@ def test_published_presets_fit_24_80_and_141_gb(model: str) -> None:
     for memory, peak in zip((24, 80, 141), expected, strict=True):
         device = gpu(memory * 1e9)
         cfg, found = choose(PRESETS[model](), device)
-        print(f"{model}, {memory} GB:", choices.listed(found), f"peak {predict(cfg).peak / GIB:.1f} GiB", sep="\n  ")
+        print(
+            f"{model}, {memory} GB:", models_device.listed(found), f"peak {predict(cfg).peak / GIB:.1f} GiB", sep="\n  "
+        )
         assert predict(cfg).peak <= (device.usable_bytes or 0)
         assert predict(cfg).peak / GIB == pytest.approx(peak, abs=0.1)
         assert cfg.optim.gradient_checkpointing is (model == "sdxl" and memory == 24)
@@ -251,7 +259,7 @@ def test_a_run_without_memory_ends_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The third iteration's backward finds no memory; the checkpoints before it stand, and a resumed run goes on."""
-    whole = trainer.predict_states
+    whole = objectives.predict_states
     calls = []
 
     def predict_states(*args: object) -> object:
@@ -262,7 +270,8 @@ def test_a_run_without_memory_ends_with_advice(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "predict_states", predict_states)
+        patch.setattr(learner, "predict_states", predict_states)
+        patch.setattr(loop, "predict_states", predict_states)
         assert train.main(flags(out, checkpointing_steps=1)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory") and error.count("\n") == 1

@@ -16,10 +16,14 @@ from runs import Killed, command_line, kill_once, run_toy, start
 from safetensors.torch import load_file, save_file
 
 from spo_fast import evaluate
-from spo_fast.measure import PUBLISHED, bootstrap, hacking_signs, looks, win_rate
-from spo_fast.prompt_sets import PROMPT_SETS
-from spo_fast.toy import world
-from spo_fast.toy.pipeline import WEIGHTS
+from spo_fast.data import prompt_sets, toy_world
+from spo_fast.data.prompt_sets import PROMPT_SETS
+from spo_fast.evaluation import contenders, draw, results, score
+from spo_fast.evaluation import pictures as evaluation_pictures
+from spo_fast.evaluation.looks import hacking_signs, looks
+from spo_fast.evaluation.published import PUBLISHED
+from spo_fast.evaluation.statistics import bootstrap, win_rate
+from spo_fast.models.files.toy import WEIGHTS
 
 TINY: dict[str, Any] = {
     **{"model": "toy", "max_prompts": 3, "images_per_prompt": 2, "num_steps": 3, "images_at_once": 4},
@@ -55,8 +59,8 @@ def test_a_contender_is_called_by_its_folder(tmp_path: Path, monkeypatch: pytest
     """Never by a name that leads out of the output directory."""
     monkeypatch.chdir(tmp_path)
     for spec, name in (("..", tmp_path.parent.name), ("runs/x/..", "runs"), (".", tmp_path.name), ("org/lora", "lora")):
-        assert evaluate.named(spec)[0] == name
-    assert evaluate.named("mine=~/x") == ("mine", "~/x") and evaluate.named("..=x")[0] == ".._x"
+        assert contenders.named(spec)[0] == name
+    assert contenders.named("mine=~/x") == ("mine", "~/x") and contenders.named("..=x")[0] == ".._x"
 
 
 def test_a_run_below_home_brings_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +68,7 @@ def test_a_run_below_home_brings_its_settings(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text("method: spo\nguidance_scale: 7.5\n")
-    assert evaluate.settings_of_run(["mine=~/mine"]) == {"guidance_scale": 7.5}
+    assert contenders.settings_of_run(["mine=~/mine"]) == {"guidance_scale": 7.5}
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -74,11 +78,11 @@ def test_numbers_are_those_of_the_pictures(whole: tuple[Path, dict[str, Any]]) -
     out, result = whole
     assert {c: row["kind"] for c, row in result["contenders"].items()} == {"base": "base", "mine": "lora"}
     for name, scores in result["scores"].items():
-        pixels = [evaluate.read_picture(out / name / f"{p:05d}-{i}.png") for p in range(3) for i in range(2)]
-        texts = [world.TEST[p] for p in range(3) for _ in range(2)]
-        truth = world.aesthetics(torch.stack(pixels))
+        pixels = [evaluation_pictures.read_picture(out / name / f"{p:05d}-{i}.png") for p in range(3) for i in range(2)]
+        texts = [toy_world.TEST[p] for p in range(3) for _ in range(2)]
+        truth = toy_world.aesthetics(torch.stack(pixels))
         assert abs(scores["aesthetics"]["mean"] - truth.mean().item()) < 1e-5
-        right = world.layout(torch.stack(pixels), texts).all(1).double()
+        right = toy_world.layout(torch.stack(pixels), texts).all(1).double()
         assert abs(scores["layout"]["mean"] - right.mean().item()) < 1e-9
         assert scores["aesthetics"]["low"] <= scores["aesthetics"]["mean"] <= scores["aesthetics"]["high"]
     gain = result["scores"]["mine"]["pickscore"]["gain"]["mean"]
@@ -105,8 +109,8 @@ def test_a_second_run_draws_and_scores_nothing(
 ) -> None:
     out, _ = whole
     before = (out / "results.json").read_bytes()
-    monkeypatch.setattr(evaluate, "draw", None)
-    monkeypatch.setattr(evaluate, "metric_of", None)
+    monkeypatch.setattr(draw, "draw", None)
+    monkeypatch.setattr(score, "metric_of", None)
     done(out, lora=[run_dir])
     assert (out / "results.json").read_bytes() == before
 
@@ -115,7 +119,7 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
     whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, result = whole
-    write = evaluate.write_picture
+    write = evaluation_pictures.write_picture
     left = iter(range(9))  # 6 of the base, and 3 of the first batch of 4 of the LoRA's
 
     def dies(file: Path, pixels: torch.Tensor) -> None:
@@ -124,12 +128,12 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
         write(file, pixels)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(evaluate, "write_picture", dies)
+        patch.setattr(draw, "write_picture", dies)
         evaluate.main(words(tmp_path, lora=[run_dir]))
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*.png")}
     assert len(kept) == 9 and not (tmp_path / "results.json").exists()
 
-    measured = evaluate.metric_of
+    measured = score.metric_of
     with monkeypatch.context() as patch, pytest.raises(Killed):  # and once more while it scores
 
         def dies_too(name: str, *rest: Any) -> Any:
@@ -137,7 +141,7 @@ def test_killed_and_run_again_ends_with_the_same_numbers(
                 raise Killed
             return measured(name, *rest)
 
-        patch.setattr(evaluate, "metric_of", dies_too)
+        patch.setattr(score, "metric_of", dies_too)
         evaluate.main(words(tmp_path, lora=[run_dir]))
     again = done(tmp_path, lora=[run_dir])
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
@@ -192,11 +196,15 @@ def test_compiled_networks_see_one_batch_size(
     whole: tuple[Path, dict[str, Any]], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """6 pictures, 4 at once: the second batch is filled up, and what is kept are the same pictures."""
-    from spo_fast.models import compiled, policy
+    from spo_fast.models import compile as models_compile
+    from spo_fast.models import policy
 
     compiled_parts, sizes, whole_call = [], set(), policy.denoise
-    monkeypatch.setattr(compiled, "compile_network", lambda network, how: compiled_parts.append((type(network), how)))
-    monkeypatch.setattr("spo_fast.engine.compile_network", compiled.compile_network)
+    monkeypatch.setattr(
+        models_compile, "compile_network", lambda network, how: compiled_parts.append((type(network), how))
+    )
+    monkeypatch.setattr("spo_fast.training.accelerate.compile_network", models_compile.compile_network)
+    monkeypatch.setattr("spo_fast.models.accelerate.compile_network", models_compile.compile_network)
     monkeypatch.setattr(policy, "denoise", lambda *a: sizes.add(len(a[1])) or whole_call(*a))
     done(tmp_path, lora=[run_dir], compile="regional")
     assert sizes == {4} and [how for _, how in compiled_parts] == ["regional"] * 3  # decoder, base, LoRA
@@ -243,7 +251,7 @@ def test_a_hub_id_is_a_lora_or_a_unet(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr("spo_fast.models.files.find.offline_reason", lambda: "HF_HUB_OFFLINE is set")
     for name in ("lora", "unet"):
         snapshot = tmp_path / f"models--me--{name}" / "snapshots" / "abc"
         if name == "lora":
@@ -305,9 +313,9 @@ def test_what_a_pipeline_has_beside_its_unet_is_told(
 def test_settings_beside_equal_weights_are_told(
     tmp_path: Path, file: str, changes: dict[str, Any], names: list[str]
 ) -> None:
-    from spo_fast.config import ModelConfig
-    from spo_fast.models import resolve
-    from spo_fast.models.contenders import check_unet
+    from spo_fast.config.sections import ModelConfig
+    from spo_fast.evaluation.required_files import resolve
+    from spo_fast.models.files.contenders import check_unet
 
     other = with_json(tmp_path / "other", file, **changes)
     assert check_unet(other / "unet", resolve(ModelConfig(model="toy"), {})).not_used == names
@@ -447,7 +455,7 @@ def test_loras_that_do_not_fit_are_told(run_dir: Path, tmp_path: Path, capsys: p
 def test_wrong_names_are_told(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr("spo_fast.models.files.find.offline_reason", lambda: "HF_HUB_OFFLINE is set")
     out = tmp_path / "out"
     error = told(capsys, words(out, metrics=["hpsv21", "image_reward"], lora=["nobody/nothing"]))
     for text in ("HPS_v2.1_compressed.pt", "--hpsv21_path", "ImageReward.pt", "--bert_path", "nobody/nothing"):
@@ -480,7 +488,7 @@ def test_long_and_blank_prompts_are_drawn(tmp_path: Path, capsys: pytest.Capture
 def test_known_sets_come_from_a_folder_or_say_where(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spo_fast.prompt_sets.offline_reason", lambda: "the hub cannot be reached")
+    monkeypatch.setattr("spo_fast.data.prompt_sets.offline_reason", lambda: "the hub cannot be reached")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for name, known in PROMPT_SETS.items():
         error = told(capsys, words(tmp_path / "out", prompts=name))
@@ -491,14 +499,16 @@ def test_known_sets_come_from_a_folder_or_say_where(
         texts = [f"{style} {n}" for n in range(800)]
         (tmp_path / f"{style}.json").write_text(json.dumps(texts))
     cfg = evaluate.parse(words(tmp_path, prompts=f"hpsv2={tmp_path}", max_prompts=None))
-    prompts, _ = evaluate.load(cfg)
+    prompts, _ = prompt_sets.prompts_of(cfg)
     assert len(prompts) == 3200 and prompts[0] == "anime 0" and prompts[-1] == "photo 799"
     (tmp_path / "photo.json").write_text('["one"]')
     assert "2,401 prompts" in told(capsys, words(tmp_path / "out", prompts=f"hpsv2={tmp_path}"))
     lines = [f"P2\tprompt {n}\tAnimals" for n in range(1631)]
     lines.insert(1560, 'P2\t"G I G G L E" painted in thick colors\tWorld Knowledge')  # its cells are not quoted
     (tmp_path / "PartiPrompts.tsv").write_text("\n".join(["Id\tPrompt\tCategory", *lines]))
-    prompts, name = evaluate.load(evaluate.parse(words(tmp_path, prompts=f"parti={tmp_path}", max_prompts=None)))
+    prompts, name = prompt_sets.prompts_of(
+        evaluate.parse(words(tmp_path, prompts=f"parti={tmp_path}", max_prompts=None))
+    )
     assert (len(prompts), prompts[7], name) == (1632, "prompt 7", "PartiPrompts")
     assert prompts[1560] == '"G I G G L E" painted in thick colors'
 
@@ -545,6 +555,6 @@ def test_hacking_is_flagged_when_looks_rise_beyond_chance() -> None:
 
 def test_published_rows_stand_in_the_table() -> None:
     scores = {m: {"mean": 21.0, "low": 20.0, "high": 22.0} for m in ("pickscore", "hpsv2")}
-    text = evaluate.table({"scores": {"base": scores}}, "sdxl", ["pickscore", "hpsv2"])
+    text = results.table({"scores": {"base": scores}}, "sdxl", ["pickscore", "hpsv2"])
     assert re.search(r"\| SPO \(published\) +\| 23.06 +\| 31.8 ", text)
     assert PUBLISHED["sd15"]["SPO"]["image_reward"] == 0.171

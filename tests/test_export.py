@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import LATENT_SIZE, VAE_FACTOR, make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
-from spo_fast import trainer
-from spo_fast.models.clip_tokenizer import END, clip_tokenizer
-from spo_fast.models.lora import apply_lora
-from spo_fast.rollout import sample_latents
-from spo_fast.scorers import make_tiny_spm
-from spo_fast.toy.pipeline import WEIGHTS
+from spo_fast.method.rollout import sample_latents
+from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
+from spo_fast.models.files.lora import apply_lora
+from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.scorers.spm import make_tiny_spm
+from spo_fast.training import loop
 
 PROMPTS = ["a red cube", "two boats at sea"]
 STEPS = 4
@@ -49,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     }
 
 
-def trained(tmp_path: Path, settings: dict[str, Any], **more: Any) -> trainer.Run:
+def trained(tmp_path: Path, settings: dict[str, Any], **more: Any) -> loop.Run:
     """A run of float32 whose LoRA is far from where it started, and its files in tmp_path/lora."""
     run = built(tmp_path / "run", **{**settings, "mixed_precision": "no", "rank": 4, "max_prompts": 2, **more})
     generator = torch.Generator().manual_seed(7)
@@ -60,17 +60,17 @@ def trained(tmp_path: Path, settings: dict[str, Any], **more: Any) -> trainer.Ru
     return run
 
 
-def noise(run: trainer.Run) -> Tensor:  # (P, C, H, W)
+def noise(run: loop.Run) -> Tensor:  # (P, C, H, W)
     return torch.randn(len(PROMPTS), *run.model.latent_shape, generator=torch.Generator().manual_seed(3))
 
 
-def our_images(run: trainer.Run) -> Tensor:  # (P, 3, H, W) in [0, 1]
+def our_images(run: loop.Run) -> Tensor:  # (P, 3, H, W) in [0, 1]
     table = run.model.table(STEPS, 0.0)
     latents = sample_latents(run.policy, table, run.model.cond(PROMPTS), GUIDANCE, noise(run))
     return (run.model.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
-def pipeline_of(run: trainer.Run) -> Any:
+def pipeline_of(run: loop.Run) -> Any:
     pipe = PIPELINES[run.model.kind].from_pretrained(str(run.model.resolved.model_path), torch_dtype=torch.float32)
     # as the published scheduler settings of both models have it; the tiny SDXL's Euler settings leave it open
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
@@ -78,7 +78,7 @@ def pipeline_of(run: trainer.Run) -> Any:
     return pipe
 
 
-def pipeline_images(pipe: Any, run: trainer.Run) -> Tensor:  # (P, 3, H, W) in [0, 1]
+def pipeline_images(pipe: Any, run: loop.Run) -> Tensor:  # (P, 3, H, W) in [0, 1]
     images = pipe(
         PROMPTS,
         latents=noise(run),

@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 from runs import run_toy
 
-from spo_fast.data import TOY_PROMPTS, load_prompts
-from spo_fast.pairs import BadRowError, BadRows, decode_image, open_pairs
-from spo_fast.splits import files_of, splits_of
+from spo_fast.data.images import decode_image
+from spo_fast.data.pair_rows import BadRowError, BadRows
+from spo_fast.data.pair_sources import open_pairs
+from spo_fast.data.prompts import TOY_PROMPTS, load_prompts
+from spo_fast.data.splits import files_of, splits_of
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
-from spo_fast.config import AdapterConfig
-from spo_fast.files import read_json
-from spo_fast.models import sources
-from spo_fast.models.lora import apply_lora, find_lora, layer_names, ldm_names, read_file, read_lora
+from spo_fast.config.training import AdapterConfig
+from spo_fast.data.files import read_json
+from spo_fast.models.files import find, sources
+from spo_fast.models.files.lora import apply_lora, find_lora, layer_names, ldm_names, read_file, read_lora
 
 KINDS = ("sd15", "sdxl")
 
@@ -410,7 +410,7 @@ def test_settings_give_the_strength_that_peft_computes_with(
         }
         metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
         save_file(state, tmp_path / "adapter.safetensors", metadata=metadata)
-    assert close(drawn(unets["sdxl"], sources.find_contender(str(tmp_path), "sdxl", "--lora")[1]), truth)
+    assert close(drawn(unets["sdxl"], find.find_contender(str(tmp_path), "sdxl", "--lora")[1]), truth)
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
@@ -653,13 +653,13 @@ def in_cache(root: Path, source: str, *files: str) -> Path:
 
 
 def found(source: str | Path) -> Any:
-    return sources.find_contender(str(source), "sdxl", "--lora")
+    return find.find_contender(str(source), "sdxl", "--lora")
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "the hub cannot be reached")
+    monkeypatch.setattr("spo_fast.models.files.find.offline_reason", lambda: "the hub cannot be reached")
     return tmp_path / "hub"
 
 
@@ -697,7 +697,7 @@ def test_a_repository_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch
                 (snapshot / name).write_text("{}")
         return str(snapshot)
 
-    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: None)
+    monkeypatch.setattr("spo_fast.models.files.find.offline_reason", lambda: None)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, source, **_: repositories[source])
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert found("me/one")[1].name == SPO_FILE and taken == [SPO_FILE]

@@ -20,16 +20,19 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
 from spo_fast import train
-from spo_fast.config import ModelConfig
-from spo_fast.models import prediction, sources
+from spo_fast.config.errors import MissingFilesError
+from spo_fast.config.sections import ModelConfig
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.row_cache import RowCache
-from spo_fast.models.sources import MissingFilesError, ModelSource, Resolved, resolve_all
-from spo_fast.models.text import PromptCache
-from spo_fast.scorers import make_tiny_spm
-from spo_fast.scorers.clip import load_any_clip, load_clip
-from spo_fast.scorers.latent import init_latent_reward, load_latent_reward, save_latent_reward
-from spo_fast.toy.pipeline import WEIGHTS
+from spo_fast.models.files import layout as files_layout
+from spo_fast.models.files import load, prediction
+from spo_fast.models.files.find import resolve_all
+from spo_fast.models.files.sources import ModelSource, Resolved
+from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.models.prompt_cache import PromptCache
+from spo_fast.models.tensor_cache import RowCache
+from spo_fast.scorers.clip_files import load_any_clip, load_clip
+from spo_fast.scorers.latent_files import init_latent_reward, load_latent_reward, save_latent_reward
+from spo_fast.scorers.spm import make_tiny_spm
 
 Tensors = dict[str, Tensor]
 
@@ -92,11 +95,11 @@ def write(folder: Path, tensors: Tensors, layout: str) -> None:
 
 LAYOUTS = ("plain", "fp16", "bin", "shards", "bin shards")
 LOADERS: dict[str, Callable[[Resolved], Any]] = {
-    "unet": lambda resolved: sources.load_unet(resolved, torch.float32),
-    "vae": lambda resolved: sources.load_vae(resolved, torch.float32),
-    "tiny vae": lambda resolved: sources.load_vae(resolved, torch.float32),
-    "text_encoder": lambda resolved: sources.load_text_encoders(resolved, torch.float32)[0],
-    "text_encoder_2": lambda resolved: sources.load_text_encoders(resolved, torch.float32)[1],
+    "unet": lambda resolved: load.load_unet(resolved, torch.float32),
+    "vae": lambda resolved: load.load_vae(resolved, torch.float32),
+    "tiny vae": lambda resolved: load.load_vae(resolved, torch.float32),
+    "text_encoder": lambda resolved: load.load_text_encoders(resolved, torch.float32)[0],
+    "text_encoder_2": lambda resolved: load.load_text_encoders(resolved, torch.float32)[1],
 }
 VICTIMS = {
     "unet": "mid_block.resnets.0.conv1.weight",
@@ -301,9 +304,9 @@ def test_values_beyond_the_type(tiny: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(copy / "unet" / "diffusion_pytorch_model.safetensors")
     tensors["conv_in.weight"] = tensors["conv_in.weight"] * 1e7
     write(copy / "unet", tensors, "plain")
-    assert sources.load_unet(resolve(copy), torch.bfloat16).dtype == torch.bfloat16
+    assert load.load_unet(resolve(copy), torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="values beyond float16's range in 1 of .*conv_in.weight. Use bf16 or no"):
-        sources.load_unet(resolve(copy), torch.float16)
+        load.load_unet(resolve(copy), torch.float16)
 
 
 def test_attention_names_of_old_vaes(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -318,11 +321,11 @@ def test_attention_names_of_old_vaes(tiny: dict[str, Path], tmp_path: Path) -> N
                 renamed[name.replace(new, before)] = renamed.pop(name)
     assert renamed.keys() != tensors.keys()
     write(copy / "vae", renamed, "bin")
-    loaded = sources.load_vae(resolve(copy), torch.float32).state_dict()
+    loaded = load.load_vae(resolve(copy), torch.float32).state_dict()
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[n], t) for n, t in tensors.items())
     torch.save({**tensors, **renamed}, copy / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="under two names"):
-        sources.load_vae(resolve(copy), torch.float32)
+        load.load_vae(resolve(copy), torch.float32)
 
 
 def test_shards_that_are_not_whole(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -332,11 +335,11 @@ def test_shards_that_are_not_whole(tiny: dict[str, Path], tmp_path: Path) -> Non
     twice = copy / "unet" / "diffusion_pytorch_model-00002-of-00003.safetensors"
     save_file({**load_file(twice), sorted(tensors)[0]: torch.zeros(2)}, twice)
     with pytest.raises(ValueError, match="holds what another shard holds too: " + sorted(tensors)[0]):
-        sources.load_unet(resolve(copy), torch.float32)
+        load.load_unet(resolve(copy), torch.float32)
     index = copy / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="is no index of shards"):
-        sources.load_unet(resolve(copy), torch.float32)
+        load.load_unet(resolve(copy), torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -399,7 +402,7 @@ def test_caches_keep_finite_rows_alone(tmp_path: Path, caplog: pytest.LogCapture
     sound = RowCache(tmp_path, "f")
     sound.write("a cat", {"x": torch.ones(1)})
     file = sound.path("a cat")
-    from spo_fast.models.row_cache import checksum
+    from spo_fast.models.tensor_cache import checksum
 
     save_file({"x": value}, file, {"crc32": checksum("a cat", {"x": value}), "key": "a cat"})  # an older version's
     assert sound.read("a cat") is None and "a NaN or an infinity" in caplog.text
@@ -466,7 +469,7 @@ def test_preference_models_with_broken_settings(case: str, tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def reward(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     resolved = resolve(tiny["sdxl"])
-    parts = sources.load_unet(resolved, torch.float32), sources.load_text_encoders(resolved, torch.float32)
+    parts = load.load_unet(resolved, torch.float32), load.load_text_encoders(resolved, torch.float32)
     return save_latent_reward(init_latent_reward(*parts), tmp_path_factory.mktemp("lrm") / "lrm")
 
 
@@ -714,7 +717,7 @@ def test_predictions_of_single_files(name: str, tiny: dict[str, Path], unsaid: P
             resolve(file, config=str(unsaid))
         assert wanted in str(info.value) and len(str(info.value)) <= 300
         return
-    settings = sources.scheduler_config(resolve(file, config=str(unsaid)))
+    settings = files_layout.scheduler_config(resolve(file, config=str(unsaid)))
     scheduler = DDIMScheduler.from_config(settings)
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == wanted
     if "alphas_cumprod" in tensors:
@@ -780,8 +783,8 @@ def test_fp16_alone_names_the_variant(layout: str, tiny: dict[str, Path], tmp_pa
     with pytest.raises(MissingFilesError, match="use --variant fp16"):
         resolve(copy)
     resolved = resolve(copy, variant="fp16")
-    plain = sources.load_unet(resolve(tiny["sdxl"]), torch.float16).state_dict()
-    assert all(torch.equal(plain[n], t) for n, t in sources.load_unet(resolved, torch.float16).state_dict().items())
+    plain = load.load_unet(resolve(tiny["sdxl"]), torch.float16).state_dict()
+    assert all(torch.equal(plain[n], t) for n, t in load.load_unet(resolved, torch.float16).state_dict().items())
     with pytest.raises(MissingFilesError, match="leave --variant out"):
         resolve(tiny["sdxl"], variant="fp16")
     with pytest.raises(MissingFilesError, match=r"vae/diffusion_pytorch_model.*fp16.*give that file itself"):

@@ -16,15 +16,16 @@ from diffusers import DDIMScheduler
 from runs import facts, flags, run_toy
 
 from spo_fast import train
-from spo_fast.config import ModelConfig, SampleConfig
-from spo_fast.evaluate import Drawn
-from spo_fast.models import resolve
+from spo_fast.config.sections import ModelConfig
+from spo_fast.config.training import SampleConfig
+from spo_fast.evaluation.draw import Drawn
+from spo_fast.evaluation.required_files import resolve
+from spo_fast.method.objectives import D3PO
+from spo_fast.method.rollout import last_noisy_step, sample_latents, segments, threshold_at
+from spo_fast.method.schedule import ddim_scheduler, ddim_table, full_table, schedule_notes, table_of
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.objectives import D3PO
-from spo_fast.rollout import last_noisy_step, sample_latents, segments, threshold_at
-from spo_fast.schedule import ddim_scheduler, ddim_table, full_table, schedule_notes, table_of
+from spo_fast.models.files.toy import WEIGHTS
 from spo_fast.toy.build import write_pairs
-from spo_fast.toy.pipeline import WEIGHTS
 
 TOY = json.loads((WEIGHTS / "scheduler" / "scheduler_config.json").read_text())
 ABSENT = object()

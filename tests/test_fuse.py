@@ -16,17 +16,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_fast.config import AdapterConfig
-from spo_fast.costs import LiveStorage
-from spo_fast.experience import Cond
-from spo_fast.files import read_json
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.training import AdapterConfig
+from spo_fast.data.files import read_json
+from spo_fast.method.experience import Cond
 from spo_fast.models.diffusion import decode
+from spo_fast.models.files.sources import CONFIGS
+from spo_fast.models.files.toy import toy_files
 from spo_fast.models.fuse import FusedResnet, fuse
 from spo_fast.models.policy import Policy
-from spo_fast.models.sources import CONFIGS
 from spo_fast.ops import backend
-from spo_fast.presets import PRESETS
-from spo_fast.toy.pipeline import toy_files
+from spo_fast.training.plan.counters import LiveStorage
 
 
 class CountOps(TorchDispatchMode):

@@ -13,19 +13,11 @@ from runs import built, facts, flags, run_toy
 from tiny import tiny_detector
 
 from spo_fast import evaluate, train
-from spo_fast.prompt_sets import geneval_records
-from spo_fast.scorers.geneval import (
-    CLASSES,
-    COLOURS,
-    Found,
-    GenEval,
-    instances,
-    is_right,
-    load_geneval,
-    relations,
-    task_weights,
-)
-from spo_fast.toy.pipeline import toy_files
+from spo_fast.data import prompt_sets
+from spo_fast.data.prompt_sets import CLASSES, geneval_records
+from spo_fast.evaluation import score as evaluation_score
+from spo_fast.models.files.toy import toy_files
+from spo_fast.scorers.geneval import COLOURS, Found, GenEval, instances, is_right, load_geneval, relations, task_weights
 
 
 def thing(left: int, top: int, right: int, bottom: int, score: float = 0.95) -> Found:
@@ -146,9 +138,9 @@ def test_geneval_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "evaluation_metadata.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     cfg = evaluate.parse(["--model", "toy", "--prompts", f"geneval={file}", "--metrics", "geneval"])
-    prompts, name = evaluate.load(cfg)
+    prompts, name = prompt_sets.prompts_of(cfg)
     assert len(prompts) == 553 and prompts[552] == "picture 552" and name == "GenEval's prompts"
-    assert [record["tag"] for record in evaluate.wanted(cfg).values()] == tags
+    assert [record["tag"] for record in evaluation_score.wanted(cfg).values()] == tags
 
 
 LINE = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}

@@ -18,15 +18,16 @@ from golden_replay import (
     table,
 )
 
-from spo_fast.checkpoint import TrainState
-from spo_fast.config import Config, SampleConfig
-from spo_fast.objectives import make_objective
+from spo_fast.config.training import Config, SampleConfig
+from spo_fast.method.objectives import make_objective
+from spo_fast.method.rollout import RolloutBatch, best_and_worst, branching_rollout, rollout_segments
+from spo_fast.method.schedule import ddim_table
 from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.ops.log_ratio import log_ratio
 from spo_fast.ops.preference_loss import STATS, preference_loss
-from spo_fast.ops.transition import log_ratio, transition
-from spo_fast.rollout import RolloutBatch, best_and_worst, branching_rollout, rollout_segments
-from spo_fast.schedule import ddim_table
-from spo_fast.trainer import Learner
+from spo_fast.ops.transition import transition
+from spo_fast.training.checkpoint import TrainState
+from spo_fast.training.learner import Learner
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 

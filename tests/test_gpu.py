@@ -12,20 +12,21 @@ from runs import run_toy
 from torch import Tensor
 
 from benchmarks.timing import capture
-from spo_fast.config import SampleConfig
-from spo_fast.experience import Cond
-from spo_fast.metrics import read_metrics
-from spo_fast.noise import KeyedDraws
+from spo_fast.config.training import SampleConfig
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.method.experience import Cond
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.rollout import RolloutBatch, rollout_segments
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
+from spo_fast.ops.log_ratio import log_ratio
 from spo_fast.ops.lora_linear import lora_linear
 from spo_fast.ops.merge_lora import merge_lora
 from spo_fast.ops.preference_loss import preference_loss
 from spo_fast.ops.resize_normalize import resize_normalize
-from spo_fast.ops.transition import log_ratio, transition
-from spo_fast.rollout import RolloutBatch, rollout_segments
-from spo_fast.scorers.clip_scorers import CLIP_MEAN, CLIP_STD
+from spo_fast.ops.transition import transition
+from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

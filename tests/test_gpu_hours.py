@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import gpu_hours, gpu_run, networks
 from benchmarks.records import Records, read
 from spo_fast import train
-from spo_fast.costs import predict
+from spo_fast.training.plan.fake_run import predict
 
 # TFLOP of an iteration as published, half of the pairs kept and all of them, counted by other means; a UNet row
 PUBLISHED = {"sd15": (3726, 4552), "sdxl": (2533, 3923)}
@@ -57,7 +57,7 @@ def test_a_pair_of_the_preference_models_training_by_hand(kind):
 
 @pytest.mark.slow
 def test_lpo_and_dpo_cost_what_costs_predicts():
-    """costs.py runs this package's loop, which evaluates a shared x_t once: half of LPO's policy and reference rows."""
+    """fake_run runs this package's loop, which evaluates a shared x_t once: half of LPO's policy and reference rows."""
     costs = gpu_hours.call_costs("sd15")
     c = predict(gpu_hours.published_config("sd15", "lpo").with_fields(fuse=False))
     calls = gpu_hours.RECIPES["lpo"].calls(gpu_hours.published_config("sd15", "lpo"), 1.0)

@@ -7,10 +7,10 @@ import recorded
 import torch
 from runs import built, facts, run_toy
 
-from spo_fast import trainer
+from spo_fast.method.noise import KeyedDraws
 from spo_fast.models.graphs import Graphs
-from spo_fast.noise import KeyedDraws
 from spo_fast.ops.transition import transition
+from spo_fast.training import loop
 
 
 def test_the_first_call_runs_the_second_is_recorded_later_ones_replay():
@@ -101,7 +101,7 @@ def test_a_guided_step_draws_afresh_and_sees_new_weights(tmp_path):
 
 
 def as_cond(parts):
-    from spo_fast.experience import Cond
+    from spo_fast.method.experience import Cond
 
     return Cond(*parts)
 
@@ -122,13 +122,13 @@ def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, settings)
     settings = {"num_train_epochs": 3, "max_train_steps": 5, **settings}
     plain = facts(run_toy(tmp_path / "plain", **settings))
     made = []
-    record_graphs = trainer.Run.record_graphs
+    record_graphs = loop.Run.record_graphs
 
     def recorded_graphs(self, capture):
         record_graphs(self, recorded.capture)
         made.append(self.policy.graphs)
 
-    monkeypatch.setattr(trainer.Run, "record_graphs", recorded_graphs)
+    monkeypatch.setattr(loop.Run, "record_graphs", recorded_graphs)
     replayed = facts(run_toy(tmp_path / "replayed", **settings))
     assert replayed == plain and len(plain) == 5
     assert len(made[0]) >= 2  # of them, forward and transition among them

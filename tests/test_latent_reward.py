@@ -16,9 +16,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spo_fast.models.clip_tokenizer import END, clip_tokenizer
-from spo_fast.scorers.latent import LatentReward, init_latent_reward, load_latent_reward, save_latent_reward
-from spo_fast.toy.pipeline import tiny_text_encoder
+from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
+from spo_fast.models.files.toy import tiny_text_encoder
+from spo_fast.scorers.latent_files import init_latent_reward, load_latent_reward, save_latent_reward
+from spo_fast.scorers.latent_network import LatentReward
 
 WIDTH, MAX_LENGTH, LATENT = 16, 16, 8
 PROMPTS = ["a cat", "two dogs in the rain", ""]

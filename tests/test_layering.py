@@ -1,73 +1,136 @@
-"""Imports go strictly downward, and importing the package costs nothing."""
+"""The house: rooms one above the other, no circle anywhere, no module too long or tied to too many others.
+
+Imports count wherever they stand, inside functions too; those under TYPE_CHECKING do not.
+"""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "spo_fast"
-ORDER = (
-    ("ops",),
-    ("schedule", "experience", "noise", "config", "extras", "files", "splits"),
-    ("weights",),
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "spo_fast"
+FLOORS = (  # a room imports from the floors below it and from itself, never from beside it
+    ("config", "ops"),
+    ("method",),
+    ("data",),
     ("models", "scorers"),
-    ("rollout", "offline"),
-    ("objectives", "window"),
-    ("checkpoint", "metrics", "data", "pairs", "presets", "watch", "distributed", "stopping"),
-    ("preference_report", "pair_images", "prompt_sets", "measure"),
-    ("costs",),
-    ("choices",),
-    ("engine",),
-    ("report", "telemetry"),
-    ("model_card",),
-    ("trainer", "dry_run"),
-    ("preference_trainer",),
-    ("cli",),
-    ("train", "train_spm", "evaluate"),
-    ("compare",),
+    ("evaluation",),
+    ("training",),
+    ("train", "train_spm", "evaluate", "compare", "report"),
+    ("toy",),
 )
-LAYERS = {part: number for number, parts in enumerate(ORDER) for part in parts}
-# the embedded toy stands beside the layers: models/ asks it for its files, it uses scorers/ and models/ to make them
-BESIDE = {"toy", "prompts"}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+MOST_LINES, MOST_LINES_OF_A_KERNEL, MOST_IMPORTS = 500, 600, 15
+TOO_LONG: set[str] = {"spo_fast.training.loop"}  # to be cut
+TOO_TIED: set[str] = {
+    "spo_fast.evaluation.results",
+    "spo_fast.training.loop",
+    "spo_fast.training.plan.dry_run",
+    "spo_fast.training.plan.fake_run",
+    "spo_fast.training.preference_run",
+}  # to be cut
 
 
-def layer_of(module: str) -> int | None:
-    part = module.split(".")[1]
-    return None if part in BESIDE else LAYERS[part]
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports():
-    """(file, importing module's part, imported spo_fast module) of every import statement, wherever it stands."""
-    for file in sorted(PACKAGE.rglob("*.py")):
-        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if part == "__init__":
+FILES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Our modules that a file imports, itself and the package's own __init__ left out."""
+    tree = ast.parse(file.read_text())
+    typed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typed:
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module] if node.module != "spo_fast" else [f"spo_fast.{a.name}" for a in node.names]
-            elif isinstance(node, ast.Import):
-                names = [a.name for a in node.names]
-            yield from ((file, part, name) for name in names if name.startswith("spo_fast."))
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in FILES else str(node.module))
+    return (found & FILES.keys()) - {name_of(file), "spo_fast"}
 
 
-def test_every_module_has_a_layer():
-    parts = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert parts <= set(LAYERS) | BESIDE, f"add {parts - set(LAYERS) - BESIDE} to LAYERS"
+IMPORTS = {module: imports_of(file) for module, file in FILES.items()}
 
 
-def test_imports_go_downward():
-    seen = 0
-    for file, part, name in imports():
-        if part in BESIDE or layer_of(name) is None:
-            continue
-        seen += 1
-        target = name.split(".")[1]
-        lower = layer_of(name) < LAYERS[part] or target == part
-        assert lower, f"{file.relative_to(PACKAGE)} (layer {LAYERS[part]}) imports {name} (layer {layer_of(name)})"
-    assert seen > 30
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Nodes of one circle, or none: what is left when everything without an edge goes, again and again."""
+    left = {node: set(to) for node, to in edges.items()}
+    while ends := {node for node, to in left.items() if not to}:
+        left = {node: to - ends for node, to in left.items() if node not in ends}
+    if not left:
+        return []
+    path = [next(iter(sorted(left)))]
+    while (after := min(left[path[-1]])) not in path:
+        path.append(after)
+    return [*path[path.index(after) :], after]
 
 
-def test_models_and_scorers_never_meet():
-    pairs = {(part, name.split(".")[1]) for _, part, name in imports()}
-    assert ("models", "scorers") not in pairs and ("scorers", "models") not in pairs
+def test_circles_are_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_every_module_has_a_room():
+    rooms = {room_of(module) for module in FILES if module != "spo_fast"}
+    assert rooms == FLOOR.keys()
+
+
+def test_imports_go_down():
+    upward = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in sorted(others)
+        if room_of(module) != room_of(other) and FLOOR[room_of(other)] >= FLOOR[room_of(module)]
+    ]
+    assert upward == []
+    assert sum(map(len, IMPORTS.values())) > 100
+
+
+def test_no_modules_stand_in_a_circle():
+    assert circle(IMPORTS) == []
+
+
+def test_no_rooms_stand_in_a_circle():
+    """The rooms within rooms too: training and training.plan are two."""
+    inner = {module: module.rpartition(".")[0] for module in FILES}
+    rooms: dict[str, set[str]] = {}
+    for module, others in IMPORTS.items():
+        if inner[module].count("."):
+            rooms.setdefault(inner[module], set()).update(
+                inner[other] for other in others if inner[other].count(".") and inner[other] != inner[module]
+            )
+    for room in rooms:  # a room may use its own inner rooms, and they what stands beside them
+        rooms[room] = {other for other in rooms[room] if not (other + ".").startswith(room + ".")}
+        rooms[room] = {other for other in rooms[room] if not (room + ".").startswith(other + ".")}
+    assert circle(rooms) == []
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_is_read_in_one_sitting(module):
+    most = MOST_LINES_OF_A_KERNEL if room_of(module + ".") == "ops" else MOST_LINES
+    lines = len(FILES[module].read_text().splitlines())
+    assert (lines > most) == (module in TOO_LONG), f"{lines} lines"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_is_tied_to_few(module):
+    assert (len(IMPORTS[module]) > MOST_IMPORTS) == (module in TOO_TIED), sorted(IMPORTS[module])

@@ -13,9 +13,9 @@ from runs import built
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from spo_fast import trainer
-from spo_fast.experience import Experience, States
-from spo_fast.objectives import log_ratios, predict_states
+from spo_fast.method.experience import Experience, States
+from spo_fast.method.objectives import log_ratios, predict_states
+from spo_fast.training import loop
 
 # 4 candidates of 3 prompts, both sides of a pair sharing x_t
 SETTINGS: dict[str, Any] = {
@@ -26,13 +26,13 @@ PASSES = 3
 TOLERANCE = 1e-4  # relative: float32 sums in another order, after a dozen steps that build on each other
 
 
-def rolled_out(run: trainer.Run, iteration: int = 0) -> Experience:
+def rolled_out(run: loop.Run, iteration: int = 0) -> Experience:
     with torch.no_grad():
         batch = run.rollout_batch([0, 1, 2], iteration)
         return run.objective.collect(run.policy, run.table, run.scorer, run.decode, batch, run.cfg.sample, 4)
 
 
-def curve(run: trainer.Run, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def curve(run: loop.Run, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The loss of every micro-batch, over several passes of optimizer steps."""
     losses: list[float] = []
     whole = type(run.objective).loss
@@ -73,8 +73,8 @@ def test_the_loss_curve_is_the_same(shortcut: str, plain: Any, tmp_path: Path, m
     experience, want = plain
     more = {"fuse": {"fuse": True}, "compile": {"compile": "regional", "fuse": True}}.get(shortcut, {})
     if shortcut == "compile":
-        whole = trainer.Run.compile
-        monkeypatch.setattr(trainer.Run, "compile", lambda run: whole(run, backend="aot_eager"))
+        whole = loop.Run.compile
+        monkeypatch.setattr(loop.Run, "compile", lambda run: whole(run, backend="aot_eager"))
     run = built(tmp_path / "run", **SETTINGS, **more)
     if shortcut == "undone":  # a micro-batch of two states holds one term then
         run.cfg = run.learner.cfg = run.cfg.with_fields(states_per_forward=4)
@@ -98,7 +98,7 @@ def test_the_loss_curve_is_the_same(shortcut: str, plain: Any, tmp_path: Path, m
 # ------------------------------------------------------------------------------------------------ one pass, exactly
 
 
-def trained(run: trainer.Run) -> trainer.Run:
+def trained(run: loop.Run) -> loop.Run:
     """With a LoRA that does something: as it starts, half of the gradients are zero."""
     generator = torch.Generator().manual_seed(3)
     state = run.policy.state_dict()
@@ -110,7 +110,7 @@ def trained(run: trainer.Run) -> trainer.Run:
     return run
 
 
-def computed(run: trainer.Run, experience: Experience) -> tuple[list[Tensor], list[Tensor]]:
+def computed(run: loop.Run, experience: Experience) -> tuple[list[Tensor], list[Tensor]]:
     """(loss, log-ratios), gradients of the trained weights; no gradients without a term."""
     objective, cfg = run.objective, run.cfg.sample
     prepared = objective.prepare(run.policy, run.table, experience, cfg, run.cfg.optim.states_at_once)

@@ -16,18 +16,22 @@ from runs import SMALL, assert_same_end, built, command_line, facts, killed_run,
 from safetensors.torch import load_file
 from test_rollout import Net, Scorer, SeededDraws, decode, judge, setup
 
-from spo_fast import rollout, train
-from spo_fast.config import ModelConfig, SampleConfig
-from spo_fast.metrics import Timer
-from spo_fast.models import resolve
-from spo_fast.models.sources import load_text_encoders, load_unet
-from spo_fast.noise import KeyedDraws
-from spo_fast.objectives import OBJECTIVES, make_objective
-from spo_fast.presets import DATA, METHODS, PRESETS, READS
-from spo_fast.rollout import branching_rollout, rollout_segments, trajectory_rollout
-from spo_fast.scorers.latent import init_latent_reward, save_latent_reward
+from spo_fast import train
+from spo_fast.config.methods import DATA, METHODS, READS
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.sections import ModelConfig
+from spo_fast.config.training import SampleConfig
+from spo_fast.evaluation.required_files import resolve
+from spo_fast.method import rollout
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.objectives import OBJECTIVES, make_objective
+from spo_fast.method.rollout import branching_rollout, rollout_segments, trajectory_rollout
+from spo_fast.models.files.load import load_text_encoders, load_unet
+from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.ops import transition
+from spo_fast.scorers.latent_files import init_latent_reward, save_latent_reward
 from spo_fast.toy.build import write_pairs
-from spo_fast.toy.pipeline import WEIGHTS
+from spo_fast.training.monitor.timer import Timer
 
 ONLINE = [m for m in METHODS if m not in DATA]
 
@@ -194,7 +198,7 @@ def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
     _, table, batch = setup(cfg)
     batch = dataclasses.replace(batch, draws=KeyedDraws(1, 0, torch.arange(3)), dtype=torch.float32)
     steps: list[int] = []
-    branch, advance, made = rollout.Walk.branch, rollout.Walk.advance, rollout.transition
+    branch, advance, made = rollout.Walk.branch, rollout.Walk.advance, transition.transition
     monkeypatch.setattr(rollout.Walk, "branch", lambda walk, m, x, i: steps.append(i) or branch(walk, m, x, i))  # type: ignore[func-returns-value]
     monkeypatch.setattr(rollout.Walk, "advance", lambda walk, x, i: steps.append(i) or advance(walk, x, i))  # type: ignore[func-returns-value]
     children: list[int] = []

@@ -13,10 +13,10 @@ import pytest
 import torch
 from runs import built
 
-from spo_fast.metrics import Timer
-from spo_fast.noise import KeyedDraws
-from spo_fast.rollout import sample_latents
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.rollout import sample_latents
 from spo_fast.toy.build import write_pairs
+from spo_fast.training.monitor.timer import Timer
 
 SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.slow

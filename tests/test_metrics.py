@@ -17,17 +17,12 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_fast import metrics
-from spo_fast.metrics import (
-    MetricsLog,
-    ProgressLine,
-    Timer,
-    clock_text,
-    gpu_stats,
-    progress_text,
-    read_metrics,
-    wrap_fields,
-)
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.training.monitor import gpu
+from spo_fast.training.monitor.gpu import gpu_stats
+from spo_fast.training.monitor.log import MetricsLog
+from spo_fast.training.monitor.progress import ProgressLine, clock_text, progress_text, wrap_fields
+from spo_fast.training.monitor.timer import Timer
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -404,7 +399,7 @@ def test_logging_goes_above_the_live_line():
 def test_plain_lines_import_no_rich():
     code = (
         "import io, sys\n"
-        "from spo_fast.metrics import ProgressLine\n"
+        "from spo_fast.training.monitor.progress import ProgressLine\n"
         "ProgressLine(2, stream=io.StringIO()).update({'iteration': 1})\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('rich', 'wandb', 'tensorboard')])"
     )
@@ -499,14 +494,14 @@ def test_cuda_timer_waits_only_when_read(monkeypatch):
 
 
 def test_gpu_stats_without_a_gpu_or_nvml(monkeypatch):
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert gpu_stats() == {}
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpu_stats() == {}
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
 
 
 def test_gpu_stats_reads_nvml_by_uuid(monkeypatch):
@@ -532,7 +527,7 @@ def test_gpu_stats_reads_nvml_by_uuid(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     uuids = ["abc", "hidden"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid=uuids[i]))
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     assert gpu_stats(0) == {
         "gpu_utilisation_percent": 87.0,
         "gpu_memory_used_gib": 1.5,
@@ -542,13 +537,13 @@ def test_gpu_stats_reads_nvml_by_uuid(monkeypatch):
     assert gpu_stats(1) == {}
     nvml.nvmlDeviceGetUtilizationRates = unsupported
     assert set(gpu_stats(0)) == {"gpu_memory_used_gib", "gpu_memory_total_gib", "gpu_power_w"}
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_stats_on_a_gpu():
     pytest.importorskip("pynvml")
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     assert gpu_stats()["gpu_memory_total_gib"] == pytest.approx(total, rel=0.05)

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from tiny import tiny_detector
 from torch import Tensor
 
-from spo_fast.experience import Candidates
-from spo_fast.files import read_json
-from spo_fast.scorers import load_metric, load_scorer, repeat_text
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_clip, save_clip
-from spo_fast.scorers.clip_scorers import _random_tensor, make_tiny_spm
-from spo_fast.scorers.geneval import CLASSES, COLOURS, Found, instances
+from spo_fast.data.files import read_json
+from spo_fast.data.prompt_sets import CLASSES
+from spo_fast.method.experience import Candidates, repeat_text
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
+from spo_fast.scorers.clip_files import load_clip, save_clip
+from spo_fast.scorers.geneval import COLOURS, Found, instances
 from spo_fast.scorers.image_reward import vision_name
+from spo_fast.scorers.registry import load_metric, load_scorer
+from spo_fast.scorers.spm import _random_tensor, make_tiny_spm
 
 SHAPES = {"square": (40, 40), "wide": (24, 60), "tall": (61, 23), "tiny": (3, 5), "huge": (700, 900)}
 PROMPTS = ["a cat", "two dogs and " * 40]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from golden_replay import load
 
-from spo_fast import objectives
-from spo_fast.config import ObjectiveConfig, SampleConfig
-from spo_fast.experience import Cond, Experience, Prediction, States
-from spo_fast.noise import KeyedDraws
-from spo_fast.objectives import OBJECTIVES, make_objective
-from spo_fast.offline import PairInputs, renoised_pairs
-from spo_fast.presets import READS
-from spo_fast.schedule import StepTable, ddim_table, full_table
+from spo_fast.config.methods import READS
+from spo_fast.config.training import ObjectiveConfig, SampleConfig
+from spo_fast.method import objectives
+from spo_fast.method.experience import Cond, Experience, Prediction, States
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.objectives import OBJECTIVES, make_objective
+from spo_fast.method.renoise import PairInputs, renoised_pairs
+from spo_fast.method.schedule import StepTable, ddim_table, full_table
 
 G = 3.0
 CFG = SampleConfig(guidance_scale=G)
@@ -289,7 +289,7 @@ def test_the_readmes_method_works_as_written():
     """IPO: under 40 lines, and its loss is (log r_w - log r_l - 1 / (2 beta))^2."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     code = readme.split("### Adding a method")[1].split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) + 8 < 40  # with the lines of config.py and presets.py
+    assert len(code.splitlines()) + 8 < 40  # with the lines of config/training.py and config/presets.py
     names = dict(vars(objectives), OBJECTIVES={})
     exec(compile("from __future__ import annotations\n" + code, "README.md", "exec"), names)
     ipo = names["OBJECTIVES"]["ipo"](beta=0.1)

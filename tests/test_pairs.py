@@ -20,8 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from spo_fast import pairs
-from spo_fast.pairs import BadRowError, BadRows, PairStream, decode_image, open_pairs, shuffled, split_by_prompt
+from spo_fast.data import images as data_images
+from spo_fast.data import pair_rows, pair_stream
+from spo_fast.data.images import decode_image
+from spo_fast.data.pair_rows import BadRowError, BadRows
+from spo_fast.data.pair_sources import open_pairs
+from spo_fast.data.pair_stream import PairStream, shuffled, split_by_prompt
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -73,7 +77,7 @@ def shards(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def row_number(row: pairs.Row) -> int:
+def row_number(row: pair_rows.Row) -> int:
     """What `columns` hid in image 0."""
     r, g, _ = decode_image(row.image(0)).getpixel((0, 0))
     return r + 256 * g
@@ -559,9 +563,9 @@ def test_shuffle_permutes_and_keeps_row_groups_together():
 
 
 def test_windows_are_bounded_in_bytes():
-    source = Source(**vars(fake_source(np.repeat(np.arange(10), 5), block_bytes=pairs.WINDOW_BYTES // 2)))
+    source = Source(**vars(fake_source(np.repeat(np.arange(10), 5), block_bytes=pair_stream.WINDOW_BYTES // 2)))
     for key in ((0, 0), None):
-        order, ends = pairs.windows_of(source, np.arange(50), 8192, key)
+        order, ends = pair_stream.windows_of(source, np.arange(50), 8192, key)
         assert ends == [10, 20, 30, 40, 50]
         assert all(len(set(source.blocks[order[end - 10 : end]])) == 2 for end in ends)
 
@@ -631,7 +635,7 @@ def faulty(tmp_path, bad):
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("window_rows", [8192, 12])
 def test_resume_is_exact_with_bad_rows_and_across_epochs(faulty, bad, monkeypatch, shuffle, window_rows):
-    monkeypatch.setattr(pairs, "WINDOW_ROWS", window_rows)
+    monkeypatch.setattr(pair_stream, "WINDOW_ROWS", window_rows)
     with stream(faulty, bad, shuffle=shuffle) as batches:
         whole = take(batches, 40)  # 160 of 44 usable rows: more than three epochs
     assert all(len(batch[0]) == 4 for batch in whole)
@@ -688,7 +692,7 @@ def test_every_row_group_is_read_once_a_window(shards, bad, monkeypatch):
     source = open_pairs(str(shards), bad)
     assert not reads  # the index pass reads no image
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    monkeypatch.setattr(pairs, "WINDOW_ROWS", 20)
+    monkeypatch.setattr(pair_stream, "WINDOW_ROWS", 20)
     list(stream(source, bad, epochs=1))
     assert len(reads) == 12
     reads.clear()
@@ -830,7 +834,7 @@ def test_to_square_is_what_clip_does(size):
         size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}, do_normalize=False, do_convert_rgb=False
     )
     expected = processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"][0]
-    got = pairs.to_square(Image.fromarray(noise), 40)
+    got = data_images.to_square(Image.fromarray(noise), 40)
     assert got.dtype == torch.float32 and got.is_contiguous() and got.min() >= -1 and got.max() <= 1
     torch.testing.assert_close(got, expected * 2 - 1, rtol=0, atol=1e-6)
 
@@ -840,12 +844,12 @@ def test_to_square_leaves_an_image_of_that_size_alone(monkeypatch):
     image = Image.fromarray(values)
     monkeypatch.setattr(Image.Image, "resize", None)
     expected = torch.from_numpy(values.transpose(2, 0, 1) / 255 * 2 - 1).float()
-    torch.testing.assert_close(pairs.to_square(image, 16), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data_images.to_square(image, 16), expected, rtol=0, atol=1e-6)
 
 
 def test_to_square_refuses_a_stripe():
     with pytest.raises(BadRowError, match="1 x 40: more than 32 times"):
-        pairs.to_square(Image.new("RGB", (1, 40)), 16)
+        data_images.to_square(Image.new("RGB", (1, 40)), 16)
 
 
 # ---- size ----
@@ -853,7 +857,10 @@ def test_to_square_refuses_a_stripe():
 MILLION = """
 import resource, sys, pathlib
 import numpy as np, torch
-from spo_fast.pairs import BadRows, PairStream, decode_image, open_pairs, split_by_prompt, to_square
+from spo_fast.data.images import decode_image, to_square
+from spo_fast.data.pair_rows import BadRows
+from spo_fast.data.pair_sources import open_pairs
+from spo_fast.data.pair_stream import PairStream, split_by_prompt
 import pyarrow.parquet
 
 folder = pathlib.Path(sys.argv[1])

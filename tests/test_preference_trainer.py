@@ -10,9 +10,11 @@ from golden_replay import load, networks
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from spo_fast.experience import Cond
-from spo_fast.preference_trainer import Images, PixelReward, noised, pair_loss
-from spo_fast.scorers.clip import load_clip
+from spo_fast.method.experience import Cond
+from spo_fast.method.renoise import noised
+from spo_fast.scorers.clip_files import load_clip
+from spo_fast.training.pair_batches import Images
+from spo_fast.training.preference_model import PixelReward, pair_loss
 
 
 def scaled_error(ours: Tensor, theirs: Tensor) -> float:

@@ -13,14 +13,17 @@ from safetensors.torch import load_file
 from test_fuse import fake_sdxl
 from torch.utils.flop_counter import FlopCounterMode
 
-from spo_fast import extras, train, trainer
-from spo_fast.choices import Device, choose
-from spo_fast.config import Config
-from spo_fast.costs import predict
+from spo_fast import train
+from spo_fast.config import optional_packages
+from spo_fast.config.training import Config
+from spo_fast.models.device import Device
 from spo_fast.models.quantised import QuantisedLinear, import_for
 from spo_fast.ops.lora_linear import lora_linear, lora_linears
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 from spo_fast.toy.build import write_pairs
+from spo_fast.training import diagnosis, loop
+from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.fit_memory import choose
 
 import_for("nf4")
 HOW = ("nf4", "int8", "fp8")
@@ -125,7 +128,7 @@ def test_compiled_and_counted(how):
     x.requires_grad_()
     with FlopCounterMode(display=False) as flops:
         want = torch.autograd.grad(both(x, *weight).square().sum(), (x, A))
-    if how != "int8":  # PyTorch has no formula for that product: costs.py has
+    if how != "int8":  # PyTorch has no formula for that product: training/plan/fake_run.py has
         assert flops.get_total_flops() == 4 * 2 * 18 * 80 * 48 + 2 * 18 * 4 * (3 * 80 + 2 * 48)  # B has no gradient
     torch._dynamo.reset()
     got = torch.autograd.grad(
@@ -146,7 +149,7 @@ def test_what_is_not_finite_stays_so_and_zeros_are_zeros(how):
 # ------------------------------------------------------------------------------------------------- runs
 
 
-def base_layers(run: trainer.Run) -> dict[str, Any]:
+def base_layers(run: loop.Run) -> dict[str, Any]:
     return {name: m for name, m in run.policy.unet.named_modules() if isinstance(m, QuantisedLinear)}
 
 
@@ -242,8 +245,8 @@ def test_runs_resume_to_the_last_bit_and_say_what_they_are(how, tmp_path, monkey
 def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, monkeypatch):
     """Again from a network of plain layers that hold the rounded weights, and the Gaussian written out."""
     seen: list[Any] = []
-    whole = trainer.base_errors
-    monkeypatch.setattr(trainer, "base_errors", lambda *a: seen.append((a[2], whole(*a))) or seen[-1][1])
+    whole = diagnosis.base_errors
+    monkeypatch.setattr(loop, "base_errors", lambda *a: seen.append((a[2], whole(*a))) or seen[-1][1])
     run_toy(tmp_path / "run", base_weights=how, max_train_steps=1)
     ((e, found),) = seen
     outputs = []
@@ -278,7 +281,7 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     loose = tolerance if how == "nf4" else 0.5
     assert error(ratios, want_ratios) < loose
     assert ratios.mean().item() == pytest.approx(want_ratios.mean().item(), rel=loose)
-    text = trainer.base_text(how, found)
+    text = diagnosis.base_text(how, found)
     last = int(t.min())
     assert f"{want[t == last].mean():.0e}"[:1] in text and f" at {last}" in text.splitlines()[1]
     assert facts(tmp_path / "run")[0]["base_error"] == pytest.approx(float(want.mean()), rel=tolerance)
@@ -303,8 +306,8 @@ def test_an_iteration_that_keeps_nothing_measures_nothing(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_compiled_runs_train_alike(how, tmp_path, monkeypatch):
-    whole = trainer.Run.compile
-    monkeypatch.setattr(trainer.Run, "compile", lambda run: whole(run, backend="aot_eager"))
+    whole = loop.Run.compile
+    monkeypatch.setattr(loop.Run, "compile", lambda run: whole(run, backend="aot_eager"))
     torch._dynamo.reset()
     compiled = run_toy(tmp_path / "compiled", base_weights=how, max_train_steps=1, fuse=True, compile="regional")
     plain = run_toy(tmp_path / "plain", base_weights=how, max_train_steps=1, fuse=True)
@@ -339,6 +342,6 @@ def test_what_cannot_be_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"--base_weights nf4 needs bitsandbytes: pip install 'spo_fast\[8bit\]'"):
         import_for("nf4")
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"or use --base_weights int8"):
-        extras.check_extras(config(tmp_path, base_weights="nf4").flat())
+        optional_packages.check_extras(config(tmp_path, base_weights="nf4").flat())

@@ -14,7 +14,8 @@ from PIL import Image
 from runs import leave_grid, leave_run
 
 from spo_fast import report
-from spo_fast.presets import PREFERENCE_PRESETS
+from spo_fast.config.presets import PREFERENCE_PRESETS
+from spo_fast.evaluation.pages import charts, run_record, run_report
 
 
 class Page(HTMLParser):
@@ -39,7 +40,7 @@ class Page(HTMLParser):
 
 
 def written(run_dir: Path) -> tuple[str, Page]:
-    html = report.write_report(run_dir).read_text(encoding="utf-8")
+    html = run_report.write_report(run_dir).read_text(encoding="utf-8")
     return html, Page(html)
 
 
@@ -85,7 +86,7 @@ def test_long_curves_are_means_and_bands(tmp_path: Path) -> None:
     html, _ = written(leave_run(tmp_path / "run", [{"loss": v} for v in values]))
     tens, x = values.reshape(300, 10), np.arange(1, 3001).reshape(300, 10)
     assert_drawn(points(html, "loss"), x.mean(1), tens.mean(1))
-    found = report.binned(np.arange(1.0, 3001), values)
+    found = charts.binned(np.arange(1.0, 3001), values)
     np.testing.assert_allclose(found, (x.mean(1), tens.mean(1), tens.min(1), tens.max(1)))
     assert "PolyCollection" in html  # the band
     assert len(html) < 1_000_000
@@ -122,7 +123,7 @@ def test_epochs_are_marked(tmp_path: Path) -> None:
     html, _ = written(leave_run(tmp_path / "run", [{"loss": 0.1 * i, "epoch": i // 3} for i in range(9)]))
     assert html.count('id="epoch"') == 2
     html, _ = written(leave_run(tmp_path / "many", [{"loss": 0.1 * i, "epoch": i // 3} for i in range(300)]))
-    assert html.count('id="epoch"') <= report.MAX_EPOCH_MARKS
+    assert html.count('id="epoch"') <= charts.MAX_EPOCH_MARKS
 
 
 @pytest.mark.parametrize("records", [[], [{"loss": 0.5, "rollout_ms": 5.0}], [{"loss": None}], [{}, {}]])
@@ -202,7 +203,7 @@ def test_grids_during_are_spread_and_the_latest_is_there(tmp_path: Path) -> None
     for n in range(10, 101, 10):
         leave_grid(run / "samples" / f"step-{n}.png", np.zeros((8, 8, 3), np.uint8), ["p"])
     leave_grid(run / "samples" / "before.png", np.zeros((8, 8, 3), np.uint8), ["another prompt"])
-    shown, count = report.grids(report.RunRecord.read(run))
+    shown, count = run_report.grids(run_record.RunRecord.read(run))
     assert [label for label, _ in shown] == ["before", "iteration 30", "iteration 60", "iteration 80", "iteration 100"]
     assert count == 11
     assert "another prompt" not in written(run)[1].text  # it cannot stand beside the others
@@ -211,7 +212,7 @@ def test_grids_during_are_spread_and_the_latest_is_there(tmp_path: Path) -> None
 def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     run = leave_run(tmp_path / "run", [], model="sdxl", learning_rate=3e-5, validation_prompt=("a cat", "a dog"))
     html, page = written(run)
-    assert report.RunRecord.read(run).changed() == {
+    assert run_record.RunRecord.read(run).changed() == {
         "learning_rate": (1e-5, 3e-5),
         "validation_prompt": ([], ["a cat", "a dog"]),
     }
@@ -233,7 +234,7 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
     ],
 )
 def test_loading_is_python(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
-    code = report.RunRecord.read(leave_run(tmp_path / "run", [], **settings)).loading("W")
+    code = run_record.RunRecord.read(leave_run(tmp_path / "run", [], **settings)).loading("W")
     compile(code, "snippet", "exec")
     assert line in code
     assert ('pipe.load_lora_weights("W")' in code) != settings.get("full_finetune", False)
@@ -267,6 +268,6 @@ def test_loading_a_v_prediction_file_says_so(tmp_path: Path) -> None:
         file = tmp_path / f"{name}.safetensors"
         save_file({"x": np.zeros(1)}, file, metadata)
         run = leave_run(tmp_path / name, [], model="sdxl", pretrained_model_name_or_path=str(file))
-        code = report.RunRecord.read(run).loading("W")
+        code = run_record.RunRecord.read(run).loading("W")
         compile(code, "snippet", "exec")
         assert ('prediction_type="v_prediction"' in code) is (name == "v")

@@ -12,14 +12,15 @@ from golden_replay import conditioning, load, networks, policy, spm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_fast.config import Config, SampleConfig
-from spo_fast.experience import Cond, Prediction
+from spo_fast.config.training import Config, SampleConfig
+from spo_fast.method.experience import Cond, Prediction
+from spo_fast.method.noise import KeyedDraws, permutation
+from spo_fast.method.objectives import SPO
+from spo_fast.method.rollout import RolloutBatch, branching_rollout, rollout_segments, segments
+from spo_fast.method.schedule import ddim_table
 from spo_fast.models.graphs import Graphs
-from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import SPO
-from spo_fast.rollout import RolloutBatch, branching_rollout, rollout_segments, segments
-from spo_fast.schedule import ddim_table
-from spo_fast.trainer import Learner, TrainState
+from spo_fast.training.checkpoint import TrainState
+from spo_fast.training.learner import Learner
 
 # ---------------------------------------------------------------------------------------------------- stand-ins
 

@@ -15,29 +15,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spo_fast.experience import Candidates
+from spo_fast.method.experience import Candidates, repeat_text
 from spo_fast.ops.backend import available_backends, use_backend
-from spo_fast.scorers import SCORERS, ClipScorer, WeightedSum, clip_scorers, load_scorer, make_tiny_spm, repeat_text
-from spo_fast.scorers.clip import (
-    KNOWN_CLIPS,
-    Clip,
-    ClipConfig,
-    TowerConfig,
-    config_from_state_dict,
-    init_identity_time_conditioning,
-    load_clip,
-    save_clip,
-    timestep_embedding,
-    unit,
-)
-from spo_fast.scorers.clip_scorers import (
-    CLIP_MEAN,
-    CLIP_STD,
+from spo_fast.scorers import spm as scorers_spm
+from spo_fast.scorers.clip import KNOWN_CLIPS, Clip, ClipConfig, TowerConfig, timestep_embedding, unit
+from spo_fast.scorers.clip_files import config_from_state_dict, init_identity_time_conditioning, load_clip, save_clip
+from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
+from spo_fast.scorers.registry import SCORERS, load_scorer
+from spo_fast.scorers.spm import (
+    ClipScorer,
     load_pickscore,
     load_spm,
+    make_tiny_spm,
     preprocess_for_scoring,
     preprocess_for_spm_training,
 )
+from spo_fast.scorers.weighted import WeightedSum
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["s32", "s64", "s16", "s45", "s48x64", "s70x33", "s64_f16", "same_image_all_t"]
@@ -347,7 +340,7 @@ def test_each_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return tokenize(prompts)
 
     scorer = ClipScorer(golden_clip("models_spm", time_conditioned=True), counting)
-    monkeypatch.setattr(clip_scorers, "TEXT_BATCH", 2)
+    monkeypatch.setattr(scorers_spm, "TEXT_BATCH", 2)
     rows = 0
     forward = scorer.model.text_model.forward
 
@@ -367,7 +360,7 @@ def test_each_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max_error(torch.cat([first, second]), truth) < 1e-6
     assert max_error(truth.norm(dim=-1), torch.ones(7)) < 1e-6
 
-    monkeypatch.setattr(clip_scorers, "MAX_CACHED_PROMPTS", 2)  # the oldest go, this call's included
+    monkeypatch.setattr(scorers_spm, "MAX_CACHED_PROMPTS", 2)  # the oldest go, this call's included
     assert max_error(scorer.encode(["a", "e", "f"])[1:], scorer.encode_ids(tokenize(["e", "f"]))) < 1e-6
     assert list(scorer._text_features) == ["e", "f"]
 

@@ -21,25 +21,15 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
-from spo_fast.models import sources
-from spo_fast.models.clip_tokenizer import clip_tokenizer
-from spo_fast.models.single_file import no_progress_bar
-from spo_fast.models.sources import (
-    CONFIGS,
-    DEFAULTS,
-    KINDS,
-    MissingFilesError,
-    ModelSource,
-    Resolved,
-    load_text,
-    load_tokenizers,
-    load_unet,
-    load_vae,
-    resolve_all,
-    scheduler_config,
-    select_files,
-    text_files,
-)
+from spo_fast.config.errors import MissingFilesError
+from spo_fast.config.scorers import KINDS
+from spo_fast.models.files import load
+from spo_fast.models.files.clip_tokenizer import clip_tokenizer
+from spo_fast.models.files.find import resolve_all
+from spo_fast.models.files.layout import scheduler_config, select_files, text_files
+from spo_fast.models.files.load import load_text, load_tokenizers, load_unet, load_vae
+from spo_fast.models.files.single_file import no_progress_bar
+from spo_fast.models.files.sources import CONFIGS, DEFAULTS, ModelSource, Resolved
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
@@ -182,7 +172,7 @@ def test_directory_of_the_other_kind_or_another_class(tiny: dict[str, Path], tmp
 
 def test_hub_layout_of_a_tokenizer(tiny: dict[str, Path], tmp_path: Path) -> None:
     """The hub has vocab.json and merges.txt where a new save_pretrained writes tokenizer.json."""
-    from spo_fast.models.clip_tokenizer import clip_merges, clip_vocab
+    from spo_fast.models.files.clip_tokenizer import clip_merges, clip_vocab
 
     path = shutil.copytree(tiny["sd15"], tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer"))
     merges = clip_merges()
@@ -388,7 +378,7 @@ def test_single_file_uses_the_shipped_settings(single: dict[str, Path]) -> None:
         load_unet(resolved, torch.float32)
     with pytest.raises(ValueError, match="the VAE in .*sdxl.safetensors does not fit"):
         load_vae(resolved, torch.float32)
-    tokenizers = sources.load_tokenizers(resolved)
+    tokenizers = load.load_tokenizers(resolved)
     assert [len(t) for t in tokenizers] == [49408, 49408] and [t.pad_token_id for t in tokenizers] == [49407, 0]
     names = {f"{f.parent.name}/{f.name}" for f in text_files(resolved)}
     assert {"tokenizer_2/tokenizer_config.json", "text_encoder/config.json"} <= names
@@ -491,12 +481,13 @@ def test_select_files_wants_every_shard() -> None:
 
 RESOLVE = """
 import json, sys, time
-from spo_fast.models import sources
+from spo_fast.config import errors
+from spo_fast.models.files import find, sources
 start = time.monotonic()
 try:
-    r = sources.resolve_all(sources.{source}, {scorers})
+    r = find.resolve_all(sources.{source}, {scorers})
     out = dict(path=str(r.model_path), scorers={{k: str(v) for k, v in r.scorer_paths.items()}})
-except sources.MissingFilesError as error:
+except errors.MissingFilesError as error:
     out = dict(message=str(error))
 heavy = sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules))
 print(json.dumps(dict(out, heavy=heavy, seconds=time.monotonic() - start)))

@@ -23,7 +23,11 @@ from runs import ITERATIONS, ROOT, Killed, assert_same_end, built, facts, flags,
 from safetensors.torch import load_file
 from test_distributed import free_port
 
-from spo_fast import checkpoint, evaluate, stopping, train, trainer
+from spo_fast import evaluate, train
+from spo_fast.data import files as data_files
+from spo_fast.training import checkpoint, learner, loop, run_directory
+from spo_fast.training import signals as training_signals
+from spo_fast.training.monitor import log
 
 EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
 EACH = {"checkpointing_steps": 1}
@@ -37,10 +41,11 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --------------------------------------------------------------------------------------------------- killed anywhere
 
 OPERATIONS = (
-    *((checkpoint, name) for name in ("save_file", "_sum", "_to_disk", "set_aside")),
+    *((checkpoint, name) for name in ("save_file", "to_disk", "set_aside")),
+    *((run_directory, "_sum"), (data_files, "set_aside")),
     *((os, name) for name in ("fsync", "replace")),
-    *((trainer.Learner, name) for name in ("step", "update")),
-    (trainer.MetricsLog, "log"),
+    *((learner.Learner, name) for name in ("step", "update")),
+    (log.MetricsLog, "log"),
     (Path, "write_text"),
 )
 
@@ -156,17 +161,17 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.safetensors", "state.json", checkpoint.SUMS])
+@pytest.mark.parametrize("file", ["trained.safetensors", "optimizer.safetensors", "state.json", run_directory.SUMS])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_latest_is_the_last_whole_one(whole_run: Path, tmp_path: Path, kind: str, file: str, capsys: Any) -> None:
     copy = shutil.copytree(whole_run, tmp_path / "run")
     last = copy / f"checkpoint-{ITERATIONS}"
     DAMAGE[kind](last / file)
-    assert checkpoint.find(copy, "latest") == copy / f"checkpoint-{ITERATIONS - 1}"
+    assert run_directory.find(copy, "latest") == copy / f"checkpoint-{ITERATIONS - 1}"
     told = capsys.readouterr().out
     assert f"skipped {last}: it is damaged" in told and told.count("\n") == 1
-    with pytest.raises((checkpoint.MismatchError, FileNotFoundError)):
-        checkpoint.find(copy, str(last))
+    with pytest.raises((run_directory.MismatchError, FileNotFoundError)):
+        run_directory.find(copy, str(last))
 
 
 def test_a_checkpoint_knows_what_its_prompts_were_encoded_by(whole_run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -177,7 +182,7 @@ def test_a_checkpoint_knows_what_its_prompts_were_encoded_by(whole_run: Path, tm
         assert record["settings"]["prompt_cache"] == fingerprint
         record["settings"]["prompt_cache"] = "another encoder"
         path.write_text(json.dumps(record))
-        checkpoint.write_sums(path.parent)
+        run_directory.write_sums(path.parent)
     run_toy(copy, resume_from_checkpoint="latest", **EACH)
     assert f"changed since the checkpoint: prompt_cache: another encoder -> {fingerprint}" in capsys.readouterr().out
 
@@ -192,8 +197,8 @@ def test_damaged_checkpoint_costs_only_its_own_iteration(whole_run: Path, tmp_pa
 
 def test_sums_that_name_files_outside_are_damage(whole_run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(whole_run / "checkpoint-1", tmp_path / "checkpoint-1")
-    (copy / checkpoint.SUMS).write_text(f"{'0' * 64}  ../../../etc/passwd\n")
-    assert "outside" in (checkpoint.damage(copy) or "")
+    (copy / run_directory.SUMS).write_text(f"{'0' * 64}  ../../../etc/passwd\n")
+    assert "outside" in (run_directory.damage(copy) or "")
 
 
 # ------------------------------------------------------------------------------------------------------ told to stop
@@ -205,7 +210,7 @@ def test_a_signal_saves_and_ends_well(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str, number: int
 ) -> None:
     """In the rollout nothing has changed yet and it is abandoned; an update is finished first."""
-    owner = trainer.Run if where == "inputs" else trainer.Learner
+    owner = loop.Run if where == "inputs" else learner.Learner
     calls, whole = [0], getattr(owner, where)
 
     def signals(self: Any, *args: Any) -> Any:
@@ -233,7 +238,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    monkeypatch.setattr(trainer.Run, "inputs", twice)
+    monkeypatch.setattr(loop.Run, "inputs", twice)
     assert train.main(flags(tmp_path / "run")) == 130
     assert "no checkpoint was written yet" in capsys.readouterr().err
 
@@ -241,8 +246,8 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_stop_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     left = threading.Event()
     status: list[int] = []
-    monkeypatch.setattr(stopping.os, "_exit", lambda code: (status.append(code), left.set()))
-    with stopping.StopRequest(0.01):
+    monkeypatch.setattr(training_signals.os, "_exit", lambda code: (status.append(code), left.set()))
+    with training_signals.StopRequest(0.01):
         os.kill(os.getpid(), signal.SIGTERM)
         assert left.wait(30)
     assert status == [1] and "--stop_seconds" in capsys.readouterr().err
@@ -301,7 +306,7 @@ def test_sigterm_of_another_process(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0 and errors == "" and "stopped after iteration" in output
-    assert checkpoint.damage(max(out.glob("checkpoint-*"), key=checkpoint.number)) is None
+    assert run_directory.damage(max(out.glob("checkpoint-*"), key=run_directory.number)) is None
 
 
 # --------------------------------------------------------------------------------------------------------- soak
@@ -311,7 +316,7 @@ def test_sigterm_of_another_process(tmp_path: Path) -> None:
 def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of iterations: memory and open files stay where they were. SOAK_ITERATIONS sets how many."""
     iterations = int(os.environ.get("SOAK_ITERATIONS", "2000"))
-    page, seen, whole = os.sysconf("SC_PAGESIZE"), [], trainer.Run.iterate
+    page, seen, whole = os.sysconf("SC_PAGESIZE"), [], loop.Run.iterate
 
     def measured(self: Any, *args: Any) -> Any:
         record = whole(self, *args)
@@ -320,7 +325,7 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((resident, allocated, len(os.listdir("/proc/self/fd"))))
         return record
 
-    monkeypatch.setattr(trainer.Run, "iterate", measured)
+    monkeypatch.setattr(loop.Run, "iterate", measured)
     few = {"num_steps": 6, "sample_batch_size": 1, "train_batch_size": 4, "num_candidates": 2, "max_prompts": 50}
     few |= {"num_train_epochs": 10**6, "max_train_steps": iterations, "checkpointing_steps": 500}
     run_toy(tmp_path / "run", **few, checkpoints_total_limit=2)

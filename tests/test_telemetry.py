@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from spo_fast import metrics, telemetry
-from spo_fast.costs import Costs
-from spo_fast.telemetry import Telemetry, peak_tflops
+from spo_fast.training.monitor import gpu, throughput
+from spo_fast.training.monitor.throughput import Telemetry, peak_tflops
+from spo_fast.training.plan.costs import Costs
 
 COSTS = Costs(
     samples={"rollout": 1},
@@ -59,8 +59,8 @@ def test_without_counted_flops_or_times():
 
 def test_gpu_hours_and_energy_go_on_after_a_resume(monkeypatch):
     meter = iter([1000.0, 1750.0, None])
-    monkeypatch.setattr(telemetry, "nvml_energy_j", lambda index: next(meter))
-    monkeypatch.setattr(telemetry, "nvml_missing", lambda index: None)
+    monkeypatch.setattr(throughput, "nvml_energy_j", lambda index: next(meter))
+    monkeypatch.setattr(throughput, "nvml_missing", lambda index: None)
     for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 3 * 2**30)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     hours = Telemetry(torch.device("cuda"), "a new card", COSTS, [{"gpu_hours": 1.5}, {"gpu_hours": 2.0}, {}])
@@ -73,12 +73,12 @@ def test_gpu_hours_and_energy_go_on_after_a_resume(monkeypatch):
 
 
 def test_what_nvml_lacks_is_said(monkeypatch):
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     (note,) = Telemetry(torch.device("cuda", 0), "NVIDIA H200", COSTS).notes()
     assert "nvidia-ml-py is not installed" in note and "spo_fast[nvml]" in note
-    metrics._nvml.cache_clear()
+    gpu._nvml.cache_clear()
 
 
 def test_energy_by_nvml(monkeypatch):
@@ -89,7 +89,7 @@ def test_energy_by_nvml(monkeypatch):
 
     nvml = types.SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetTotalEnergyConsumption=lambda handle: 2_500)
     monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
-    monkeypatch.setattr(metrics, "nvml_handle", lambda index: "handle")
-    assert metrics.nvml_energy_j(0) == 2.5
+    monkeypatch.setattr(gpu, "nvml_handle", lambda index: "handle")
+    assert gpu.nvml_energy_j(0) == 2.5
     nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
-    assert metrics.nvml_energy_j(0) is None
+    assert gpu.nvml_energy_j(0) is None

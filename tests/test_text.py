@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from spo_fast.models import row_cache
-from spo_fast.models.row_cache import fingerprint_files
-from spo_fast.models.text import PromptCache, count_truncated
+from spo_fast.models import tensor_cache
+from spo_fast.models.prompt_cache import PromptCache, count_truncated
+from spo_fast.models.tensor_cache import fingerprint_files
 
 PROMPTS = [f"prompt {i}" for i in range(11)] + [""]
 
@@ -164,7 +164,7 @@ def test_a_row_that_is_not_finite_is_encoded_again(tmp_path, caplog, monkeypatch
     row = {name: values.clone() for name, values in cache.read("a").items()}
     row["pooled"][3] = value
     with monkeypatch.context() as earlier:
-        earlier.setattr("spo_fast.models.row_cache.is_finite", lambda row: True)
+        earlier.setattr("spo_fast.models.tensor_cache.is_finite", lambda row: True)
         PromptCache(tmp_path, "f", Loader()).write("a", row)
     loader = Loader()
     mended = PromptCache(tmp_path, "f", loader)
@@ -183,7 +183,7 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
         seen.append((os.path.getsize(source), os.path.exists(target)))
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(row_cache.os, "replace", failing_replace)
+    monkeypatch.setattr(tensor_cache.os, "replace", failing_replace)
     with pytest.raises(OSError, match="disk on fire"):
         cache.ensure(["a"])
     assert seen[0][0] > 240 and seen[0][1] is False

@@ -12,20 +12,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from spo_fast.data import TOY_PROMPTS, load_prompts
-from spo_fast.toy import build, pipeline, world
-from spo_fast.toy.world import CAPTIONS, SIZE, TEST, TRAIN, TUNE, aesthetics, layout, looks
+from spo_fast.data import toy_world
+from spo_fast.data.prompts import TOY_PROMPTS, load_prompts
+from spo_fast.data.toy_world import CAPTIONS, SIZE, TEST, TRAIN, TUNE, aesthetics, layout, looks
+from spo_fast.models.files import toy
+from spo_fast.toy import build
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scenes(captions: list[str], **plain: float) -> world.Scenes:
+def scenes(captions: list[str], **plain: float) -> toy_world.Scenes:
     """Random pictures of the captions with some of their looks fixed."""
-    drawn = world.scenes(captions, generator())
+    drawn = toy_world.scenes(captions, generator())
     fixed = {name: torch.full_like(getattr(drawn, name), value) for name, value in plain.items()}
-    return world.Scenes(**{**vars(drawn), **fixed})
+    return toy_world.Scenes(**{**vars(drawn), **fixed})
 
 
 # ---------------------------------------------------------------------------------------------------- captions, drawing
@@ -45,7 +47,7 @@ def test_a_picture_by_hand() -> None:
     """A red square at rows 4-8, columns 0-4, left of a blue cross at rows 5-9, columns 10-14."""
     text = "a red square left of a blue cross"
     s = scenes([text], grey=0.1, stripes=0.0, grain=0.0, vividness=0.5)
-    s = world.Scenes(**{**vars(s), "corners": torch.tensor([[[4, 0], [5, 10]]])})
+    s = toy_world.Scenes(**{**vars(s), "corners": torch.tensor([[[4, 0], [5, 10]]])})
     expected = torch.full((3, SIZE, SIZE), 0.1)
     expected[:, 4:9, 0:5] += 0.5 * torch.tensor([1.0, -1.0, 0.0])[:, None, None]
     blue = 0.5 * torch.tensor([-1.0, -1.0, 2.0]) / math.sqrt(3)
@@ -58,7 +60,7 @@ def test_a_picture_by_hand() -> None:
 
 def test_stripes_of_a_quadrant() -> None:
     s = scenes(TRAIN[:1], grey=0.0, grain=0.0, vividness=0.0)
-    s = world.Scenes(**{**vars(s), "stripes": torch.tensor([[[0.1, 0.0], [0.2, 0.05]]])})
+    s = toy_world.Scenes(**{**vars(s), "stripes": torch.tensor([[[0.1, 0.0], [0.2, 0.05]]])})
     x = s.pixels()[0]
     assert torch.equal(x[0], x[1]) and torch.equal(x[0], x[2])  # brightness only
     assert torch.allclose(x[0, 0, :8], 0.1 * torch.tensor([1, 0, -1, 0, 1, 0, -1, 0.0]), atol=1e-6)
@@ -68,8 +70,8 @@ def test_stripes_of_a_quadrant() -> None:
 
 
 def test_drawing_is_seeded() -> None:
-    a, b = (world.draw(TRAIN[:8], generator(3)) for _ in range(2))
-    assert torch.equal(a, b) and not torch.equal(a, world.draw(TRAIN[:8], generator(4)))
+    a, b = (toy_world.draw(TRAIN[:8], generator(3)) for _ in range(2))
+    assert torch.equal(a, b) and not torch.equal(a, toy_world.draw(TRAIN[:8], generator(4)))
     assert a.shape == (8, 3, SIZE, SIZE) and a.abs().max() <= 1
 
 
@@ -77,8 +79,8 @@ def test_drawing_is_seeded() -> None:
 
 
 def test_layout_knows_what_was_drawn() -> None:
-    texts = world.random_captions(list(CAPTIONS), 2000, generator(1))
-    assert layout(world.draw(texts, generator(2)), texts).all(1).float().mean() > 0.995
+    texts = toy_world.random_captions(list(CAPTIONS), 2000, generator(1))
+    assert layout(toy_world.draw(texts, generator(2)), texts).all(1).float().mean() > 0.995
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_layout_knows_what_was_drawn() -> None:
 )
 def test_layout_says_what_is_wrong(drawn: str, right: list[bool]) -> None:
     asked = "a red square left of a blue ring"
-    assert layout(world.draw([drawn] * 16, generator()), [asked] * 16).tolist() == [right] * 16
+    assert layout(toy_world.draw([drawn] * 16, generator()), [asked] * 16).tolist() == [right] * 16
 
 
 def test_layout_of_nothing_and_of_noise() -> None:
@@ -108,7 +110,7 @@ def test_layout_of_nothing_and_of_noise() -> None:
 def test_layout_is_blind_to_looks() -> None:
     texts = TRAIN[:256]
     best = scenes(texts, stripes=0.0, grain=0.0)
-    worst = world.Scenes(**{**vars(best), "stripes": best.stripes + 0.25, "grain": best.grain + 0.1})
+    worst = toy_world.Scenes(**{**vars(best), "stripes": best.stripes + 0.25, "grain": best.grain + 0.1})
     assert layout(best.pixels(), texts).float().mean() - layout(worst.pixels(), texts).float().mean() < 0.005
 
 
@@ -130,8 +132,8 @@ def test_aesthetics_by_hand() -> None:
 
 
 def test_looks_measure_what_was_drawn() -> None:
-    texts = world.random_captions(list(CAPTIONS), 2000, generator(1))
-    drawn = world.scenes(texts, generator(2))
+    texts = toy_world.random_captions(list(CAPTIONS), 2000, generator(1))
+    drawn = toy_world.scenes(texts, generator(2))
     seen = looks(drawn.pixels())
     true = {"stripes": drawn.stripes.mean((1, 2)), "grain": drawn.grain, "vividness": drawn.vividness}
     for name, values in true.items():
@@ -142,7 +144,7 @@ def test_looks_measure_what_was_drawn() -> None:
 def test_aesthetics_is_blind_to_the_caption() -> None:
     """Among real pictures nothing in the caption tells anything about the looks."""
     texts = list(CAPTIONS) * 8
-    a = aesthetics(world.draw(texts, generator())).view(8, -1)
+    a = aesthetics(toy_world.draw(texts, generator())).view(8, -1)
     spread = a.mean(0).std() / (a.std(0).mean() / math.sqrt(8))  # 1 if captions do not matter
     assert spread < 1.25
     assert 4 < a.mean() < 6 and 1 < a.std() < 2  # room above and below
@@ -152,8 +154,8 @@ def test_aesthetics_is_blind_to_the_caption() -> None:
 
 
 def test_corruption_changes_one_thing() -> None:
-    texts = world.random_captions(TRAIN, 4000, generator())
-    changed = world.corrupted(texts, generator(1))
+    texts = toy_world.random_captions(TRAIN, 4000, generator())
+    changed = toy_world.corrupted(texts, generator(1))
     kinds: Counter[int] = Counter()
     for asked, drawn in zip(texts, changed, strict=True):
         a, b = CAPTIONS[asked], CAPTIONS[drawn]
@@ -161,13 +163,13 @@ def test_corruption_changes_one_thing() -> None:
         different = [i for i in range(5) if parts[0][i] != parts[1][i]]
         assert len(different) <= 1
         kinds.update(different)
-    assert abs(kinds.total() / 4000 - world.CORRUPTION) < 0.03
+    assert abs(kinds.total() / 4000 - toy_world.CORRUPTION) < 0.03
     assert len(kinds) == 5 and max(kinds.values()) < 1.3 * min(kinds.values())
 
 
 def test_labels_follow_the_stated_utility() -> None:
     """P(first) = sigmoid(12 (difference of layout shares) + 0.8 (difference of aesthetics))."""
-    pairs = world.draw_pairs(6000, generator())
+    pairs = toy_world.draw_pairs(6000, generator())
     x = pairs.pixels
     share = torch.stack([layout(v, pairs.prompts).double().mean(1) for v in x])
     looks_ = torch.stack([aesthetics(v).double() for v in x])
@@ -188,26 +190,26 @@ def test_labels_follow_the_stated_utility() -> None:
 
 
 def test_vae_is_the_identity() -> None:
-    vae = pipeline.identity_vae()
-    x = world.draw(TRAIN[:32], generator()) * 1.3
+    vae = toy.identity_vae()
+    x = toy_world.draw(TRAIN[:32], generator()) * 1.3
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.sample(generator()) * vae.config.scaling_factor
-        assert (latents / pipeline.SCALING - x).abs().max() < 2e-4
+        assert (latents / toy.SCALING - x).abs().max() < 2e-4
         assert (vae.decode(latents / vae.config.scaling_factor).sample - x).abs().max() < 2e-4
 
 
 def test_every_caption_fits() -> None:
-    parts = pipeline.toy_parts(0)
+    parts = toy.toy_parts(0)
     for tokenizer in (parts["tokenizer"], parts["tokenizer_2"]):
         for text in CAPTIONS:
             ids = tokenizer(text).input_ids
             extra = 3 * text.count("green")  # the merges of red come first and leave green in four
-            assert len(ids) == len(text.split()) + 2 + extra <= pipeline.MAX_LENGTH
+            assert len(ids) == len(text.split()) + 2 + extra <= toy.MAX_LENGTH
             assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
 def shipped(pattern: str) -> list[Path]:
-    return sorted(p for p in pipeline.WEIGHTS.rglob(pattern) if p.is_file())
+    return sorted(p for p in toy.WEIGHTS.rglob(pattern) if p.is_file())
 
 
 def test_what_is_shipped_is_small_and_in_16_bits() -> None:
@@ -219,7 +221,7 @@ def test_what_is_shipped_is_small_and_in_16_bits() -> None:
 
 
 def test_the_record_of_the_build_is_shipped() -> None:
-    record = json.loads((pipeline.WEIGHTS / "build.json").read_text())
+    record = json.loads((toy.WEIGHTS / "build.json").read_text())
     assert record["pretraining"]["pictures"] == record["pretraining"]["steps"] * build.BATCH
     assert {"cpu_minutes", "final_loss", "seed", "versions"} <= record["pretraining"].keys()
     assert {"pickscore", "spm"} <= record.keys() and "base" in record
@@ -228,7 +230,7 @@ def test_the_record_of_the_build_is_shipped() -> None:
 def test_diffusers_loads_what_is_shipped() -> None:
     from diffusers import StableDiffusionXLPipeline
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(pipeline.WEIGHTS, torch_dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(toy.WEIGHTS, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     texts = TEST[:8]
     x = pipe(texts, num_inference_steps=20, guidance_scale=2.0, generator=generator(), output_type="pt").images * 2 - 1
@@ -275,8 +277,8 @@ def test_pretraining_learns_v(monkeypatch: pytest.MonkeyPatch) -> None:
     class Oracle:
         def __call__(self, x_t, t, embeds, added_cond_kwargs):
             g = generator(7)  # the draws of loss(), in its order
-            captions = world.random_captions(list(CAPTIONS), 4, g)
-            x0 = world.draw(captions, g) * pipeline.SCALING
+            captions = toy_world.random_captions(list(CAPTIONS), 4, g)
+            x0 = toy_world.draw(captions, g) * toy.SCALING
             assert torch.equal(t, torch.randint(1000, (4,), generator=g))
             noise = torch.randn(x0.shape, generator=g)
             assert torch.allclose(x_t, scheduler.add_noise(x0, noise, t), atol=1e-5)

@@ -12,55 +12,57 @@ from diffusers import StableDiffusionXLPipeline
 
 from benchmarks import gpu_run
 from benchmarks.records import Records, read
-from spo_fast.toy import build, claims, pipeline, world
-from spo_fast.toy.pipeline import LARGE, SIZES
+from spo_fast.data import toy_world
+from spo_fast.models.files import toy as files_toy
+from spo_fast.models.files.toy import LARGE, SIZES
+from spo_fast.toy import build, claim_tables, claims, contenders
 
-CAPTIONS = world.TRAIN[:48]
+CAPTIONS = toy_world.TRAIN[:48]
 
 
 def drawn(seed: int = 0) -> torch.Tensor:
-    return world.draw(CAPTIONS, torch.Generator().manual_seed(seed))
+    return toy_world.draw(CAPTIONS, torch.Generator().manual_seed(seed))
 
 
 def test_large_pictures_have_the_scores_of_the_scene() -> None:
     """A drawn caption is right, and every score is that of the 16x16 picture by definition."""
     small = drawn()
-    large = world.enlarged(small, LARGE.scale)
+    large = toy_world.enlarged(small, LARGE.scale)
     assert large.shape == (48, 3, 64, 64)
     assert torch.equal(large[:, :, 5, 11], small[:, :, 1, 2])
-    assert world.layout(large, CAPTIONS).float().mean() > 0.97  # grain hides a thing now and then
-    scenes = world.scenes(CAPTIONS, torch.Generator().manual_seed(0))
+    assert toy_world.layout(large, CAPTIONS).float().mean() > 0.97  # grain hides a thing now and then
+    scenes = toy_world.scenes(CAPTIONS, torch.Generator().manual_seed(0))
     nothing = torch.zeros(48)
-    best = replace(scenes, stripes=torch.zeros(48, 2, 2), grain=nothing, vividness=nothing + world.BEST_VIVIDNESS)
-    clean = world.enlarged(best.pixels(), LARGE.scale)
-    assert world.layout(clean, CAPTIONS).all()
-    least_grain = 10 * (1 - 0.2 * world.BEST_GRAIN / world.WORST_GRAIN)  # none at all is not the best
-    assert torch.allclose(world.aesthetics(clean), torch.full((48,), least_grain), atol=0.05)
-    assert torch.equal(world.layout(large, CAPTIONS), world.layout(small, CAPTIONS))
-    assert torch.allclose(world.aesthetics(large), world.aesthetics(small), atol=1e-4)
-    assert not world.layout(large.roll(1, 0), CAPTIONS).all(1).any()  # other pictures are wrong
+    best = replace(scenes, stripes=torch.zeros(48, 2, 2), grain=nothing, vividness=nothing + toy_world.BEST_VIVIDNESS)
+    clean = toy_world.enlarged(best.pixels(), LARGE.scale)
+    assert toy_world.layout(clean, CAPTIONS).all()
+    least_grain = 10 * (1 - 0.2 * toy_world.BEST_GRAIN / toy_world.WORST_GRAIN)  # none at all is not the best
+    assert torch.allclose(toy_world.aesthetics(clean), torch.full((48,), least_grain), atol=0.05)
+    assert torch.equal(toy_world.layout(large, CAPTIONS), toy_world.layout(small, CAPTIONS))
+    assert torch.allclose(toy_world.aesthetics(large), toy_world.aesthetics(small), atol=1e-4)
+    assert not toy_world.layout(large.roll(1, 0), CAPTIONS).all(1).any()  # other pictures are wrong
     # what is wrong inside a pixel of the world is seen by its mean
     shifted = large.clone()
     shifted[:, :, ::4] += 0.4
-    assert torch.allclose(world.cells(shifted), world.cells(large) + 0.1, atol=1e-5)
+    assert torch.allclose(toy_world.cells(shifted), toy_world.cells(large) + 0.1, atol=1e-5)
 
 
 def test_small_pictures_are_left_as_they_are() -> None:
     x = drawn()
-    assert world.cells(x) is x or torch.equal(world.cells(x), x)
-    assert pipeline.toy_parts(0)["unet"].config.block_out_channels == (32, 64)
+    assert toy_world.cells(x) is x or torch.equal(toy_world.cells(x), x)
+    assert files_toy.toy_parts(0)["unet"].config.block_out_channels == (32, 64)
     assert claims.size_of(Path("nowhere")) == SIZES["small"] and claims.toy_flags(Path("nowhere")) == []
 
 
 def test_the_large_toy_is_what_it_says() -> None:
-    parts = pipeline.toy_parts(0, LARGE)
+    parts = files_toy.toy_parts(0, LARGE)
     parameters = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("unet", *build.TRAINED[1:])}
     assert 30e6 < parameters["unet"] <= 40e6
     assert parts["text_encoder"].config.hidden_size == parts["text_encoder_2"].config.hidden_size == 128
     assert parts["unet"].config.cross_attention_dim == 256
     assert parts["unet"].config.sample_size == 16 and parts["unet"].config.in_channels == 4
     with torch.no_grad():
-        latents = parts["vae"].encode(world.enlarged(drawn()[:2], 4)).latent_dist.mean
+        latents = parts["vae"].encode(toy_world.enlarged(drawn()[:2], 4)).latent_dist.mean
         assert latents.shape == (2, *LARGE.latent) == (2, 4, 16, 16)
         assert parts["vae"].decode(latents).sample.shape == (2, 3, 64, 64)
     clip = build.new_clip(0, 300, LARGE)
@@ -90,16 +92,20 @@ TINY = replace(
 @pytest.mark.slow
 def test_the_large_toy_end_to_end(tmp_path, monkeypatch, capsys):
     """Narrower, a few steps of each training, runs of one iteration: built, tried, resumed, within the budget."""
-    monkeypatch.setitem(pipeline.SIZES, "large", TINY)
+    monkeypatch.setitem(files_toy.SIZES, "large", TINY)
     changes = {"WARM_UP": 2, "PAIRS": 240, "PICTURES": 4, "BATCH": 8}
     for name, value in changes.items():
         monkeypatch.setattr(build, name, value)
     for name, value in {"BUDGET": 1, "PICTURES": 66, "MARK_PICTURES": 65, "GRID": (1e-3,), "SEEDS": (0,)}.items():
-        monkeypatch.setattr(claims, name, value)
+        for part in (claim_tables, claims, contenders):
+            if hasattr(part, name):
+                monkeypatch.setattr(part, name, value)
     small = {"sample_batch_size": 2, "num_steps": 6, "branch_start": 3, "num_candidates": 2, "threshold": 0}
-    few = {"spo": claims.Contender(small)}
+    few = {"spo": contenders.Contender(small)}
     for name, value in {"MAIN": few, "CONTENDERS": few, "ABLATIONS": {}, "REST": {}}.items():
-        monkeypatch.setattr(claims, name, value)
+        for part in (claim_tables, claims, contenders):
+            if hasattr(part, name):
+                monkeypatch.setattr(part, name, value)
     monkeypatch.setattr(claims.evaluate, "GUIDANCE_SCALES", (2.0,))
     path, work = tmp_path / "records.jsonl", tmp_path / "work"
     common = ["--size", "large", "--records", str(path), "--work_dir", str(work)]
@@ -125,8 +131,8 @@ def test_the_large_toy_end_to_end(tmp_path, monkeypatch, capsys):
     out = pipe(CAPTIONS[:2], num_inference_steps=2, output_type="latent").images
     assert out.shape == (2, 4, 16, 16)
     assert pipe(CAPTIONS[:2], num_inference_steps=2, output_type="pt").images.shape == (2, 3, 64, 64)
-    x = world.enlarged(drawn()[:8], 4)
-    untrained = pipeline.toy_parts(0, TINY)["vae"]
+    x = toy_world.enlarged(drawn()[:8], 4)
+    untrained = files_toy.toy_parts(0, TINY)["vae"]
     with torch.no_grad():  # the saved VAE has learnt something of the pictures, and its latents are scaled
         latents = pipe.vae.encode(x).latent_dist.mean
         errors = [

@@ -27,15 +27,19 @@ from runs import (
 )
 from safetensors.torch import load_file, save_file
 
-from spo_fast import checkpoint, report, train, trainer
-from spo_fast.checkpoint import TrainState
-from spo_fast.choices import choose, found_device
-from spo_fast.measure import looks
-from spo_fast.metrics import Timer, read_metrics
-from spo_fast.objectives import predict_states
-from spo_fast.scorers import load_metric
-from spo_fast.toy import world
-from spo_fast.toy.pipeline import toy_files
+from spo_fast import report, train
+from spo_fast.data import toy_world
+from spo_fast.evaluation import metrics, pictures
+from spo_fast.evaluation.looks import looks
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.method.objectives import predict_states
+from spo_fast.models.device import found_device
+from spo_fast.models.files.toy import toy_files
+from spo_fast.scorers.registry import load_metric
+from spo_fast.training import checkpoint, loop, run_directory
+from spo_fast.training.checkpoint import TrainState
+from spo_fast.training.monitor.timer import Timer
+from spo_fast.training.plan.fit_memory import choose
 
 LORA = "pytorch_lora_weights.safetensors"
 EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
@@ -163,10 +167,10 @@ def test_killed_and_resumed_has_the_same_grids(
 
 def test_a_sheet_of_many_images_can_still_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Image software refuses pictures of hundreds of millions of pixels: the sheet is made smaller."""
-    monkeypatch.setattr(trainer, "SHEET_PIXELS", 40_000)
+    monkeypatch.setattr(pictures, "SHEET_PIXELS", 40_000)
     colours = torch.tensor([[-1.0, -1.0, 1.0], [1.0, -1.0, -1.0]])
     rows = [[c[:, None, None].expand(3, 128, 256) for _ in range(5)] for c in colours]
-    trainer.write_grid(tmp_path / "sheet.png", rows, ["a", "b"])
+    pictures.write_grid(tmp_path / "sheet.png", rows, ["a", "b"])
     with Image.open(tmp_path / "sheet.png") as image:
         assert 30_000 < image.width * image.height <= 40_000 and json.loads(image.text["prompts"]) == ["a", "b"]
         assert 1.8 < (image.width / 5) / (image.height / 2) < 2.2
@@ -221,7 +225,7 @@ def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.C
             checkpoint.load(out / where, run.learner, run.cfg.flat())
         images, _ = run.validate()
         pixels = torch.stack([image for row in images for image in row]).clamp(-1, 1)
-        truth = {"aesthetics": world.aesthetics(pixels), "layout": world.layout(pixels, texts).all(1).float()}
+        truth = {"aesthetics": toy_world.aesthetics(pixels), "layout": toy_world.layout(pixels, texts).all(1).float()}
         for name, values in truth.items():
             if where:
                 assert expected[f"held_out_{name}"] == pytest.approx(float(values.mean()), rel=1e-6)
@@ -250,8 +254,8 @@ def test_a_held_out_metric_is_that_of_evaluate(tmp_path: Path) -> None:
 
 
 def test_nothing_is_loaded_for_validation_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, whole = [], trainer.make_metric
-    monkeypatch.setattr(trainer, "make_metric", lambda name, *rest: made.append(name) or whole(name, *rest))
+    made, whole = [], metrics.make_metric
+    monkeypatch.setattr(loop, "make_metric", lambda name, *rest: made.append(name) or whole(name, *rest))
     (tmp_path / "mine.txt").write_text("a prompt of another world\na red cube\n")
     run_toy(tmp_path / "run", **GRIDS, prompts=tmp_path / "mine.txt", max_train_steps=1)
     assert set(made) == {"looks"}
@@ -276,7 +280,7 @@ def test_wrong_validation_metrics_are_told(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("spo_fast.models.sources.offline_reason", lambda: "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr("spo_fast.models.files.find.offline_reason", lambda: "HF_HUB_OFFLINE is set")
     assert train.main(flags(tmp_path / "run", **settings)) == 1
     assert message in capsys.readouterr().err
 
@@ -285,14 +289,14 @@ def test_garish_pictures_raise_the_alarm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against the pictures at step 0, also after a resume: on the terminal, in the log, report and card."""
-    whole, seen = trainer.Run.validate, []
+    whole, seen = loop.Run.validate, []
 
-    def garish(run: trainer.Run) -> Any:
+    def garish(run: loop.Run) -> Any:
         images, score = whole(run)
         seen.append(run.state.iteration)
         return [[(2 if run.state.iteration >= 2 else 0.5) * image for image in row] for row in images], score
 
-    monkeypatch.setattr(trainer.Run, "validate", garish)
+    monkeypatch.setattr(loop.Run, "validate", garish)
     settings = {**GRIDS, "resolution": 16, "validation_steps": 1, "checkpointing_steps": 1, "num_validation_images": 2}
     run_toy(tmp_path / "run", **settings, max_train_steps=1)
     assert "hacking" not in capsys.readouterr().out
@@ -310,7 +314,7 @@ def test_garish_pictures_raise_the_alarm(
 
 def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
-    monkeypatch.setattr(trainer, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
+    monkeypatch.setattr(loop, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
     run_toy(tmp_path / "run", validation_steps=2, **{**GRIDS, "checkpointing_steps": 4})
     assert written == [2, 4]
 
@@ -321,7 +325,7 @@ def test_a_report_that_fails_stops_nothing(
     def fails(run_dir: Path) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(trainer, "write_report", fails)
+    monkeypatch.setattr(loop, "write_report", fails)
     out = run_toy(tmp_path / "run", max_train_steps=1, num_validation_images=1)
     assert (out / LORA).is_file() and (out / "README.md").is_file() and not (out / "report.html").exists()
     assert f"no report.html (KeyError: 'odd'); python -m spo_fast.report {out}" in capsys.readouterr().out
@@ -386,7 +390,7 @@ def test_a_resumed_run_that_forgot_something_would_differ(whole_run: Path, tmp_p
     state = load_file(file)
     state["0.step"] += 1
     save_file(state, file)
-    checkpoint.write_sums(file.parent)
+    run_directory.write_sums(file.parent)
     run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", checkpointing_steps=1)
     assert [r["iteration"] for r in facts(copy)] == list(range(ITERATIONS))
     with pytest.raises(AssertionError, match="trained.safetensors"):
@@ -504,7 +508,7 @@ def test_torn_checkpoint_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)  # a killed process tidies nothing up
         train.main(flags(out, checkpointing_steps=1))
     assert any(p.name.startswith(".tmp") for p in out.iterdir())
-    assert checkpoint.find(out, "latest") == out / "checkpoint-1"
+    assert run_directory.find(out, "latest") == out / "checkpoint-1"
     run_toy(out, resume_from_checkpoint="latest", checkpointing_steps=1)
     assert not any(p.name.startswith(".tmp") for p in out.iterdir())  # and is swept away by the next
 
@@ -534,7 +538,7 @@ def test_sixteen_bit_compute(tmp_path: Path, precision: str) -> None:
     assert any(not torch.equal(v, v.to(dtype).float()) for v in trained.values())
 
 
-def one_gradient(run: trainer.Run, slots: list[slice]) -> list[list[torch.Tensor]]:
+def one_gradient(run: loop.Run, slots: list[slice]) -> list[list[torch.Tensor]]:
     """Gradients of the masters after each of these parts of the first iteration's experience, added up."""
     run.encode_prompts()
     batch = run.rollout_batch(run.sampler.batch(0).indices, 0)
@@ -551,7 +555,7 @@ def one_gradient(run: trainer.Run, slots: list[slice]) -> list[list[torch.Tensor
     return snapshots
 
 
-def randomise_lora(run: trainer.Run, scale: float = 1e-3) -> None:
+def randomise_lora(run: loop.Run, scale: float = 1e-3) -> None:
     generator = torch.Generator().manual_seed(1)
     state = {k: v + scale * torch.randn(v.shape, generator=generator) for k, v in run.policy.state_dict().items()}
     run.policy.load_state_dict(state)

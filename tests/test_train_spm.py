@@ -26,16 +26,18 @@ from runs import ROOT, Killed, assert_same_end, assert_same_tensors, command_lin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spo_fast import checkpoint, preference_trainer, train_spm
-from spo_fast.metrics import Timer, read_metrics
-from spo_fast.preference_report import Judgements, write_report
-from spo_fast.preference_trainer import PreferenceRun, RewardLearner, learning_rate_factor
-from spo_fast.scorers import load_scorer
-from spo_fast.scorers.clip import load_clip
-from spo_fast.scorers.latent import load_latent_reward
+from spo_fast import train_spm
+from spo_fast.data.toy_world import TUNE
+from spo_fast.evaluation.agreement import Judgements, write_report
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.scorers.clip_files import load_clip
+from spo_fast.scorers.latent_files import load_latent_reward
+from spo_fast.scorers.registry import load_scorer
 from spo_fast.toy.build import write_pairs
-from spo_fast.toy.pipeline import WEIGHTS
-from spo_fast.toy.world import TUNE
+from spo_fast.training import checkpoint, pair_batches
+from spo_fast.training.monitor.timer import Timer
+from spo_fast.training.preference_run import PreferenceRun, RewardLearner, learning_rate_factor
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -968,7 +970,7 @@ def test_ddim_noise_is_at_the_sampling_steps(pairs: Path, tmp_path: Path) -> Non
         times[noise] = run.timesteps(run.draws(0, 0, 4000))
     assert set(times["ddim"].tolist()) == set(range(1, 1000, 50))
     assert times["all"].min() == 0 and times["all"].max() == 999
-    assert preference_trainer.EVALUATION > 4000
+    assert pair_batches.EVALUATION > 4000
 
 
 def test_held_out_pairs_of_their_own(pairs: Path, tmp_path: Path) -> None:

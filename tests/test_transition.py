@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import spo_fast.ops.transition as module
 from spo_fast.ops import philox
+from spo_fast.ops import transition as module
 from spo_fast.ops.backend import available_backends, use_backend
-from spo_fast.ops.transition import LOG_RATIO, TRANSITION, log_ratio, transition
+from spo_fast.ops.log_ratio import LOG_RATIO, log_ratio
+from spo_fast.ops.transition import TRANSITION, transition
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device

@@ -13,12 +13,14 @@ import torch
 from runs import built, facts, flags
 from safetensors.torch import load_file
 
-from spo_fast import train, trainer
-from spo_fast.distributed import Group
-from spo_fast.metrics import read_metrics
-from spo_fast.presets import toy
-from spo_fast.trainer import Saturation, gaps
-from spo_fast.watch import LN2, Watch
+from spo_fast import train
+from spo_fast.config.presets import toy
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.training import learner
+from spo_fast.training.monitor import timer
+from spo_fast.training.monitor.warnings import LN2, Watch
+from spo_fast.training.processes import Group
+from spo_fast.training.rollout_statistics import Saturation, gaps
 
 FINE: dict[str, Any] = {"pairs": 5, "loss": 0.6, "dead": 0.1, "nonfinite_steps": 0, "saturation": 0.3}
 
@@ -123,9 +125,9 @@ def test_gaps_by_hand() -> None:
 def test_the_threshold_it_names_keeps_a_third(tmp_path: Path) -> None:
     """The pairs of the same rollout, kept by the threshold that the record of an all-rejecting run recommends."""
     settings = {"max_prompts": 8, "sample_batch_size": 8, "num_candidates": 3, "num_train_epochs": 1}
-    nothing = built(tmp_path / "a", threshold=0.999, **settings).iterate(0, trainer.Timer())
+    nothing = built(tmp_path / "a", threshold=0.999, **settings).iterate(0, timer.Timer())
     assert nothing["pairs"] == 0
-    named = built(tmp_path / "b", threshold=float(nothing["third_threshold"]), **settings).iterate(0, trainer.Timer())
+    named = built(tmp_path / "b", threshold=float(nothing["third_threshold"]), **settings).iterate(0, timer.Timer())
     assert named["valid_share"] == pytest.approx(1 / 3, abs=1 / 16)
 
 
@@ -139,7 +141,7 @@ def test_saturation_by_hand() -> None:
 
 
 def test_records_carry_what_the_watch_needs(tmp_path: Path) -> None:
-    record = built(tmp_path / "run").iterate(0, trainer.Timer())
+    record = built(tmp_path / "run").iterate(0, timer.Timer())
     assert {"score_gap", "third_threshold", "saturation", "dead", "loss", "pairs", "nonfinite_steps"} <= set(record)
     assert 0 < float(record["saturation"]) < 1
 
@@ -149,7 +151,7 @@ def test_records_carry_what_the_watch_needs(tmp_path: Path) -> None:
 
 def broken_from(iteration: int, value: float) -> Callable[..., Any]:
     """Learner.update whose experience has one latent of a value that is not finite, from an iteration on."""
-    whole = trainer.Learner.update
+    whole = learner.Learner.update
 
     def update(self: Any, experience: Any, state: Any, *rest: Any) -> Any:
         if state.iteration >= iteration:
@@ -165,8 +167,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 ) -> None:
     run = built(tmp_path / "run", clip="none")
     before = {name: weight.clone() for name, weight in run.policy.state_dict().items()}
-    monkeypatch.setattr(trainer.Learner, "update", broken_from(0, value))
-    record = run.iterate(0, trainer.Timer())
+    monkeypatch.setattr(learner.Learner, "update", broken_from(0, value))
+    record = run.iterate(0, timer.Timer())
     assert record["nonfinite_steps"] == 1 == run.state.skipped_steps  # one latent spoils one of two steps
     assert record["optimizer_steps"] == 1 and run.state.nonfinite_in_a_row in (0, 1)
     after = run.policy.state_dict()
@@ -180,7 +182,7 @@ def test_a_run_stops_with_a_diagnosis(
 ) -> None:
     out = tmp_path / "run"
     settings = {"max_nonfinite_steps": 3, "train_batch_size": 4, "num_train_epochs": 4, "checkpointing_steps": 1}
-    monkeypatch.setattr(trainer.Learner, "update", broken_from(2, math.nan))
+    monkeypatch.setattr(learner.Learner, "update", broken_from(2, math.nan))
     assert train.main(flags(out, **settings, clip="none")) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "3 optimizer steps in a row" in captured.err

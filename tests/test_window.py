@@ -8,11 +8,11 @@ import pytest
 import torch
 from runs import built, facts, killed_run, run_toy
 
-from spo_fast import window
-from spo_fast.config import SampleConfig
-from spo_fast.rollout import branching_rollout, segments
-from spo_fast.scorers import ClipScorer
-from spo_fast.window import NEAR_ZERO, REOPEN, TRUST, closed
+from spo_fast.config.training import SampleConfig
+from spo_fast.method import skipped_segments
+from spo_fast.method.rollout import branching_rollout, segments
+from spo_fast.method.skipped_segments import NEAR_ZERO, REOPEN, TRUST, closed
+from spo_fast.scorers.spm import ClipScorer
 
 CFG = SampleConfig(num_steps=8, branch_start=2, num_candidates=2, num_inner_steps=1, branch_window="auto")
 
@@ -30,13 +30,13 @@ def test_what_is_left_out():
 
 
 def test_the_running_share_is_a_mean_first_and_then_moves(monkeypatch):
-    seen: window.Window = {}
-    window.observe(seen, [2, 3, 2, 3, 4, 5], CFG, frozenset(), 4)
+    seen: skipped_segments.Window = {}
+    skipped_segments.observe(seen, [2, 3, 2, 3, 4, 5], CFG, frozenset(), 4)
     assert seen == {"2": [4.0, 0.5], "4": [4.0, 0.25], "6": [4.0, 0.0]}
-    window.observe(seen, [2, 3], CFG, frozenset({4}), 4)
+    skipped_segments.observe(seen, [2, 3], CFG, frozenset({4}), 4)
     assert seen["2"] == [8.0, pytest.approx((2 + 1) / 8)] and seen["4"] == [4.0, 0.25]
     for _ in range(200):
-        window.observe(seen, [], CFG, frozenset(), 4)
+        skipped_segments.observe(seen, [], CFG, frozenset(), 4)
     assert seen["2"][1] < 1e-3
 
 
@@ -60,7 +60,7 @@ def test_a_left_out_segment_costs_one_candidate(tmp_path):
     for left_out in ({2}, {4}, {6}, {2, 6}):
         part, fewer_rows, fewer_images = collect(frozenset(left_out))
         shares = {str(first): [100.0, 0.01] for first in left_out}
-        told = window.saved(shares, frozenset(left_out), sample, 2, False)
+        told = skipped_segments.saved(shares, frozenset(left_out), sample, 2, False)
         assert all_rows - fewer_rows == told["rows_saved"] > 0
         assert all_images - fewer_images == told["images_saved"] > 0
         assert told["pairs_lost"] == pytest.approx(sum(0.01 * 2 * 2 for _ in left_out))
@@ -74,9 +74,9 @@ def test_children_judged_as_they_are_cost_the_network_nothing(tmp_path):
     """LPO's scorer asks for no prediction of candidates: a segment of one step saves no row of the UNet."""
     sample = SampleConfig(num_steps=8, branch_start=2, num_candidates=4, branch_end=6)
     shares = {"2": [100.0, 0.01], "5": [100.0, 0.01]}
-    assert window.saved(shares, frozenset({2, 5}), sample, 3, True)["rows_saved"] == 0
+    assert skipped_segments.saved(shares, frozenset({2, 5}), sample, 3, True)["rows_saved"] == 0
     # 2 guidance halves of 3 prompts: 3 of 4 candidates' predictions in the middle, and all 4 where nothing goes on
-    assert window.saved(shares, frozenset({2, 5}), sample, 3, False)["rows_saved"] == 2 * 3 * (3 + 4)
+    assert skipped_segments.saved(shares, frozenset({2, 5}), sample, 3, False)["rows_saved"] == 2 * 3 * (3 + 4)
 
 
 def trainer_batch(run, left_out):
@@ -86,7 +86,7 @@ def trainer_batch(run, left_out):
 
 def test_a_run_leaves_out_what_never_counts_and_resumes_alike(tmp_path, monkeypatch):
     """A judge that sees no difference from the second segment on: its comparisons stop, also after a resume."""
-    monkeypatch.setattr(window, "TRUST", 4.0)
+    monkeypatch.setattr(skipped_segments, "TRUST", 4.0)
     few = {"num_steps": 6, "branch_start": 2, "branch_window": "auto", "threshold": 0.0, "max_train_steps": 4}
     blind(monkeypatch)
     whole = run_toy(tmp_path / "whole", **few)

@@ -19,12 +19,15 @@ from runs import command_line, flags, run_toy
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 
-from spo_fast import checkpoint, train, train_spm
-from spo_fast.config import Config, PreferenceConfig
-from spo_fast.presets import PREFERENCE_PRESETS, PRESETS
-from spo_fast.scorers import make_tiny_spm
+from spo_fast import train, train_spm
+from spo_fast.config.preference import PreferenceConfig
+from spo_fast.config.presets import PREFERENCE_PRESETS, PRESETS
+from spo_fast.config.training import Config
+from spo_fast.data import files
+from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.scorers.spm import make_tiny_spm
 from spo_fast.toy import evaluate
-from spo_fast.toy.pipeline import WEIGHTS
+from spo_fast.training import checkpoint
 
 SPM, PICKSCORE = WEIGHTS / "spm", WEIGHTS / "pickscore"
 
@@ -407,7 +410,7 @@ def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_directory_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with checkpoint.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
         error = refused(train.main, flags(tmp_path / "run"), capsys)
     assert "another process is training in" in error and "Choose another --output_dir" in error
 

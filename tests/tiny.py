@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 
-from spo_fast.models.clip_tokenizer import END, clip_tokenizer
-from spo_fast.toy.pipeline import save_pipeline, tiny_text_encoder
+from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
+from spo_fast.models.files.toy import save_pipeline, tiny_text_encoder
 
 MAX_LENGTH = 16
 TEXT_WIDTH = 16

@@ -1,11 +1,19 @@
-"""Reading JSON and .safetensors so that a damaged file is named. Imports nothing heavy."""
+"""Reading JSON and .safetensors so that a damaged file is named; writing whole files or none. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
+import os
+import platform
 import re
+import shutil
 import struct
+import time
+import uuid
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,3 +107,56 @@ def shown(name: str | Path, room: int = 110) -> str:
     """A path, of a long one its end."""
     text = str(name)
     return text if len(text) <= room else f"...{text[3 - room :]}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers, for the record."""
+    found = {"python": platform.python_version()}
+    for package in ("spo_fast", "torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A file that is either the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+def lock(run_dir: Path) -> Any:
+    """Hold the run directory for this process; the returned file keeps the lock while it is open.
+
+    Raises RuntimeError if another process holds it: two runs would write over each other. OSError if nothing can be
+    written there.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise OSError(f"cannot write to {run_dir} ({error.strerror}). Choose another --output_dir.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RuntimeError(f"another process is training in {run_dir}. Choose another --output_dir.") from error
+    for leftover in run_dir.glob(".tmp-*"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
+    return file
+
+
+def set_aside(path: Path) -> None:
+    """Rename what stands in the way of a run that starts again, so that nothing is lost."""
+    if path.exists():
+        os.replace(path, path.with_name(f"old-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
+
+
+def without_nan(value: Any) -> Any:
+    """NaN as None, which JSON has a word for."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,9 +1,6 @@
-"""Preference pairs (two images, a prompt, a label) of data larger than memory, for training a preference model.
+"""Where labelled pairs of images lie: parquet files, a folder with a table, a hub data set.
 
-What stays in memory is an index of 30 bytes a row: where the row lies and a hash of its prompt. Images are read by
-window: a window is some whole parquet row groups (PairStream holds one and reads the next ahead), its rows are permuted
-and each of its row groups is read once. An epoch's order is a pure function of (seed, epoch), so the position in the
-data is one integer, and a resumed stream yields exactly the batches that the interrupted one would have.
+What stays in memory is an index of 30 bytes a row: where the row lies and a hash of its prompt.
 """
 
 from __future__ import annotations
@@ -11,193 +8,39 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
-import io
 import json
 import logging
 import re
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
-from spo_fast import noise
-from spo_fast.config import RunError
-from spo_fast.files import reason_of
-from spo_fast.splits import files_of
+from spo_fast.data.files import reason_of
+from spo_fast.data.pair_rows import (
+    COUNT_COLUMN,
+    HAS_LABEL_COLUMN,
+    LABEL_COLUMNS,
+    BadRowError,
+    BadRows,
+    LabelError,
+    PairSource,
+    Row,
+    checked,
+    has_label,
+    prompt_column,
+)
+from spo_fast.data.splits import files_of
 
 logger = logging.getLogger(__name__)
 
-PROMPT_COLUMNS = ("caption", "prompt")  # the first one present is read
-LABEL_COLUMNS = ("label_0", "label_1")
-COUNT_COLUMN, HAS_LABEL_COLUMN = "num_example_per_prompt", "has_label"
 DELIMITERS = {".jsonl": None, ".csv": ",", ".tsv": "\t"}  # the tables a folder of images may have
-WINDOW_ROWS = 8192
-WINDOW_BYTES = 512 << 20  # of images: Pick-a-Pic's 8192 rows would be 3 GB
 INDEX_BATCH = 4096  # rows held as Python objects while indexing
-MIN_SEEN = 100  # rows before a share of bad ones means anything
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: Pillow would start Ghostscript
-MAX_PIXELS = 1 << 26  # 8192 x 8192: 200 MB decoded, in each worker
-MAX_ASPECT = 32
-
-T = TypeVar("T")
-
-
-class BadRowError(ValueError):
-    """One row is unusable; the message is the reason."""
-
-
-class LabelError(BadRowError):
-    """Its labels are: no fault in a row that says it has none."""
-
-
-class BadRows:
-    """The rows left out, each once, in a file of JSON lines {"row": where, "reason": reason}.
-
-    path: made at the first bad row. An existing file is read, so a resumed run neither recounts nor rewrites a row.
-    limit: the share of bad rows above which `check` stops the run.
-    """
-
-    def __init__(self, path: Path, limit: float) -> None:
-        self.path, self.limit = Path(path), limit
-        self.reasons: dict[str, str] = {}  # by row, in order of discovery
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        try:
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                self.reasons[entry["row"]] = entry["reason"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: not a file of bad rows ({error!r}). Move it away.") from error
-        if len(whole) < len(content):  # a crash tore the last line: the row is found again, and its line goes here
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-
-    def __len__(self) -> int:
-        return len(self.reasons)
-
-    def add(self, where: str, reason: str) -> None:
-        if where in self.reasons:
-            return
-        self.reasons[where] = reason
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:  # closed, so flushed, at once
-            file.write(json.dumps({"row": where, "reason": reason}) + "\n")
-
-    def check(self, seen: int, count: int | None = None, *, final: bool = False) -> None:
-        """Raises RunError when more than `limit` of the rows seen are bad.
-
-        count: bad ones among the `seen`; None: all in the file. Looks from 100 rows seen on, or when `final`.
-        """
-        count = len(self) if count is None else count
-        if seen and (final or seen >= MIN_SEEN) and count / seen > self.limit:
-            raise RunError(
-                f"{count} of {seen} rows are unusable ({count / seen:.1%}; the limit is {self.limit:.1%}): "
-                f"{self.examples()}. {self.path} names them all. Mend the data or raise the limit."
-            )
-
-    def examples(self) -> str:
-        return "; ".join(f"{where}: {reason}" for where, reason in islice(self.reasons.items(), 3))
-
-
-@dataclass(frozen=True)
-class Row:
-    where: str  # file and row, as in bad_rows.jsonl
-    prompt: str
-    label: float  # preference for image 0: 1, 0, or 0.5 for a tie
-    weight: float  # 1 / num_example_per_prompt: every prompt counts alike
-    images: tuple[Callable[[], bytes], ...] = field(repr=False)
-
-    def image(self, j: int) -> bytes:
-        """The encoded image j (0 or 1). Raises BadRowError when it is missing."""
-        return self.images[j]()
-
-
-class PairSource(Protocol):
-    """Rows known by their index 0..len-1; only those that passed the index pass count."""
-
-    prompt_hash: np.ndarray  # (len,) uint64
-    labelled: np.ndarray  # (len,) bool: a person gave the label
-    tied: np.ndarray  # (len,) bool: neither image is preferred
-    blocks: np.ndarray  # (len,) int32: rows with the same number are read together (a parquet row group)
-    block_bytes: np.ndarray  # (blocks,) int64: what reading one holds in memory
-    unlabelled: int  # rows left out because they have no label and say so
-    seen: int  # rows there are, with all that were left out
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[Row]:
-        """The rows in the order asked for; each block they touch is read once."""
-        ...
-
-
-# ---- one row ---------------------------------------------------------------------------------------------------------
-
-
-def checked(record: dict[str, Any]) -> tuple[str, float, float]:
-    """Prompt (stripped), label of image 0 and weight of a row, or BadRowError.
-
-    Labels may be any shares in [0, 1] that add up to 1. Without a count column the weight is 1; an empty count is bad.
-    """
-    prompt = record["prompt"]
-    if not isinstance(prompt, str):
-        raise BadRowError(f"the prompt is {'missing' if prompt is None else f'{prompt!r:.40}, not text'}")
-    if not prompt.strip():
-        raise BadRowError("the prompt is empty")
-    if re.search("[\ud800-\udfff]", prompt):
-        raise BadRowError("the prompt is not valid Unicode")
-    count = number(record, COUNT_COLUMN) if COUNT_COLUMN in record else 1.0
-    if not 1 <= count < float("inf"):
-        raise BadRowError(f"{COUNT_COLUMN} is {count:g}, not a number of at least 1")
-    try:
-        first, second = (number(record, name) for name in LABEL_COLUMNS)
-        if not (0 <= first <= 1 and 0 <= second <= 1 and abs(first + second - 1) < 1e-6):
-            raise BadRowError(f"labels {first:g} and {second:g} are not two shares within 0..1 that add up to 1")
-    except BadRowError as error:
-        raise LabelError(str(error)) from None
-    return prompt.strip(), first, 1 / count
-
-
-def number(record: dict[str, Any], name: str) -> float:
-    value = record.get(name)
-    if value is None:
-        raise BadRowError(f"{name} is missing")
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise BadRowError(f"{name} is {value!r:.40}, not a number") from None
-
-
-def has_label(record: dict[str, Any]) -> bool:
-    return str(record.get(HAS_LABEL_COLUMN, True)).strip().lower() in ("true", "1", "1.0")
-
-
-def prompt_column(name: str, present: list[str], images: Sequence[str], caption: str | None) -> str:
-    """The prompt's column. Raises ValueError when a needed column is missing or stands there twice."""
-    wanted = PROMPT_COLUMNS if caption is None else (caption,)
-    chosen = next((column for column in wanted if column in present), " or ".join(wanted))
-    if missing := [column for column in (chosen, *images, *LABEL_COLUMNS) if column not in present]:
-        raise ValueError(
-            f"{name}: no column {', '.join(missing)}; found {', '.join(map(str, present)) or 'none'}. "
-            "Rename the columns (another name of the prompts' one can be given as caption_column)."
-        )
-    if repeated := {column for column in present if present.count(column) > 1}:
-        raise ValueError(f"{name}: column {', '.join(repeated)} stands there twice. Rename or delete one.")
-    return chosen
-
-
-# ---- sources ---------------------------------------------------------------------------------------------------------
 
 # what the index pass meets: (where, number in the file from 1, block, place in the block or first byte, row or reason)
 Found = tuple[str, int, int, int, "dict[str, Any] | BadRowError"]
@@ -548,274 +391,3 @@ def parquet_source(
 ) -> PairSource:
     need_pyarrow(name)
     return ParquetSource(name, files, bad, caption, root)
-
-
-# ---- order -----------------------------------------------------------------------------------------------------------
-
-
-def split_by_prompt(source: PairSource, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of training and validation rows; share: the expected share of prompts that validate, in [0, 1).
-
-    A prompt's side is a function of (seed, prompt) alone, whatever else the data holds. Unlabelled rows of a validation
-    prompt are on neither side.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"share={share} of the prompts cannot validate. Use a number from 0 to below 1.")
-    key = mixed(np.array([seed % 2**64], np.uint64))
-    validates = (mixed(source.prompt_hash ^ key) >> np.uint64(11)) * 2.0**-53 < share
-    train, validation = np.flatnonzero(~validates), np.flatnonzero(validates & source.labelled)
-    if not len(train) or (share > 0 and not len(validation)):
-        raise ValueError(
-            f"{len(train)} training and {len(validation)} validation rows of {len(source)}: share={share} leaves one "
-            "side empty. Change the share or the seed, or add prompts (share 0 goes without validation)."
-        )
-    return train, validation
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """The bits of uint64, stirred: splitmix64's output function (Steele, Lea, Flood 2014) of x + its increment."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def windows_of(
-    source: PairSource, indices: np.ndarray, window_rows: int, key: tuple[int, int] | None
-) -> tuple[np.ndarray, list[int]]:
-    """An epoch's order of the rows, and where in it each window ends. key: (seed, epoch); None keeps the given order.
-
-    A window takes whole blocks while they fit into window_rows and WINDOW_BYTES, and at least one.
-    """
-    indices = np.asarray(indices, np.int64)
-    if key is not None:
-        indices = indices[np.lexsort((indices, source.blocks[indices]))]
-    blocks = source.blocks[indices]
-    starts = np.flatnonzero(np.diff(blocks, prepend=-1))
-    lengths, numbers = np.diff(starts, append=len(indices)), blocks[starts]
-    if key is not None:
-        order = noise.permutation(len(starts), *key, noise.PAIRS).numpy()
-        indices = indices[np.argsort(np.repeat(np.argsort(order), lengths), kind="stable")]
-        lengths, numbers = lengths[order], numbers[order]
-    ends: list[int] = []
-    rows = size = end = 0
-    for length, nbytes in zip(lengths.tolist(), source.block_bytes[numbers].tolist(), strict=True):
-        if rows and (rows + length > window_rows or size + nbytes > WINDOW_BYTES):
-            ends.append(end)
-            rows = size = 0
-        rows, size, end = rows + length, size + nbytes, end + length
-    ends.append(end)
-    if key is not None:
-        window = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-        indices = indices[np.lexsort((noise.permutation(len(indices), *key, noise.PAIRS + 1).numpy(), window))]
-    return indices, ends
-
-
-def shuffled(
-    source: PairSource, indices: np.ndarray, seed: int, epoch: int, window_rows: int = WINDOW_ROWS
-) -> np.ndarray:
-    """The epoch's order: row groups permuted, then rows within windows of whole row groups."""
-    return windows_of(source, indices, window_rows, (seed, epoch))[0]
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PairBatch(Generic[T]):
-    prompts: list[str]
-    labels: Tensor  # (B,) float32, of image 0
-    weights: Tensor  # (B,) float32
-    loaded: list[T]
-    position: int  # rows consumed since the start, over all epochs, bad ones included
-
-
-class PairStream(Iterator[PairBatch[T]]):
-    """Batches of pairs, for ever or for `epochs`; a new stream given a batch's `position` yields what follows it.
-
-    load: runs in `workers` threads, at most `prefetch` batches ahead. Rows for which it raises BadRowError are added to
-    `bad` and skipped; its other exceptions reach the consumer, and end the stream. Batches are full whatever was
-    skipped, across epochs too; only the last of finite epochs may be short.
-    Raises ValueError when too many rows are bad, or an epoch has no usable one.
-    """
-
-    def __init__(
-        self,
-        source: PairSource,
-        indices: np.ndarray,
-        batch_size: int,
-        load: Callable[[Row], T],
-        bad: BadRows,
-        *,
-        seed: int,
-        position: int = 0,
-        epochs: int | None = None,
-        shuffle: bool = True,
-        workers: int = 4,
-        prefetch: int = 4,
-    ) -> None:
-        if min(len(indices), batch_size, workers, prefetch) < 1 or position < 0:
-            raise ValueError(
-                f"{len(indices)} rows, batch_size={batch_size}, workers={workers} and prefetch={prefetch} must be at "
-                f"least 1, position={position} at least 0."
-            )
-        self.source, self.indices, self.batch_size = source, np.asarray(indices, np.int64), batch_size
-        self.load, self.bad, self.seed, self.shuffle = load, bad, seed, shuffle
-        self.position, self.epochs, self.ahead = position, epochs, prefetch * batch_size
-        self._pool, self._reader = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
-        self._batches, self._closed = self._make_batches(), False
-
-    def __next__(self) -> PairBatch[T]:
-        if self._closed:
-            raise StopIteration
-        return next(self._batches)
-
-    def __enter__(self) -> PairStream[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the threads; what they had under way is lost."""
-        self._closed = True
-        for pool in (self._pool, self._reader):
-            pool.shutdown(cancel_futures=True)
-
-    def _make_batches(self) -> Iterator[PairBatch[T]]:
-        pending: deque[tuple[int, Row, Any]] = deque()
-        batch: list[tuple[Row, T]] = []
-        rows = self._rows()
-        seen = rejected = usable = end = 0
-        whole_epoch = self.position % len(self.indices) == 0  # one entered midway may well end in bad rows
-        try:
-            while True:
-                for position, row in islice(rows, self.ahead - len(pending)):
-                    pending.append((position, row, self._pool.submit(self.load, row)))
-                if not pending:
-                    break
-                end, row, future = pending.popleft()
-                seen += 1
-                try:
-                    batch.append((row, future.result()))
-                    usable += 1
-                except BadRowError as error:
-                    self.bad.add(row.where, str(error))
-                    rejected += 1
-                # of this stream's own rows: known ones are met again, so a restart does not get past the limit
-                self.bad.check(seen, rejected)
-                if end % len(self.indices) == 0:
-                    if whole_epoch and not usable:
-                        raise RunError(
-                            f"none of an epoch's {len(self.indices)} rows is usable ({self.bad.examples()}). "
-                            f"{self.bad.path} names them all. Mend the data."
-                        )
-                    usable, whole_epoch = 0, True
-                if len(batch) == self.batch_size:
-                    yield make_batch(batch, end)
-                    batch = []
-            if batch:
-                yield make_batch(batch, end)
-        finally:
-            self.close()
-
-    def _rows(self) -> Iterator[tuple[int, Row]]:
-        """(position after it, row), while the next window is being read."""
-        windows = self._windows()
-        coming = self._reader.submit(next, windows, None)
-        while (window := coming.result()) is not None:
-            coming = self._reader.submit(next, windows, None)
-            position, rows = window
-            rows.reverse()
-            while rows:  # popped, so that images leave memory as they are used
-                position += 1
-                yield position, rows.pop()
-
-    def _windows(self) -> Iterator[tuple[int, list[Row]]]:
-        """(position before it, the rows of a window)."""
-        epoch, offset = divmod(self.position, len(self.indices))
-        while self.epochs is None or epoch < self.epochs:
-            order, ends = windows_of(
-                self.source, self.indices, WINDOW_ROWS, (self.seed, epoch) if self.shuffle else None
-            )
-            for end in ends:
-                if end > offset:
-                    yield epoch * len(order) + offset, self.source.read(order[offset:end])
-                    offset = end
-            epoch, offset = epoch + 1, 0
-
-
-def make_batch(rows: list[tuple[Row, T]], position: int) -> PairBatch[T]:
-    labels = torch.tensor([row.label for row, _ in rows], dtype=torch.float32)
-    weights = torch.tensor([row.weight for row, _ in rows], dtype=torch.float32)
-    return PairBatch([row.prompt for row, _ in rows], labels, weights, [loaded for _, loaded in rows], position)
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """The first frame in 8-bit RGB, turned as its EXIF data say; transparency shows white. Raises BadRowError.
-
-    The published code drops alpha instead, which shows whatever colour lies under it, and does not turn; Pick-a-Pic's
-    files have neither. 16 bits are cut to their upper 8; of wider numbers the range is not known.
-    """
-    if not data:
-        raise BadRowError("the image is empty (0 bytes)")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as stored:
-            width, height = stored.size
-            if not 0 < width * height <= MAX_PIXELS:
-                raise BadRowError(f"the image has {width} x {height} pixels, of at most {MAX_PIXELS}")
-            if stored.mode == "F":
-                raise BadRowError("the image holds floating-point numbers, whose range is not known")
-            if stored.mode == "I" and stored.format == "TIFF":  # I;16 otherwise; of PNG and PPM files I are 16 bits too
-                raise BadRowError("the image holds 32-bit or signed numbers, whose range is not known")
-            image = upright(stored)
-            clear = image.info.get("transparency")  # of PNG without alpha: the value that is not to be seen
-            if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-                values = np.asarray(image)
-                grey = np.where(values == clear, 255, (values >> 8).clip(0, 255))  # == None: nowhere
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            if stored.format == "PNG" and clear is not None and image.mode in ("L", "RGB"):  # Pillow scales pixels only
-                image.info["transparency"] = in_8_bits(clear, depth=data[24])
-            if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-            return image.convert("RGB")
-    except BadRowError:
-        raise
-    except UnidentifiedImageError:  # its own message holds a memory address
-        raise BadRowError(f"not an image of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads to
-        raise BadRowError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as its EXIF data say; damaged ones are ignored, as viewers do."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever the damage leads to
-        return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-
-
-def in_8_bits(value: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
-    """A PNG file's own sample value, or three, as the 8 bits that Pillow makes of its pixels; depth: bits a sample."""
-    if isinstance(value, tuple):
-        return tuple(v >> (depth - 8) for v in value)
-    return value * 255 // (2**depth - 1)
-
-
-def to_square(image: Image.Image, size: int) -> Tensor:  # (3, size, size) float32 in [-1, 1]
-    """Shortest side to `size` (bicubic, antialiased), centre crop: CLIPImageProcessor without its normalisation."""
-    width, height = image.size
-    short = min(width, height)
-    if max(width, height) > MAX_ASPECT * short:
-        raise BadRowError(f"the image is {width} x {height}: more than {MAX_ASPECT} times as long as wide")
-    width, height = int(size * width / short), int(size * height / short)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous() / 255 * 2 - 1

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spo_fast.config import did_you_mean
-from spo_fast.data import READERS, load_prompts, parse_json, read_lines
-from spo_fast.models.sources import offline_reason
+from spo_fast.config.errors import did_you_mean
+from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.data.hub import offline_reason
+from spo_fast.data.prompts import READERS, load_prompts, parse_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,6 @@ def geneval_records(file: str | Path | None) -> dict[str, dict[str, Any]]:
     """Prompt -> what GenEval looks for in its pictures, in the file's order. Raises ValueError naming the line."""
     if file is None or Path(file).suffix.lower() != ".jsonl":
         raise ValueError("geneval has to know what to look for: give --prompts evaluation_metadata.jsonl, GenEval's.")
-    from spo_fast.scorers.geneval import CLASSES
 
     found: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(read_lines(Path(file)), 1):
@@ -126,3 +126,33 @@ def geneval_records(file: str | Path | None) -> dict[str, dict[str, Any]]:
         if found.setdefault(record["prompt"].strip(), record) != record:
             raise ValueError(f"{where} another line asks something else for the same prompt. Delete one.")
     return found
+
+
+CLASSES = (  # COCO's 80 in its order, as GenEval calls them
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+
+
+def prompts_of(cfg: EvaluationConfig) -> tuple[list[str], str]:
+    """(prompts, what they are)."""
+    c = cfg.pictures
+    if c.prompts is None and cfg.model.model == "toy":
+        from spo_fast.data import toy_world
+
+        texts, name = toy_world.TEST, "the toy's test prompts"
+    elif c.prompts is None:
+        from spo_fast.data.prompts import load_prompts
+
+        texts, name = load_prompts(None), "built-in list"
+    else:
+        known, files = prompt_files(c.prompts)
+        texts = read_prompts(known, files, c.caption_column)
+        name = known.what if known else files[0].name
+    return texts[: c.max_prompts], name

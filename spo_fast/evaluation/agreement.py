@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_fast.checkpoint import write_atomically
+from spo_fast.data.files import without_nan, write_atomically
+from spo_fast.evaluation.statistics import Estimate, estimate, shown
+from spo_fast.evaluation.tables import markdown
 
 BINS = 10
 SHOWN = 10  # pairs a bin must have to be drawn
-
-
-class Estimate(NamedTuple):
-    mean: float
-    error: float  # standard error
-    pairs: int
-
-    def text(self, sign: str = "") -> str:
-        """Mean and standard error as far as there are any."""
-        mean = shown(self.mean, sign)
-        return mean if math.isnan(self.error) else f"{mean} ± {self.error:.3f}"
 
 
 class Judgements:
@@ -109,31 +100,6 @@ class Judgements:
             "calibration_error": {n: self.calibration_error(n) for n in self.names},
             "calibration": {n: self.calibration(n) for n in self.names},
         }
-
-
-def estimate(values: Tensor) -> Estimate:
-    n = len(values)
-    error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
-    return Estimate(float(values.mean()) if n else math.nan, error, n)
-
-
-def shown(value: float, sign: str = "") -> str:
-    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
-
-
-def without_nan(value: Any) -> Any:
-    """NaN as None, which JSON has a word for."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def markdown(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def write_report(judgements: Judgements, run_dir: Path) -> str:

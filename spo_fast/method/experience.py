@@ -96,7 +96,7 @@ class Experience:
     frozen: Prediction | None = None  # of the reference (or old policy) on the states
     anchor: Prediction | None = None  # of a second frozen network: the moving average, or the reference beside the old
     advantage: Tensor | None = None  # (N,) of policy gradients
-    order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (distributed.py)
+    order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (training/processes.py)
 
     def __len__(self) -> int:
         return self.x_prev.shape[0]
@@ -135,3 +135,15 @@ def batches(index: Tensor, max_states: int | None) -> Iterator[slice]:  # index 
             start, grown = n, set(index[n].tolist())
         seen = grown
     yield slice(start, len(index))
+
+
+def judges(scorer: Any) -> str:
+    """What a scorer wants to see: "x0", clean estimates after the UNet, or "children", noisy x_{t-1} before it."""
+    return getattr(scorer, "judges", "x0")
+
+
+def repeat_text(text: Any, num_candidates: int) -> Any:
+    """What encode returned for B prompts (a tensor, or a tuple of them) -> the same with K*B rows, k-major."""
+    if isinstance(text, tuple):
+        return tuple(repeat_text(part, num_candidates) for part in text)
+    return text.repeat(num_candidates, *[1] * (text.ndim - 1))

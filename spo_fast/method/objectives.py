@@ -16,13 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spo_fast.config import ObjectiveConfig, SampleConfig
-from spo_fast.experience import Experience, Prediction, States
-from spo_fast.noise import SIDES, STEPS
-from spo_fast.offline import renoised_pairs
-from spo_fast.ops.preference_loss import STATS, preference_loss
-from spo_fast.ops.transition import guided, log_ratio
-from spo_fast.rollout import (
+from spo_fast.config.training import ObjectiveConfig, SampleConfig
+from spo_fast.method.experience import Experience, Prediction, States
+from spo_fast.method.noise import SIDES, STEPS
+from spo_fast.method.renoise import renoised_pairs
+from spo_fast.method.rollout import (
     RolloutBatch,
     Trajectories,
     branching_rollout,
@@ -30,7 +28,10 @@ from spo_fast.rollout import (
     segments,
     trajectory_rollout,
 )
-from spo_fast.schedule import StepTable
+from spo_fast.method.schedule import StepTable
+from spo_fast.ops.guidance import guided
+from spo_fast.ops.log_ratio import log_ratio
+from spo_fast.ops.preference_loss import STATS, preference_loss
 
 Batches = Callable[[], Sequence[slice]]
 Outputs = Callable[[], Prediction]
@@ -93,7 +94,7 @@ class Objective:
     sampler: ClassVar[str] = "policy"
     """Whose samples it learns from: the policy's, its moving average's (ema), or the pairs of a data set (data)."""
     judges: ClassVar[str | None] = None
-    """What its scorer must judge (scorers.judges); None: whatever it does."""
+    """What its scorer must judge (experience.judges); None: whatever it does."""
     shape: tuple[int, int] = (2, 1)
     """K sides, S transitions of a term."""
     num_baselines: ClassVar[int] = 1
@@ -120,7 +121,7 @@ class Objective:
         table: StepTable,
         scorer: Any,
         decode: Any,
-        batch: Any,  # RolloutBatch; offline.PairInputs for a sampler of data
+        batch: Any,  # RolloutBatch; renoise.PairInputs for a sampler of data
         cfg: SampleConfig,
         chunk: int,
     ) -> Experience:
@@ -420,7 +421,7 @@ class DiffusionDPO(Objective):
     """
 
     beta: float = 5000.0
-    prompt_dropout: float = 0.2  # read where pairs are (pair_images.py)
+    prompt_dropout: float = 0.2  # read where pairs are (training/pair_batches.py)
     sampler = "data"
     rollout = None
 

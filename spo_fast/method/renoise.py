@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_fast.experience import Cond, Experience, States
-from spo_fast.noise import RENOISE, TIMESTEPS, KeyedDraws
-from spo_fast.schedule import StepTable
+from spo_fast.method.experience import Cond, Experience, States
+from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
+from spo_fast.method.schedule import StepTable
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast.config import SampleConfig
-from spo_fast.experience import Candidates, Cond, Experience, Prediction, States
-from spo_fast.noise import Draws
+from spo_fast.config.training import SampleConfig
+from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, judges, repeat_text
+from spo_fast.method.noise import Draws
+from spo_fast.method.schedule import StepTable
 from spo_fast.ops.transition import transition
-from spo_fast.schedule import StepTable
-from spo_fast.scorers import judges, repeat_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class RolloutBatch:
     draws: Draws
     latent_shape: tuple[int, int, int]  # C, H, W
     dtype: torch.dtype  # of the latents: float32, or float64 for checks
-    closed: frozenset[int] = frozenset()  # first steps of segments that are not compared (window.py)
+    closed: frozenset[int] = frozenset()  # first steps of segments that are not compared (skipped_segments.py)
 
     def __len__(self) -> int:
         return len(self.cond)

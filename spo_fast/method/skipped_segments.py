@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spo_fast.config import SampleConfig
-from spo_fast.rollout import segments
+from spo_fast.config.training import SampleConfig
+from spo_fast.method.rollout import segments
 
 NEAR_ZERO = 0.02  # of a segment's pairs
 TRUST = 60.0  # comparisons that a share rests on before it is believed

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast.config import ModelConfig
-from spo_fast.experience import Cond
-from spo_fast.files import read_json
-from spo_fast.models import sources
-from spo_fast.models.lora import written_settings
+from spo_fast.config.sections import ModelConfig
+from spo_fast.data.files import read_json
+from spo_fast.method.experience import Cond
+from spo_fast.method.schedule import StepTable, ddim_scheduler, schedule_notes, table_of
+from spo_fast.models.files import layout, load, sources
+from spo_fast.models.files.lora import written_settings
 from spo_fast.models.policy import Policy
-from spo_fast.models.row_cache import fingerprint_files
-from spo_fast.models.text import PromptCache
-from spo_fast.schedule import StepTable, ddim_scheduler, schedule_notes, table_of
+from spo_fast.models.prompt_cache import PromptCache
+from spo_fast.models.tensor_cache import fingerprint_files
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -32,19 +32,19 @@ class DiffusionModel:
         self.resolved, self.device = resolved, device
         self.kind = resolved.source.kind
         self.dtype = DTYPES[cfg.mixed_precision]
-        self.scheduler_config = sources.scheduler_config(resolved)
+        self.scheduler_config = layout.scheduler_config(resolved)
         self._ddim = ddim_scheduler(self.scheduler_config)
         print("".join(f"{note}\n" for note in schedule_notes(self.scheduler_config)), end="")
-        self.tokenizers = sources.load_tokenizers(resolved)
+        self.tokenizers = load.load_tokenizers(resolved)
         # strict: rows of the days when encoders were loaded in part are not read again
-        fingerprint = f"{fingerprint_files(sources.text_files(resolved))} {self.kind} {self.dtype} strict"
+        fingerprint = f"{fingerprint_files(layout.text_files(resolved))} {self.kind} {self.dtype} strict"
         self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
         self.zero_uncond = self.kind == "sdxl" and sources.forces_zeros(resolved.config_dir)
 
-        dtype = vae_dtype(self.kind, self.dtype, read_json(sources.vae_config_file(resolved)))
-        vae: Any = sources.load_vae(resolved, dtype)
+        dtype = vae_dtype(self.kind, self.dtype, read_json(layout.vae_config_file(resolved)))
+        vae: Any = load.load_vae(resolved, dtype)
         self.vae: Any = vae.to(device)
-        unet: Any = sources.load_unet(resolved, self.dtype)
+        unet: Any = load.load_unet(resolved, self.dtype)
         self.unet: Any = unet.to(device)
 
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -74,7 +74,7 @@ class DiffusionModel:
         return self.token_ids(prompts)[0]
 
     def _load_encoder(self) -> Any:
-        encoders = [e.to(self.device) for e in sources.load_text_encoders(self.resolved, self.dtype)]
+        encoders = [e.to(self.device) for e in load.load_text_encoders(self.resolved, self.dtype)]
 
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ class DiffusionModel:
 
     def vae_fingerprint(self) -> str:
         """Names the VAE's weights, for what is kept of its outputs."""
-        return fingerprint_files(sources.vae_files(self.resolved))
+        return fingerprint_files(layout.vae_files(self.resolved))
 
     @property
     def alphas_cumprod(self) -> Tensor:  # (T,) float32 on the CPU

@@ -3,7 +3,7 @@
 A replay repeats the kernels that were launched while it was recorded, on the same storages: what Python decided then is
 decided for good, and only the contents of tensors can change. So inputs are copied into storages of the graph's own,
 weights and tables are read where they lie (an optimizer step in place is seen), and noise comes from keys that are
-inputs (noise.py).
+inputs (method/noise.py).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from spo_fast.noise import MERGE
+from spo_fast.method.noise import MERGE
 from spo_fast.ops.merge_lora import merge_lora
 
 

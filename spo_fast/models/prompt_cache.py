@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast.models.row_cache import Row, RowCache
+from spo_fast.models.tensor_cache import Row, RowCache
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """`--base_weights`: the frozen UNet's transformers hold their linear layers in fewer bits. Inexact.
 
 Policy and reference share the base, so their ratio still starts at 1, but it is another base: what that changes is
-measured in the first iteration (trainer.base_errors), for which the weights stay in the CPU's memory until then.
+measured in the first iteration (diagnosis.base_errors), for which the weights stay in the CPU's memory until then.
 Convolutions and the embeddings of time, 14 % of SDXL's weights, stay as they are.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from spo_fast.extras import missing_extra
+from spo_fast.config.optional_packages import missing_extra
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 
 MULTIPLE = 16  # of both sizes: what FP8's products take

@@ -3,6 +3,7 @@
 from spo_fast.ops import (  # noqa: F401  (importing registers the ops)
     geglu,
     group_norm_silu,
+    log_ratio,
     lora_linear,
     merge_lora,
     preference_loss,

@@ -64,9 +64,9 @@ def why_not(name: str, backend: str, device_type: str) -> str | None:
         if device_type == "cpu" and not INTERPRET:
             return "Triton needs a GPU (on a CPU: TRITON_INTERPRET=1 before start, to check correctness)"
     if backend == "c":
-        from spo_fast.ops import clib
+        from spo_fast.ops import c_library
 
-        return None if clib.load(device_type) is not None else clib.why_missing(device_type)
+        return None if c_library.load(device_type) is not None else c_library.why_missing(device_type)
     return None
 
 

@@ -21,6 +21,13 @@ from torch import Tensor
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.c_library import DTYPE_CODES, call, pointer
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 backend.register(
     backend.Op(
@@ -48,14 +55,6 @@ def group_norm_silu_ref(
 def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
-
-# ---------------------------------------------------------------------------------------------------- Triton kernels
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 if triton is not None:
 
@@ -266,6 +265,8 @@ if triton is not None:
         grad_x = rstd * (_grad_normalised(x_hat, grad_y, w, b, SILU) - mean_t - x_hat * projection)
         tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
+# ---------------------------------------------------------------------------------------------------- Triton kernels
+
 
 # Pixels x channels of a tile: 64 contiguous elements, 16 a thread. Twice as many spill in the backward.
 TILES = {True: (32, 64), False: (64, 32)}
@@ -344,18 +345,16 @@ def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 def _c_forward(x, weight, bias, num_groups, eps, silu, channels_last):
-    from spo_fast.ops import clib
 
     y, (mean, rstd) = torch.empty_like(x), _statistics(x, num_groups)
-    clib.group_norm_silu_forward(x, weight, bias, num_groups, channels_last, eps, silu, y, mean, rstd)
+    group_norm_silu_forward(x, weight, bias, num_groups, channels_last, eps, silu, y, mean, rstd)
     return y, mean, rstd
 
 
 def _c_backward(x, weight, bias, mean, rstd, grad_y, num_groups, silu, channels_last):
-    from spo_fast.ops import clib
 
     grad_x = torch.empty_like(x)
-    clib.group_norm_silu_backward(x, weight, bias, mean, rstd, grad_y, num_groups, channels_last, silu, grad_x)
+    group_norm_silu_backward(x, weight, bias, mean, rstd, grad_y, num_groups, channels_last, silu, grad_x)
     return grad_x
 
 
@@ -435,3 +434,40 @@ def group_norm_silu(
         return group_norm_silu_ref(x, weight, bias, num_groups, eps, silu, channels_last)
     implementation = GROUP_NORM_SILU[name]
     return implementation(x, weight.contiguous(), bias.contiguous(), num_groups, eps, silu, channels_last)[0]
+
+
+def group_norm_silu_forward(
+    x: Tensor,  # (N, C, H, W) float32, float64, bfloat16 or float16; NCHW, or channels-last if said so
+    weight: Tensor,  # (C,) same dtype
+    bias: Tensor,  # (C,)
+    num_groups: int,
+    channels_last: bool,
+    eps: float,
+    silu: bool,
+    y: Tensor,  # as x, out
+    mean: Tensor,  # (N, num_groups) float32, or float64 for float64, out
+    rstd: Tensor,  # likewise
+) -> None:
+    """Group norm, then SiLU if asked. The caller has checked shapes and layouts (ops/group_norm_silu.py)."""
+    tensors = (pointer(t) for t in (x, weight, bias))
+    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
+    outputs = (pointer(t) for t in (y, mean, rstd))
+    call("spo_group_norm_silu_forward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, eps, silu, *outputs)
+
+
+def group_norm_silu_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_y: Tensor,  # as x
+    num_groups: int,
+    channels_last: bool,
+    silu: bool,
+    grad_x: Tensor,  # as x, out
+) -> None:
+    """The gradient with respect to x; the caller has checked shapes and layouts."""
+    tensors = (pointer(t) for t in (x, weight, bias, mean, rstd, grad_y))
+    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
+    call("spo_group_norm_silu_backward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, silu, pointer(grad_x))

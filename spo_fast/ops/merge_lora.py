@@ -26,6 +26,13 @@ from torch import Tensor
 
 from spo_fast.ops import backend, philox
 from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.c_library import DTYPE_CODES, call, check_tensor, pointer
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
+    triton = None
 
 backend.register(
     backend.Op(
@@ -67,14 +74,6 @@ def merge_ref(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
         value = round_stochastic_ref(value, random.view(weight.shape), weight.dtype)
     out.copy_(value)
 
-
-# ---------------------------------------------------------------------------------------------------- Triton kernel
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
 
 if triton is not None:
 
@@ -130,6 +129,8 @@ if triton is not None:
         _merge_two(weight_ptr, delta_ptr, out_ptr, at + 2 * q, 4 * q, mask, n, w2)
         _merge_two(weight_ptr, delta_ptr, out_ptr, at + 3 * q, 4 * q, mask, n, w3)
 
+# ---------------------------------------------------------------------------------------------------- Triton kernel
+
 
 GROUPS = 256  # Philox groups of eight a program
 
@@ -144,9 +145,8 @@ def _launch(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
 
 
 def _c_merge(weight, delta, key, out):
-    from spo_fast.ops import clib
 
-    clib.merge(weight, delta, key, out)
+    merge_c(weight, delta, key, out)
 
 
 _SCHEMA = "(Tensor weight, Tensor delta, Tensor key, Tensor(a!) out) -> ()"
@@ -198,3 +198,24 @@ def merge_lora(
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def merge_c(
+    weight: Tensor,  # any shape, float32, bfloat16 or float16
+    delta: Tensor,  # same shape, float32
+    key: Tensor,  # (5,) int64
+    out: Tensor,  # same shape and dtype as weight: written
+) -> None:
+    """out = weight + delta, rounded stochastically; ValueError for wrong shapes, dtypes, devices or strides."""
+    for name, tensor, dtype in (
+        ("weight", weight, weight.dtype),
+        ("delta", delta, torch.float32),
+        ("out", out, weight.dtype),
+    ):
+        check_tensor(name, tensor, weight.shape, dtype, weight)
+    check_tensor("key", key, (5,), torch.int64, weight)
+    call(
+        "spo_merge",
+        weight.device,
+        *(DTYPE_CODES[weight.dtype], pointer(weight), pointer(delta), pointer(key), weight.numel(), pointer(out)),
+    )

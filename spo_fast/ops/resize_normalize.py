@@ -24,6 +24,13 @@ from torch import Tensor
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, call, pointer
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 backend.register(
     backend.Op(
@@ -63,14 +70,6 @@ def resize_normalize_ref(pixels, size, mean, std, dtype):
     x = x[..., top : top + size, left : left + size]
     return normalise_channels((x / 2 + 0.5).clamp(0, 1).float(), mean, std).to(dtype)
 
-
-# ---------------------------------------------------------------------------------------------------- Triton kernel
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 if triton is not None:
 
@@ -159,6 +158,8 @@ if triton is not None:
         out += size * size
         _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_b, std_b, mask)
 
+# ---------------------------------------------------------------------------------------------------- Triton kernel
+
 
 BLOCK = 128  # one output pixel a thread: two take 128 registers
 
@@ -177,6 +178,7 @@ def _launch(pixels: Tensor, size: int, mean: list[float], std: list[float], dtyp
 
 # ---------------------------------------------------------------------------------------------------- torch.library ops
 
+
 _SCHEMA = "(Tensor pixels, int size, float[] mean, float[] std, ScalarType dtype) -> Tensor"
 
 
@@ -185,9 +187,8 @@ def _fake(pixels, size, mean, std, dtype):
 
 
 def _c(*args: Any) -> Tensor:
-    from spo_fast.ops import clib
 
-    return clib.resize_normalize(*args)
+    return resize_normalize_c(*args)
 
 
 RESIZE_NORMALIZE = {
@@ -222,3 +223,26 @@ def resize_normalize(
     with_gradient = torch.is_grad_enabled() and pixels.requires_grad
     chosen = "eager" if with_gradient else backend.choose("resize_normalize", pixels)
     return RESIZE_NORMALIZE[chosen](pixels, size, list(mean), list(std), dtype)
+
+
+def resize_normalize_c(
+    pixels: Tensor,  # (N, 3, H, W) float32, float64, bfloat16 or float16, any strides
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:  # (N, 3, size, size) dtype
+    """The scorer's input (resize_normalize.py). Raises ValueError for wrong shapes or dtypes."""
+
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in DTYPE_CODES:
+        raise ValueError(f"pixels are {tuple(pixels.shape)} {pixels.dtype}, expected (N, 3, H, W) of a float type")
+    H, W = pixels.shape[-2:]
+    out = pixels.new_empty((len(pixels), 3, size, size), dtype=dtype)
+    call(
+        "spo_resize_normalize",
+        pixels.device,
+        *(DTYPE_CODES[pixels.dtype], DTYPE_CODES[dtype], pointer(pixels), (INT64 * 4)(*pixels.stride())),
+        *(len(pixels), H, W, *resized_and_crop(H, W, size), size),
+        *((DOUBLE * 3)(*mean), (DOUBLE * 3)(*std), pointer(out)),
+    )
+    return out

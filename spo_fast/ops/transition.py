@@ -1,27 +1,30 @@
-"""One denoising step, x_t -> K children, and the log-ratio of a child under the policy and the frozen network.
+"""One denoising step, x_t -> K children.
 
 Every sampler is a row (a, b, c, d, std) of a StepTable:
     m = uncond + g (cond - uncond),   x0 = c x_t + d m,   mean = a x_t + b m,   x_prev ~ N(mean, std^2).
 
-`transition` makes x0 and the children; `log_ratio` compares two networks on a recorded child (DDIM eq. 12 and 16):
-    log_ratio = mean over C, H, W of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) / (2 std^2)
-    kl = mean over C, H, W of (mu_p - mu_r)^2 / (2 std^2)
-with mu_p - mu_r = b (m_p - m_r): the difference of two log-probs without a difference of large squares.
-
-# transition, K children, fp32 latents, 16-bit m: 4 + 4 n (x_t, cond, uncond) read, 4 (1 + K) n written (bytes a
-# sample). log_ratio: 16 n bytes a transition read forward, the same plus 4 n written backward. Both memory-bound; at
-# SDXL's (4, 128, 128) and eight states about 8 MB: 2 us of an H200's 4.3 TB/s, so launch latency dominates.
+# K children, fp32 latents, 16-bit m: 4 + 4 n (x_t, cond, uncond) read, 4 (1 + K) n written (bytes a sample):
+# memory-bound.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_fast.ops import backend, philox
 from spo_fast.ops.backend import launch, library_op, two_floats
+from spo_fast.ops.c_library import call, check_tensor, dtype_codes, pointer, sample_size
+from spo_fast.ops.guidance import check_shape, check_states, checked_latents, contiguous, guided, row_of
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
+    triton = None
+
+if triton is not None:
+    from spo_fast.ops.guidance import guided_kernel
 
 backend.register(
     backend.Op(
@@ -30,33 +33,12 @@ backend.register(
         why="one pass over the inputs; the order on a GPU awaits a measurement",
     )
 )
-backend.register(
-    backend.Op(
-        "log_ratio",
-        order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one pass over the inputs; the order on a GPU awaits a measurement",
-    )
-)
 
 # ---------------------------------------------------------------------------------------------------- definition
 
 
-def _row(coefficients: Tensor, rows: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """a, b, c, d, std of each sample, shaped (B, 1, 1, 1) in the latents' dtype."""
-    picked = coefficients[rows].to(like.dtype)
-    return tuple(v.view(-1, *[1] * (like.ndim - 1)) for v in picked.unbind(1))
-
-
-def guided(cond: Tensor, uncond: Tensor | None, guidance_scale: float, dtype: torch.dtype) -> Tensor:
-    """m = uncond + g (cond - uncond) in `dtype`; cond alone without an unconditional half."""
-    if uncond is None:
-        return cond.to(dtype)
-    uncond = uncond.to(dtype)
-    return uncond + guidance_scale * (cond.to(dtype) - uncond)
-
-
 def transition_ref(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
-    a, b, c, d, std = _row(coefficients, rows, x_t)
+    a, b, c, d, std = row_of(coefficients, rows, x_t)
     m = guided(cond, uncond, guidance_scale, x_t.dtype)
     x0 = c * x_t + d * m if want_x0 else x_t.new_empty((0, *x_t.shape[1:]))
     if num_children == 0:
@@ -69,35 +51,7 @@ def transition_ref(cond, uncond, x_t, rows, coefficients, guidance_scale, num_ch
     return x0, a * x_t + b * m + std * noise
 
 
-def log_ratio_ref(
-    cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, coefficients, guidance_scale
-) -> tuple[Tensor, Tensor]:
-    a, b, _, _, std = (v[states] for v in _row(coefficients, rows, x_t))
-    m = guided(cond, uncond, guidance_scale, x_t.dtype)[states]
-    m_frozen = guided(frozen_cond, frozen_uncond, guidance_scale, x_t.dtype)[states]
-    delta = b * (m - m_frozen)  # mu_p - mu_r
-    to_child = 2 * (x_prev - a * x_t[states]) - b * (m + m_frozen)  # 2 x_prev - mu_p - mu_r
-    dims = tuple(range(1, x_t.ndim))
-    return (delta * to_child / (2 * std**2)).mean(dims), (delta**2 / (2 * std**2)).mean(dims)
-
-
-# ---------------------------------------------------------------------------------------------------- Triton kernels
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
-
 if triton is not None:
-
-    @triton.jit
-    def _guided(cond_ptr, uncond_ptr, offsets, mask, g, HAS_UNCOND: tl.constexpr, dtype: tl.constexpr):
-        m = tl.load(cond_ptr + offsets, mask=mask, other=0.0).to(dtype)
-        if HAS_UNCOND:
-            u = tl.load(uncond_ptr + offsets, mask=mask, other=0.0).to(dtype)
-            m = u + g * (m - u)
-        return m
 
     @triton.jit
     def _box_muller(word_a, word_b):
@@ -166,10 +120,10 @@ if triton is not None:
         in1 = in0 & (group + quarter < n)
         in2 = in0 & (group + 2 * quarter < n)
         in3 = in0 & (group + 3 * quarter < n)
-        m0 = _guided(cond_ptr, uncond_ptr, at0, in0, g, HAS_UNCOND, dtype)
-        m1 = _guided(cond_ptr, uncond_ptr, at1, in1, g, HAS_UNCOND, dtype)
-        m2 = _guided(cond_ptr, uncond_ptr, at2, in2, g, HAS_UNCOND, dtype)
-        m3 = _guided(cond_ptr, uncond_ptr, at3, in3, g, HAS_UNCOND, dtype)
+        m0 = guided_kernel(cond_ptr, uncond_ptr, at0, in0, g, HAS_UNCOND, dtype)
+        m1 = guided_kernel(cond_ptr, uncond_ptr, at1, in1, g, HAS_UNCOND, dtype)
+        m2 = guided_kernel(cond_ptr, uncond_ptr, at2, in2, g, HAS_UNCOND, dtype)
+        m3 = guided_kernel(cond_ptr, uncond_ptr, at3, in3, g, HAS_UNCOND, dtype)
         x0_ = tl.load(x_t_ptr + at0, mask=in0, other=0.0)
         x1_ = tl.load(x_t_ptr + at1, mask=in1, other=0.0)
         x2_ = tl.load(x_t_ptr + at2, mask=in2, other=0.0)
@@ -211,103 +165,9 @@ if triton is not None:
             _child(child_ptr, noise_ptr, shift + at3, in3, mean3, std, z3, HAS_NOISE)
             shift += child_stride
 
-    @triton.jit
-    def _log_ratio_kernel(
-        cond_ptr,
-        uncond_ptr,
-        frozen_cond_ptr,
-        frozen_uncond_ptr,
-        x_t_ptr,
-        x_prev_ptr,
-        states_ptr,
-        rows_ptr,
-        table_ptr,
-        out_ptr,
-        guidance,
-        guidance_low,
-        n,
-        num_blocks,
-        HAS_UNCOND: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """out[t, block] = partial sums of (log-ratio, KL) over one block of a sample: summed afterwards, in order."""
-        t = tl.program_id(0).to(tl.int64)
-        element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = element < n
-        dtype: tl.constexpr = x_t_ptr.dtype.element_ty
-        state = tl.load(states_ptr + t)
-        row = table_ptr + 5 * tl.load(rows_ptr + state)
-        a = tl.load(row).to(dtype)
-        b = tl.load(row + 1).to(dtype)
-        std = tl.load(row + 4)
-        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
-        at = state * n + element
-        m = _guided(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        m_frozen = _guided(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        x_t = tl.load(x_t_ptr + at, mask=mask, other=0.0)
-        x_prev = tl.load(x_prev_ptr + t * n + element, mask=mask, other=0.0)
-        delta = b * (m - m_frozen)
-        to_child = 2 * (x_prev - a * x_t) - b * (m + m_frozen)
-        scale = (1.0 / (2.0 * std * std * n)).to(dtype)
-        out = out_ptr + 2 * (t * num_blocks + tl.program_id(1))
-        tl.store(out, tl.sum(delta * to_child) * scale)
-        tl.store(out + 1, tl.sum(delta * delta) * scale)
-
-    @triton.jit
-    def _log_ratio_backward_kernel(
-        cond_ptr,
-        uncond_ptr,
-        frozen_cond_ptr,
-        frozen_uncond_ptr,
-        x_t_ptr,
-        x_prev_ptr,
-        states_ptr,
-        rows_ptr,
-        table_ptr,
-        grad_log_ratio_ptr,
-        grad_kl_ptr,
-        grad_cond_ptr,
-        grad_uncond_ptr,
-        guidance,
-        guidance_low,
-        n,
-        num_transitions,
-        HAS_UNCOND: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One block of one state: sums over its transitions in order, so nothing is atomic and bits are repeatable."""
-        state = tl.program_id(0).to(tl.int64)
-        element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = element < n
-        dtype: tl.constexpr = x_t_ptr.dtype.element_ty
-        row = table_ptr + 5 * tl.load(rows_ptr + state)
-        a = tl.load(row).to(dtype)
-        b64 = tl.load(row + 1)
-        std = tl.load(row + 4)
-        b = b64.to(dtype)
-        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
-        at = state * n + element
-        m = _guided(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        m_frozen = _guided(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        mean = a * tl.load(x_t_ptr + at, mask=mask, other=0.0) + b * m
-        delta = b * (m - m_frozen)
-        scale = (b64 / (std * std * n)).to(dtype)
-        grad = tl.zeros([BLOCK], dtype)
-        child = x_prev_ptr + element
-        for t in range(num_transitions):
-            if tl.load(states_ptr + t) == state:
-                x_prev = tl.load(child, mask=mask, other=0.0)
-                grad += tl.load(grad_log_ratio_ptr + t) * (x_prev - mean) + tl.load(grad_kl_ptr + t) * delta
-            child += n
-        grad = grad * scale
-        if HAS_UNCOND:
-            tl.store(grad_cond_ptr + at, (g * grad).to(grad_cond_ptr.dtype.element_ty), mask=mask)
-            tl.store(grad_uncond_ptr + at, ((1 - g) * grad).to(grad_cond_ptr.dtype.element_ty), mask=mask)
-        else:
-            tl.store(grad_cond_ptr + at, grad.to(grad_cond_ptr.dtype.element_ty), mask=mask)
+# ---------------------------------------------------------------------------------------------------- Triton kernels
 
 
-BLOCK = 1024
 GROUPS = 128  # Philox groups of four a program: one a thread; two make ptxas spill at its limit of 64 registers
 
 
@@ -339,60 +199,9 @@ def _launch_transition(
     return x0, children
 
 
-def _launch_log_ratio(
-    cond: Tensor,
-    uncond: Tensor | None,
-    frozen_cond: Tensor,
-    frozen_uncond: Tensor | None,
-    x_t: Tensor,
-    x_prev: Tensor,
-    states: Tensor,
-    rows: Tensor,
-    coefficients: Tensor,
-    guidance_scale: float,
-) -> tuple[Tensor, Tensor]:
-    T, n = x_prev.shape[0], x_t.shape[1:].numel()
-    num_blocks = -(-n // BLOCK)
-    partial = x_t.new_empty(T, num_blocks, 2)
-    launch(_log_ratio_kernel)[(T, num_blocks)](
-        *(cond, cond if uncond is None else uncond, frozen_cond, cond if frozen_uncond is None else frozen_uncond),
-        *(x_t, x_prev, states, rows, coefficients, partial, *two_floats(guidance_scale), n, num_blocks),
-        HAS_UNCOND=uncond is not None,
-        BLOCK=BLOCK,
-    )
-    total = partial.sum(1)
-    return total[:, 0].clone(), total[:, 1].clone()
-
-
-def _launch_log_ratio_backward(
-    cond: Tensor,
-    uncond: Tensor | None,
-    frozen_cond: Tensor,
-    frozen_uncond: Tensor | None,
-    x_t: Tensor,
-    x_prev: Tensor,
-    states: Tensor,
-    rows: Tensor,
-    coefficients: Tensor,
-    guidance_scale: float,
-    grad_log_ratio: Tensor,
-    grad_kl: Tensor,
-) -> tuple[Tensor, Tensor]:
-    U, n = x_t.shape[0], x_t.shape[1:].numel()
-    grad_cond = torch.empty_like(cond)
-    grad_uncond = torch.empty_like(cond) if uncond is not None else cond.new_empty(0)
-    launch(_log_ratio_backward_kernel)[(U, -(-n // BLOCK))](
-        *(cond, cond if uncond is None else uncond, frozen_cond, cond if frozen_uncond is None else frozen_uncond),
-        *(x_t, x_prev, states, rows, coefficients, grad_log_ratio, grad_kl, grad_cond, grad_uncond),
-        *(*two_floats(guidance_scale), n, x_prev.shape[0]),
-        HAS_UNCOND=uncond is not None,
-        BLOCK=BLOCK,
-    )
-    return grad_cond, grad_uncond
-
-
 # ---------------------------------------------------------------------------------------------------- torch.library ops
 # One op a backend, all with the same arguments; `eager` needs none: PyTorch sees through it.
+
 
 _TRANSITION = (
     "(Tensor cond, Tensor? uncond, Tensor x_t, Tensor rows, Tensor coefficients, float guidance_scale, "
@@ -400,61 +209,15 @@ _TRANSITION = (
 )
 
 
-_INPUTS = (
-    "Tensor cond, Tensor? uncond, Tensor frozen_cond, Tensor? frozen_uncond, Tensor x_t, Tensor x_prev, Tensor states, "
-    "Tensor rows, Tensor coefficients, float guidance_scale"
-)
-_LOG_RATIO = f"({_INPUTS}) -> (Tensor, Tensor)"
-_LOG_RATIO_BACKWARD = f"({_INPUTS}, Tensor grad_log_ratio, Tensor grad_kl) -> (Tensor, Tensor)"
-
-
 def _transition_fake(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
     return x_t.new_empty(x_t.shape if want_x0 else (0, *x_t.shape[1:])), x_t.new_empty((num_children, *x_t.shape))
 
 
-def _log_ratio_fake(cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, *_: Any):
-    return x_t.new_empty(x_prev.shape[0]), x_t.new_empty(x_prev.shape[0])
-
-
-def _log_ratio_backward_fake(cond, uncond, *_: Any):
-    return torch.empty_like(cond), torch.empty_like(cond) if uncond is not None else cond.new_empty(0)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.guidance_scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _make_backward(backward_op: Any) -> Any:
-    def backward(ctx: Any, g_ratio: Tensor, g_kl: Tensor) -> tuple:
-        uncond = ctx.saved_tensors[1]
-        grad_cond, grad_uncond = backward_op(
-            *ctx.saved_tensors, ctx.guidance_scale, g_ratio.contiguous(), g_kl.contiguous()
-        )
-        return grad_cond, grad_uncond if uncond is not None else None, *[None] * 8
-
-    return backward
-
-
 def _c_transition(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
-    from spo_fast.ops import clib
 
-    return clib.transition(
+    return transition_c(
         cond, uncond, x_t, rows, coefficients, guidance_scale, keys, noise, num_children, want_x0=want_x0
     )
-
-
-def _c_log_ratio(*args):
-    from spo_fast.ops import clib
-
-    return clib.log_ratio_forward(*args)
-
-
-def _c_log_ratio_backward(*args):
-    from spo_fast.ops import clib
-
-    grad_cond, grad_uncond = clib.log_ratio_backward(*args)
-    return grad_cond, grad_cond.new_empty(0) if grad_uncond is None else grad_uncond
 
 
 TRANSITION = {
@@ -462,47 +225,8 @@ TRANSITION = {
     "triton": library_op("transition_triton", _TRANSITION, _launch_transition, _transition_fake),
     "c": library_op("transition_c", _TRANSITION, _c_transition, _transition_fake),
 }
-LOG_RATIO = {
-    "eager": log_ratio_ref,
-    "triton": library_op("log_ratio_triton", _LOG_RATIO, _launch_log_ratio, _log_ratio_fake),
-    "c": library_op("log_ratio_c", _LOG_RATIO, _c_log_ratio, _log_ratio_fake),
-}
-_BACKWARD = {
-    "triton": library_op(
-        "log_ratio_backward_triton", _LOG_RATIO_BACKWARD, _launch_log_ratio_backward, _log_ratio_backward_fake
-    ),
-    "c": library_op("log_ratio_backward_c", _LOG_RATIO_BACKWARD, _c_log_ratio_backward, _log_ratio_backward_fake),
-}
-for _name, _backward in _BACKWARD.items():
-    LOG_RATIO[_name].register_autograd(_make_backward(_backward), setup_context=_setup_context)
 
 # ---------------------------------------------------------------------------------------------------- public functions
-
-
-def _latents(x: Tensor) -> Tensor:
-    """Latents are float32 or float64, contiguous: std is 0.02 at the last step and bf16 resolves only 0.008 near 1."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"latents must be float32 or float64, got {x.dtype}: convert them with .float() first")
-    return x.contiguous()
-
-
-def _check(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """Shapes and types only: they cost no wait for the device, and a kernel would read out of bounds."""
-    if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
-        wanted = f"{shape}" + (f" {dtype}" if dtype else "")
-        raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, expected {wanted}")
-
-
-def _check_states(cond: Tensor, uncond: Tensor | None, x_t: Tensor, rows: Tensor, coefficients: Tensor) -> None:
-    _check("cond", cond, x_t.shape)
-    _check("uncond", uncond, x_t.shape, cond.dtype)
-    _check("rows", rows, x_t.shape[:1], torch.int64)
-    _check("coefficients", coefficients, (coefficients.shape[0], 5), torch.float64)
-
-
-def _output(m: Tensor | None) -> Tensor | None:
-    # UNets in channels_last give channels_last outputs; they are 4 channels wide, so a copy costs nothing.
-    return None if m is None else m.contiguous()
 
 
 def transition(
@@ -522,8 +246,8 @@ def transition(
 
     Raises ValueError unless exactly one of `keys` and `noise` is given (none is needed for num_children=0).
     """
-    _check_states(cond, uncond, x_t, rows, coefficients)
-    _check("keys", keys, (x_t.shape[0], 5), torch.int64)
+    check_states(cond, uncond, x_t, rows, coefficients)
+    check_shape("keys", keys, (x_t.shape[0], 5), torch.int64)
     if num_children > 0 and (keys is None) == (noise is None):
         raise ValueError("transition draws children from exactly one of keys=(B, 5) int64 or noise=(K, B, C, H, W)")
     if noise is not None:
@@ -535,36 +259,52 @@ def transition(
     implementation = TRANSITION[backend.choose("transition", x_t)]
     with torch.no_grad():
         return implementation(
-            *(_output(cond), _output(uncond), _latents(x_t), rows.contiguous(), coefficients, float(guidance_scale)),
+            *(
+                contiguous(cond),
+                contiguous(uncond),
+                checked_latents(x_t),
+                rows.contiguous(),
+                coefficients,
+                float(guidance_scale),
+            ),
             *(num_children, None if noise is not None else keys, noise, want_x0),
         )
 
 
-def log_ratio(
-    cond: Tensor,  # (U, C, H, W) the policy's output on each unique state; gradient flows to it
-    uncond: Tensor | None,  # (U, C, H, W) likewise
-    frozen_cond: Tensor,  # (U, C, H, W) the reference's (or old policy's) output, no gradient
-    frozen_uncond: Tensor | None,
-    x_t: Tensor,  # (U, C, H, W) float32 or float64
-    x_prev: Tensor,  # (T, C, H, W) recorded children
-    states: Tensor,  # (T,) int64 in [0, U): the state each child came from
-    rows: Tensor,  # (U,) int64 rows of the table
-    coefficients: Tensor,  # (R, 5) float64
+def transition_c(
+    cond: Tensor,  # (B, ...) float32, float64, bfloat16 or float16
+    uncond: Tensor | None,  # (B, ...) same dtype; None: m = cond
+    x_t: Tensor,  # (B, ...) float32 or float64
+    rows: Tensor,  # (B,) int64
+    table: Tensor,  # (R, 5) float64
     guidance_scale: float,
-) -> tuple[Tensor, Tensor]:  # log_ratio (T,), kl (T,) in the latents' dtype
-    """log N(x_prev; mu_policy, std^2) - log N(x_prev; mu_frozen, std^2) and KL(policy || frozen), both means.
+    keys: Tensor | None,  # (B, 5) int64: seed, iteration, prompt, step, candidate
+    noise: Tensor | None,  # (K, B, ...) same dtype as x_t; goes before keys
+    num_children: int,  # K, may be 0
+    want_x0: bool = True,
+) -> tuple[Tensor, Tensor]:  # x0 (B, ...), or (0, ...) if not wanted; children (K, B, ...)
+    """x0 = c x_t + d m and children a x_t + b m + std z, in one pass.
 
-    Raises ValueError for shapes or types that do not fit, TypeError for 16-bit latents.
+    Raises ValueError for wrong shapes, dtypes, devices or strides, RuntimeError for a row outside the table (CPU only).
     """
-    _check_states(cond, uncond, x_t, rows, coefficients)
-    _check("frozen_cond", frozen_cond, x_t.shape, cond.dtype)
-    _check("frozen_uncond", frozen_uncond, x_t.shape, cond.dtype)
-    _check("x_prev", x_prev, (states.shape[0], *x_t.shape[1:]), x_t.dtype)
-    _check("states", states, (states.shape[0],), torch.int64)
-    if (uncond is None) != (frozen_uncond is None):
-        raise ValueError("uncond and frozen_uncond must both be given (guidance) or both be None")
-    implementation = LOG_RATIO[backend.choose("log_ratio", x_t)]
-    return implementation(
-        *(_output(cond), _output(uncond), _output(frozen_cond), _output(frozen_uncond)),
-        *(_latents(x_t), _latents(x_prev), states.contiguous(), rows.contiguous(), coefficients, float(guidance_scale)),
+    B, shape = x_t.shape[0], x_t.shape
+    m_dtype, x_dtype = dtype_codes(cond, x_t)
+    check_tensor("cond", cond, shape, cond.dtype, x_t)
+    check_tensor("uncond", uncond, shape, cond.dtype, x_t)
+    check_tensor("x_t", x_t, shape, x_t.dtype, x_t)
+    check_tensor("rows", rows, (B,), torch.int64, x_t)
+    check_tensor("table", table, (table.shape[0], 5), torch.float64, x_t)
+    check_tensor("keys", keys, (B, 5), torch.int64, x_t)
+    check_tensor("noise", noise, (num_children, *shape), x_t.dtype, x_t)
+    if num_children > 0 and keys is None and noise is None:
+        raise ValueError(f"transition: {num_children} children need keys (B, 5) or noise (K, B, ...)")
+    x0 = torch.empty_like(x_t) if want_x0 else x_t.new_empty((0, *shape[1:]))
+    children = x_t.new_empty((num_children, *shape))
+    call(
+        "spo_transition",
+        x_t.device,
+        *(m_dtype, x_dtype, pointer(cond), pointer(uncond), pointer(x_t), pointer(rows)),
+        *(pointer(table), table.shape[0], guidance_scale, pointer(keys), pointer(noise)),
+        *(num_children, B, sample_size(x_t), pointer(x0 if want_x0 else None), pointer(children)),
     )
+    return x0, children

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo_fast.scorers.clip import Clip, find_weights, load_clip, unit
-from spo_fast.scorers.pictures import PictureScorer, cropped, score_head
-from spo_fast.weights import fill, read_tensors
+from spo_fast.data.weights import fill, read_tensors
+from spo_fast.scorers.clip import Clip, unit
+from spo_fast.scorers.clip_files import find_weights, load_clip
+from spo_fast.scorers.preprocess import PictureScorer, cropped, score_head
 
 
 class AestheticScorer(PictureScorer):

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_fast.files import DAMAGED, shown, some
-from spo_fast.scorers.clip import load_clip, unit
-from spo_fast.scorers.clip_scorers import Tokenize, check_vocabulary
-from spo_fast.scorers.pictures import PictureScorer, cropped
-from spo_fast.weights import check_finite
+from spo_fast.data.files import DAMAGED, shown, some
+from spo_fast.data.prompt_sets import CLASSES
+from spo_fast.data.weights import check_finite
+from spo_fast.scorers.clip import unit
+from spo_fast.scorers.clip_files import load_clip
+from spo_fast.scorers.preprocess import PictureScorer, cropped
+from spo_fast.scorers.spm import Tokenize, check_vocabulary
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
 MAX_OBJECTS = 16  # of a class
@@ -31,16 +33,6 @@ GREY = 2 * 0x99 / 255 - 1  # around an object whose colour is asked
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-CLASSES = (  # COCO's 80 in its order, as GenEval calls them
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
-    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
 
 
 class Found(NamedTuple):

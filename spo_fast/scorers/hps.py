@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo_fast.scorers.clip import find_weights, load_clip, read_hf_config
-from spo_fast.scorers.clip_scorers import ClipScorer, Tokenize, check_vocabulary
-from spo_fast.scorers.pictures import padded
-from spo_fast.weights import read_tensors
+from spo_fast.data.weights import read_tensors
+from spo_fast.scorers.clip_files import find_weights, load_clip, read_hf_config
+from spo_fast.scorers.preprocess import padded
+from spo_fast.scorers.spm import ClipScorer, Tokenize, check_vocabulary
 
 TOP = {  # open_clip -> transformers; whether the matrix stands the other way round
     "logit_scale": ("logit_scale", False),

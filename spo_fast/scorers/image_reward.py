@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_fast.scorers.clip import find_weights
-from spo_fast.scorers.pictures import PictureScorer, cropped, score_head
-from spo_fast.weights import fill, read_tensors
+from spo_fast.data.weights import fill, read_tensors
+from spo_fast.scorers.clip_files import find_weights
+from spo_fast.scorers.preprocess import PictureScorer, cropped, score_head
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward, in the published code
 MAX_TOKENS = 35

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spo_fast.ops.resize_normalize import normalise_channels
 
 if TYPE_CHECKING:
-    from spo_fast.experience import Candidates
+    from spo_fast.method.experience import Candidates
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of pixels in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast.ops.resize_normalize import normalise_channels, resize_normalize
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_clip, save_clip, unit
-from spo_fast.scorers.pictures import CLIP_MEAN, CLIP_STD, PictureScorer, cropped
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, unit
+from spo_fast.scorers.clip_files import load_clip, save_clip
+from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD, PictureScorer, cropped
 
 Preprocess = Callable[[Tensor, int, torch.dtype], Tensor]
 Tokenize = Callable[[list[str]], Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from spo_fast.experience import Candidates
-    from spo_fast.scorers import Scorer
+    from spo_fast.method.experience import Candidates
+    from spo_fast.scorers.base import Scorer
 
 
 class WeightedSum:

@@ -3,7 +3,7 @@
 Seeded and resumable: the same command goes on where it was stopped. Pretraining is that of any latent diffusion model:
 v-prediction on captioned pictures at uniform timesteps, a tenth of the captions dropped for guidance, an average of the
 weights kept. The preference model is trained by `python -m spo_fast.train_spm` on pairs of the same world.
-`--size large` makes one for a GPU: 64x64 pictures behind a VAE that is trained first (pipeline.LARGE).
+`--size large` makes one for a GPU: 64x64 pictures behind a VAE that is trained first (toy.LARGE).
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
 from spo_fast import train, train_spm
-from spo_fast.checkpoint import versions, write_atomically
-from spo_fast.metrics import ProgressLine
-from spo_fast.preference_report import estimate
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, load_any_clip, save_clip
-from spo_fast.toy import evaluate, world
-from spo_fast.toy.pipeline import MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
+from spo_fast.data import toy_world
+from spo_fast.data.files import versions, write_atomically
+from spo_fast.evaluation.statistics import estimate
+from spo_fast.models.files.toy import MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
+from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
+from spo_fast.scorers.clip_files import load_any_clip, save_clip
+from spo_fast.toy import evaluate
+from spo_fast.training.monitor.progress import ProgressLine
 
 BATCH = 64
 STEPS = 7_850  # 502,400 pictures
@@ -77,8 +79,8 @@ def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf
             if time.monotonic() > deadline:
                 return None
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            captions = world.random_captions(list(world.CAPTIONS), BATCH, generator)
-            x = world.enlarged(world.draw(captions, generator), size.scale).to(device)
+            captions = toy_world.random_captions(list(toy_world.CAPTIONS), BATCH, generator)
+            x = toy_world.enlarged(toy_world.draw(captions, generator), size.scale).to(device)
             posterior = vae.encode(x).latent_dist
             error = F.mse_loss(vae.decode(posterior.sample(generator)).sample, x)
             (error + 1e-6 * posterior.kl().mean()).backward()
@@ -129,14 +131,14 @@ class Pretraining:
         if not self.size.vae_channels:
             return pixels * SCALING
         vae = self.parts["vae"]
-        encoded = vae.encode(world.enlarged(pixels, self.size.scale).to(self.device)).latent_dist.mean
+        encoded = vae.encode(toy_world.enlarged(pixels, self.size.scale).to(self.device)).latent_dist.mean
         return encoded * vae.config.scaling_factor
 
     def loss(self, generator: torch.Generator) -> Tensor:
         """Mean squared error of v = sqrt(alphabar) noise - sqrt(1 - alphabar) x0 (arXiv 2202.00512)."""
         batch, device = self.batch, self.device
-        captions = world.random_captions(list(world.CAPTIONS), batch, generator)
-        x0 = self.latents(world.draw(captions, generator))
+        captions = toy_world.random_captions(list(toy_world.CAPTIONS), batch, generator)
+        x0 = self.latents(toy_world.draw(captions, generator))
         t = torch.randint(len(self.alphas), (batch,), generator=generator).to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         embeds, pooled = self.condition(captions)
@@ -235,16 +237,16 @@ def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline
     return directory
 
 
-def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = world.TRAIN, scale: int = 1) -> None:
+def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = toy_world.TRAIN, scale: int = 1) -> None:
     """Labelled pairs of the prompts as Pick-a-Pic's parquet has them: PNG bytes, labels, pairs per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pairs = world.draw_pairs(count, torch.Generator().manual_seed(seed), prompts)
+    pairs = toy_world.draw_pairs(count, torch.Generator().manual_seed(seed), prompts)
     repeats = Counter(pairs.prompts)
     columns: dict[str, Any] = {
         "caption": pairs.prompts,
-        **{f"jpg_{j}": [png(world.enlarged(x, scale)) for x in pairs.pixels[j]] for j in range(2)},
+        **{f"jpg_{j}": [png(toy_world.enlarged(x, scale)) for x in pairs.pixels[j]] for j in range(2)},
         "label_0": pairs.labels.tolist(),
         "label_1": (1 - pairs.labels).tolist(),
         "has_label": [True] * count,
@@ -305,11 +307,11 @@ def train_preference_model(work_dir: Path, name: str, *flags: str) -> Path:
     return model
 
 
-def agreement(pairs: world.LabelledPairs) -> dict[str, float]:
+def agreement(pairs: toy_world.LabelledPairs) -> dict[str, float]:
     """How often labels side with the picture of the higher score, where the two differ."""
     first = pairs.labels.bool()
     found = {}
-    for name, score in (("layout", world.layout), ("aesthetics", lambda x, _: world.aesthetics(x)[:, None])):
+    for name, score in (("layout", toy_world.layout), ("aesthetics", lambda x, _: toy_world.aesthetics(x)[:, None])):
         a, b = (score(x, pairs.prompts).float().mean(1) for x in pairs.pixels)
         found[name] = round(float(((a > b) == first)[a != b].float().mean()), 4)
         found[f"{name}_differs"] = round(float((a != b).float().mean()), 4)
@@ -341,7 +343,7 @@ def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
         save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
         record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
     record["base"] = base_scores(work_dir, size)
-    record["labels"] = agreement(world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
+    record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in draft.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

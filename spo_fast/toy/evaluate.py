@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast import checkpoint, cli, train
-from spo_fast.experience import Candidates
-from spo_fast.noise import KeyedDraws
-from spo_fast.preference_report import Estimate, estimate, markdown
-from spo_fast.rollout import RolloutBatch, rollout_segments, sample_latents
-from spo_fast.toy import world
-from spo_fast.trainer import Run, write_grid
+from spo_fast import train
+from spo_fast.config import command, flags
+from spo_fast.data import files, toy_world
+from spo_fast.evaluation.pictures import write_grid
+from spo_fast.evaluation.statistics import Estimate, estimate
+from spo_fast.evaluation.tables import markdown
+from spo_fast.method.experience import Candidates
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.rollout import RolloutBatch, rollout_segments, sample_latents
+from spo_fast.training import run_directory
+from spo_fast.training.loop import Run
 
 BATCH = 128
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
@@ -32,13 +36,13 @@ NOISE = 2**32 - 2  # the iteration whose noise evaluations use: neither training
 
 def true_scores(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:  # (B, 3, 16, 16) -> (B,) each
     """aesthetics 0..10; layout: everything as the caption says; share of it; out_of_range: share of pixels."""
-    right = world.layout(pixels, prompts).float()
+    right = toy_world.layout(pixels, prompts).float()
     return {
-        "aesthetics": world.aesthetics(pixels),
+        "aesthetics": toy_world.aesthetics(pixels),
         "layout": right.all(1).float(),
         "share": right.mean(1),
         "out_of_range": (pixels.abs() > 1).float().mean((1, 2, 3)),
-        **world.looks(pixels),
+        **toy_world.looks(pixels),
     }
 
 
@@ -58,7 +62,7 @@ def pictures(run: Run, prompts: list[str], guidance_scale: float, seed: int) -> 
 
 def prompts_to_test(count: int) -> list[str]:
     """The test prompts over and over."""
-    return (world.TEST * math.ceil(count / len(world.TEST)))[:count]
+    return (toy_world.TEST * math.ceil(count / len(toy_world.TEST)))[:count]
 
 
 # ---------------------------------------------------------------------------------------------------- controls
@@ -76,15 +80,15 @@ class TrueScorer:
         self.generator = torch.Generator().manual_seed(self.random_seed or 0)
 
     def encode(self, prompts: list[str]) -> Tensor:  # (B,) places in CAPTIONS
-        texts = list(world.CAPTIONS)
+        texts = list(toy_world.CAPTIONS)
         return torch.tensor([texts.index(prompt) for prompt in prompts])
 
     def __call__(self, candidates: Candidates) -> Tensor:  # (K B,)
-        texts, t, K = list(world.CAPTIONS), int(candidates.t), candidates.num_candidates
+        texts, t, K = list(toy_world.CAPTIONS), int(candidates.t), candidates.num_candidates
         pixels = torch.cat([part for _, part in candidates.pixel_chunks()])
         prompts = [texts[i] for i in candidates.text.tolist()]
-        self.layout.setdefault(t, []).append(world.layout(pixels, prompts).float().mean(1).view(K, -1))
-        self.aesthetics.setdefault(t, []).append(world.aesthetics(pixels).view(K, -1))
+        self.layout.setdefault(t, []).append(toy_world.layout(pixels, prompts).float().mean(1).view(K, -1))
+        self.aesthetics.setdefault(t, []).append(toy_world.aesthetics(pixels).view(K, -1))
         if self.random_seed is None:
             return torch.zeros(len(pixels), device=pixels.device)
         # 0.05: about as many pairs pass the toy preset's threshold as with its preference model
@@ -162,7 +166,7 @@ def load_run(run_dir: Path, **changes: Any) -> Run:
     run = train.build(cfg.with_fields(resume_from_checkpoint="latest", **changes))
     if run.cfg.model.model != "toy":
         raise ValueError(f"{run_dir} is a run of {run.cfg.model.model}: only the toy's world has true scores.")
-    if run.resume is None or checkpoint.number(run.resume) != run.total:
+    if run.resume is None or run_directory.number(run.resume) != run.total:
         raise FileNotFoundError(f"{run_dir} has no checkpoint {run.total}: the run has not finished.")
     from safetensors.torch import load_file
 
@@ -171,11 +175,11 @@ def load_run(run_dir: Path, **changes: Any) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return cli.guarded(lambda: evaluate(arguments), arguments)
+    return command.guarded(lambda: evaluate(arguments), arguments)
 
 
 def evaluate(arguments: list[str] | None) -> None:
-    parser = cli.Parser("python -m spo_fast.toy.evaluate", __doc__.split("\n")[0])
+    parser = flags.Parser("python -m spo_fast.toy.evaluate", __doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="output directory of a run of --model toy")
     parser.add_argument("--num_images", type=int, default=128, help="pictures of each row")
     parser.add_argument("--seed", type=int, default=0, help="of the noise they start from")
@@ -184,8 +188,8 @@ def evaluate(arguments: list[str] | None) -> None:
         parser.error(f"--num_images={args.num_images} must be at least 1.")
     run = load_run(args.run_dir)
     table, numbers = report(run, args.num_images, args.seed)
-    checkpoint.write_atomically(args.run_dir / "true_scores.json", json.dumps(numbers, indent=1) + "\n")
-    checkpoint.write_atomically(args.run_dir / "true_scores.md", table + "\n")
+    files.write_atomically(args.run_dir / "true_scores.json", json.dumps(numbers, indent=1) + "\n")
+    files.write_atomically(args.run_dir / "true_scores.md", table + "\n")
     print(table)
 
 

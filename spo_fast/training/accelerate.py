@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from spo_fast.choices import Choice, rows_of_a_step
-from spo_fast.config import ComputeConfig, Config
-from spo_fast.models import attention
-from spo_fast.models.compiled import compile_network
-from spo_fast.models.fuse import fuse
+from spo_fast.config.training import Config
+from spo_fast.models.compile import compile_network
 from spo_fast.models.graphs import Capture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.scorers.clip import Layer
+from spo_fast.training.plan.fit_memory import rows_of_a_step
 
 
 def compile_networks(policy: Policy, vae: Any, scorer: Any, cfg: Config, backend: Any = "inductor") -> None:
@@ -32,28 +29,6 @@ def compile_networks(policy: Policy, vae: Any, scorer: Any, cfg: Config, backend
         towers: Any = getattr(part, "model", getattr(part, "clip", None))
         if hasattr(towers, "vision_model"):
             compile_network(towers.vision_model, how, (Layer,), backend)
-
-
-def pick_attention(unet: Any, cfg: ComputeConfig, rows: int, latent_shape: tuple[int, ...], tokens: int) -> Choice:
-    """The attention kernel that was asked for, or the fastest on a fused UNet's shapes at so many rows."""
-    device, dtype = unet.device.type, unet.dtype
-    shapes: Mapping[Any, int] = {}
-    if cfg.attention == "auto" and device == "cuda":
-        shapes = attention.shapes_of(unet, rows, latent_shape, tokens)
-    timed = functools.partial(attention.time_on_gpu, dtype=dtype)
-    return Choice("attention", *attention.pick(cfg.attention, shapes, device, dtype, cfg.compile != "off", timed))
-
-
-def prepare_drawing(
-    unet: Any, cfg: ComputeConfig, rows: int, latent_shape: tuple[int, ...], tokens: int
-) -> Choice:  # of the attention kernel
-    """Fuse, and compile if cfg says so, a frozen UNet that draws batches of one size, its LoRA on it."""
-    fuse(unet.requires_grad_(False).eval())
-    kernel = pick_attention(unet, cfg, rows, latent_shape, tokens)
-    attention.attend_with(unet, attention.KERNELS[kernel.value])
-    if cfg.compile != "off":
-        compile_network(unet, str(cfg.compile))
-    return kernel
 
 
 def replayed(

@@ -6,31 +6,27 @@ state.json (counters, settings, non-tensor optimizer state, versions), the LoRA 
 SHA256SUMS of all that. Of sharded masters (models/sharded.py) shards/ takes the tensors' place: each process's parts,
 as torch.distributed.checkpoint writes them. The directory is written under a temporary name and renamed, so a name
 without "tmp" is complete; the sums tell what a disk did to it later. There is no generator state to keep, of no
-process: all randomness is keyed by counters (noise.py).
+process: all randomness is keyed by counters (method/noise.py).
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
-import platform
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spo_fast.config import RunError
-from spo_fast.files import read_json, read_tensors, reason_of
+from spo_fast.data.files import read_json, read_tensors, set_aside, versions
 from spo_fast.models import sharded
+from spo_fast.training.optimizer import flatten_optimizer, unflatten_optimizer
+from spo_fast.training.run_directory import MismatchError, checkpoints, number, to_disk, write_sums
 
 
 @dataclass
@@ -44,120 +40,10 @@ class TrainState:
     slots: int = 0  # accumulation slots since the last optimizer step (recipe published)
     pairs: int = 0  # loss terms used so far
     position: int = 0  # rows of preference pairs read so far (methods that train on pairs)
-    window: dict[str, list[float]] = field(default_factory=dict)  # window.py
+    window: dict[str, list[float]] = field(default_factory=dict)  # method/skipped_segments.py
 
 
-def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict -> tensors by "param.name" and the rest, which JSON can hold.
-
-    bitsandbytes nests its quantised state one level deeper; it also loads the flat form, so the nesting is dropped.
-    """
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        nested = {k: v for value in entries.values() if isinstance(value, dict) for k, v in value.items()}
-        for name, value in {**entries, **nested}.items():
-            if isinstance(value, Tensor):
-                # a copy: bitsandbytes shares one table among all parameters, which safetensors refuses to write
-                tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
-            elif not isinstance(value, dict):
-                rest[f"{index}.{name}"] = value
-    return tensors, {"entries": rest}
-
-
-def unflatten_optimizer(
-    tensors: dict[str, Tensor], rest: dict[str, Any], param_groups: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer`, with the given parameter groups (this run's settings, not the saved ones)."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *rest["entries"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": param_groups}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers, for the record."""
-    found = {"python": platform.python_version()}
-    for package in ("spo_fast", "torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A file that is either the old or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def lock(run_dir: Path) -> Any:
-    """Hold the run directory for this process; the returned file keeps the lock while it is open.
-
-    Raises RuntimeError if another process holds it: two runs would write over each other. OSError if nothing can be
-    written there.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise OSError(f"cannot write to {run_dir} ({error.strerror}). Choose another --output_dir.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RuntimeError(f"another process is training in {run_dir}. Choose another --output_dir.") from error
-    for leftover in run_dir.glob(".tmp-*"):  # of a process that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
-    return file
-
-
-SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
 SHARDS = "shards"
-
-
-def _sum(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            found.update(block)
-    return found.hexdigest()
-
-
-def write_sums(directory: Path) -> None:
-    """SHA256SUMS of every other file in it."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
-    sums = [f"{_sum(path)}  {path.relative_to(directory)}\n" for path in files]
-    (directory / SUMS).write_text("".join(sums), encoding="utf-8")
-
-
-def damage(checkpoint_dir: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if every one is as it was written. Reads them all."""
-    try:
-        lines = (checkpoint_dir / SUMS).read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            expected, _, name = line.partition("  ")
-            if not (checkpoint_dir / name).resolve().is_relative_to(checkpoint_dir.resolve()):
-                return f"{SUMS} names a file outside"
-            if _sum(checkpoint_dir / name) != expected:
-                return f"{name} is not what was saved"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError) as error:
-        return reason_of(error)
-    return None if lines else f"{SUMS} is empty"
-
-
-def _to_disk(directory: Path) -> None:
-    """fsync every file and the directory: a rename must not reach the disk before what it names."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def save(
@@ -167,7 +53,7 @@ def save(
     export: Any,
     settings: dict[str, Any],
     limit: int | None,
-    group: Any = None,  # distributed.Group: with sharded masters all its processes call this
+    group: Any = None,  # processes.Group: with sharded masters all its processes call this
 ) -> Path:
     """Write checkpoint-<iteration>; `export(directory)` adds the LoRA files. Keeps the newest `limit`."""
     final, shards = run_dir / f"checkpoint-{state.iteration}", learner.policy.shards
@@ -199,7 +85,7 @@ def save(
         }
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
         write_sums(temporary)
-        _to_disk(temporary)
+        to_disk(temporary)
         set_aside(final)
         os.replace(temporary, final)
     finally:
@@ -212,64 +98,6 @@ def save(
         except OSError as error:  # what was just saved is worth more than the room
             print(f"warning: {old} cannot be removed ({error.strerror}); delete it yourself.")
     return final
-
-
-def set_aside(path: Path) -> None:
-    """Rename what stands in the way of a run that starts again, so that nothing is lost."""
-    if path.exists():
-        os.replace(path, path.with_name(f"old-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, in no order."""
-    return [p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-
-
-def number(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def find(run_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: None, "latest" whole one of the run directory, or a path.
-
-    Raises FileExistsError if the directory holds a run and none of it was asked for, FileNotFoundError for a path
-    without one, MismatchError for a damaged one.
-    """
-    existing = sorted(checkpoints(run_dir), key=number)
-    if wanted is None:
-        if existing:
-            raise FileExistsError(
-                f"{run_dir} already holds a run ({existing[-1].name}). Add --resume_from_checkpoint latest to "
-                "go on with it, or choose another --output_dir."
-            )
-        return None
-    if wanted == "latest":
-        found: list[str] = []
-        for path in reversed(existing):
-            wrong = damage(path)
-            if wrong is None:
-                return path
-            found.append(wrong)
-            print(f"skipped {path}: it is damaged ({wrong})")
-        if existing:
-            raise MismatchError(
-                f"{existing[-1]} is damaged ({found[0]}), and no other is whole. Start again in another --output_dir."
-            )
-        return None
-    path = Path(wanted)
-    if not (path / "state.json").is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {wanted} is no checkpoint (no state.json in it). "
-            f"{run_dir} has: {', '.join(p.name for p in existing) or 'none'}."
-        )
-    if existing and path.parent.resolve() != run_dir.resolve():
-        raise FileExistsError(
-            f"{run_dir} already holds a run ({existing[-1].name}), and {path} is another's. "
-            "Go on with its own (latest), or choose another --output_dir."
-        )
-    if (wrong := damage(path)) is not None:
-        raise MismatchError(f"{path} is damaged: {wrong}. Resume from latest, which is the last whole one.")
-    return path
 
 
 # Settings a checkpoint cannot go on with if they change, and those that change what is left of the run.
@@ -290,10 +118,6 @@ FIXED = (
     "noise",
 )
 REORDERS = ("seed", "global_batch", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
-
-
-class MismatchError(RunError):
-    """A checkpoint and the run that is to go on from it do not fit together."""
 
 
 def load(path: Path, learner: Any, settings: dict[str, Any], main: bool = True) -> tuple[TrainState, list[str]]:

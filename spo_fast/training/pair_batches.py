@@ -1,6 +1,6 @@
 """Labelled pairs of images as training wants them: VAE latents, read and encoded once, and who trains on which rows.
 
-Both trainers read through this: that of preference models, and that of the methods which learn from pairs (offline.py).
+Both trainers read through this: that of preference models, and that of the methods which learn from pairs (renoise.py).
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_fast import checkpoint
-from spo_fast.config import Config, PairSourceConfig
+from spo_fast.config.sections import PairSourceConfig
+from spo_fast.config.training import Config
+from spo_fast.data import files
+from spo_fast.data.images import decode_image, to_square
+from spo_fast.data.pair_rows import BadRows
+from spo_fast.data.pair_rows import Row as PairRow
+from spo_fast.data.pair_sources import open_pairs
+from spo_fast.data.pair_stream import PairBatch, PairStream, split_by_prompt
+from spo_fast.method.noise import EMPTY, POSTERIOR, KeyedDraws
+from spo_fast.method.renoise import PairInputs
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.row_cache import Row, RowCache
-from spo_fast.noise import EMPTY, POSTERIOR, KeyedDraws
-from spo_fast.offline import PairInputs
-from spo_fast.pairs import BadRows, PairBatch, PairStream, decode_image, open_pairs, split_by_prompt, to_square
-from spo_fast.pairs import Row as PairRow
-from spo_fast.scorers import ClipScorer
-from spo_fast.scorers.clip_scorers import normalise
+from spo_fast.models.tensor_cache import Row, RowCache
+from spo_fast.scorers.spm import ClipScorer, normalise
 
-ENCODE_BATCH = 4  # images through the VAE's encoder at a time, the last batch padded: see models/text.py
+ENCODE_BATCH = 4  # images through the VAE's encoder at a time, the last batch padded: see models/prompt_cache.py
 READ_BATCH = 16  # pairs in host memory as pixels at a time
 EVALUATION = 2**32 - 1  # the iteration whose noise evaluations use; training never gets there
-
 
 # ---------------------------------------------------------------------------------------------------- images
 
@@ -172,7 +174,6 @@ class ImageLoader:
 
 MOMENTS = ("mean", "std")  # of the VAE's posterior
 
-
 # ---------------------------------------------------------------------------------------------------- rows
 
 
@@ -182,7 +183,7 @@ class SplitPairs:
     def __init__(self, cfg: PairSourceConfig, run_dir: Path, seed: int, resumed: bool, caption_column: str | None):
         assert cfg.pairs is not None
         if not resumed:
-            checkpoint.set_aside(run_dir / "bad_rows.jsonl")
+            files.set_aside(run_dir / "bad_rows.jsonl")
         self.bad = BadRows(run_dir / "bad_rows.jsonl", cfg.max_bad_share)
         self.source = open_pairs(cfg.pairs, self.bad, caption_column=caption_column, revision=cfg.pairs_revision)
         self.valid_source = self.source
@@ -274,3 +275,11 @@ class PairReader:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+def repeated(rows: int, batch: int, of: str) -> str:
+    """A line if a batch reads pairs more than once; of: whose batch it is."""
+    return "" if batch <= rows else f"warning: {of} reads {batch:,} pairs, of which there are {rows:,}: they repeat.\n"

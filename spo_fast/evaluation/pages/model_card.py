@@ -7,10 +7,11 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from spo_fast.checkpoint import write_atomically
-from spo_fast.config import RunError
-from spo_fast.presets import DATA
-from spo_fast.report import RunRecord, count_text, sheet_prompts, value
+from spo_fast.config.errors import RunError
+from spo_fast.config.methods import DATA, PAPERS, SPO_PAPER
+from spo_fast.data.files import write_atomically
+from spo_fast.evaluation.pages.run_record import RunRecord, count_text, value
+from spo_fast.evaluation.pictures import sheet_prompts
 
 FILES = (
     *("pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "unet/*"),
@@ -18,21 +19,6 @@ FILES = (
 )
 """What is uploaded; patterns under the run directory."""
 PIPELINE_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "toy": "stable-diffusion-xl"}
-
-SPO_PAPER = (
-    "*Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization*\n"
-    "(CVPR 2025, [arXiv 2406.04314](https://arxiv.org/abs/2406.04314))."
-)
-PAPERS = {  # of the other methods: name, arXiv id
-    "d3po": ("D3PO", "2311.13231"),
-    "lpo": ("Latent Preference Optimization", "2502.01051"),
-    "gradspo": ("GradSPO (NeurIPS 2025)", ""),
-    "ddpo": ("DDPO", "2305.13301"),
-    "dpok": ("DPOK", "2305.16381"),
-    "dense": ("a dense reward view on aligning text-to-image diffusion", "2402.08265"),
-    "dpo": ("Diffusion-DPO", "2311.12908"),
-    "mapo": ("MaPO", "2406.06424"),
-}
 
 # ---------------------------------------------------------------------------------------------------- the card
 

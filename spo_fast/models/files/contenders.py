@@ -6,19 +6,13 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo_fast.files import read_json
-from spo_fast.models import prediction
-from spo_fast.models.row_cache import fingerprint_files
-from spo_fast.models.single_file import vae_class
-from spo_fast.models.sources import (
-    PARTS,
-    Resolved,
-    forces_zeros,
-    load_unet_from,
-    scheduler_config,
-    vae_config_file,
-    vae_files,
-)
+from spo_fast.data.files import read_json
+from spo_fast.models.files import prediction
+from spo_fast.models.files.layout import scheduler_config, vae_config_file, vae_files
+from spo_fast.models.files.load import load_unet_from
+from spo_fast.models.files.single_file import vae_class
+from spo_fast.models.files.sources import PARTS, Resolved, forces_zeros
+from spo_fast.models.tensor_cache import fingerprint_files
 
 # of a UNet's config: what it is told and what it gives. Its own depth and widths are its own affair
 INTERFACE = (

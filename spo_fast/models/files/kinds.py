@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_fast.files import shown
-from spo_fast.models.single_file import vae_class
+from spo_fast.data.files import shown
+from spo_fast.models.files.single_file import vae_class
 
 Config = Mapping[str, Any]
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from spo_fast.files import read_header, read_json, read_metadata, read_tensors
+from spo_fast.data.files import read_header, read_json, read_metadata, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spo_fast.config import AdapterConfig
+    from spo_fast.config.training import AdapterConfig
 
 Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
 

@@ -1,6 +1,6 @@
-"""Networks of a diffusers directory or of one file in the original (LDM) layout, filled strictly (weights.py).
+"""Networks of a diffusers directory or of one file in the original (LDM) layout, filled strictly (data/weights.py).
 
-A single file has weights only: settings come from a directory in diffusers layout (spo_fast/models/configs by default).
+A single file has weights only: settings come from a directory in diffusers layout (configs/ by default).
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_fast.files import DAMAGED, read_header, read_json, shown, some
-from spo_fast.files import read_tensors as read_safetensors
-from spo_fast.models.single_file import UNET_PREFIX, VAE_PREFIX, VAE_UNUSED, text_class, vae_class, vae_settings_of_file
-from spo_fast.weights import fill, read_tensors, renamed
+from spo_fast.data.files import DAMAGED, read_header, read_json, shown, some
+from spo_fast.data.files import read_tensors as read_safetensors
+from spo_fast.data.weights import fill, read_tensors, renamed
+from spo_fast.models.files.single_file import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    VAE_UNUSED,
+    text_class,
+    vae_class,
+    vae_settings_of_file,
+)
 
 
 def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:

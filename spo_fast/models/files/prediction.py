@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from spo_fast.files import read_header, read_metadata, shown
+from spo_fast.data.files import read_header, read_metadata, shown
 
 METADATA = ("modelspec.prediction_type", "modelspec.predict_key")  # the standard's, and ComfyUI's
 NAMES = {

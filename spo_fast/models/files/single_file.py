@@ -1,6 +1,6 @@
 """What one .safetensors file in the original (LDM) layout, or one VAE's file, says of itself before it is loaded.
 
-Such a file has weights only: settings come from a directory in diffusers layout (spo_fast/models/configs by default).
+Such a file has weights only: settings come from a directory in diffusers layout (configs/ by default).
 networks.py loads it.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_fast.files import read_header, shown
+from spo_fast.data.files import read_header, shown
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

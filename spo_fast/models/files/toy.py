@@ -1,6 +1,6 @@
 """The toy's pipeline: SDXL's parts at a tiny size, in diffusers layout, for 16x16 pictures.
 
-It is loaded by the code that loads SDXL (models/sources.py) and by StableDiffusionXLPipeline.from_pretrained, so
+It is loaded by the code that loads SDXL (sources.py) and by StableDiffusionXLPipeline.from_pretrained, so
 everything downstream meets a real pipeline. Its weights are pretrained by toy/build.py and shipped in toy/weights.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo_fast.toy.world import COLOURS, SHAPES, SIZE
+from spo_fast.data.toy_world import COLOURS, SHAPES, SIZE
 
 if TYPE_CHECKING:
     from torch import nn
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[2] / "toy" / "weights"
 """The shipped pipeline; its step-aware preference model lies in spm/, the record of the build in build.json."""
 
 WIDTH = 64
@@ -104,7 +104,7 @@ def toy_files() -> dict[str, Path]:
 
 def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     """Each part in its folder and model_index.json, as the pipeline's own save_pretrained would."""
-    from spo_fast.models.single_file import no_progress_bar
+    from spo_fast.models.files.single_file import no_progress_bar
 
     index: dict[str, Any] = {"_class_name": pipeline}
     for name, part in parts.items():
@@ -153,7 +153,7 @@ def toy_parts(seed: int, size: Size = SIZES["small"]) -> dict[str, Any]:
     import torch
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    from spo_fast.models.clip_tokenizer import END, clip_tokenizer
+    from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from spo_fast.config import Config
+from spo_fast.config.methods import LEAVES_LN2
+from spo_fast.config.training import Config
 
 LN2 = math.log(2)  # the loss of a policy that has not moved: -log sigmoid(0)
-LEAVES_LN2 = ("spo", "mspo", "lpo", "dpo")  # the others' clamps or betas keep the loss there, or it starts elsewhere
 STILL_ITERATIONS, STILL = 50, 5e-4  # the loss sits at ln 2: the mean of so many iterations is so close
 REJECTED_ITERATIONS = 3
 CLAMPED_ITERATIONS, CLAMPED = 3, 0.99

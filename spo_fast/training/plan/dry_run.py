@@ -8,17 +8,22 @@ from pathlib import Path
 
 import yaml
 
-from spo_fast.choices import GIB, Device, choose, found_device, listed, pick_device
-from spo_fast.config import Config
-from spo_fast.costs import Costs, predict, processes
-from spo_fast.data import training_prompts
-from spo_fast.metrics import read_metrics
-from spo_fast.models import find_lora, look_for, resolve, run_paths
-from spo_fast.models.sources import Missing, Present, check_weights
-from spo_fast.objectives import make_objective
-from spo_fast.presets import COMPARED, DATA
-from spo_fast.report import duration
-from spo_fast.telemetry import WORK
+from spo_fast.config.errors import Missing
+from spo_fast.config.methods import COMPARED, DATA
+from spo_fast.config.training import Config
+from spo_fast.data.prompt_order import training_prompts
+from spo_fast.evaluation.pages.run_record import duration, read_metrics
+from spo_fast.evaluation.required_files import look_for, resolve, run_paths
+from spo_fast.evaluation.tables import columns, size_text
+from spo_fast.method.objectives import make_objective
+from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
+from spo_fast.models.files.find import Present
+from spo_fast.models.files.load import check_weights
+from spo_fast.models.files.lora import find_lora
+from spo_fast.training.plan.costs import WORK, Costs
+from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.plan.held_bytes import processes
 
 COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
 SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run
@@ -148,16 +153,3 @@ def iteration_of(config: Path, cfg: Config, device: Device) -> tuple[Path, float
         return None
     seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in WORK) / 1000 for r in records]
     return config.parent, statistics.median(seconds), statistics.fmean(r["valid_share"] for r in records), len(records)
-
-
-def columns(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def size_text(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError

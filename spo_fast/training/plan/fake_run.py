@@ -7,17 +7,16 @@ prediction takes as long as the Python of a few forwards (SDXL: about 15 s on a 
 
 Not counted: what a kernel allocates inside itself (cuDNN's and cuBLAS's workspaces), the CUDA context (about 0.5 GB),
 what the allocator cannot reuse, the validation's sampling (num_validation_images at a time, or a decode_chunk), and
-the images of labelled pairs while they are read (pair_images.READ_BATCH at a time).
+the images of labelled pairs while they are read (pair_batches.READ_BATCH at a time).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,203 +24,44 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from spo_fast.config import AdamConfig, Config, ScorerConfig
-from spo_fast.distributed import world_size
-from spo_fast.experience import Cond, Experience, Prediction, States
-from spo_fast.files import read_header, read_json, weight_files
-from spo_fast.models import MODELS, resolve, scorer_paths, scorer_specs
+from spo_fast.config.scorers import scorer_specs
+from spo_fast.config.training import Config, ScorerConfig
+from spo_fast.data.files import read_json
+from spo_fast.evaluation.required_files import resolve, scorer_paths
+from spo_fast.method.experience import Cond, Experience, Prediction, States
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.objectives import make_objective, predict_states
+from spo_fast.method.renoise import PairInputs
+from spo_fast.method.rollout import RolloutBatch
+from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
+from spo_fast.models.files.lora import read_lora
+from spo_fast.models.files.single_file import text_class
+from spo_fast.models.files.sources import CONFIGS, MODELS, TEXT_PARTS, Resolved
 from spo_fast.models.fuse import fuse
-from spo_fast.models.lora import read_lora
 from spo_fast.models.merged import lora_layers
-from spo_fast.models.policy import Policy, TrainedWeights
+from spo_fast.models.policy import Policy
+from spo_fast.models.prompt_cache import ENCODE_BATCH
 from spo_fast.models.quantised import import_for
 from spo_fast.models.sharded import BUCKET
-from spo_fast.models.single_file import text_class, vae_class
-from spo_fast.models.sources import CONFIGS, DEFAULTS, TEXT_PARTS, Resolved, vae_files
-from spo_fast.models.text import ENCODE_BATCH
-from spo_fast.noise import KeyedDraws, permutation
-from spo_fast.objectives import make_objective, predict_states
-from spo_fast.offline import PairInputs
-from spo_fast.pair_images import ENCODE_BATCH as IMAGES_BATCH
-from spo_fast.presets import TINY_VAES
-from spo_fast.rollout import RolloutBatch
-from spo_fast.schedule import StepTable
-from spo_fast.scorers import ClipScorer, InPhase, WeightedSum
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, find_weights, load_clip, read_hf_config
-from spo_fast.scorers.latent import LatentReward, LatentScorer, read_configs
-from spo_fast.weights import read_tensors
-
-PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
-"""The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
-
-CUDA_BLOCK = 512  # bytes: PyTorch's CUDA allocator gives out multiples of it
-
-VIT_H = ClipConfig(
-    text=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu"),
-    vision=TowerConfig(width=1280, mlp_width=5120, num_layers=32, num_heads=16, activation="gelu"),
-    **{"vocab_size": 49408, "max_length": 77, "image_size": 224, "patch_size": 14, "projection_dim": 1024},
-    time_conditioned=False,
-)
-VIT_L = replace(
-    VIT_H,
-    text=TowerConfig(width=768, mlp_width=3072, num_layers=12, num_heads=12, activation="quick_gelu"),
-    vision=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="quick_gelu"),
-    projection_dim=768,
-)
-SCORER_CLIPS = {"clip": VIT_L, "aesthetic": VIT_L, "image_reward": VIT_L}  # the others: VIT_H. ImageReward is a BLIP-L
-
-# ---------------------------------------------------------------------------------------------------- counting
-
-
-class LiveStorage(TorchDispatchMode):
-    """Bytes of the tensor storages that came into being inside the block and are still alive, real or fake.
-
-    with LiveStorage() as live: ...; live.peak_bytes. `count` adds what existed before. `phase` keeps peaks apart and
-    serves as the trainer's timer. block: storages take multiples of so many bytes.
-    """
-
-    def __init__(self, block: int = 1):
-        super().__init__()
-        self.block = block
-        self.current_bytes = 0
-        self.peaks: dict[str, int] = {}  # phase -> most bytes alive in it
-        self.phase_name = ""
-        self._alive: dict[int, weakref.ref] = {}  # address of the storage -> what tells its end
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(self.peaks.values(), default=0)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Inside, peaks go to this name and no other."""
-        outer, self.phase_name = self.phase_name, name
-        self.note(self.current_bytes)
-        try:
-            yield
-        finally:
-            self.phase_name = outer
-
-    def note(self, live_bytes: int) -> None:
-        """So many bytes were alive at some time of this phase."""
-        self.peaks[self.phase_name] = max(self.peaks.get(self.phase_name, 0), live_bytes)
-
-    def rise(self, function: Callable[[], Any]) -> tuple[Any, int]:
-        """What the call returns, and how many bytes above the present ones it needs on its way."""
-        start, outer = self.current_bytes, self.peaks.pop(self.phase_name, 0)
-        self.note(start)
-        result = function()
-        rise = self.peaks[self.phase_name] - start
-        self.note(outer)
-        return result, rise
-
-    def count(self, tensors: Iterable[Tensor]) -> int:
-        """Count these from now on as well, weights from before the block say; returns the bytes this adds."""
-        before = self.current_bytes
-        for tensor in tensors:
-            self._add(tensor.untyped_storage())
-        return self.current_bytes - before
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, -(-storage.nbytes() // self.block) * self.block
-        if address not in self._alive:
-            self._alive[address] = weakref.ref(storage, lambda _: self._remove(address, size))
-            self.current_bytes += size
-            self.note(self.current_bytes)
-
-    def _remove(self, address: int, size: int) -> None:
-        del self._alive[address]
-        self.current_bytes -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        new = [s for s in _storages(out) if s._cdata not in self._alive]
-        if new:  # a view of a weight from before the block is not new
-            old = {s._cdata for s in _storages((args, kwargs))}
-            for storage in new:
-                if storage._cdata not in old:
-                    self._add(storage)
-        return out
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    leaves = [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
-    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-_aten = torch.ops.aten
-FLOPS = {  # FlopCounterMode does not know the CPU's fused attention, and its module hooks keep gradients alive
-    **flop_registry,
-    _aten._int_mm: flop_registry[_aten.mm],
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-        g.shape, q.shape, k.shape, v.shape
-    ),
-}
-
-
-class CountFlops(TorchDispatchMode):
-    """FLOPs (2 x MAC) of matrix products, convolutions and attention, by PyTorch's formulas."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in FLOPS:
-            self.total += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
+from spo_fast.models.trained_weights import TrainedWeights
+from spo_fast.scorers.base import InPhase
+from spo_fast.scorers.clip import Clip
+from spo_fast.scorers.clip_files import find_weights, load_clip, read_hf_config
+from spo_fast.scorers.latent import LatentScorer
+from spo_fast.scorers.latent_files import read_configs
+from spo_fast.scorers.latent_network import LatentReward
+from spo_fast.scorers.spm import ClipScorer
+from spo_fast.scorers.weighted import WeightedSum
+from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
+from spo_fast.training.plan.batches import Plan, plan_of
+from spo_fast.training.plan.costs import PHASES, Costs
+from spo_fast.training.plan.counters import CUDA_BLOCK, CountFlops, LiveStorage
+from spo_fast.training.plan.fake_networks import SCORER_CLIPS, VIT_H, fake_vae, shapes_of, vae_settings
+from spo_fast.training.plan.held_bytes import optimizer_state, processes
 
 # ---------------------------------------------------------------------------------------------------- the answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """One iteration in which every pair is kept, and what is held throughout."""
-
-    samples: Mapping[str, int]
-    """Part -> UNet rows (a guided state is two), images decoded, images scored (by each scorer)."""
-    full_flops: Mapping[str, int]
-    """Part (rollout, decode, score, reference, policy) -> FLOPs; policy: forward and backward; reference: all frozen
-    networks. encode images: of pairs, if no latents were kept."""
-    flops_per_prompt: int
-    """Of the prompt encoders and the scorers' text towers, once for each prompt of the run."""
-    resident: Mapping[str, int]
-    """Part -> bytes held through the training."""
-    gradients: int
-    """Bytes of the float32 gradients, which the backward's and the step's transients include."""
-    transient: Mapping[str, int]
-    """Phase -> most bytes alive at once besides the resident ones."""
-    graphs: bool = False
-    """A rollout is replayed as CUDA graphs, which keep what it took: nothing else can use their memory."""
-
-    def flops(self, valid_share: float = 1.0) -> dict[str, float]:
-        """FLOPs of an iteration that keeps this share of its pairs, by part."""
-        kept = {"reference", "policy"}
-        return {part: n * (valid_share if part in kept else 1) for part, n in self.full_flops.items()}
-
-    @property
-    def peaks(self) -> dict[str, int]:
-        """Phase -> bytes. The optimizer has no state yet when prompts are encoded."""
-        held = sum(self.resident.values())
-        early = {"encode prompts": held - self.resident["optimizer state"]}
-        later = dict.fromkeys(("reference", "backward", "step"), self.kept_by_graphs)
-        return {phase: early.get(phase, held) + n + later.get(phase, 0) for phase, n in self.transient.items()}
-
-    @property
-    def kept_by_graphs(self) -> int:
-        """Bytes: at most what the rollout and the score took; the graphs share one pool."""
-        return max((self.transient.get(phase, 0) for phase in ("rollout", "score")), default=0) if self.graphs else 0
-
-    @property
-    def peak(self) -> int:
-        return max(self.peaks.values())
 
 
 def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "cuda") -> Costs:
@@ -244,7 +84,6 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
 
 _latest: tuple[Any, Networks] | None = None
 
-
 # ---------------------------------------------------------------------------------------------------- networks
 
 
@@ -266,8 +105,8 @@ class Networks:
         self._merged = False  # the LoRA is off: a rollout with merged weights
         self._pairs: PairInputs | None = None
 
-        vae_config = _vae_config(self.kind, resolved, source.pretrained_vae_model_name_or_path)
-        self.vae = self._fake(_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
+        vae_config = vae_settings(self.kind, resolved, source.pretrained_vae_model_name_or_path)
+        self.vae = self._fake(fake_vae(vae_config), vae_dtype(self.kind, self.dtype, vae_config))
         self.vae.decode = self._once(self.vae.decode, "decode")
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(read_json(self.config_dir / "unet" / "config.json"))
@@ -338,7 +177,9 @@ class Networks:
         else:
             file = find_weights(Path(path))
             hf_config = read_hf_config(file.parent)
-            clip = load_clip(_shapes(file), time_conditioned=aware, hf_config=hf_config, device="meta", name=str(file))
+            clip = load_clip(
+                shapes_of(file), time_conditioned=aware, hf_config=hf_config, device="meta", name=str(file)
+            )
         clip = self._fake(clip.set_compute_dtype(dtype))
         with self.mode:
             scorer = ClipScorer(clip, lambda prompts: torch.zeros(len(prompts), 0), dtype=dtype)
@@ -387,7 +228,7 @@ class Networks:
 
     def costs(self, cfg: Config) -> Costs:
         """Every phase of one iteration in the trainer's order, on fake tensors."""
-        plan, masters = _plan(cfg), self.policy.masters
+        plan, masters = plan_of(cfg), self.policy.masters
         objective = make_objective(cfg.objective)
         guided = objective.guided(cfg.sample)
         self.tally, self.live = {}, LiveStorage(self.block)
@@ -600,7 +441,7 @@ class Networks:
             "LoRA": 0 if full else self._bytes(policy._weights),
             "float32 masters": self._bytes(self._parts(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self._bytes(merged),
-            "optimizer state": sum(map(self._rounded, _optimizer_state(self._parts(cfg, policy.masters), cfg.optim))),
+            "optimizer state": sum(map(self._rounded, optimizer_state(self._parts(cfg, policy.masters), cfg.optim))),
             "moving averages": self._bytes(policy.averages or ()),
             "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),
@@ -621,99 +462,3 @@ class Networks:
         width = self.policy.masters[0].element_size()
         travels = sum(sizes) + 2 * width * min(BUCKET, sum(m.numel() for m in self.policy.masters))
         return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if processes(cfg) > 1 else 0)
-
-
-def processes(cfg: Config) -> int:
-    """Over which the masters and the optimizer's state are sharded: those that this one was launched with."""
-    return world_size() if cfg.adapter.full_finetune else 1
-
-
-def _optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:
-    """Bytes of each tensor: two moments a weight; in 8 bits with a float32 scale for each 256 weights."""
-    for master in masters:
-        n = master.numel()
-        eight_bit = cfg.optimizer != "adamw" and n >= cfg.min_8bit_size
-        yield from (n, n, 4 * -(-n // 256), 4 * -(-n // 256)) if eight_bit else (master.nbytes, master.nbytes)
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many pairs and UNet states an iteration that keeps every pair has, and its largest micro-batch."""
-
-    all_pairs: int
-    all_states: int
-    pairs: int
-    states: int
-    slot_pairs: int  # of the slot that has it
-    slot_states: int
-    accumulates: bool  # an optimizer step sees several micro-batches
-    straddles: bool  # gradients can outlive an iteration
-
-
-def _plan(cfg: Config) -> Plan:
-    """The first iteration's terms in its order, cut as trainer.slots and Experience.micro_batches cut them."""
-    optim, B = cfg.optim, cfg.sample.sample_batch_size
-    objective = make_objective(cfg.objective)
-    terms = [states for states in objective.term_states(cfg.sample) for _ in range(B)]
-    shuffled = [terms[n] for n in permutation(len(terms), cfg.run.seed, 0).tolist()]
-    published, N = optim.accumulation == "published", len(terms)
-    if published:
-        slots = [shuffled[i : i + optim.train_batch_size] for i in range(0, N, optim.train_batch_size)]
-    else:
-        steps = max(1, round(N / (optim.train_batch_size * optim.gradient_accumulation_steps)))
-        slots = [shuffled[i * N // steps : (i + 1) * N // steps] for i in range(steps)]
-    batches = [(batch, slot) for slot in slots for batch in _packed(slot, cfg.optim.states_at_once)]
-    batch, slot = max(batches, key=lambda both: sum(both[0]))
-    straddles = published and optim.gradient_accumulation_steps > 1
-    states = sum(batch)
-    if objective.shape[1] > 1:  # terms whose steps were drawn may share states: then more of them fit into a batch
-        states = max(states, min(cfg.optim.states_at_once, sum(slot)))
-    sizes = (len(terms), sum(terms), len(batch), states, len(slot), sum(slot))
-    return Plan(*sizes, accumulates=straddles or len(batches) > len(slots), straddles=straddles)
-
-
-def _packed(slot: list[int], most: int) -> list[list[int]]:
-    """Consecutive terms in batches of at most `most` states."""
-    batches: list[list[int]] = [[]]
-    for states in slot:
-        if batches[-1] and sum(batches[-1]) + states > most:
-            batches.append([])
-        batches[-1].append(states)
-    return batches
-
-
-# ---------------------------------------------------------------------------------------------------- configs
-
-
-def _vae_config(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, Any]:
-    files = [] if resolved is None else [file for file in vae_files(resolved) if file.name == "config.json"]
-    if files:
-        return read_json(files[0])
-    if resolved is None and name in TINY_VAES.values():
-        return {"_class_name": "AutoencoderTiny"}  # the class's own defaults
-    fixed = {"force_upcast": False} if name == DEFAULTS["sdxl"].pretrained_vae_model_name_or_path else {}
-    return read_json(CONFIGS / kind / "vae" / "config.json") | fixed
-
-
-def _vae(config: dict[str, Any]) -> Any:
-    import diffusers
-
-    with torch.device("meta"):
-        return getattr(diffusers, vae_class(config, Path("the VAE"))).from_config(config)
-
-
-def _shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights, or of an index's shards, as meta tensors: only shapes are read."""
-    return {name: value for file in weight_files(path) for name, value in _shapes_of(file).items()}
-
-
-def _shapes_of(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(file).items()}
-    try:
-        return torch.load(file, map_location="meta", mmap=True, weights_only=True)
-    except Exception:  # an older format, or no file of tensors: then this says so
-        return read_tensors(file)

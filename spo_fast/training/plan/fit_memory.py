@@ -2,92 +2,27 @@
 
 Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once; and,
 if the model's noise schedule ends in a step without noise, that training ends before it.
-Batches stay whole while the predicted peak (costs.py) leaves room; then CUDA graphs, which keep a rollout's memory, are
-left out, then batches are halved until they fit; norms, then all activations, are recomputed only when no batch fits
-without. The run's saved settings hold what was chosen.
+Batches stay whole while the predicted peak (fake_run.py) leaves room; then CUDA graphs, which keep a rollout's memory,
+are left out, then batches are halved until they fit; norms, then all activations, are recomputed only when no batch
+fits without. The run's saved settings hold what was chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from spo_fast.config import Config
-from spo_fast.costs import Costs, predict
-from spo_fast.models.sources import Resolved, scheduler_config
-from spo_fast.presets import DATA
-from spo_fast.rollout import last_noisy_step
-from spo_fast.schedule import ddim_scheduler, table_of
-
-GIB = 2**30
-SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
-CONTEXT = GIB // 2  # the CUDA context
-FP8_CAPABILITY = (8, 9)  # Ada Lovelace, the first with such products
-
-
-@dataclass(frozen=True)
-class Choice:
-    flag: str
-    value: Any
-    reason: str
-
-    @property
-    def words(self) -> str:
-        """As it is written on the command line."""
-        if isinstance(self.value, bool):
-            return f"--{'' if self.value else 'no-'}{self.flag}"
-        return f"--{self.flag} {self.value}"
-
-
-def listed(choices: list[Choice]) -> str:
-    """A line a reason."""
-    reasons = dict.fromkeys(choice.reason for choice in choices)
-    return "\n".join(f"{' '.join(c.words for c in choices if c.reason == reason)}: {reason}" for reason in reasons)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What choices depend on."""
-
-    name: str
-    type: str  # cuda or cpu
-    memory_bytes: int | None  # None: not planned with
-    taken_bytes: int = CONTEXT  # by this process's CUDA context and by other programs
-    capability: tuple[int, int] | None = None  # of a CUDA device
-
-    @property
-    def usable_bytes(self) -> int | None:
-        return None if self.memory_bytes is None else int(SHARE * self.memory_bytes) - self.taken_bytes
-
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N; a CUDA device becomes the current one. Raises ValueError if it is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is unknown. Use auto, cpu, cuda or cuda:N.") from None
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}, but PyTorch sees {torch.cuda.device_count()} CUDA devices.")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(device)  # Triton launches on the current device
-    elif device.type != "cpu":
-        raise ValueError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
-    return device
-
-
-def found_device(device: torch.device) -> Device:
-    """A device as choices see it. A CPU's memory is not planned with: what does not fit is swapped, not refused."""
-    if device.type != "cuda":
-        return Device("CPU", device.type, None)
-    free, total = torch.cuda.mem_get_info(device)
-    taken = total - free - torch.cuda.memory_reserved(device)
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return Device(name, "cuda", total, max(taken, CONTEXT), capability)
+from spo_fast.config.methods import DATA
+from spo_fast.config.training import DECIDES, LEAST, Config
+from spo_fast.method.rollout import last_noisy_step
+from spo_fast.method.schedule import ddim_scheduler, table_of
+from spo_fast.models.device import GIB, Choice, Device, how_computed
+from spo_fast.models.files.layout import scheduler_config
+from spo_fast.models.files.sources import Resolved
+from spo_fast.training.plan.costs import Costs
+from spo_fast.training.plan.fake_run import predict
 
 
 def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tuple[Config, list[Choice]]:
@@ -95,16 +30,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 
     Raises ValueError for one that the device cannot do.
     """
-    choices: list[Choice] = []
-    if (rounded := cfg.engine.base_weights) != "full":
-        if rounded == "fp8" and device.capability is not None and device.capability < FP8_CAPABILITY:
-            has, least = (".".join(map(str, version)) for version in (device.capability, FP8_CAPABILITY))
-            raise ValueError(
-                f"--base_weights fp8 needs a GPU of compute capability {least} or later; {device.name} has {has}. "
-                "Use --base_weights int8 or nf4."
-            )
-        inexact = "as given. Inexact: policy and reference share a rounded base; its error is printed in iteration 0"
-        choices.append(Choice("base_weights", rounded, inexact))
+    cfg, choices = how_computed(cfg, device)
 
     def take(flag: str, value: Any, reason: str) -> None:
         nonlocal cfg
@@ -119,19 +45,6 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
                 t = int(table.timesteps[-1])
                 why = f"on the model's schedule the last step, from t = {t}, adds no noise: no log-probability to train"
                 take("branch_end", end, why)
-    if cfg.model.mixed_precision == "auto":
-        on_gpu = device.type == "cuda"
-        why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
-        take("mixed_precision", cfg.model.precision_on(device.type), why)
-    if cfg.engine.compile is None:
-        cuda, fuse = device.type == "cuda", cfg.engine.fuse is not False
-        why = "a CPU waits longer than it gains" if not cuda else "pays off within minutes" if fuse else "--no-fuse"
-        take("compile", "regional" if cuda and fuse else "off", why)
-    if cfg.engine.fuse is None:
-        engine, on = cfg.engine, device.type == "cuda"
-        needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}
-        why = next((f"{name} needs it" for name, need in needs.items() if need), "a CPU gains nothing")
-        take("fuse", on or any(needs.values()), "fewer operations and bytes" if on else why)
     if cfg.engine.memory is not None and cfg.optim.gradient_checkpointing is None:
         take("gradient_checkpointing", cfg.engine.memory == "small", f"memory={cfg.engine.memory}")
     open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]
@@ -163,18 +76,6 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
-
-
-DECIDES: dict[str, tuple[str, ...]] = {
-    "rows_per_forward": ("rollout",),
-    "decode_chunk": ("score",),
-    "states_per_forward": ("reference", "backward"),
-    "cuda_graphs": ("reference", "backward", "step"),
-    "memory": ("backward",),
-    "gradient_checkpointing": ("backward",),
-}
-"""Setting -> the phases whose memory it decides. Of one phase's settings the cheapest comes first."""
-LEAST = {"rows_per_forward": 2, "decode_chunk": 1, "states_per_forward": 2}
 
 
 def peak_of(flag: str, costs: Costs) -> int:
@@ -223,9 +124,6 @@ def _memoised(resolved: Resolved | None, device: Device) -> Callable[[Config], C
         return seen[cfg]
 
     return costs
-
-
-# ---------------------------------------------------------------------------------------------------- out of memory
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -1,0 +1,128 @@
+"""Running a command: errors as one line, exit statuses, Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spo_fast.config.errors import RunError, UsageError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where no run is there yet (or any more) that could save."""
+
+
+def main(build: Callable[[], Any], arguments: list[str] | None = None) -> int:
+    """Build a run (it has train() and last_checkpoint()) and train it. Returns the exit status; see `guarded`."""
+
+    def work() -> None:
+        try:
+            run = build()
+        except KeyboardInterrupt as stopped:
+            raise type(stopped)("training had not begun") from None
+
+        try:
+            run.train()
+        except KeyboardInterrupt as stopped:
+            last = run.last_checkpoint()
+            goes_on = (
+                f"--resume_from_checkpoint latest goes on from {last}" if last else "no checkpoint was written yet"
+            )
+            raise type(stopped)(goes_on) from None
+
+    return guarded(work, arguments)
+
+
+def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
+    """Do a command's work and return its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM, 2 for wrong usage, 1 for
+    other errors.
+
+    An error is one line on stderr (a table of missing files some more); --debug adds the traceback.
+    """
+    # OpenMP threads that spin while they wait make a shared CPU several times slower; read when PyTorch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    rank = os.environ.get("RANK", "0")  # of several processes only the first one talks, but errors are all's
+    who = "" if rank == "0" else f"[rank {rank}] "
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(terminated())
+            if who:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            work()
+    except KeyboardInterrupt as error:
+        by, status = (" by SIGTERM", 143) if isinstance(error, Terminated) else ("", 130)
+        print(f"{who}stopped{by}" + "".join(f"; {arg}" for arg in error.args), file=sys.stderr)
+        return status
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{who}error: {told(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated. A run in training takes the signal itself (training/signals.py)."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other install handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def told(error: Exception) -> str:
+    """What a user needs to know of an error."""
+    from safetensors import SafetensorError
+
+    from spo_fast.config.errors import MissingFilesError
+
+    if isinstance(error, MissingFilesError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:  # the system's own, [Errno 20] Not a directory: 'runs/a/samples'
+        paths = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        text = f"{paths}: {error.strerror}" if paths else error.strerror
+        if error.errno != errno.ENOSPC:
+            return f"{text}. Mend or move what stands there, or give another path (--debug shows what needed it)."
+    if "No space left on device" in text:
+        return f"{text}. Free some space, or keep fewer checkpoints (--checkpoints_total_limit)."
+    if type(error).__name__ == "OutOfMemoryError":  # what the trainer of policies does not explain itself
+        return f"{text} Lower --train_batch_size (--gradient_accumulation_steps makes up for it) or --decode_chunk."
+    foreseen = isinstance(error, (RunError, UsageError, OSError, ImportError, SafetensorError))
+    if foreseen or (isinstance(error, (ValueError, RuntimeError)) and raised_here(error)):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(PACKAGE)), frames[-1])
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"unexpected {type(error).__name__} at {where}: {text}. Repeat with --debug for the traceback and report it."
+
+
+def raised_here(error: Exception) -> bool:
+    """By a `raise` of this package, which names fault and remedy, and not by something that it called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    return Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]

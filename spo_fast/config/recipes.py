@@ -1,0 +1,71 @@
+"""Recipes: changes to a preset, as the published runs, for speed or for little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spo_fast.config.methods import SEGMENTS
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+def published(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
+    method = given.get("method", "spo")
+    if method not in (*SEGMENTS, "gradspo"):  # gradspo and lpo build on SPO's code
+        raise ValueError(f"recipe=published is SPO's code: the settings of method={method} are its paper's without it.")
+    settings: dict[str, Any] = {"accumulation": "published", "max_grad_norm": None}
+    if method not in ("spo", "mspo"):
+        return settings
+    return settings | {"last_step": "extend" if given["model"] in ("sdxl", "toy") else "compare"}
+
+
+TINY_VAES = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+
+
+def fast(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Inexact, for less time and memory: a tiny VAE shows candidates to the scorer, which computes in bf16 (fp16 could
+    overflow), and AdamW keeps 8-bit state. The toy's own VAE is tiny already; a VAE that was given stays.
+    """
+    vae = "pretrained_vae_model_name_or_path"
+    settings = {"scorer_dtype": "bf16", "optimizer": "adamw8bit"}
+    if given.get(vae) is None and given["model"] in TINY_VAES:
+        settings[vae] = TINY_VAES[given["model"]]
+    return settings
+
+
+# by the value of --recipe: all settings given so far, the model's name among them -> the recipe's own
+RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "default": lambda given: {},
+    "published": published,
+    "fast": fast,
+}
+
+
+def small(given: Mapping[str, Any]) -> dict[str, Any]:
+    """For cards of 16 GB."""
+    few = {"states_per_forward": 2} if given["model"] == "sdxl" else {}
+    return {"gradient_checkpointing": True, "decode_chunk": 1, "optimizer": "adamw8bit", **few}
+
+
+# by the value of --memory, likewise; the others are a matter of the networks alone
+MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
+
+# ---------------------------------------------------------------------------------------------------- preference models
+
+
+def latent_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What LPO's training of its latent reward model does otherwise (8 GPUs: 128 pairs a step, SDXL 32)."""
+    size = {"sd15": (16, 8, 4000, 500), "sdxl": (4, 8, 8000, 1000)}.get(given["model"])
+    settings: dict[str, Any] = {
+        **{"parameterisation": "latent", "noise": "ddim", "shared_noise": False, "train_guidance_scale": 7.5},
+        **{"relabel": "none"},
+    }
+    if size is None:
+        return settings
+    batch, accumulation, steps, warmup = size
+    return settings | {
+        **{"learning_rate": 1e-5, "train_batch_size": batch, "gradient_accumulation_steps": accumulation},
+        **{"max_train_steps": steps, "lr_warmup_steps": warmup, "lr_decay_steps": steps},
+    }

@@ -1,0 +1,208 @@
+"""Sections that the configs of both trainers and of evaluation share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from spo_fast.config.fields import Count, NotNegative, Positive, Range, Section, Share, Whole, require
+from spo_fast.config.scorers import SCORERS_BESIDE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    model: Literal["toy", "sd15", "sdxl"] = "toy"
+    """Architecture: sd15 (512 px), sdxl (1024 px) or the embedded toy, a tiny SDXL pipeline that runs on a CPU."""
+    pretrained_model_name_or_path: str | None = None
+    """Hub id, local diffusers directory, or one .safetensors file. Default: the architecture's public base model."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE (same three forms). Default for sdxl: madebyollin/sdxl-vae-fp16-fix; otherwise the model's own."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the model."""
+    variant: str | None = None
+    """Hub file variant of the model, such as fp16."""
+    height: Count | None = None
+    """Image height in pixels, a multiple of the VAE's factor (8). Default: the architecture's own size."""
+    width: Count | None = None
+    """Image width in pixels, likewise."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp64"] = "auto"
+    """Compute type of UNet and VAE: no = float32, fp16, bf16, fp64 (for checks); auto = fp16 on a GPU, no on a CPU.
+    Trained weights stay float32."""
+    allow_tf32: bool = True
+    """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
+    size_told: Literal["own", "native"] = "own"
+    """The size in pixels that SDXL's UNet is told (time_ids): the run's own, or native, the one the model was made for
+    (1024) whatever the run's, as the published step-aware preference models were trained."""
+    decode_chunk: Count | None = None
+    """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.size_told == "own" or self.model != "sd15",
+            "size_told=native is SDXL's: an SD-1.5 is told no size. Leave it out.",
+        )
+
+    @property
+    def images_per_decode(self) -> int:
+        return self.decode_chunk or 8
+
+    def precision_on(self, device_type: str) -> str:
+        """mixed_precision on a cuda or cpu device, auto resolved: no, fp16, bf16 or fp64."""
+        if self.mixed_precision != "auto":
+            return self.mixed_precision
+        return "fp16" if device_type == "cuda" else "no"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig(Section):
+    """How the networks are computed. Nothing here changes what is computed."""
+
+    compile: Literal["off", "regional", "full"] | None = None
+    """torch.compile of UNet, VAE decoder and a training's scorer: of their repeated blocks, or whole; the first use
+    waits for it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
+    fuse: bool | None = None
+    """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
+    rollout. Default: on a GPU, and for memory=balanced."""
+    attention: Literal["auto", "sdpa", "cudnn", "xformers", "flash3"] = "auto"
+    """Attention kernel of the fused UNet: PyTorch's own choice, cuDNN's, xformers' or FlashAttention 3. auto: the
+    fastest of those that run here, timed at the start on the run's shapes; sdpa on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.fuse is not False or self.compile in (None, "off"),
+            f"compile={self.compile} works on the fused networks: leave out --no-fuse, or use --compile off.",
+        )
+        require(
+            self.fuse is not False or self.attention in ("auto", "sdpa"),
+            f"attention={self.attention} is for the fused UNet: leave out --no-fuse, or use --attention sdpa.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig(Section):
+    """What the optimizers of all trainers share."""
+
+    learning_rate: Positive = 6e-5
+    """Peak learning rate, per optimizer step."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """torch AdamW, or bitsandbytes' 8-bit AdamW with resident or paged state (resident after a resume)."""
+    min_8bit_size: Whole = 4096
+    """Elements: 8-bit optimizers keep the state of smaller tensors in float32."""
+    adam_beta1: Share = 0.9
+    """AdamW's first decay."""
+    adam_beta2: Share = 0.999
+    """AdamW's second decay."""
+    adam_weight_decay: NotNegative = 1e-4
+    """Decoupled weight decay."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Positive | None = None
+    """Clip norm. None reproduces the published SPO runs, whose clipping never took effect."""
+    lr_warmup_steps: Whole = 0
+    """Iterations of warm-up (schedules other than constant)."""
+    train_batch_size: Count = 10
+    """Pairs of one accumulation slot on each rank: an optimizer step sees train_batch_size x
+    gradient_accumulation_steps pairs of each."""
+    gradient_accumulation_steps: Count = 1
+    """Accumulation slots of an optimizer step. The published runs used 4 GPUs: on one, 4 times their value gives as
+    many pairs a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decay = self.learning_rate * self.adam_weight_decay
+        require(
+            decay < 1, f"learning_rate x adam_weight_decay is {decay:g}: from 1 on a step turns the weights around."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerPaths(Section):
+    """Where scorers' weights are; none takes the published ones from the hub."""
+
+    spm_path: str | None = None
+    """Local step-aware preference model (.bin or .safetensors file, or a directory). Default: the architecture's, from
+    the hub."""
+    pickscore_path: str | None = None
+    """Local PickScore directory. Default: yuvalkirstain/PickScore_v1 from the hub."""
+    lrm_path: str | None = None
+    """Local latent reward model (a directory). Default: the architecture's, from casiatao/LRM on the hub."""
+    hpsv2_path: str | None = None
+    """Local HPS_v2_compressed.pt. Default: that of xswu/HPSv2 from the hub."""
+    hpsv21_path: str | None = None
+    """Local HPS_v2.1_compressed.pt. Default: that of xswu/HPSv2 from the hub."""
+    clip_path: str | None = None
+    """Local CLIP ViT-L/14 directory (scorers clip, aesthetic, geneval). Default: openai/clip-vit-large-patch14."""
+    aesthetic_path: str | None = None
+    """Local sac+logos+ava1-l14-linearMSE.pth. Default: that of camenduru/improved-aesthetic-predictor from the hub."""
+    image_reward_path: str | None = None
+    """Local ImageReward.pt. Default: that of THUDM/ImageReward from the hub."""
+    geneval_path: str | None = None
+    """Local Mask2Former directory (geneval). Default: facebook/mask2former-swin-small-coco-instance from the hub."""
+    bert_path: str | None = None
+    """Local vocab.txt of BERT (scorer image_reward). Default: that of google-bert/bert-base-uncased from the hub."""
+
+    def paths_of(self, names: Iterable[str]) -> dict[str, str | None]:
+        """Scorers, and what they need beside their own weights, with the local paths given for them."""
+        wanted = dict.fromkeys(one for name in names for one in (name, SCORERS_BESIDE.get(name, name)))
+        return {name: getattr(self, f"{name}_path", None) for name in wanted}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSourceConfig(Section):
+    pairs: str | None = None
+    """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
+    .csv or .tsv of prompt, image_0, image_1, label_0, label_1. Of files named after splits the training split's."""
+    pairs_revision: str | None = None
+    """Hub revision (branch, tag or commit) of the pairs."""
+    validation_share: Share = 0.02
+    """Share of the prompts held out, with all their pairs."""
+    validation_pairs: str | None = None
+    """Another source of pairs to hold out, in place of a share of the prompts. Of files named after splits the
+    validation split's, else the test split's."""
+    max_validation_pairs: Count = 512
+    """Held-out pairs used in an evaluation."""
+    max_bad_share: Share = 0.01
+    """Stop when more than this share of the rows is unusable. They are counted and named in bad_rows.jsonl."""
+    cache_latents: bool | None = None
+    """Keep the VAE's posterior of every image on disk: encoded once, not once an epoch. In 16 bits an image takes 64 KB
+    at 512 px, 256 KB at 1024 px. Default: if the run makes more than one pass."""
+    latent_cache_dir: str | None = None
+    """Where they are kept. Default: latent_cache in the output directory."""
+    num_workers: Count = 4
+    """Threads that read and decode images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(Section):
+    """What the runs of all trainers share."""
+
+    output_dir: str = "runs/spo"
+    """Everything the run writes."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 42
+    """Of all randomness."""
+    num_train_epochs: Count = 10
+    """Passes over the data."""
+    max_train_steps: Count | None = None
+    """Stop after so many iterations, whatever the epochs. SPO: one rollout and its updates each; preference models: one
+    optimizer step each."""
+    checkpointing_steps: Count = 100
+    """Iterations between checkpoints; there is one at the end of the run as well."""
+    checkpoints_total_limit: Count | None = None
+    """Checkpoints kept; the oldest are deleted."""
+    resume_from_checkpoint: str | None = None
+    """The word latest (the last whole one), or the path of a checkpoint."""
+    stop_seconds: Count = 100
+    """After SIGTERM or Ctrl-C the run saves at its next safe point (a judgement of the rollout, or the end of the
+    iteration) and ends with status 0; after so many seconds it gives up and ends without."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Besides metrics.jsonl, which is always written."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def iterations(self, per_epoch: int) -> int:
+        """Of the whole run."""
+        return min(self.num_train_epochs * per_epoch, self.max_train_steps or sys.maxsize)

@@ -1,0 +1,147 @@
+"""Curves of a run as SVG."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import math
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from spo_fast.evaluation.looks import RISE
+from spo_fast.evaluation.pages.run_record import RunRecord
+
+MAX_POINTS = 300  # of a curve; more records are drawn as means of equal parts and a band from least to greatest
+MAX_EPOCH_MARKS = 12
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    fields: tuple[str, ...]  # of the records; patterns
+    about: str = ""
+    level: float | None = None  # a dotted line
+    stacked: bool = False
+
+
+CHARTS = (
+    Chart("Validation score", ("validation_score",), "of the validation prompts, always from the same noise"),
+    Chart(
+        "Looks of the validation pictures",
+        ("look_*",),
+        "1: before training; above the dotted line: reward hacking?",
+        level=1 + RISE,
+    ),
+    Chart("Loss", ("loss",), "dotted: 0.693, where it stands when policy and reference agree", level=math.log(2)),
+    Chart("Candidates' mean score", ("score_mean",), "of the prompts of each iteration: it varies with them"),
+    Chart("Share of valid pairs", ("valid_share",), "pairs whose scores differ by more than the threshold"),
+    Chart("Log-ratio of policy to reference", ("log_ratio_best", "log_ratio_worst"), "of winners and losers"),
+    Chart("Accuracy", ("accuracy",), "share of pairs whose winner gained more probability than its loser"),
+    Chart("Held-out accuracy", ("validation_accuracy",), "held-out pairs whose preferred image is ahead", level=0.5),
+    Chart("Margin", ("margin",), "beta times the difference of the log-ratios"),
+    Chart("Probability ratio", ("ratio",), "of the policy to the one that collected"),
+    Chart("KL", ("approx_kl", "kl"), "to the policy that collected; kl (dpok): squared distance from the reference"),
+    Chart("Clamped share", ("clamped", "dead"), "transitions outside the clamp; dead: terms without gradient"),
+    Chart("Gradient norm", ("grad_norm",), "before clipping"),
+    Chart("Saturation", ("saturation*",), "a climb is a sign of reward hacking"),
+    Chart("Time of an iteration, seconds", ("*_ms",), "phases stacked", stacked=True),
+    Chart("TFLOP/s", ("tflop_per_s",), "model FLOPs, counted from the shapes"),
+)
+INK = "#808080"  # stands for the page's text colour
+COLOURS = ("#3b82c4", "#d9822b", "#3a9d5d", "#c2525a", "#8a6bbf", "#8f7a5c")
+
+
+def binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(x, mean, least, greatest) of at most MAX_POINTS equal parts; NaN where a part has no finite value."""
+    parts = np.array_split(np.arange(len(x)), min(MAX_POINTS, len(x)))
+    rows = []
+    for part in parts:
+        values = y[part][np.isfinite(y[part])]
+        rows.append((x[part].mean(), *((values.mean(), values.min(), values.max()) if len(values) else [math.nan] * 3)))
+    return tuple(np.array(rows).T)
+
+
+def draw(chart: Chart, run: RunRecord) -> str | None:
+    """The chart as SVG, a group with id curve-<field> a curve; None if there is nothing to draw."""
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    known = list(dict.fromkeys(name for r in run.records for name in r))
+    names = [n for pattern in chart.fields for n in known if fnmatch.fnmatchcase(n, pattern)]
+    curves = {n: binned(*run.curve(n)) for n in names if np.isfinite(run.curve(n)[1]).any()}
+    if not curves:
+        return None
+    style: dict[Any, Any] = {
+        **{"svg.fonttype": "none", "svg.hashsalt": chart.title, "path.simplify": False, "font.size": 8.5},
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        **{"axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=COLOURS)},
+        **{"axes.formatter.useoffset": False, "legend.frameon": False, "font.family": "sans-serif"},
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.6, 2.4))
+        axes = figure.add_axes((0.13, 0.12, 0.85, 0.83 if len(curves) == 1 else 0.72))
+        if chart.stacked:
+            stack(axes, run, list(curves))
+        else:
+            for name, (x, mean, least, greatest) in curves.items():
+                (line,) = axes.plot(
+                    x,
+                    mean,
+                    "o-" if len(x) <= 40 else "-",
+                    ms=2.5,
+                    lw=1.2,
+                    label=name.removeprefix("look_"),
+                    gid=f"curve-{name}",
+                )
+                if len(run.curve(name)[0]) > MAX_POINTS:
+                    axes.fill_between(x, least, greatest, color=line.get_color(), alpha=0.25, lw=0)
+            keep_readable(axes, [band for _, *bands in curves.values() for band in bands])
+        if chart.level is not None:
+            axes.axhline(chart.level, color=INK, lw=0.8, ls=":")
+        for start in epoch_starts(run):
+            axes.axvline(start, color=INK, lw=0.5, alpha=0.35, gid="epoch")
+        if len(curves) > 1:
+            axes.legend(ncols=3, fontsize=7.5, loc="lower left", bbox_to_anchor=(0, 0.98), borderaxespad=0)
+        out = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    svg = out.getvalue().replace(INK, "currentColor")
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1)
+
+
+def stack(axes: Any, run: RunRecord, names: list[str]) -> None:
+    """Phases on top of each other; one that an iteration lacks took no time."""
+    x = np.array([r["iteration"] + 1.0 for r in run.records])
+    values = {n: np.array([(r.get(n) or 0.0) / 1000 for r in run.records]) for n in names}
+    heights = [binned(x, y)[1] for y in values.values()]
+    if len(x) == 1:  # an area needs two
+        x, heights = np.array([0.5, 1.5]) + x - 1, [h.repeat(2) for h in heights]
+    areas = axes.stackplot(binned(x, x)[0], *heights, labels=[n.removesuffix("_ms") for n in names], alpha=0.8, lw=0)
+    for name, area in zip(names, areas, strict=True):
+        area.set_gid(f"curve-{name}")
+
+
+def keep_readable(axes: Any, values: list[np.ndarray]) -> None:
+    """A few spikes may leave the picture rather than flatten the rest of the curve."""
+    drawn = np.concatenate(values)
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.percentile(drawn, (2, 98))
+    if high > low and np.ptp(drawn) > 5 * (high - low):
+        room, least, greatest = (high - low) / 2, drawn.min(), drawn.max()
+        axes.set_ylim(max(low - room, least), min(high + room, greatest))
+        text = f"from {least:.3g} to {greatest:.3g}: spikes are cut off"
+        axes.text(1, 1, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5)
+
+
+def epoch_starts(run: RunRecord) -> list[float]:
+    """Where a new epoch begins, thinned out."""
+    starts = [
+        b["iteration"] + 0.5
+        for a, b in zip(run.records, run.records[1:], strict=False)
+        if a.get("epoch") != b.get("epoch")
+    ]
+    return starts[:: math.ceil(len(starts) / MAX_EPOCH_MARKS) or 1]

@@ -1,0 +1,228 @@
+"""All that a run's directory tells: settings, metrics, warnings, grids."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.training import DECIDES
+from spo_fast.data.files import read_json
+from spo_fast.evaluation.looks import LOOKS
+from spo_fast.models.files.layout import scheduler_config
+from spo_fast.models.files.sources import DEFAULTS, Resolved
+
+# ---------------------------------------------------------------------------------------------------- what a run left
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says about its run."""
+
+    run_dir: Path
+    settings: dict[str, Any]  # config.yaml
+    records: list[dict[str, Any]]  # metrics.jsonl
+    start: dict[str, float]  # field -> its value before training: validation score, held-out metrics, looks
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> RunRecord:
+        """Raises FileNotFoundError or ValueError if the directory holds no run of spo_fast.train."""
+        run_dir = Path(run_dir)
+        if not (run_dir / "config.yaml").is_file():
+            raise FileNotFoundError(f"{run_dir} holds no run: it has no config.yaml. Give a run's --output_dir.")
+        try:
+            settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{run_dir / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict) or "method" not in settings:
+            raise ValueError(f"{run_dir} holds no run of spo_fast.train. Reports of other runs are not made here.")
+        metrics, before = run_dir / "metrics.jsonl", run_dir / "samples" / "before.json"
+        return cls(
+            run_dir,
+            settings,
+            read_metrics(metrics) if metrics.is_file() else [],
+            started(read_json(before)) if before.is_file() else {},
+        )
+
+    @property
+    def before(self) -> float | None:
+        """Validation score before training."""
+        return self.start.get("validation_score")
+
+    @property
+    def held_out(self) -> dict[str, tuple[float | None, float]]:
+        """Metric that was not trained on -> before training, and the latest."""
+        fields = dict.fromkeys(f for r in self.records for f in r if f.startswith("held_out_") and r[f] is not None)
+        latest = {field: next(r[field] for r in reversed(self.records) if r.get(field) is not None) for field in fields}
+        return {field.removeprefix("held_out_"): (self.start.get(field), now) for field, now in latest.items()}
+
+    @property
+    def signs(self) -> str:
+        """Of reward hacking, in the latest validation."""
+        return next((r["hacking"] for r in reversed(self.records) if "hacking" in r), "")
+
+    @property
+    def iterations(self) -> int:
+        """Done so far, those before a resume from another directory included."""
+        return self.records[-1]["iteration"] + 1 if self.records else 0
+
+    @property
+    def pairs(self) -> int:
+        return sum(r.get("pairs") or 0 for r in self.records)
+
+    @property
+    def seconds(self) -> float:
+        """Time in all phases; unlike the clock it does not count what lies between a kill and a resume."""
+        return sum(v for r in self.records for k, v in r.items() if k.endswith("_ms") and v is not None) / 1000
+
+    def curve(self, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """(iterations done, values) of the records that have the field; NaN where it was not finite."""
+        points = [(r["iteration"] + 1, math.nan if r[field] is None else r[field]) for r in self.records if field in r]
+        if field in self.start:
+            points.insert(0, (0, self.start[field]))
+        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+        return x, y
+
+    @property
+    def validated(self) -> dict[int, float | None]:
+        """Validation score by iterations done, 0 for before training; None where it was not finite."""
+        return {int(x): finite(float(y)) for x, y in zip(*self.curve("validation_score"), strict=True)}
+
+    @property
+    def after(self) -> float | None:
+        """The latest validation score of trained weights."""
+        return next((s for done, s in reversed(self.validated.items()) if done > 0), None)
+
+    def verdict(self) -> str:
+        """One line: the score before and after, and what that took."""
+        score = "No validation score yet"
+        if self.after is not None:
+            score = f"Validation score {self.after:.4g} (before training: not on record)"
+            if self.before is not None:
+                gain = self.after - self.before
+                score = f"Validation score {self.before:.4g} before, {self.after:.4g} after ({gain:+.3g})"
+        took = f"{count_text(self.iterations, 'iteration')}, {duration(self.seconds)}"
+        return f"{score}; {count_text(self.pairs, self.unit)} in {took}"
+
+    @property
+    def unit(self) -> str:
+        """What a loss is of."""
+        return "loss term" if self.settings["method"] in ("ddpo", "dpok", "dense") else "pair"
+
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ from the model's preset: name -> (preset's, this run's).
+
+        Left out: paths of the run, and what the preset leaves to the device and the maths does not notice.
+        """
+        preset = PRESETS[self.settings["model"]]().flat()
+        skip = {"output_dir", "resume_from_checkpoint", *(flag for flag in DECIDES if preset[flag] is None)}
+        return {
+            k: (preset.get(k), v) for k, v in self.settings.items() if k not in skip and (k, v) not in preset.items()
+        }
+
+    def warnings(self) -> list[str]:
+        """What went wrong, each once, with how often and since when."""
+        seen: list[tuple[str, int]] = []
+        for r in self.records:
+            bad = [f"{name} was not finite" for name in r.get("nonfinite", {})]
+            seen += [(text, r["iteration"] + 1) for text in (*r.get("warnings", []), *bad)]
+        first = dict(reversed(seen))
+        counts = Counter(text for text, _ in seen)
+        return [
+            f"{text} (iteration {first[text]}{f' and {n - 1} later' if n > 1 else ''})" for text, n in counts.items()
+        ]
+
+    @property
+    def base_model(self) -> str | None:
+        """Hub id or path of the diffusion model; None for the embedded toy."""
+        default = DEFAULTS.get(self.settings["model"])
+        path = self.settings["pretrained_model_name_or_path"]
+        return path or (default.pretrained_model_name_or_path if default else None)
+
+    def loading(self, weights: str) -> str:
+        """Python that draws with what was trained; `weights`: the run directory or a hub repository."""
+        s = self.settings
+        base = f'"{self.base_model}"' if self.base_model else 'toy_files()["model"]'
+        pipeline = "StableDiffusionPipeline" if s["model"] == "sd15" else "StableDiffusionXLPipeline"
+        load = "from_single_file" if base.endswith('.safetensors"') else "from_pretrained"
+        unet = s["full_finetune"]
+        lines = ["import torch", f"from diffusers import {pipeline}" + (", UNet2DConditionModel" if unet else "")]
+        if not self.base_model:
+            lines += ["from spo_fast.models.files.toy import toy_files"]
+        lines += ["", 'settings = {"torch_dtype": torch.float16}']
+        if unet:
+            source = f'"{weights}", subfolder="unet", torch_dtype=torch.float16'
+            lines += [f'settings["unet"] = UNet2DConditionModel.from_pretrained({source})']
+        lines += [f'pipe = {pipeline}.{load}({base}, **settings).to("cuda")']
+        if (
+            load == "from_single_file" and (told := self._file_prediction()) != "epsilon"
+        ):  # which diffusers takes it for
+            lines += [
+                "pipe.scheduler = type(pipe.scheduler).from_config(",
+                f'    pipe.scheduler.config, prediction_type="{told}"',
+                ")",
+            ]
+        if not unet:
+            lines += [f'pipe.load_lora_weights("{weights}")']
+        draw = f"num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
+        lines += [f'image = pipe("a prompt", {draw}).images[0]']
+        return "\n".join(lines)
+
+    def _file_prediction(self) -> str:
+        """What a single file's network predicts."""
+        source = DEFAULTS.get(self.settings["model"], DEFAULTS["sdxl"])
+        path = Path(str(self.base_model)).expanduser()
+        told = scheduler_config(Resolved(source, path, None)) if path.is_file() else {}
+        return told.get("prediction_type", "epsilon")
+
+
+def count_text(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h} h {m} min" if h else f"{m} min {s} s" if m else f"{s} s"
+
+
+def started(before: dict[str, Any]) -> dict[str, float]:
+    """samples/before.json as fields of the log."""
+    means = {name: np.mean([np.nan if v is None else v for v in values]) for name, values in before["values"].items()}
+    found = {f"held_out_{name}": float(mean) for name, mean in means.items() if name not in LOOKS}
+    found |= {f"look_{name}": 1.0 for name, mean in means.items() if name in LOOKS and mean > 0}
+    return {k: v for k, v in {"validation_score": before["score"], **found}.items() if v is not None}
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+def value(setting: Any) -> str:
+    """A setting as people read it."""
+    text = ", ".join(map(str, setting)) if isinstance(setting, list) else setting
+    return "none" if text in (None, "") else str(text)
+
+
+# ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl; a torn last line (a run still writing, or killed) is left out."""
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not a record ({error}). Delete this line.") from error
+    return records

@@ -1,0 +1,100 @@
+"""Scores of pictures, one file a contender and metric; those that are there already are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.data.files import read_json, weight_files
+from spo_fast.data.prompt_sets import geneval_records, prompt_files
+from spo_fast.evaluation.contenders import Gallery
+from spo_fast.evaluation.pictures import read_picture
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+def wanted(cfg: EvaluationConfig) -> dict[str, dict[str, Any]]:
+    """What GenEval looks for in the prompts' pictures."""
+    return geneval_records(prompt_files(cfg.pictures.prompts or "geneval")[1][0])
+
+
+def metric_of(
+    name: str, cfg: EvaluationConfig, resolved: Any, device: torch.device
+) -> Callable[[Tensor, list[str]], dict[str, Tensor]]:
+    """See metrics.Metric."""
+    import torch
+
+    from spo_fast.evaluation.metrics import make_metric
+    from spo_fast.models.diffusion import DTYPES
+    from spo_fast.models.files.load import load_tokenizers
+
+    tokenizer = load_tokenizers(resolved)[0]
+
+    def tokenize(texts: list[str]) -> Tensor:
+        ids = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+        return torch.tensor(ids.input_ids)
+
+    asked = wanted(cfg) if name == "geneval" else None
+    return make_metric(name, resolved.scorer_paths, tokenize, device, DTYPES[cfg.metric.scorer_dtype], asked)
+
+
+def score_all(
+    cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], prompts: list[str], device: torch.device
+) -> dict[str, dict[str, np.ndarray]]:
+    """Contender -> metric (or look) -> (P,) means over each prompt's pictures. Kept per contender and metric."""
+    import numpy as np
+    import torch
+
+    from spo_fast.data.files import without_nan, write_atomically
+    from spo_fast.models.tensor_cache import fingerprint_files
+
+    per, size = cfg.pictures.images_per_prompt, cfg.pictures.images_at_once
+    found: dict[str, dict[str, np.ndarray]] = {g.contender.name: {} for g in galleries}
+    asked = ""
+    if "geneval" in cfg.metric.metric_names:  # what it looks for belongs to its scores
+        asked = f" {hashlib.sha256(json.dumps(wanted(cfg)).encode()).hexdigest()}"
+    for name in ("looks", *cfg.metric.metric_names):
+        needed = [n for n in cfg.metric.paths_of([name]) if n in resolved.scorer_paths]
+        paths = [resolved.scorer_paths[n] for n in needed]
+        weights = fingerprint_files(
+            f for p in paths for f in (weight_files(p) if p.is_file() else p.iterdir()) if f.is_file()
+        )
+        metric = None
+        for gallery in galleries:
+            file = gallery.folder / f"scores-{name}.json"
+            key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}{asked if name == 'geneval' else ''}"
+            kept = read_json(file) if file.is_file() else {}
+            if kept.get("of") != key:
+                metric = metric or metric_of(name, cfg, resolved, device)
+                scores: dict[str, list[float]] = {}
+                for start in range(0, len(gallery.files), size):
+                    part = gallery.files[start : start + size]
+                    pixels = torch.stack([read_picture(f) for f in part]).to(device)
+                    texts = [prompts[n // per] for n in range(start, start + len(part))]
+                    for what, values in metric(pixels, texts).items():
+                        scores.setdefault(what, []).extend(values.double().tolist())
+                kept = {"of": key, "scores": scores}
+                write_atomically(file, json.dumps(without_nan(kept)) + "\n")
+                print(f"{gallery.contender.name}: {name}", flush=True)
+            for what, values in kept["scores"].items():
+                whole = np.array(values, dtype=np.float64)  # None, a score that was not finite, becomes NaN
+                found[gallery.contender.name][what] = whole.reshape(len(prompts), per).mean(1)
+    return found
+
+
+def prompt_weights(cfg: EvaluationConfig, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Metric -> (P,) what a prompt counts in its mean, where not all count alike: GenEval means its tasks' means."""
+    import numpy as np
+
+    if "geneval" not in cfg.metric.metric_names:
+        return {}
+    from spo_fast.scorers.geneval import task_weights
+
+    asked = wanted(cfg)
+    return {"geneval": np.array(task_weights([asked[prompt]["tag"] for prompt in prompts]))}

@@ -1,0 +1,62 @@
+"""Means with standard errors or bootstrap intervals, and win rates."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    mean: float
+    error: float  # standard error
+    pairs: int
+
+    def text(self, sign: str = "") -> str:
+        """Mean and standard error as far as there are any."""
+        mean = shown(self.mean, sign)
+        return mean if math.isnan(self.error) else f"{mean} ± {self.error:.3f}"
+
+
+def estimate(values: Tensor) -> Estimate:
+    n = len(values)
+    error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(values.mean()) if n else math.nan, error, n)
+
+
+def shown(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
+
+
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def bootstrap(values: np.ndarray, seed: int) -> Interval:  # (P,) one value a prompt
+    """Percentiles 2.5 and 97.5 of the means of RESAMPLES draws of the prompts, with replacement.
+
+    One seed and number of prompts, one draw: intervals of differences of two contenders are paired.
+    """
+    if len(values) == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    places = np.random.default_rng([seed, len(values)]).integers(0, len(values), (RESAMPLES, len(values)))
+    means = values.astype(np.float64)[places].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray, seed: int) -> Interval:  # (P,), (P,)
+    """Share of the prompts where ours is higher; a tie is half a win."""
+    return bootstrap(np.sign(ours - theirs) / 2 + 0.5, seed)

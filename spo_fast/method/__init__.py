@@ -1,0 +1,1 @@
+"""The papers' part: noise schedules, rollouts, and the losses on what they collect."""

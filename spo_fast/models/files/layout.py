@@ -1,0 +1,140 @@
+"""Which of a model's files are which: the parts of a directory, their weights and settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from spo_fast.data.files import read_json
+from spo_fast.models.files import prediction
+from spo_fast.models.files.lora import LORA_FILE, PEFT_CONFIG, choose_lora
+from spo_fast.models.files.single_file import vae_settings_of_file
+from spo_fast.models.files.sources import TEXT_PARTS, Resolved, settings_directory
+
+# ---------------------------------------------------------------------------------------------- what is needed
+
+
+def file_names(directory: Path) -> set[str]:
+    """Names of the files in a directory and one level down, relative to it, with forward slashes."""
+    files = [*directory.glob("*"), *directory.glob("*/*")]
+    return {f.relative_to(directory).as_posix() for f in files if f.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------- files of a layout
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
+
+def select_files(names: Collection[str], parts: Collection[str], variant: str | None) -> tuple[list[str], list[str]]:
+    """(files to use, what is lacking) for these parts, out of a repository's file names.
+
+    Of duplicates one is taken: safetensors before .bin, and the plain weights unless `variant` (e.g. fp16) is
+    named. A lacking variant is reported, never replaced by another.
+    """
+    chosen = ["model_index.json"] if "model_index.json" in names and "unet" in parts else []
+    lacking: list[str] = []
+    for part in parts:
+        c, m = _select_part(names, part, variant)
+        chosen, lacking = chosen + c, lacking + m
+    return chosen, lacking
+
+
+def _select_part(names: Collection[str], part: str, variant: str | None) -> tuple[list[str], list[str]]:
+    if part == "scheduler":
+        return _present_or_lacking(["scheduler/scheduler_config.json"], names)
+    if part == "scheduler-if-any":
+        return [n for n in names if n == "scheduler/scheduler_config.json"], []
+    if part == "lora":  # a file beside a UNet is a whole model, if it is not called a LoRA
+        whole = LORA_FILE not in names and "unet/config.json" in names
+        file, lack = (None, LORA_FILE) if whole else choose_lora(names)
+        return ([], [lack]) if file is None else ([file, *({PEFT_CONFIG} & {*names})], [])
+    if part.startswith("tokenizer"):
+        if f"{part}/tokenizer.json" not in names:
+            _, lacking = _present_or_lacking([f"{part}/vocab.json", f"{part}/merges.txt"], names)
+            if lacking:
+                return [], lacking
+        return sorted(n for n in names if re.fullmatch(rf"{part}/[^/]+\.(json|txt)", n)), []
+    if part == "latent-reward" and "state_dict.pt" in names:  # as published: a folder a network
+        weights = [n for n in names if re.fullmatch(r"(unet|text_encoder(_2)?)/[^/]+\.(json|safetensors|bin)", n)]
+        return ["state_dict.pt", *sorted(weights)], []
+    if part == "vae-alone":  # either a VAE's own repository, or a pipeline whose VAE is borrowed
+        part = "" if "config.json" in names or "vae/config.json" not in names else "vae"
+    folder = "" if part in ("", "clip-alone", "latent-reward") else f"{part}/"
+    stem = "model" if part.startswith(("text_encoder", "clip-alone", "latent-reward")) else "diffusion_pytorch_model"
+    chosen, lacking = _present_or_lacking([folder + "config.json"], names)
+    weights = weight_names(names, folder, stem, variant)
+    if not weights:
+        lacking.append(f"{folder}{stem}{f'.{variant}' if variant else ''}.safetensors")
+    return chosen + weights, lacking
+
+
+def _present_or_lacking(wanted: list[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    return [n for n in wanted if n in names], [n for n in wanted if n not in names]
+
+
+def weight_names(names: Collection[str], folder: str, stem: str, variant: str | None) -> list[str]:
+    """One complete set of weights, whole or in shards, or nothing."""
+    v = f".{variant}" if variant else ""
+    for s, suffix in ((stem, "safetensors"), ({"model": "pytorch_model"}.get(stem, stem), "bin")):
+        if (whole := f"{folder}{s}{v}.{suffix}") in names:
+            return [whole]
+        pattern = rf"{re.escape(folder + s)}({re.escape(v)})?-\d+-of-(\d+)({re.escape(v)})?\.{suffix}"
+        shards = sorted(n for n in names if (m := re.fullmatch(pattern, n)) and (not v or m[1] or m[3]))
+        index = f"{folder}{s}.{suffix}.index{v}.json"
+        if shards and index in names and len(shards) == int(re.findall(r"-of-(\d+)", shards[0])[0]):
+            return [index, *shards]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def vae_folder(resolved: Resolved) -> Path:
+    """Of a VAE that is no single file: its own repository, or the vae/ of a pipeline."""
+    path = resolved.vae_path or resolved.model_path
+    return path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
+
+
+def vae_config_file(resolved: Resolved) -> Path:
+    """The VAE's settings; of a single file those beside it, if it came out of a diffusers directory, or its model's."""
+    path = resolved.vae_path or resolved.model_path
+    if not path.is_file():
+        return vae_folder(resolved) / "config.json"
+    return vae_settings_of_file(path, settings_directory(resolved.source))
+
+
+def text_files(resolved: Resolved) -> list[Path]:
+    """The files that decide what a prompt is encoded to: to fingerprint a cache of embeddings with."""
+    parts = [part for pair in TEXT_PARTS[resolved.source.kind] for part in pair]
+    if resolved.single_file:
+        settings = [f for part in parts for f in (resolved.config_dir / part).glob("*.json")]
+        return [resolved.model_path, *sorted(settings)]
+    chosen, _ = select_files(file_names(resolved.model_path), parts, resolved.source.variant)
+    return [resolved.model_path / name for name in chosen]
+
+
+def unet_files(resolved: Resolved) -> list[Path]:
+    """The files that hold the UNet."""
+    if resolved.single_file:
+        return [resolved.model_path]
+    chosen, _ = select_files(file_names(resolved.model_path), ("unet",), resolved.source.variant)
+    return [resolved.model_path / name for name in chosen if name.startswith("unet/")]
+
+
+def vae_files(resolved: Resolved) -> list[Path]:
+    """The files that decide what an image is encoded to."""
+    path = resolved.vae_path or resolved.model_path
+    if path.is_file():
+        return [path]
+    return sorted(file for file in vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+
+
+def scheduler_config(resolved: Resolved) -> dict[str, Any]:
+    """The scheduler's settings as its JSON, and a single file itself, have them; nothing heavy is imported."""
+    settings = read_json(resolved.config_dir / "scheduler" / "scheduler_config.json")
+    if not resolved.single_file:
+        return settings
+    return prediction.scheduler_settings(resolved.model_path, settings, resolved.source.config is not None)

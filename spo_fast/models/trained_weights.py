@@ -1,0 +1,153 @@
+"""The weights that change, with float32 masters, and the gradients that reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_fast.models.sharded import Shards
+
+
+class TrainedWeights:
+    """The weights of a network that change, with float32 masters where the network computes in 16 bits.
+
+    Optimizers work on `masters`; gradients arrive there by hooks, and `publish` copies the result into the network.
+    """
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]]):
+        self.names = [name for name, _ in named]
+        self._weights = [p for _, p in named]  # what the network computes with
+        wide = (torch.float32, torch.float64)
+        self.masters: list[Tensor] = [
+            p if p.dtype in wide else nn.Parameter(p.detach().float().clone()) for p in self._weights
+        ]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(_add_to(master))
+            for p, master in zip(self._weights, self.masters, strict=True)
+            if p is not master
+        ]
+        self.shards: Shards | None = None
+        """If `masters` are this process's parts only; gradients arrive in `_sums` then, whole."""
+        self.averages: list[Tensor] | None = None  # moving ones of the masters, if they are kept
+        self.decay = 0.0
+
+    def shard(self) -> None:
+        """Keep this process's part of the masters only. Call it before averages and an optimizer are made."""
+        for hook in self._hooks:
+            hook.remove()
+        self._sums: list[Any] = []
+        for p, master in zip(self._weights, self.masters, strict=True):
+            self._sums.append(p if p is master else SimpleNamespace(grad=None))
+            if p is not master:
+                p.register_post_accumulate_grad_hook(_add_to(self._sums[-1]))
+        self.shards = Shards(self.names, self.masters)
+        self.masters = self.shards.own
+
+    def hand_in(self) -> None:
+        """Sharded: the gradients of all processes are added up and dealt out to the masters' parts."""
+        assert self.shards is not None
+
+        def take(i: int) -> Tensor:
+            grad, self._sums[i].grad = self._sums[i].grad, None
+            return torch.zeros_like(self._weights[i], dtype=self.masters[i].dtype) if grad is None else grad
+
+        self.shards.hand_in(take)
+
+    @torch.no_grad()
+    def _each(self, take: Callable[[int, Tensor], None]) -> None:
+        """take(i, master) of each whole master."""
+        if self.shards is not None:
+            with torch.enable_grad():  # the gradients go back the way the masters came
+                self.shards.gather(take)
+            return
+        for i, master in enumerate(self.masters):
+            take(i, master)
+
+    def _copy(self, i: int, master: Tensor) -> None:
+        if self._weights[i] is not master:
+            self._weights[i].copy_(master)
+
+    def publish(self) -> None:
+        """Copy the masters into the network after an optimizer step; their averages, if kept, follow."""
+
+        def take(i: int, master: Tensor) -> None:
+            self._copy(i, master)
+            if self.averages is not None:
+                self.averages[i].lerp_(master, 1 - self.decay)
+
+        self._each(take)
+
+    def keep_averages(self, decay: float) -> None:
+        """From now on: average = decay * average + (1 - decay) * master at each optimizer step."""
+        # parts are cut from masters that the network begins with
+        whole = self.masters if self.shards is None else self._weights
+        dtypes = [master.dtype for master in self.masters]
+        self.averages = [p.detach().to(dtype, copy=True) for p, dtype in zip(whole, dtypes, strict=True)]
+        self.decay = decay
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights (masters, or this process's parts of them) by their names in the network."""
+        return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+
+    def network(self) -> dict[str, Tensor]:
+        """What the network computes with, by the same names; whole."""
+        return {name: p.detach() for name, p in zip(self.names, self._weights, strict=True)}
+
+    def whole(self) -> dict[str, Tensor]:
+        """The whole masters in host memory. Of parts all processes call it, and only process 0 gets them."""
+        found: dict[str, Tensor] = {}
+
+        def take(i: int, master: Tensor) -> None:
+            if self.shards is None or self.shards.mesh.get_rank() == 0:
+                found[self.names[i]] = master.detach().to("cpu", copy=self.shards is not None).contiguous()
+
+        self._each(take)
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Exactly the weights of `state_dict`; missing, extra or misshapen ones raise ValueError."""
+        self._read(state, self.masters)
+        self._each(self._copy)
+
+    @torch.no_grad()
+    def size(self) -> Tensor:  # ()
+        """Norm of the masters, or of this process's parts of them. Nothing is read from the device."""
+        return torch.nn.utils.get_total_norm(self.masters)
+
+    def average_state_dict(self) -> dict[str, Tensor]:
+        """The moving averages by the names of `state_dict`; empty if none are kept."""
+        return dict(zip(self.names, self.averages or (), strict=False))
+
+    @torch.no_grad()
+    def load_average_state_dict(self, state: dict[str, Tensor]) -> None:
+        assert self.averages is not None
+        self._read(state, self.averages)
+
+    def _read(self, state: dict[str, Tensor], into: list[Tensor]) -> None:
+        if set(state) != set(self.names):
+            odd = sorted(set(state) ^ set(self.names))
+            raise ValueError(
+                f"these trained weights belong to another network or adapter: {len(odd)} names differ, such as {odd[0]}"
+            )
+        for name, value in zip(self.names, into, strict=True):
+            if state[name].shape != value.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, expected {tuple(value.shape)}: "
+                    "use the same rank as the run that saved it"
+                )
+            value.copy_(state[name])
+
+
+def _add_to(master: Any) -> Callable[[Tensor], None]:
+    def hook(p: Tensor) -> None:
+        assert p.grad is not None
+        grad = p.grad.float()
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        p.grad = None
+
+    return hook

@@ -1,0 +1,289 @@
+"""What the claims' records say: means over seeds, verdicts, tables and the plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spo_fast.data import toy_world
+from spo_fast.evaluation.tables import markdown
+from spo_fast.toy import evaluate
+from spo_fast.toy.contenders import ABLATIONS, CONTENDERS, MAIN, REST
+
+BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
+PICTURES, MARK_PICTURES = 512, 128
+GRID = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # learning rates of every method
+TUNING_SEED = 100
+SEEDS = (0, 1, 2)
+OWN = "guidance 2"  # of the base's scores: the preset's, with which all are trained and scored
+LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen; nor a point of a curve kept
+SIGMAS = 2.0
+"""A claim counts as reproduced if the difference over seeds exceeds so many of its standard errors, as not reproduced
+if it exceeds them the other way; between, it is undecided."""
+
+# ---------------------------------------------------------------------------------------------------- all runs
+
+
+def key(name: str, seed: int, learning_rate: float | None = None) -> str:
+    return f"{name}/{seed}" if learning_rate is None else f"{name}/tuning/{learning_rate:g}"
+
+
+def plan() -> list[tuple[str, int, float | None]]:
+    """(name, seed, learning rate of the grid) in order of importance; the grid of a group comes before its seeds."""
+    runs: list[tuple[str, int, float | None]] = []
+    for group in (MAIN, ABLATIONS, REST):
+        tuned = [name for name, contender in group.items() if not contender.like]
+        runs += [(name, TUNING_SEED, lr) for lr in GRID for name in tuned]
+        runs += [(name, seed, None) for seed in SEEDS for name in group]
+    return runs
+
+
+def chosen_rate(name: str, records: Mapping[str, Any]) -> float | None:
+    """The grid's best for the aesthetics of tuning prompts, layout kept; None while the grid is not complete."""
+    owner = CONTENDERS[name].like or name
+    tried = [records.get(key(owner, TUNING_SEED, lr)) for lr in GRID]
+    if any(r is None for r in tried) or "base" not in records:
+        return None
+    floor = records["base"]["tuning"]["layout"][0] - LAYOUT_LOSS
+    safe = [r for r in tried if r and r["layout"][0] >= floor] or [r for r in tried if r]
+    return max(safe, key=lambda r: r["aesthetics"][0])["learning_rate"]
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def over_seeds(values: list[float], errors: list[float]) -> tuple[float, float]:
+    """Mean and its standard error: the larger of the spread between seeds and of the pictures' error.
+
+    All seeds are scored on pictures from the same noise: more of them do not make the pictures' error smaller.
+    """
+    n = len(values)
+    mean = sum(values) / n
+    between = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
+    return mean, max(between, sum(errors) / n)
+
+
+def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [records[key(name, seed)] for seed in SEEDS if key(name, seed) in records]
+
+
+def score_table(records: Mapping[str, Any]) -> str:
+    columns = ("aesthetics", "layout", "held_out", "out_of_range", "diversity")
+    rows = [["contender", "seeds", "learning rate", *columns, "UNet rows", "CPU s, scoring too"]]
+    for g in evaluate.GUIDANCE_SCALES if "base" in records else ():
+        scores = records["base"][f"guidance {g:g}"]
+        rows.append([f"base, guidance {g:g}", "", "", *(f"{scores[c][0]:.3f} ± {scores[c][1]:.3f}" for c in columns)])
+        rows[-1] += ["0", "0"]
+    for name in CONTENDERS:
+        runs = seeds_of(name, records)
+        if not runs:
+            rows.append([name, "0", "", *["not run"] * len(columns), "", ""])
+            continue
+        cells = [
+            "{:.3f} ± {:.3f}".format(*over_seeds([r[c][0] for r in runs], [r[c][1] for r in runs])) for c in columns
+        ]
+        spent, cpu = (sum(r[what] for r in runs) / len(runs) for what in ("spent", "cpu_s"))
+        rows.append([name, str(len(runs)), f"{runs[0]['learning_rate']:g}", *cells, f"{spent:,.0f}", f"{cpu:.0f}"])
+    return markdown(rows)
+
+
+def curve_of(record: Mapping[str, Any], records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run's points by rows spent. Those on the way are of fewer pictures: the base's gap between the two is added."""
+    whole, few = records["base"][OWN], records["base"]["marks"]
+    *marks, last = record["curve"]
+    gap = {score: whole[score][0] - few[score][0] for score in ("aesthetics", "layout")}
+    moved = [{**p, **{score: [p[score][0] + gap[score], *p[score][1:]] for score in gap}} for p in marks]
+    return [*moved, last]
+
+
+Point = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+"""Which scores of a run are compared: at its end, at a quarter of the budget, or the best with the layout kept."""
+
+
+def at_end(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record
+
+
+def at_a_quarter(records: Mapping[str, Any]) -> Point:
+    return lambda record: curve_of(record, records)[0]
+
+
+def layout_kept(records: Mapping[str, Any]) -> Point:
+    floor = records["base"][OWN]["layout"][0] - LAYOUT_LOSS
+
+    def best(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        safe = [point for point in curve_of(record, records) if point["layout"][0] >= floor]
+        return max(safe, key=lambda point: point["aesthetics"][0], default=None)
+
+    return best
+
+
+def difference(
+    a: str, b: str, records: Mapping[str, Any], score: str = "aesthetics", of_a: Point = at_end, of_b: Point = at_end
+) -> tuple[float, float] | None:
+    """a - b over the seeds that both have, paired by seed; None with fewer than two of them."""
+    runs = [(records[key(a, s)], records[key(b, s)]) for s in SEEDS if key(a, s) in records and key(b, s) in records]
+    both = [(x, y) for run_a, run_b in runs if (x := of_a(run_a)) is not None and (y := of_b(run_b)) is not None]
+    if len(both) < 2:
+        return None
+    gaps = [x[score][0] - y[score][0] for x, y in both]
+    return over_seeds(gaps, [math.hypot(x[score][1], y[score][1]) for x, y in both])
+
+
+def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> tuple[float, bool] | None:
+    """UNet rows after which a contender's mean curve first reaches a level of aesthetics, between its points.
+
+    True beside them: it was there at its first point already, whose rows these are.
+    """
+    runs = seeds_of(name, records)
+    if not runs:
+        return None
+    base_level = records["base"][OWN]["aesthetics"][0]
+    curve = [(0.0, base_level)]
+    for points in zip(*(curve_of(r, records) for r in runs), strict=False):
+        curve.append(
+            tuple(sum(p[w] if w == "spent" else p[w][0] for p in points) / len(points) for w in ("spent", "aesthetics"))
+        )  # type: ignore[arg-type]
+    if curve[1][1] >= level:
+        return curve[1][0], True
+    for (x0, y0), (x1, y1) in zip(curve[1:], curve[2:], strict=False):
+        if y1 >= level > y0:
+            return x0 + (x1 - x0) * (level - y0) / (y1 - y0), False
+    return None
+
+
+def rows_share(a: str, b: str, records: Mapping[str, Any], of_a: Point) -> float | None:
+    """UNet rows of a at a point over those of b at its end."""
+    spent = [[p["spent"] for r in seeds_of(n, records) if (p := of(r))] for n, of in ((a, of_a), (b, at_end))]
+    return statistics.fmean(spent[0]) / statistics.fmean(spent[1]) if all(spent) else None
+
+
+CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Callable[[Mapping[str, Any]], Point]]] = {
+    "SPO is above Diffusion-DPO at equal compute": ("spo", "dpo"),
+    "SPO with about a quarter of the compute is above Diffusion-DPO": ("spo", "dpo", at_a_quarter),
+    "SPO is above DDPO at equal compute": ("spo", "ddpo"),
+    "a random next start is above the winner": ("spo", "winner start"),
+    "a random next start is above the loser": ("spo", "loser start"),
+    "knowing the timestep helps the judge": ("spo", "blind judge"),
+    "PickScore in the judge's place hurts": ("spo", "PickScore"),
+    "the highest noise levels harm": ("spo", "all noise levels"),
+    "larger steps (inner steps) are better for a strong model": ("mspo", "spo"),
+    "random picks do not do it": ("spo", "random picks"),
+}
+
+
+def verdict(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return "not run"
+    mean, error = found
+    return "reproduced" if mean > SIGMAS * error else "not reproduced" if mean < -SIGMAS * error else "undecided"
+
+
+def claims_table(records: Mapping[str, Any]) -> str:
+    rows = [["claim of the paper", "difference in aesthetics", "in layout", "in aesthetics, layout kept", "verdict"]]
+    kept = layout_kept(records) if "base" in records else at_end
+    for claim, (a, b, *point) in CLAIMS.items():
+        of_a = point[0](records) if point else at_end
+        found, layout = (difference(a, b, records, score, of_a) for score in ("aesthetics", "layout"))
+        safe = None if point else difference(a, b, records, of_a=kept, of_b=kept)
+        if point and (share := rows_share(a, b, records, of_a)):
+            claim += f" ({share:.0%} of its rows)"
+        cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout, safe)]
+        rows.append([claim, *cells, verdict(found)])
+    return markdown(rows)
+
+
+def cost_table(records: Mapping[str, Any]) -> str:
+    """Compute each method needs for what Diffusion-DPO reaches with the whole budget, and for half of SPO's gain.
+
+    In UNet rows and, by the median tuning run, CPU seconds, to which the preference model's training belongs.
+    """
+    rows = [["level of aesthetics", *MAIN]]
+    judge_s = records.get("judge", {}).get("cpu_s")
+    levels = {}
+
+    def cost(name: str, found: tuple[float, bool] | None) -> str:
+        if found is None:
+            return "not reached"
+        reached, at_once = found
+        below = "< " * at_once
+        if (each := seconds_a_row(name, records)) is None:
+            return f"{below}{reached:,.0f}"
+        trained_s = reached * each
+        more = (f" + {judge_s:,.0f} s" if judge_s else " + the judge's") if CONTENDERS[name].judged else ""
+        return f"{below}{reached:,.0f} ({below}{trained_s:,.0f} s{more})"
+
+    if runs := seeds_of("dpo", records):
+        levels["what dpo reaches"] = sum(r["aesthetics"][0] for r in runs) / len(runs)
+    if (runs := seeds_of("spo", records)) and "base" in records:
+        start = records["base"][OWN]["aesthetics"][0]
+        levels["half of spo's gain"] = (start + sum(r["aesthetics"][0] for r in runs) / len(runs)) / 2
+    for what, level in levels.items():
+        rows.append([f"{level:.2f}: {what}", *(cost(name, rows_to_reach(name, level, records)) for name in MAIN)])
+    return markdown(rows)
+
+
+def seconds_a_row(name: str, records: Mapping[str, Any]) -> float | None:
+    """CPU seconds of a UNet row by the median run of the grid, which is not scored on the way."""
+    runs = [records[cell] for lr in GRID if (cell := key(name, TUNING_SEED, lr)) in records]
+    return statistics.median(r["cpu_s"] / r["spent"] for r in runs) if runs else None
+
+
+def plot(records: Mapping[str, Any], path: Path) -> None:
+    """Aesthetics against UNet rows spent, a line a contender: mean over seeds, and their range. The main methods also
+    against CPU minutes, to which the preference model's training belongs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7.5), layout="constrained", sharey=True)
+    judge_s = records.get("judge", {}).get("cpu_s")
+    start = records["base"][OWN]["aesthetics"][0]
+    spo = {"spo": MAIN["spo"]} if "spo" in MAIN else {}
+    groups = [
+        ("methods", MAIN),
+        ("methods, by time", MAIN),
+        ("ablations of spo", spo | ABLATIONS),
+        ("more methods", REST),
+    ]
+    for number, (axes, (title, group)) in enumerate(zip(panels.flat, groups, strict=True)):
+        for name in group:
+            runs, scale, before = seeds_of(name, records), 1.0, 0.0
+            if number == 1:
+                scale = (seconds_a_row(name, records) or math.nan) / 60
+                before = (math.nan if judge_s is None else judge_s / 60) if CONTENDERS[name].judged else 0.0
+            if not runs or math.isnan(scale + before):
+                continue
+            points = list(zip(*(curve_of(r, records) for r in runs), strict=False))
+            x = [before] + [before + scale * sum(p["spent"] for p in ps) / len(ps) for ps in points]
+            values = [[p["aesthetics"][0] for p in ps] for ps in points]
+            y = [start] + [sum(v) / len(v) for v in values]
+            style = "o--" if name == "spo" and group is not MAIN else "o-"
+            (line,) = axes.plot(x, y, style, ms=3, label=f"{name} ({len(runs)})")
+            area = (x[1:], list(map(min, values)), list(map(max, values)))
+            axes.fill_between(*area, color=line.get_color(), alpha=0.15, lw=0)
+        axes.axhline(start, color="#8888", lw=0.8, zorder=0)
+        axes.set_title(title, fontsize=10)
+        by_rows, by_time = (
+            "UNet sample-forwards (a backward counts as two)",
+            "CPU minutes, preference model's training first",
+        )
+        axes.set_xlabel(by_time if number == 1 else by_rows, fontsize=9)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("true aesthetics of test prompts (0-10)", fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def tables(records: Mapping[str, Any]) -> str:
+    done = sum(key(*run) in records for run in plan())
+    head = (
+        f"{done} of {len(plan())} runs; {BUDGET:,} UNet rows each, {PICTURES} pictures of {len(toy_world.TEST)} prompts"
+    )
+    return "\n\n".join([head, score_table(records), claims_table(records), cost_table(records)])

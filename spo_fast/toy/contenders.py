@@ -1,0 +1,54 @@
+"""What the claims compare: each contender's flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a run differs from the toy's preset."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    like: str = ""
+    """Whose learning rate it takes; "": it has its own from the grid."""
+    random_picks: bool = False
+    judged: bool = True
+    """It needs a preference model, whose training belongs to its cost."""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as JSON gives them back."""
+        return json.loads(json.dumps(dict(self.settings)))
+
+
+# whole trajectories take many UNet calls a prompt: fewer prompts and smaller steps give as many updates
+FEW = {"sample_batch_size": 4}
+LABELLED = {"pairs": "{pairs}", "cache_latents": False, "sample_batch_size": 64, "train_batch_size": 16}
+MAIN = {
+    "spo": Contender(),
+    "mspo": Contender({"method": "mspo"}),
+    # beta: the best of 5000 (published, for other latents), 500, 50 and 5 on the tuning prompts (benchmarks/LOG.md)
+    "dpo": Contender({"method": "dpo", **LABELLED, "beta": 50.0}, judged=False),
+    "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 20}),
+}
+ABLATIONS = {
+    "random picks": Contender(like="spo", random_picks=True),
+    "winner start": Contender({"next_start": "winner"}, like="spo"),
+    "loser start": Contender({"next_start": "loser"}, like="spo"),
+    "blind judge": Contender({"spm_path": "{blind}", "spm_time_conditioned": False}, like="spo"),
+    "PickScore": Contender({"scorer": ("pickscore",)}, like="spo"),
+    "all noise levels": Contender({"branch_start": 0}, like="spo"),
+}
+REST = {
+    "mapo": Contender({"method": "mapo", **LABELLED}, judged=False),
+    "d3po": Contender({"method": "d3po", **FEW}),
+    "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 20}, like="ddpo"),
+    "dense": Contender({"method": "dense", **FEW}),
+    "gradspo": Contender({"method": "gradspo"}),
+    "lpo": Contender({"method": "lpo", "lrm_path": "{lrm}"}),
+}
+CONTENDERS = MAIN | ABLATIONS | REST

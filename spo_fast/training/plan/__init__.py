@@ -1,0 +1,1 @@
+"""What is known before a run: its files, FLOPs, peak memory, and the batches that fit."""

@@ -1,0 +1,56 @@
+"""What one iteration costs: FLOPs and bytes by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
+"""The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """One iteration in which every pair is kept, and what is held throughout."""
+
+    samples: Mapping[str, int]
+    """Part -> UNet rows (a guided state is two), images decoded, images scored (by each scorer)."""
+    full_flops: Mapping[str, int]
+    """Part (rollout, decode, score, reference, policy) -> FLOPs; policy: forward and backward; reference: all frozen
+    networks. encode images: of pairs, if no latents were kept."""
+    flops_per_prompt: int
+    """Of the prompt encoders and the scorers' text towers, once for each prompt of the run."""
+    resident: Mapping[str, int]
+    """Part -> bytes held through the training."""
+    gradients: int
+    """Bytes of the float32 gradients, which the backward's and the step's transients include."""
+    transient: Mapping[str, int]
+    """Phase -> most bytes alive at once besides the resident ones."""
+    graphs: bool = False
+    """A rollout is replayed as CUDA graphs, which keep what it took: nothing else can use their memory."""
+
+    def flops(self, valid_share: float = 1.0) -> dict[str, float]:
+        """FLOPs of an iteration that keeps this share of its pairs, by part."""
+        kept = {"reference", "policy"}
+        return {part: n * (valid_share if part in kept else 1) for part, n in self.full_flops.items()}
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Phase -> bytes. The optimizer has no state yet when prompts are encoded."""
+        held = sum(self.resident.values())
+        early = {"encode prompts": held - self.resident["optimizer state"]}
+        later = dict.fromkeys(("reference", "backward", "step"), self.kept_by_graphs)
+        return {phase: early.get(phase, held) + n + later.get(phase, 0) for phase, n in self.transient.items()}
+
+    @property
+    def kept_by_graphs(self) -> int:
+        """Bytes: at most what the rollout and the score took; the graphs share one pool."""
+        return max((self.transient.get(phase, 0) for phase in ("rollout", "score")), default=0) if self.graphs else 0
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+WORK = ("rollout", "score", "reference", "backward", "step")
+"""The timer's phases that FLOPs are counted for."""

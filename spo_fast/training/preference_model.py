@@ -1,0 +1,158 @@
+"""What a preference model is trained by: the pair loss on predictions of x0, and the two kinds of model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spo_fast.method.experience import Cond
+from spo_fast.method.renoise import noised
+from spo_fast.method.schedule import StepTable, full_table
+from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.policy import denoise
+from spo_fast.models.trained_weights import TrainedWeights
+from spo_fast.scorers.clip import Clip, unit
+from spo_fast.scorers.clip_files import save_clip
+from spo_fast.scorers.latent_files import save_latent_reward
+from spo_fast.scorers.latent_network import LatentReward
+from spo_fast.scorers.spm import preprocess_for_spm_training
+from spo_fast.training.pair_batches import Images
+
+# ---------------------------------------------------------------------------------------------------- the loss
+
+
+def pair_loss(
+    text: Tensor,  # (B, D) unit features of the prompts
+    images: Tensor,  # (2, B, D) unit features of the first and second images
+    scale: Tensor,  # () factor of the cosines
+    labels: Tensor,  # (B,) of the first image: 1 preferred, 0 not, 0.5 tie
+    weights: Tensor,  # (B,) summing to 1 over the batch of an optimizer step
+    in_batch_negatives: bool = False,
+) -> Tensor:  # ()
+    """Weighted cross-entropy of the preference; a tie's least possible loss, log 2, is taken off. spm_criterion.py.
+
+    in_batch_negatives: each text chooses among all 2B images, and each preferred image among the B texts, averaged.
+    """
+    labels = torch.stack([labels, 1 - labels])  # (2, B)
+    B = text.shape[0]
+    if in_batch_negatives:
+        logits = scale * images.flatten(0, 1) @ text.T  # (2B, B)
+        own = torch.arange(B, device=text.device)
+        by_text = -logits.T.log_softmax(1)  # (B, 2B)
+        by_image = -logits.log_softmax(1).unflatten(0, (2, B))  # (2, B, B)
+        loss = torch.stack([by_text[own, own], by_text[own, own + B]])
+        loss = (labels * loss).sum(0) - ties(labels)
+        loss = (loss + (labels * by_image[:, own, own]).sum(0)) / 2
+    else:
+        loss = (labels * -(scale * (images * text).sum(-1)).log_softmax(0)).sum(0) - ties(labels)
+    return (loss * weights).sum()
+
+
+LOG_2 = 0.693147182464599609375  # rounded to float32, as the published code has it whatever it computes in
+
+
+def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,) log 2 for ties, else 0
+    return (labels[0] == labels[1]) * LOG_2
+
+
+# ---------------------------------------------------------------------------------------------------- what is seen
+
+
+@torch.no_grad()
+def predicted_x0(
+    unet: Any,
+    table: StepTable,  # of all T timesteps, noisiest first
+    x_t: Tensor,  # (2, B, C, h, w)
+    t: Tensor,  # (B,) int64
+    cond: Cond,  # of the B prompts
+    guidance_scale: float,
+) -> Tensor:  # (2, B, C, h, w) float32
+    """What the diffusion model makes of both images of each pair: one UNet forward, both guidance halves in it."""
+    B = t.shape[0]
+    both = torch.arange(B, device=t.device).repeat(2)
+    m = denoise(unet, x_t.flatten(0, 1), t.repeat(2), cond.select(both), guidance_scale > 1)
+    guided = m.cond.float()
+    if m.uncond is not None:
+        guided = m.uncond.float() + guidance_scale * (guided - m.uncond.float())
+    c, d = table.coefficients[table.num_steps - 1 - t.repeat(2), 2:4].to(guided.dtype).T.view(2, -1, 1, 1, 1)
+    return (c * x_t.flatten(0, 1) + d * guided).unflatten(0, (2, B))
+
+
+class Reward(Protocol):
+    """A trainable preference model."""
+
+    weights: TrainedWeights
+
+    def see(
+        self,
+        images: Images,
+        t: Tensor,  # (B,) int64
+        noise: Tensor | None,  # (2, B, C, h, w); None: the images themselves
+    ) -> Tensor:
+        """What it judges, without gradient."""
+        ...
+
+    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(text (B, D), images (2, B, D), scale ()), float32 unit vectors; both images in one forward."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class PixelReward:
+    """A CLIP that sees decoded predictions of x0: the SPM, or without time conditioning its ablation and PickScore."""
+
+    def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
+        self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
+        self.table = full_table(model.alphas_cumprod, model.prediction_type).to(model.device)
+        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
+        self.weights = TrainedWeights(list(clip.named_parameters()))
+
+    @torch.no_grad()
+    def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, 3, S, S)
+        size = self.clip.config.image_size
+        if noise is None:
+            assert images.pixels is not None
+            return preprocess_for_spm_training(images.pixels.flatten(0, 1), size)
+        assert images.latents is not None
+        x_t = noised(images.latents, t, noise, self.alphas_cumprod)
+        cond = self.model.cond(images.prompts)
+        x0 = predicted_x0(self.model.unet, self.table, x_t, t, cond, self.guidance_scale).flatten(0, 1)
+        chunks = x0.split(self.decode_chunk)
+        return torch.cat([preprocess_for_spm_training(self.model.decode(x), size) for x in chunks])
+
+    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.model.tokenize(prompts).to(seen.device)
+        image, text = self.clip(seen, ids, t.repeat(2) if self.clip.config.time_conditioned else None)
+        return text, image.unflatten(0, (2, len(prompts))), self.clip.logit_scale.exp()
+
+    def save(self, directory: Path) -> None:
+        save_clip(self.clip, directory, self.weights.state_dict())
+
+
+class NoisyLatentReward:
+    """The latent reward model of LPO: it sees x_t."""
+
+    def __init__(self, network: LatentReward, model: DiffusionModel, guidance_scale: float):
+        self.network, self.model, self.guidance_scale = network, model, guidance_scale
+        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
+        self.weights = TrainedWeights([(name, p) for name, p in network.named_parameters() if p.requires_grad])
+
+    @torch.no_grad()
+    def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, C, h, w)
+        assert images.latents is not None and noise is not None
+        return noised(images.latents, t, noise, self.alphas_cumprod).flatten(0, 1)
+
+    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        ids = [rows.to(seen.device) for rows in self.model.token_ids([*prompts, ""])]
+        context, feature = self.network.encode(ids)
+        both = context[:-1].repeat(2, 1, 1), feature[:-1].repeat(2, 1)
+        empty = context[-1:], feature[-1:]
+        visual = self.network.visual_features(seen, t.repeat(2), both, empty, self.guidance_scale)
+        return unit(feature[:-1]), unit(visual).unflatten(0, (2, len(prompts))), self.network.logit_scale.exp()
+
+    def save(self, directory: Path) -> None:
+        save_latent_reward(self.network, directory, self.weights.state_dict())

@@ -1,0 +1,104 @@
+"""What every trainer's run does with its settings, its directory, its checkpoints and its log."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import yaml
+
+from spo_fast.config.preference import PreferenceConfig
+from spo_fast.config.training import Config
+from spo_fast.data import files
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.models.device import pick_device
+from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.training import checkpoint, processes, run_directory
+from spo_fast.training.checkpoint import TrainState
+from spo_fast.training.monitor.log import MetricsLog
+from spo_fast.training.signals import StopRequest
+
+C = TypeVar("C", Config, PreferenceConfig)
+
+
+class TrainingRun(Generic[C]):
+    """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
+
+    model: DiffusionModel
+    # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration), check_weights()
+    learner: Any
+    total: int  # iterations
+
+    def __init__(self, cfg: C):
+        self.device = pick_device(processes.own_device(cfg.run.device))
+        self.group = processes.join(self.device)
+        self.stop = StopRequest(cfg.run.stop_seconds)
+        self.cfg: C = cfg
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
+        self.run_dir = Path(cfg.run.output_dir)
+        found = run_directory.find(self.run_dir, cfg.run.resume_from_checkpoint) if self.group.main else None
+        self.resume: Path | None = self.group.told(found)
+        self.state = TrainState()
+
+    def settings(self) -> dict[str, Any]:
+        """As a checkpoint keeps them; prompt_cache names what the prompts' embeddings come from."""
+        return {**self.cfg.flat(), "prompt_cache": self.model.prompt_cache.fingerprint}
+
+    def start(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none."""
+        notes: list[str] = []
+        if self.resume is not None:
+            main = self.group.main
+            self.state, notes = checkpoint.load(self.resume, self.learner, self.settings(), main)
+        self.learner.check_weights()  # those that the first step starts from
+        if not self.group.main:
+            return contextlib.nullcontext()
+        if self.resume is not None:
+            notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
+            if self.state.iteration >= self.total:
+                more = "--max_train_steps or --num_train_epochs raise that"
+                notes.append(f"nothing is left to train: the run is {self.total} iterations ({more})")
+        else:
+            if self.cfg.run.resume_from_checkpoint is not None:  # the word latest: a path without one is an error
+                notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
+            files.set_aside(self.run_dir / "metrics.jsonl")
+        print("".join(note + "\n" for note in notes), end="")
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=self.watch)
+        if self.resume is not None:
+            log.truncate_after(self.state.iteration - 1)
+            for record in read_metrics(log.path):  # so that it warns as if the run had never stopped
+                self.watch(record)
+        files.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
+        return log
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current iteration: process 0, or all of them their parts."""
+        if self.group.main or self.learner.policy.shards is not None:
+            settings, limit = self.settings(), self.cfg.run.checkpoints_total_limit
+            beside = self.export_beside
+            checkpoint.save(self.run_dir, self.state, self.learner, beside, settings, limit, self.group)
+        return self.run_dir / f"checkpoint-{self.state.iteration}"
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole one of this run's directory."""
+        return max(run_directory.checkpoints(self.run_dir), key=run_directory.number, default=None)
+
+    def stopped(self) -> None:
+        """Save, unless that has just been done, and say how to go on."""
+        last = self.run_dir / f"checkpoint-{self.state.iteration}"
+        if not self.group.told(last in run_directory.checkpoints(self.run_dir)):
+            self.save()
+        if self.group.main:
+            print(
+                f"stopped after iteration {self.state.iteration}; --resume_from_checkpoint latest goes on from {last}"
+            )
+
+    def export_beside(self, checkpoint_dir: Path) -> None:
+        """Other software's files that go into each checkpoint."""
+
+    def watch(self, record: Mapping[str, Any]) -> list[str]:
+        """The new warnings that a record of the log gives rise to."""
+        return []
