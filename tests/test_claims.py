@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from spo_fast.toy import claim_tables, claims, contenders
 from spo_fast.toy.claim_tables import CLAIMS, GRID, SEEDS, TUNING_SEED, key
 from spo_fast.toy.contenders import CONTENDERS, MAIN
 from spo_fast.training import loop
+
+ROOT = Path(__file__).parent.parent
 
 
 def scores(aesthetics, layout=1.0):
@@ -92,10 +96,25 @@ def test_verdicts(gains, says):
 
 
 def test_what_has_not_run_shows_as_not_run():
-    text = claim_tables.tables(records_of(record("spo", 0, 7.0)))
-    assert text.startswith(f"1 of {len(claim_tables.plan())} runs")
+    text = claim_tables.page(records_of(record("spo", 0, 7.0)), "a command")
+    assert f"\n1 of {len(claim_tables.plan())} runs" in text
     assert sum("not run" in row for row in claim_tables.score_table(records_of()).splitlines()) == len(CONTENDERS)
     assert claim_tables.claims_table(records_of()).count("not run") == len(CLAIMS)
+
+
+def test_the_page_of_the_documents_is_what_the_command_writes(tmp_path, monkeypatch, capsys):
+    """From the committed records, by the command that the page names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    page = (ROOT / "docs/claims.md").read_text()
+    command = shlex.split(page.split("`")[1])
+    records = tmp_path / command[command.index("--records") + 1]
+    records.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks/results/toy_claims.jsonl", records)
+    assert command[:3] == ["python", "-m", "spo_fast.toy.claims"] and claims.main(command[3:]) == 0
+    assert (tmp_path / "docs/claims.md").read_text() == page == capsys.readouterr().out
+    link = page.rsplit("](", 1)[1].rstrip(")\n")
+    assert (tmp_path / "docs" / link).is_file() and (ROOT / "docs" / link).is_file()
 
 
 def test_compute_to_reach_a_level():

@@ -281,9 +281,22 @@ def plot(records: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def tables(records: Mapping[str, Any]) -> str:
+def page(records: Mapping[str, Any], command: str, picture: str | None = None) -> str:
+    """The tables as a page of markdown that names the command behind them; picture: the plot, as seen from the page."""
     done = sum(key(*run) in records for run in plan())
-    head = (
-        f"{done} of {len(plan())} runs; {BUDGET:,} UNet rows each, {PICTURES} pictures of {len(toy_world.TEST)} prompts"
-    )
-    return "\n\n".join([head, score_table(records), claims_table(records), cost_table(records)])
+    parts = [
+        "# The paper's claims on the toy world",
+        f"Written by `{command}`. What is measured, and what it shows: docs/toy.md.",
+        f"{done} of {len(plan())} runs; {BUDGET:,} UNet rows each, {PICTURES} pictures of {len(toy_world.TEST)} "
+        "prompts. The ± of a mean is the larger of its pictures' error and the spread over seeds; `held_out` is the "
+        "toy's PickScore.",
+        score_table(records),
+        f"A difference counts above {SIGMAS:g} standard errors, over the seeds that both have. The last column but one "
+        "takes the best point of each run whose layouts are kept, instead of its end.",
+        claims_table(records),
+        "UNet rows, and CPU seconds, that reach a level of aesthetics; + is the training of the preference model.",
+        cost_table(records),
+    ]
+    if picture is not None:
+        parts.append(f"![true aesthetics against UNet rows and CPU minutes, for each contender]({picture})")
+    return "\n\n".join(parts) + "\n"

@@ -10,7 +10,7 @@ has a record is not run again, what has none is shown as not run.
     python -m spo_fast.toy.claims --budget_s 1800       # stop starting runs after half an hour
     python -m spo_fast.toy.claims --contenders spo dpo  # of these alone; others can run at the same time beside it
     python -m spo_fast.toy.claims --cell spo/0 --learning_rate 5e-4   # one run, whatever is recorded; prints its record
-    python -m spo_fast.toy.claims --tables              # run nothing
+    python -m spo_fast.toy.claims --tables              # run nothing; --docs PAGE: the tables go there
     python -m spo_fast.toy.claims --size large --budget_s 3000   # for a GPU: builds a larger toy first
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,9 +49,9 @@ from spo_fast.toy.claim_tables import (
     TUNING_SEED,
     chosen_rate,
     key,
+    page,
     plan,
     plot,
-    tables,
 )
 from spo_fast.toy.contenders import CONTENDERS
 from spo_fast.training.loop import Run
@@ -297,6 +298,7 @@ def claims(arguments: list[str] | None) -> None:
     parser.add_argument("--cell", help="NAME/SEED or NAME/tuning/RATE: only this run, whatever is recorded")
     parser.add_argument("--learning_rate", type=float, help="of --cell (default: the recorded or the grid's best)")
     parser.add_argument("--tables", action="store_true", help="run nothing")
+    parser.add_argument("--docs", type=Path, help="the page of the tables (default beside the records, .md)")
     args = parser.parse_args(arguments)
     size, end = SIZES[args.size], time.monotonic() + args.budget_s
     path = args.records or Path("runs/claims" if args.size == "small" else "runs/claims-large") / "records.jsonl"
@@ -314,11 +316,19 @@ def claims(arguments: list[str] | None) -> None:
     if not args.tables:
         run_missing(path, work, end - time.monotonic(), args.contenders)
     records = current(read(path))
-    text = tables(records)
-    write_atomically(path.with_suffix(".md"), text + "\n")
     if "base" in records:
         plot(records, path.with_suffix(".png"))
-    print(text)
+    text = page_at(args.docs or path.with_suffix(".md"), path, records)
+    print(text, end="")
+
+
+def page_at(target: Path, path: Path, records: Mapping[str, Any]) -> str:
+    """Writes the page of the records at `path`, with the command that writes it again. Returns its text."""
+    picture = os.path.relpath(path.with_suffix(".png"), target.parent) if "base" in records else None
+    docs = "" if target == path.with_suffix(".md") else f" --docs {target.as_posix()}"
+    text = page(records, f"python -m spo_fast.toy.claims --tables --records {path.as_posix()}{docs}", picture)
+    write_atomically(target, text)
+    return text
 
 
 def repeated(what: str, records: Mapping[str, Any], work: Path, rate: float | None = None) -> dict[str, Any]:
