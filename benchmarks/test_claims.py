@@ -17,7 +17,7 @@ def test_claims(pytestconfig, tmp_path, capsys):
     claims.run_missing(records, tmp_path, pytestconfig.getoption("budget_s"))
     found = claims.current(claims.read(records))
     with capsys.disabled():
-        print("\n" + claim_tables.tables(found))
+        print("\n" + claim_tables.page(found, "pytest benchmarks/test_claims.py"))
     claim_tables.plot(found, records.with_suffix(".png"))
     assert set(claims.ONCE) <= set(found)
     for r in found.values():

@@ -1,7 +1,7 @@
 """The settings of preference optimisation, one frozen dataclass a concern.
 
-Field names are the flags and the YAML file's keys. A preset (presets.py) returns a whole Config; the resolved one is
-saved beside the weights as config.yaml.
+Field names are the flags and the YAML file's keys. A preset (config/presets.py) returns a whole Config; the resolved
+one is saved beside the weights as config.yaml.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class OptimConfig(AdamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section):
-    """Settings that only some methods read; READS (presets.py) says which."""
+    """Settings that only some methods read; READS (config/methods.py) says which."""
 
     method: Literal["spo", "mspo", "d3po", "lpo", "gradspo", "ddpo", "dpok", "dense", "dpo", "mapo"] = "spo"
     """What trains the model; it brings its published settings. On rollouts: spo, mspo (with inner steps), d3po (whole
