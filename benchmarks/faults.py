@@ -126,7 +126,7 @@ class Faults:
         disk.mkdir()
 
         def mount(*options: str) -> bool:
-            return not subprocess.run(["mount", *options, disk], capture_output=True).returncode
+            return not subprocess.run(["mount", *options, disk], capture_output=True, check=False).returncode
 
         if not mount("-t", "tmpfs", "-o", "size=1g", "tmpfs"):
             self.disk_full_simulated()
@@ -228,7 +228,7 @@ class Faults:
         gone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.root / "no_hub")}
         line = ["--model", "sdxl", "--output_dir", str(self.root / "hub")]
         command = [sys.executable, "-m", "spo_fast.train", *line]
-        done = subprocess.run(command, env={**os.environ, **gone}, capture_output=True, text=True)
+        done = subprocess.run(command, env={**os.environ, **gone}, capture_output=True, text=True, check=False)
         self.row("hub unreachable", None, done.returncode, " / ".join(done.stderr.strip().splitlines()[:4]))
 
     def read_only(self) -> None:

@@ -152,8 +152,11 @@ class Judge:
         self.cfg = preference_config(kind, latent)
         given = self.data
         model: Any = SimpleNamespace(
-            **{"alphas_cumprod": given.alphas, "prediction_type": "epsilon", "device": torch.device(device)},
-            **{"unet": given.unet, "decode": functools.partial(decode, given.vae)},
+            alphas_cumprod=given.alphas,
+            prediction_type="epsilon",
+            device=torch.device(device),
+            unet=given.unet,
+            decode=functools.partial(decode, given.vae),
             cond=lambda prompts: networks.conditioning(kind, size, len(prompts), device, dtype),
             tokenize=lambda prompts: networks.token_ids(len(prompts), device),
             token_ids=lambda prompts: given.ids(len(prompts)),
@@ -578,12 +581,12 @@ def count_table() -> str:
     ]
     lines = [sum(rows, [])]
     for kind in KINDS:
-        for method in RECIPES:
+        for method, recipe in RECIPES.items():
             c = counts(kind, method)
             unit = "pairs" if method == "dpo" else "prompts"
             judge = "" if not c["judge_pairs"] else f" ({c['judge_eflop']:.1f})"
             told = c["published_judge_hours"]
-            within = "" if RECIPES[method].judge is None else f" ({'not told' if told is None else told})"
+            within = "" if recipe.judge is None else f" ({'not told' if told is None else told})"
             lines.append(
                 [
                     *(kind, TITLES[method], f"{c['iterations']:,} of {c['batch']:,} {unit}"),

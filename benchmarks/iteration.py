@@ -218,7 +218,10 @@ class Published:
         encoders = networks.make_text_encoders(*setup.where, dtype) if setup.rollouts else []
         self.loop = PublishedLoop(
             *(parts["unet"], setup.cfg, setup.scheduler, dtype, setup.timer),
-            **{"vae": parts["vae"], "spm": parts["spm"], "text_encoders": encoders, "exact": exact},
+            vae=parts["vae"],
+            spm=parts["spm"],
+            text_encoders=encoders,
+            exact=exact,
             modern=technique.modern,
         )
 
@@ -326,7 +329,8 @@ class Ours:
         before = self.state.optimizer_steps
         record = self.learner.update(experience, self.state, setup.timer)
         return {
-            **{"pairs": len(experience), "states": len(experience.states)},
+            "pairs": len(experience),
+            "states": len(experience.states),
             "optimizer_steps": self.state.optimizer_steps - before,
             "loss": float(record["loss"]) if "loss" in record else None,
             "loss_scale": self.learner.scaler.get_scale(),

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "xformers")
 RESULTS = Path(__file__).parent / "results"
 GPU_FIELDS = {  # ours: nvidia-smi's
-    **{"name": "name", "driver": "driver_version", "sm_clock_mhz": "clocks.sm"},
-    **{"temperature_c": "temperature.gpu", "power_w": "power.draw"},
+    "name": "name",
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "temperature_c": "temperature.gpu",
+    "power_w": "power.draw",
 }
 
 
@@ -109,7 +112,7 @@ def _smi_state() -> dict[str, Any]:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -132,9 +135,14 @@ class Records:
     def write(self, name: str, status: str = "ok", **values: Any) -> dict[str, Any]:
         """One record: status ok, failed, skipped or timeout; `error` or `reason` says why it is not ok."""
         record = {
-            **{"stage": self.stage, "name": name, "status": status, **values},
+            "stage": self.stage,
+            "name": name,
+            "status": status,
+            **values,
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            **{"size": self.size, "device": self.device, **software()},
+            "size": self.size,
+            "device": self.device,
+            **software(),
             "gpu": gpu_state() if self.device == "cuda" else {},
             "command": command(sys.orig_argv),
         }

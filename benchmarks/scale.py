@@ -91,9 +91,13 @@ def simulate(work: Work, links: Links, size: int, seed: int = 0) -> dict[str, fl
     exchanged = exchange_s(size, pairs.mean() * work.term_bytes, links)
     fixed = slowest + steps.mean() * work.step_s + reduce_s
     return {
-        **{"rollout_s": slowest, "exchange_s": exchanged, "train_s": most * work.train_s, "all_reduce_s": reduce_s},
-        **{"total_s": fixed + exchanged + most * work.train_s},
-        **{"steps": steps.mean(), "most_terms": most},
+        "rollout_s": slowest,
+        "exchange_s": exchanged,
+        "train_s": most * work.train_s,
+        "all_reduce_s": reduce_s,
+        "total_s": fixed + exchanged + most * work.train_s,
+        "steps": steps.mean(),
+        "most_terms": most,
         "exchanged_bytes": (size - 1) / size * pairs.mean() * work.term_bytes,
         "unbalanced_s": fixed + pairs.max(1).mean() * work.train_s,
     }

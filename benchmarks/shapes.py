@@ -224,13 +224,17 @@ def unet_config(kind: str, size: str = "full") -> dict[str, Any]:
         return config | {
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **{"attention_head_dim": 2, "cross_attention_dim": 16},
+            "attention_head_dim": 2,
+            "cross_attention_dim": 16,
         }
     return config | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        **{"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2), "cross_attention_dim": 32},
-        **{"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16},
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 2),
+        "cross_attention_dim": 32,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
     }
 
 
@@ -257,7 +261,12 @@ def iteration_config(kind: str, size: str, prompts: int | None, mixed_precision:
     if size == "tiny":
         inner = min(1, cfg.sample.num_inner_steps)
         cfg = cfg.with_fields(
-            **{"sample_batch_size": 2, "num_steps": 6, "branch_start": 2, "num_inner_steps": inner},
-            **{"rank": 4, "train_batch_size": 3, "decode_chunk": 4},
+            sample_batch_size=2,
+            num_steps=6,
+            branch_start=2,
+            num_inner_steps=inner,
+            rank=4,
+            train_batch_size=3,
+            decode_chunk=4,
         )
     return cfg if prompts is None else cfg.with_fields(sample_batch_size=prompts)

@@ -28,9 +28,19 @@ from spo_fast.training import learner, loop
 ROOT = Path(__file__).parent.parent
 # 4 steps, 2 of them branching, 2 candidates; threshold -1 keeps every pair: 4 pairs of 2 prompts an iteration
 SMALL: dict[str, Any] = {
-    **{"model": "toy", "num_steps": 4, "branch_start": 2, "num_candidates": 2, "sample_batch_size": 2, "threshold": -1},
-    **{"max_prompts": 4, "num_train_epochs": 2, "num_validation_images": 0, "train_batch_size": 2, "resolution": 8},
-    **{"learning_rate": 1e-3, "guidance_scale": 2.0},
+    "model": "toy",
+    "num_steps": 4,
+    "branch_start": 2,
+    "num_candidates": 2,
+    "sample_batch_size": 2,
+    "threshold": -1,
+    "max_prompts": 4,
+    "num_train_epochs": 2,
+    "num_validation_images": 0,
+    "train_batch_size": 2,
+    "resolution": 8,
+    "learning_rate": 1e-3,
+    "guidance_scale": 2.0,
 }
 PAIRS = 4
 ITERATIONS = 4

@@ -123,8 +123,14 @@ def test_an_iteration_of_each_contender(kind, tmp_path):
     records = Records(tmp_path / "records.jsonl", kind, size="tiny")
     for row in ("published", "ours"):
         iteration.run_row(
-            **{"setup": tiny(kind, rollouts=True), "row": row, "technique": technique(row), "scratch": tmp_path},
-            **{"records": records, "deadline": lambda: 1000.0, "valid_shares": (0.5,), "repetitions": 1},
+            setup=tiny(kind, rollouts=True),
+            row=row,
+            technique=technique(row),
+            scratch=tmp_path,
+            records=records,
+            deadline=lambda: 1000.0,
+            valid_shares=(0.5,),
+            repetitions=1,
         )
     by_name = {r["name"]: r for r in read(records.path)}
     published, ours = (by_name[f"{kind}/{row}/v=0.5"] for row in ("published", "ours"))
@@ -147,8 +153,14 @@ def test_every_technique_runs(row, tmp_path):
     for name, mixed_precision in (("published", "no"), (row, "bf16" if "bf16" in row else "no")):
         setup = tiny("sd15", mixed_precision, rollouts=True)
         iteration.run_row(
-            **{"setup": setup, "row": name, "technique": technique(name, mixed_precision), "scratch": tmp_path},
-            **{"records": records, "deadline": lambda: 1000.0, "valid_shares": (1.0,), "repetitions": 1},
+            setup=setup,
+            row=name,
+            technique=technique(name, mixed_precision),
+            scratch=tmp_path,
+            records=records,
+            deadline=lambda: 1000.0,
+            valid_shares=(1.0,),
+            repetitions=1,
         )
     last = read(records.path)[-1]
     assert last["n"] == 1

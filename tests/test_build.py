@@ -26,7 +26,7 @@ needs_library = pytest.mark.skipif(c_library.load("cpu") is None, reason=c_libra
 def in_subprocess(code: str, python: str = sys.executable, **environment: str) -> str:
     """What `code` prints in a fresh interpreter that stands outside the repository."""
     result = subprocess.run(
-        [python, "-c", code], cwd="/", env={**os.environ, **environment}, capture_output=True, text=True
+        [python, "-c", code], cwd="/", env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -51,7 +51,7 @@ def test_cuda_compiles_without_warnings_or_spills(source, architecture, tmp_path
     assert {path.stem for path in (ROOT / "csrc").glob("*.cu")} == set(CUDA_KERNELS)
     command = [NVCC, "-std=c++17", "-O3", f"-arch={architecture}", "-Xcompiler=-Wall,-Wextra,-Werror"]
     command += ["--Werror=all-warnings", "-Xptxas=-v", "-c", str(ROOT / f"csrc/{source}.cu"), "-o", "kernels.o"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     report = result.stdout + result.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -268,7 +268,7 @@ def test_pip_install_needs_neither_torch_nor_nvcc(way, tmp_path):
         shutil.rmtree(source)
     before = sorted(source.rglob("*"))
     command = [python, "-m", "pip", "install", "--no-deps", *(["-e"] if way == "editable" else []), what]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     if way == "wheel":  # nothing was written beside the sources: they may be read-only
         assert sorted(source.rglob("*")) == before
@@ -286,7 +286,9 @@ def test_pip_install_needs_neither_torch_nor_nvcc(way, tmp_path):
 
 def build_py(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "setup.py", "build_py", "--build-lib", str(target)]
-    return subprocess.run(command, cwd=source, env=build_environment(**environment), capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=source, env=build_environment(**environment), capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.slow

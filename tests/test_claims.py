@@ -31,9 +31,15 @@ def scores(aesthetics, layout=1.0):
 def record(name, seed, aesthetics, layout=1.0, lr=None):
     curve = [{"spent": n * 6000, **scores(6 + (aesthetics - 6) * n / 4)} for n in (1, 2, 3, 4)]
     return {
-        **{"cell": key(name, seed, lr), "name": name, "seed": seed, "learning_rate": lr or 5e-4, "cpu_s": 60.0},
+        "cell": key(name, seed, lr),
+        "name": name,
+        "seed": seed,
+        "learning_rate": lr or 5e-4,
+        "cpu_s": 60.0,
         "settings": CONTENDERS[name].recorded,
-        **{"spent": 24000, "curve": curve, **scores(aesthetics, layout)},
+        "spent": 24000,
+        "curve": curve,
+        **scores(aesthetics, layout),
     }
 
 

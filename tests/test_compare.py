@@ -21,7 +21,11 @@ from spo_fast.evaluation.pages.votes import QUESTIONS, Vote, read_votes, user_st
 
 NASTY = 'a </script><script>alert(1)</script> & "ring" <img src=x>'
 SETTINGS: dict[str, Any] = {
-    **{"model": "toy", "num_steps": 3, "images_at_once": 4, "num_shown": 3, "metrics": "pickscore"},
+    "model": "toy",
+    "num_steps": 3,
+    "images_at_once": 4,
+    "num_shown": 3,
+    "metrics": "pickscore",
     "images_per_prompt": 1,
 }
 

@@ -16,8 +16,16 @@ from spo_fast.method.objectives import SPO
 from spo_fast.training import loop
 
 TOY: dict[str, Any] = {
-    **{"num_steps": 4, "branch_start": 2, "sample_batch_size": 4, "max_prompts": 16, "train_batch_size": 4},
-    **{"resolution": 16, "states_per_forward": 5, "decode_chunk": 6, "threshold": -1, "fuse": True},
+    "num_steps": 4,
+    "branch_start": 2,
+    "sample_batch_size": 4,
+    "max_prompts": 16,
+    "train_batch_size": 4,
+    "resolution": 16,
+    "states_per_forward": 5,
+    "decode_chunk": 6,
+    "threshold": -1,
+    "fuse": True,
 }
 
 

@@ -38,8 +38,12 @@ from spo_fast.training.plan.fit_memory import choose
 
 # the toy at its own size, its batches smaller than the preset's
 TOY: dict[str, Any] = {
-    **{"sample_batch_size": 8, "max_prompts": 16, "num_candidates": 3, "decode_chunk": 16, "train_batch_size": 8},
-    **{"resolution": 16},
+    "sample_batch_size": 8,
+    "max_prompts": 16,
+    "num_candidates": 3,
+    "decode_chunk": 16,
+    "train_batch_size": 8,
+    "resolution": 16,
 }
 
 # ------------------------------------------------------------------------------------------------- a real iteration
@@ -107,8 +111,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inner steps": {"num_inner_steps": 1},
     "small pieces": {"states_per_forward": 3, "rows_per_forward": 4, "decode_chunk": 2, "num_inner_steps": 1},
     "8-bit, two scorers": {
-        **{"optimizer": "adamw8bit", "min_8bit_size": 1024},
-        **{"scorer": ("spm:1", "pickscore:0.5"), "train_batch_size": 4},
+        "optimizer": "adamw8bit",
+        "min_8bit_size": 1024,
+        "scorer": ("spm:1", "pickscore:0.5"),
+        "train_batch_size": 4,
     },
     "full": {"full_finetune": True, "mixed_precision": "bf16"},
     "nf4": {"base_weights": "nf4", "mixed_precision": "bf16"},

@@ -64,8 +64,12 @@ def launch(size: int, lines: list[list[str]], timeout: float = 900, **environmen
 
 # 5 prompts in batches of 4: the second batch leaves all processes but one without a prompt; some pairs are rejected
 WORK: dict[str, Any] = {
-    **{"mixed_precision": "fp64", "branch_start": 1, "threshold": 0.02, "max_prompts": 5, "num_train_epochs": 1},
-    **{"optimizer": "adamw"},
+    "mixed_precision": "fp64",
+    "branch_start": 1,
+    "threshold": 0.02,
+    "max_prompts": 5,
+    "num_train_epochs": 1,
+    "optimizer": "adamw",
 }
 METHODS: dict[str, dict[str, Any]] = {
     "spo": {},

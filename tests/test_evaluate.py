@@ -26,7 +26,11 @@ from spo_fast.evaluation.statistics import bootstrap, win_rate
 from spo_fast.models.files.toy import WEIGHTS
 
 TINY: dict[str, Any] = {
-    **{"model": "toy", "max_prompts": 3, "images_per_prompt": 2, "num_steps": 3, "images_at_once": 4},
+    "model": "toy",
+    "max_prompts": 3,
+    "images_per_prompt": 2,
+    "num_steps": 3,
+    "images_at_once": 4,
     "metrics": ["layout,aesthetics", "pickscore"],
 }
 

@@ -59,10 +59,14 @@ def output(unet: Any) -> Tensor:
 def in_ldm(layer: str) -> str:
     """A layer's name in the original network, for UNets of two resolutions, one ResNet each (two in the decoder)."""
     singles = {
-        **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
-        **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
-        **{"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"},
-        **{"down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op"},
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
     }
     if layer in singles:
         return singles[layer]

@@ -80,7 +80,9 @@ def test_every_row_is_diffusers_own(spacing: Any, offset: Any, to_one: Any) -> N
     x, m, z = torch.randn(3, 1, 5, dtype=torch.float64, generator=generator)
     for num_steps, (prediction_type, eta) in itertools.product(STEPS, SETTINGS):
         config = config_of(
-            **{"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": to_one},
+            timestep_spacing=spacing,
+            steps_offset=offset,
+            set_alpha_to_one=to_one,
             prediction_type=prediction_type,
         )
         truth = in_float64(config, num_steps)

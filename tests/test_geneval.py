@@ -175,8 +175,13 @@ def asked(tmp_path: Path) -> Path:
 def settings(detector: Path, asked: Path) -> dict[str, Any]:
     """A run with tiny random weights; the toy's PickScore stands in for CLIP ViT-L/14."""
     return {
-        **{"scorer": "geneval", "prompts": asked, "max_prompts": None, "geneval_path": detector},
-        **{"clip_path": toy_files()["pickscore"], "max_train_steps": 1, "num_validation_images": 1},
+        "scorer": "geneval",
+        "prompts": asked,
+        "max_prompts": None,
+        "geneval_path": detector,
+        "clip_path": toy_files()["pickscore"],
+        "max_train_steps": 1,
+        "num_validation_images": 1,
     }
 
 

@@ -246,7 +246,7 @@ def test_training_run(precision):
     trained, scorer = policy(unet), spm()
     trained.load_state_dict({name: golden[f"lora_init.{name}"].to(dtype) for name in trained.names})
     cfg = Config().with_fields(
-        **{"learning_rate": facts["adamw"]["lr"], "train_batch_size": 5, "accumulation": "published", "threshold": 0.3}
+        learning_rate=facts["adamw"]["lr"], train_batch_size=5, accumulation="published", threshold=0.3
     )
     recording = Recording(make_objective(cfg.objective))
     learner = Learner(trained, recording, table(), cfg, total_iterations=2)

@@ -80,8 +80,12 @@ def test_published_trainings():
     }
     # 4,000 prompts 10 times in batches of 10 and of 2; 5 times in batches of 5 and of 4; 2,000 steps
     assert numbers == {
-        **{("sd15", "spo"): 4000, ("sd15", "lpo"): 4000, ("sd15", "dpo"): 2000},
-        **{("sdxl", "spo"): 20_000, ("sdxl", "lpo"): 5000, ("sdxl", "dpo"): 2000},
+        ("sd15", "spo"): 4000,
+        ("sd15", "lpo"): 4000,
+        ("sd15", "dpo"): 2000,
+        ("sdxl", "spo"): 20_000,
+        ("sdxl", "lpo"): 5000,
+        ("sdxl", "dpo"): 2000,
     }
     for (kind, method), percent in gpu_hours.PAPER.items():
         ours = 100 * gpu_hours.HOURS[kind, method].total / gpu_hours.HOURS[kind, "dpo"].total

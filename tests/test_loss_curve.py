@@ -19,8 +19,15 @@ from spo_fast.training import loop
 
 # 4 candidates of 3 prompts, both sides of a pair sharing x_t
 SETTINGS: dict[str, Any] = {
-    **{"num_steps": 4, "branch_start": 1, "num_candidates": 4, "sample_batch_size": 3, "resolution": 16},
-    **{"train_batch_size": 2, "states_per_forward": 2, "decode_chunk": 4, "learning_rate": 5e-3},
+    "num_steps": 4,
+    "branch_start": 1,
+    "num_candidates": 4,
+    "sample_batch_size": 3,
+    "resolution": 16,
+    "train_batch_size": 2,
+    "states_per_forward": 2,
+    "decode_chunk": 4,
+    "learning_rate": 5e-3,
 }
 PASSES = 3
 TOLERANCE = 1e-4  # relative: float32 sums in another order, after a dozen steps that build on each other

@@ -38,9 +38,19 @@ class Brightness:
 
 
 POLICY_GRADIENT: dict[str, Any] = {
-    **{"guidance_scale": 1.0, "num_steps": 8, "branch_start": 0, "num_candidates": 8, "sample_batch_size": 4},
-    **{"train_batch_size": 128, "states_per_forward": 128, "learning_rate": 4e-3, "threshold": None, "clip": 1e-3},
-    **{"max_prompts": 32, "max_train_steps": 12, "num_train_epochs": 2},
+    "guidance_scale": 1.0,
+    "num_steps": 8,
+    "branch_start": 0,
+    "num_candidates": 8,
+    "sample_batch_size": 4,
+    "train_batch_size": 128,
+    "states_per_forward": 128,
+    "learning_rate": 4e-3,
+    "threshold": None,
+    "clip": 1e-3,
+    "max_prompts": 32,
+    "max_train_steps": 12,
+    "num_train_epochs": 2,
 }
 
 
@@ -79,8 +89,15 @@ def test_policy_gradients_raise_a_reward_and_random_advantages_do_not(tmp_path: 
 
 PAIRS: dict[str, Any] = {
     **dict.fromkeys(("threshold", "num_candidates", "branch_start"), None),
-    **{"resolution": 16, "sample_batch_size": 64, "train_batch_size": 32, "num_train_epochs": 3, "max_train_steps": 12},
-    **{"validation_share": 0.2, "max_validation_pairs": 512, "cache_latents": True, "num_workers": 1},
+    "resolution": 16,
+    "sample_batch_size": 64,
+    "train_batch_size": 32,
+    "num_train_epochs": 3,
+    "max_train_steps": 12,
+    "validation_share": 0.2,
+    "max_validation_pairs": 512,
+    "cache_latents": True,
+    "num_workers": 1,
 }
 
 

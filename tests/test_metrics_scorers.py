@@ -272,10 +272,10 @@ def image_reward(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Pa
         if rest:
             number, _, part = rest.partition(".")
             stem, _, kind = part.rpartition(".")
-            name = f"blocks.{number}.{old.get(stem, stem)}.{kind}"
+            theirs = f"blocks.{number}.{old.get(stem, stem)}.{kind}"
         else:
-            name = old.get(name, name)
-        tensors[f"blip.visual_encoder.{name}"] = value.float()
+            theirs = old.get(name, name)
+        tensors[f"blip.visual_encoder.{theirs}"] = value.float()
     for name, value in networks[1].state_dict().items():
         tensors[f"blip.text_encoder.{name}"] = value.float() if value.is_floating_point() else value
     tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]

@@ -110,7 +110,7 @@ def setup(cfg, B=3, shape=(4, 6, 5), seed=0, prediction_type="epsilon"):
     return scheduler, table, RolloutBatch(cond, 3 * prompts[:, 0], draws, shape, torch.float64)
 
 
-def reference_rollout(scheduler, batch, cfg):
+def reference_rollout(scheduler, batch, cfg):  # noqa: C901  the published loop, written out
     """One prompt and one candidate at a time, following the published control flow (a counter of inner steps left).
 
     Yields per comparison [(t, shared, x_t of both, x_prev of both, prompt)] of kept prompts, in the order of the

@@ -11,8 +11,15 @@ from benchmarks.scale import Links, Work, all_reduce_s, check, exchange_s, simul
 
 # 10 prompts of 16 pairs, all valid, steps of 40 terms: 4 optimizer steps an iteration
 WORK = Work(
-    **{"rollout_s": 8.0, "spread": 0.0, "train_s": 0.25, "step_s": 0.5, "possible": 160, "valid_share": 1.0},
-    **{"terms_per_step": 40, "term_bytes": 10**6, "gradient_bytes": 2 * 10**9},
+    rollout_s=8.0,
+    spread=0.0,
+    train_s=0.25,
+    step_s=0.5,
+    possible=160,
+    valid_share=1.0,
+    terms_per_step=40,
+    term_bytes=10**6,
+    gradient_bytes=2 * 10**9,
 )
 LINKS = Links(node_gb_s=100.0, network_gb_s=10.0, latency_us=1000.0)
 

@@ -64,7 +64,9 @@ def run_python(code: str, **env: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     clean |= {"PYTHONPATH": path, "no_proxy": "127.0.0.1", **env}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -292,8 +294,9 @@ def ldm_vae(tensors: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
         new = new.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
         if m := re.fullmatch(r"(.*)mid_block\.attentions\.0\.(.*)\.(weight|bias)", new):
             new = f"{m[1]}mid.attn_1.{attention[m[2]]}.{m[3]}"
-            t = t[:, :, None, None] if t.dim() == 2 else t  # 1x1 convolutions there
-        out[new] = t
+            out[new] = t[:, :, None, None] if t.dim() == 2 else t  # 1x1 convolutions there
+        else:
+            out[new] = t
     return out
 
 

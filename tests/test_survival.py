@@ -291,7 +291,7 @@ def test_what_stands_in_the_way_is_named(tmp_path: Path, capsys: Any, name: str)
     error = capsys.readouterr().err
     if status:  # what an earlier run left may be set aside
         assert "Errno" not in error and "Mend or move what stands there" in error and error.count("\n") == 1
-        assert str(tmp_path / "run" / name.split("/")[0]) in error
+        assert str(tmp_path / "run" / name.split("/", maxsplit=1)[0]) in error
     else:
         assert name.startswith("metrics")
 

@@ -46,7 +46,10 @@ def test_flops_a_second_and_their_share_of_the_peak():
     values = Telemetry(torch.device("cpu"), "NVIDIA H200", COSTS).read(RECORD, {**TIMES, "save_ms": 9e9})
     # 6 + 2 + half of 4 + 8 in 4 s
     assert values == {
-        **{"images_per_s": 10.0, "pairs_per_s": 2.5, "tflop": 14.0, "tflop_per_s": 3.5},
+        "images_per_s": 10.0,
+        "pairs_per_s": 2.5,
+        "tflop": 14.0,
+        "tflop_per_s": 3.5,
         "mfu": pytest.approx(3.5 / 989),
     }
 

@@ -520,7 +520,7 @@ def test_a_bug_is_one_line_and_a_traceback_with_debug(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def bug(*args: Any) -> Any:
-        return [][0]
+        return [][0]  # noqa: PLE0643
 
     monkeypatch.setattr(train, "resolve", bug)
     assert train.main(flags(tmp_path / "run")) == 1

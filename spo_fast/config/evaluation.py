@@ -12,6 +12,8 @@ from spo_fast.config.training import Guidance
 
 @dataclass(frozen=True, kw_only=True)
 class MetricConfig(ScorerPaths):
+    """What pictures are scored by."""
+
     metrics: tuple[str, ...] = ("pickscore", "hpsv2", "image_reward", "aesthetic")
     """Any scorer but lrm (spm judges at t = 0; geneval in percent); the toy's true scores layout and aesthetics. Commas
     may part them."""
@@ -25,6 +27,8 @@ class MetricConfig(ScorerPaths):
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesConfig(Section):
+    """Whose pictures are drawn, of which prompts, and how."""
+
     lora: tuple[str, ...] = ()
     """What stands beside the base model, as source or name=source: a run's directory, a LoRA (a file of diffusers,
     PEFT, kohya, ..., or its directory), a UNet's directory, or a hub id of either."""

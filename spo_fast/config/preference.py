@@ -12,6 +12,8 @@ from spo_fast.config.training import Guidance
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(Section):
+    """The preference model, and what it sees of a pair."""
+
     parameterisation: Literal["pixel", "latent"] = "pixel"
     """pixel: the step-aware preference model (SPM), a CLIP that sees the decoded x0 estimate. latent: the latent reward
     model of LPO, the diffusion UNet's own encoder, which sees x_t and needs no VAE."""
@@ -51,6 +53,8 @@ class RewardConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(PairSourceConfig):
+    """The pairs that a preference model is trained on, and whose labels count."""
+
     caption_column: str | None = None
     """Column that holds the prompt. Default: caption or prompt."""
     relabel: Literal["none", "pickscore"] = "none"
@@ -65,6 +69,8 @@ class PairsConfig(PairSourceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptimConfig(AdamConfig):
+    """AdamW and the learning rate of a preference model's training."""
+
     lr_scheduler: Literal["warmup_decay", "constant", "constant_with_warmup", "linear", "cosine"] = "warmup_decay"
     """warmup_decay: logarithmic warm-up, then linear decay to zero at lr_decay_steps (DeepSpeed's WarmupDecayLR)."""
     lr_decay_steps: Count | None = None
@@ -73,6 +79,8 @@ class RewardOptimConfig(AdamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRunConfig(LoopConfig):
+    """How long a preference model is trained, and what it is compared with."""
+
     validation_steps: Count = 1000
     """Iterations between evaluations on held-out pairs; there is one after training as well."""
     validation_timesteps: tuple[Annotated[int, Range(0, 999)], ...] = (0, 251, 501, 701, 951)

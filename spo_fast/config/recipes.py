@@ -59,13 +59,20 @@ def latent_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """What LPO's training of its latent reward model does otherwise (8 GPUs: 128 pairs a step, SDXL 32)."""
     size = {"sd15": (16, 8, 4000, 500), "sdxl": (4, 8, 8000, 1000)}.get(given["model"])
     settings: dict[str, Any] = {
-        **{"parameterisation": "latent", "noise": "ddim", "shared_noise": False, "train_guidance_scale": 7.5},
-        **{"relabel": "none"},
+        "parameterisation": "latent",
+        "noise": "ddim",
+        "shared_noise": False,
+        "train_guidance_scale": 7.5,
+        "relabel": "none",
     }
     if size is None:
         return settings
     batch, accumulation, steps, warmup = size
     return settings | {
-        **{"learning_rate": 1e-5, "train_batch_size": batch, "gradient_accumulation_steps": accumulation},
-        **{"max_train_steps": steps, "lr_warmup_steps": warmup, "lr_decay_steps": steps},
+        "learning_rate": 1e-5,
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_train_steps": steps,
+        "lr_warmup_steps": warmup,
+        "lr_decay_steps": steps,
     }

@@ -13,6 +13,8 @@ from spo_fast.config.scorers import SCORERS_BESIDE
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
+    """The diffusion model: its files, its size and its precision."""
+
     model: Literal["toy", "sd15", "sdxl"] = "toy"
     """Architecture: sd15 (512 px), sdxl (1024 px) or the embedded toy, a tiny SDXL pipeline that runs on a CPU."""
     pretrained_model_name_or_path: str | None = None
@@ -153,6 +155,8 @@ class ScorerPaths(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PairSourceConfig(Section):
+    """Where labelled pairs are, and how they are read."""
+
     pairs: str | None = None
     """Preference pairs: Pick-a-Pic style parquet (file or directory), a hub data set id, or a folder with a .jsonl,
     .csv or .tsv of prompt, image_0, image_1, label_0, label_1. Of files named after splits the training split's."""

@@ -34,6 +34,8 @@ Guidance = Annotated[float, Range(0, 100, why="beyond, what is drawn is noise")]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section):
+    """Which weights are trained."""
+
     rank: Count = 4
     """Rank of the LoRA matrices."""
     lora_alpha: Positive | None = None
@@ -61,6 +63,8 @@ class AdapterConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Section):
+    """The rollout: steps, candidates, comparisons."""
+
     sample_batch_size: Count = 10
     """Prompts of one rollout on each rank; of dpo and mapo pairs of one iteration."""
     num_steps: Annotated[int, Range(1, 999)] = 20
@@ -148,6 +152,8 @@ class EngineConfig(ComputeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(AdamConfig):
+    """The optimizer, and how an iteration's terms become its steps."""
+
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant"
     """Learning-rate schedule over the iterations of the run."""
     accumulation: Literal["balanced", "published"] = "balanced"
@@ -203,6 +209,8 @@ class ObjectiveConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(ScorerPaths):
+    """Who judges the candidates."""
+
     scorer: tuple[str, ...] = ("spm",)
     """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward, geneval, lrm; a weight after a colon, as
     in spm:1 pickscore:0.5, makes a weighted sum. geneval (1 if all is as asked, else 0) needs --prompts with what it
@@ -220,6 +228,8 @@ class ScorerConfig(ScorerPaths):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
+    """The prompts."""
+
     prompts: str | None = None
     """Prompt file: .txt (one a line; # begins a comment), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in
     list."""
@@ -235,6 +245,8 @@ class DataConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LoopConfig):
+    """How long a run is, and what it shows and leaves."""
+
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
     validation_metrics: tuple[str, ...] = ()

@@ -79,6 +79,8 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Row:
+    """A labelled pair as its file has it; the images are read when they are asked for."""
+
     where: str  # file and row, as in bad_rows.jsonl
     prompt: str
     label: float  # preference for image 0: 1, 0, or 0.5 for a tie

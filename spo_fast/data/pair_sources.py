@@ -165,7 +165,7 @@ class ParquetSource(IndexedSource):
 
 def as_bytes(column: Any) -> Any:
     """Text as bytes: Arrow would refuse a whole column for one row that is not UTF-8."""
-    import pyarrow.types as types
+    from pyarrow import types
 
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

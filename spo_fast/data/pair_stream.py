@@ -100,6 +100,8 @@ def shuffled(
 
 @dataclass(frozen=True)
 class PairBatch(Generic[T]):
+    """B pairs, and what was loaded of each."""
+
     prompts: list[str]
     labels: Tensor  # (B,) float32, of image 0
     weights: Tensor  # (B,) float32

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
+    """The prompts of an iteration."""
+
     indices: list[int]  # into the list of prompts
     epoch: int
     position: int  # number of this batch within its epoch, from 0

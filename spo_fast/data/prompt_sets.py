@@ -14,6 +14,8 @@ from spo_fast.data.prompts import READERS, load_prompts, parse_json, read_lines
 
 @dataclass(frozen=True)
 class PromptSet:
+    """A published set of prompts, and where it can be had."""
+
     what: str
     count: int
     repository: str | None  # a data set of the hub; None: only elsewhere

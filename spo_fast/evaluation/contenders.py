@@ -29,6 +29,8 @@ OF_THE_RUN = (  # settings that a run's directory brings along, unless they are 
 
 @dataclass(frozen=True)
 class Contender:
+    """The base model, or what was trained of it."""
+
     name: str  # of its folder
     source: str  # as it was given
     kind: str  # base, lora or unet

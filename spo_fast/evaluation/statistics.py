@@ -10,6 +10,8 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
+    """A mean, and of how many values."""
+
     mean: float
     error: float  # standard error
     pairs: int

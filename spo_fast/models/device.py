@@ -17,6 +17,8 @@ FP8_CAPABILITY = (8, 9)  # Ada Lovelace, the first with such products
 
 @dataclass(frozen=True)
 class Choice:
+    """A setting that was chosen for the device, and why."""
+
     flag: str
     value: Any
     reason: str

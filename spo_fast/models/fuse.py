@@ -179,11 +179,15 @@ def _normed(module: Any, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 
 class FusedGroupNormSiLU(nn.GroupNorm):
+    """A group norm with the SiLU behind it."""
+
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
         return _group_norm(self, self, x)
 
 
 class FusedResnet(ResnetBlock2D):
+    """A ResNet block whose norms and SiLUs are one op each."""
+
     def forward(self, x: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:  # (N, C, H, W), (N, D)
         h = self.conv1(_group_norm(self, self.norm1, x))
         if self.time_emb_proj is not None:
@@ -194,11 +198,15 @@ class FusedResnet(ResnetBlock2D):
 
 
 class FusedGEGLU(GEGLU):
+    """The gate of a feed-forward as one op."""
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (N, L, I) -> (N, L, D)
         return _saving_input("geglu", geglu, self.proj(hidden_states))
 
 
 class FusedTimeEmbedding(TimestepEmbedding):
+    """The embeddings of all timesteps, computed once: a look-up."""
+
     table: Tensor
 
     def forward(self, sample: Tensor, condition: Any = None) -> Tensor:  # (N,) int64 timesteps -> (N, D)
@@ -206,6 +214,8 @@ class FusedTimeEmbedding(TimestepEmbedding):
 
 
 class FusedLora(lora.Linear):
+    """A linear layer and its LoRA as one op."""
+
     @property
     def parts(self) -> tuple[Tensor | Quantised, Tensor | None, Tensor, Tensor] | None:
         """weight, bias, A, B; None while the LoRA is off."""
@@ -231,6 +241,8 @@ def _linears(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
 
 
 class FusedAttention(Attention):
+    """Attention whose queries, keys and values come of one product, by the kernel that was picked."""
+
     attend: Attend
     stacked: Tensor | None = None
     """(3 D, D') the frozen weights of queries, keys and values: the layers' own are views of it."""
@@ -276,6 +288,8 @@ class FusedAttention(Attention):
 
 
 class FusedBlock(BasicTransformerBlock):
+    """A transformer block whose normed inputs are made again in the backward if it is to recompute."""
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Any = None, *_: Any, **__: Any
     ) -> Tensor:
@@ -289,6 +303,8 @@ class FusedBlock(BasicTransformerBlock):
 
 
 class FusedTransformer(Transformer2DModel):
+    """A transformer that takes its keys and values of the text from Text, where they have been computed."""
+
     first_pair: int
     """Of the keys and values in Text.pairs: this transformer's first."""
 

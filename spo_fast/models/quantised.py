@@ -23,6 +23,8 @@ MULTIPLE = 16  # of both sizes: what FP8's products take
 
 
 class QuantisedLinear(nn.Linear):
+    """A frozen linear layer whose weight is held in 8 bits."""
+
     weight_scale: Tensor
     full: Tensor | None = None
     """The weight as it was, while a comparison computes with it."""

@@ -114,7 +114,7 @@ def choose(name: str, like: torch.Tensor) -> str:
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend for every op inside the block (None: the automatic choice)."""
-    global _forced
+    global _forced  # noqa: PLW0603  read by every op's choice, inside compiled graphs too
     before, _forced = _forced, name
     try:
         yield

@@ -169,9 +169,13 @@ class Pretraining:
 
     def save(self, path: Path) -> None:
         state = {
-            **{"settings": [self.seed, self.steps], "step": self.step, "cpu_s": self.cpu_s},
-            **{"modules": self.modules.state_dict(), "average": self.average},
-            **{"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()},
+            "settings": [self.seed, self.steps],
+            "step": self.step,
+            "cpu_s": self.cpu_s,
+            "modules": self.modules.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
         }
         temporary = path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -225,8 +229,13 @@ def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline
             if late and run.step < steps:
                 return None
     record = {
-        **{"seed": seed, "steps": steps, "pictures": steps * run.batch, "final_loss": average_loss},
-        **{"cpu_minutes": round(run.cpu_s / 60, 1), "versions": versions(), "size": size.name},
+        "seed": seed,
+        "steps": steps,
+        "pictures": steps * run.batch,
+        "final_loss": average_loss,
+        "cpu_minutes": round(run.cpu_s / 60, 1),
+        "versions": versions(),
+        "size": size.name,
     }
     draft = work_dir / ".pipeline"
     shutil.rmtree(draft, ignore_errors=True)

@@ -189,10 +189,10 @@ def claims_table(records: Mapping[str, Any]) -> str:
         of_a = point[0](records) if point else at_end
         found, layout = (difference(a, b, records, score, of_a) for score in ("aesthetics", "layout"))
         safe = None if point else difference(a, b, records, of_a=kept, of_b=kept)
-        if point and (share := rows_share(a, b, records, of_a)):
-            claim += f" ({share:.0%} of its rows)"
+        share = rows_share(a, b, records, of_a) if point else None
+        of_rows = f" ({share:.0%} of its rows)" if share else ""
         cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout, safe)]
-        rows.append([claim, *cells, verdict(found)])
+        rows.append([claim + of_rows, *cells, verdict(found)])
     return markdown(rows)
 
 

@@ -143,11 +143,18 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         last = {"spent": meter.spent, **scores_of(run, prompts, count)}
         state = run.state
     return {
-        **{"cell": key(name, seed, learning_rate if tuning else None), "name": name, "seed": seed},
-        **{"settings": contender.recorded, "learning_rate": run.cfg.optim.learning_rate},
-        **{**last, "curve": [*curve, last]},
-        **{"iterations": state.iteration, "optimizer_steps": state.optimizer_steps, "pairs": state.pairs},
-        **{"cpu_s": round(cpu_s, 1), "wall_s": round(wall_s, 1)},
+        "cell": key(name, seed, learning_rate if tuning else None),
+        "name": name,
+        "seed": seed,
+        "settings": contender.recorded,
+        "learning_rate": run.cfg.optim.learning_rate,
+        **last,
+        "curve": [*curve, last],
+        "iterations": state.iteration,
+        "optimizer_steps": state.optimizer_steps,
+        "pairs": state.pairs,
+        "cpu_s": round(cpu_s, 1),
+        "wall_s": round(wall_s, 1),
     }
 
 

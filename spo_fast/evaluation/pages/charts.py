@@ -20,6 +20,8 @@ MAX_EPOCH_MARKS = 12
 
 @dataclass(frozen=True)
 class Chart:
+    """A chart of a report, and which fields of the log it draws."""
+
     title: str
     fields: tuple[str, ...]  # of the records; patterns
     about: str = ""
@@ -76,10 +78,17 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
     if not curves:
         return None
     style: dict[Any, Any] = {
-        **{"svg.fonttype": "none", "svg.hashsalt": chart.title, "path.simplify": False, "font.size": 8.5},
+        "svg.fonttype": "none",
+        "svg.hashsalt": chart.title,
+        "path.simplify": False,
+        "font.size": 8.5,
         **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-        **{"axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=COLOURS)},
-        **{"axes.formatter.useoffset": False, "legend.frameon": False, "font.family": "sans-serif"},
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.formatter.useoffset": False,
+        "legend.frameon": False,
+        "font.family": "sans-serif",
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.4))

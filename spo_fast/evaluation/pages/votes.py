@@ -19,6 +19,8 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Vote:
+    """One answer of a blind vote."""
+
     prompt: int
     image: int
     a: str

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -126,10 +126,15 @@ def find_lora(path: str | Path, flag: str = "--lora_path") -> Path:
 def ldm_names(unet: Any) -> dict[str, str]:
     """Blocks and single layers of a UNet2DConditionModel -> their names in the original (LDM, SGM) network."""
     found = {
-        **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
-        **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
-        **{"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"},
-        **{"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"},
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
     }
     number = 1  # of LDM's block: conv_in is the first one
@@ -153,8 +158,12 @@ def ldm_names(unet: Any) -> dict[str, str]:
 
 
 IN_A_RESNET = {
-    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
-    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 
 
@@ -196,24 +205,13 @@ def read_file(file: Path, unet: Any) -> Lora:
 
     header, known, weights = read_header(file), layer_names(unet), _weights(unet)
     _refuse_kinds(header, refuse)
-    parts: dict[str, dict[str, str]] = defaultdict(dict)  # layer -> what of it -> the tensor's name
-    for name in header:
-        layer, what = _place(name, known, refuse)
-        if what in parts[layer]:
-            refuse(f"has two tensors for one: {parts[layer][what]:.80} and {name:.80}. Leave one of them out.")
-        parts[layer][what] = name
-    if not parts:
-        refuse("is empty: it holds no tensor. Save it again.")
+    parts = _parts(header, known, refuse)
     tensors, told = read_tensors(file), Told.of(file, refuse)
     layers: dict[str, Layer] = {}
     changes: dict[str, Tensor] = {}
     for layer, names in parts.items():
         found = {what: tensors[name] for what, name in names.items()}
-        for what, value in found.items():
-            if not value.dtype.is_floating_point and what != "alpha":
-                refuse(f"holds {names[what]:.80} as {value.dtype}, not as numbers with a point. Convert it.")
-            if not value.float().isfinite().all():
-                refuse(f"is unsound: {names[what]:.80} is not finite. Train or download it again.")
+        _check_values(found, names, refuse)
         if "down" in found and "up" in found:
             layers[layer] = _layer(layer, found, weights[layer], told, refuse)
             if "up_bias" in found:
@@ -266,6 +264,28 @@ def _refuse_kinds(names: Collection[str], refuse: Refuse) -> None:
         )
 
 
+def _parts(header: Iterable[str], known: dict[str, str], refuse: Refuse) -> dict[str, dict[str, str]]:
+    """Layer -> what of it -> the tensor's name."""
+    parts: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in header:
+        layer, what = _place(name, known, refuse)
+        if what in parts[layer]:
+            refuse(f"has two tensors for one: {parts[layer][what]:.80} and {name:.80}. Leave one of them out.")
+        parts[layer][what] = name
+    if not parts:
+        refuse("is empty: it holds no tensor. Save it again.")
+    return parts
+
+
+def _check_values(found: Mapping[str, Tensor], names: Mapping[str, str], refuse: Refuse) -> None:
+    """Of one layer: numbers with a point, all finite."""
+    for what, value in found.items():
+        if not value.dtype.is_floating_point and what != "alpha":
+            refuse(f"holds {names[what]:.80} as {value.dtype}, not as numbers with a point. Convert it.")
+        if not value.float().isfinite().all():
+            refuse(f"is unsound: {names[what]:.80} is not finite. Train or download it again.")
+
+
 def _place(name: str, known: dict[str, str], refuse: Refuse) -> tuple[str, str]:
     """(layer of the UNet, what of it) that a tensor belongs to."""
     for what, ending in ENDINGS.items():
@@ -274,7 +294,7 @@ def _place(name: str, known: dict[str, str], refuse: Refuse) -> tuple[str, str]:
             if bare.replace(".", "_") not in known:
                 refuse(f"belongs to another base model: this one has no layer {bare:.120}.")
             return known[bare.replace(".", "_")], what
-    refuse(f"holds more than a LoRA of a UNet: {name:.100}, whose meaning is not known here. Leave it out.")
+    return refuse(f"holds more than a LoRA of a UNet: {name:.100}, whose meaning is not known here. Leave it out.")
 
 
 def _layer(layer: str, found: dict[str, Tensor], weight: Any, told: Told, refuse: Refuse) -> Layer:
