@@ -55,6 +55,8 @@ def parse(arguments: list[str] | None = None) -> tuple[EvaluationConfig, list[st
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+
     def work() -> None:
         cfg, names, mine = parse(arguments)
         if not cfg.metric.metric_names:

@@ -30,6 +30,8 @@ def parse(arguments: list[str] | None = None) -> EvaluationConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+
     def work() -> None:
         evaluation = evaluate(parse(arguments))
         out = Path(evaluation.cfg.pictures.output_dir)

@@ -13,6 +13,7 @@ from spo_fast.evaluation.pages.run_report import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m spo_fast.report", description="Write report.html of a run.")
     parser.add_argument("run_dir", help="the --output_dir of a run, finished or not")
     try:

@@ -60,6 +60,7 @@ def check_read(method: str, flags: set[str]) -> None:
 
 
 def build(cfg: Config) -> Any:
+    """The run, once every file of it is there. Raises MissingFilesError, UsageError, RunError."""
     check_extras(cfg.flat())
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
@@ -77,12 +78,14 @@ def build(cfg: Config) -> Any:
 
 
 def dry_run(cfg: Config) -> None:
+    """Print what the run would need and cost."""
     from spo_fast.training.plan.dry_run import report
 
     print(report(cfg))
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     if "--dry_run" in words:
         return command.guarded(lambda: dry_run(parse(words)), words)

@@ -46,6 +46,7 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
 
 
 def build(cfg: PreferenceConfig) -> Any:
+    """The run, once every file of it is there. Raises UsageError, FileNotFoundError, MissingFilesError."""
     if cfg.pairs.pairs is None:
         raise errors.UsageError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")
     check_extras(cfg.flat())
@@ -60,6 +61,7 @@ def build(cfg: PreferenceConfig) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     return command.main(lambda: build(parse(arguments)), arguments)
 
 

@@ -22,6 +22,7 @@ class MetricConfig(ScorerPaths):
 
     @property
     def metric_names(self) -> list[str]:
+        """The metrics, commas parted."""
         return parted(self.metrics)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -70,6 +71,7 @@ class Kind:
 
     @classmethod
     def of(cls, hint: Any) -> Kind:
+        """A field's, from its type hint."""
         optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
         if optional:
             hint = next(a for a in typing.get_args(hint) if a is not type(None))
@@ -137,6 +139,7 @@ class Settings:
 
     @classmethod
     def sections(cls) -> dict[str, type]:
+        """The config's sections by name."""
         return typing.get_type_hints(cls)
 
     @classmethod

@@ -53,9 +53,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
         raise UsageError(f"{message.removeprefix('argument ')} (--help lists all flags)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; an unknown flag is answered with the nearest one."""
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]

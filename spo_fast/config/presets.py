@@ -126,6 +126,7 @@ def evaluation(model: Literal["sd15", "sdxl"]) -> EvaluationConfig:
 
 
 def toy_evaluation() -> EvaluationConfig:
+    """The embedded world's true scores beside PickScore."""
     return EvaluationConfig(
         model=toy().model,
         metric=MetricConfig(metrics=("layout", "aesthetics", "pickscore")),

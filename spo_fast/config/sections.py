@@ -49,6 +49,7 @@ class ModelConfig(Section):
 
     @property
     def images_per_decode(self) -> int:
+        """decode_chunk, or 8 where nothing has chosen it."""
         return self.decode_chunk or 8
 
     def precision_on(self, device_type: str) -> str:

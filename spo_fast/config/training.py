@@ -58,6 +58,7 @@ class AdapterConfig(Section):
 
     @property
     def alpha(self) -> float:
+        """lora_alpha, by default the rank."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
 
 

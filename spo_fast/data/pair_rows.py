@@ -54,6 +54,7 @@ class BadRows:
         return len(self.reasons)
 
     def add(self, where: str, reason: str) -> None:
+        """Write a row and its reason down, once."""
         if where in self.reasons:
             return
         self.reasons[where] = reason
@@ -74,6 +75,7 @@ class BadRows:
             )
 
     def examples(self) -> str:
+        """The first three, for an error's text."""
         return "; ".join(f"{where}: {reason}" for where, reason in islice(self.reasons.items(), 3))
 
 
@@ -135,6 +137,7 @@ def checked(record: dict[str, Any]) -> tuple[str, float, float]:
 
 
 def number(record: dict[str, Any], name: str) -> float:
+    """A column's value. Raises BadRowError if it is none."""
     value = record.get(name)
     if value is None:
         raise BadRowError(f"{name} is missing")
@@ -145,6 +148,7 @@ def number(record: dict[str, Any], name: str) -> float:
 
 
 def has_label(record: dict[str, Any]) -> bool:
+    """Whether the row says that it has one; without such a column all have."""
     return str(record.get(HAS_LABEL_COLUMN, True)).strip().lower() in ("true", "1", "1.0")
 
 

@@ -143,6 +143,7 @@ class ParquetSource(IndexedSource):
                             yield f"{name}, row {row}", row, len(sizes) - 1, row - 1 - first, record
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Row]:
+        """The rows at these indices, in this order; a row group is read once."""
         indices = np.asarray(indices, np.int64)
         out: dict[int, Row] = {}  # by position in `indices`
         wanted: dict[int, dict[int, list[int]]] = {}  # file -> row group -> positions
@@ -174,6 +175,7 @@ def as_bytes(column: Any) -> Any:
 
 
 def light_record(names: list[str], values: Iterable[Any]) -> dict[str, Any]:
+    """A row without its images, as `checked` wants it."""
     # surrogateescape: what is not UTF-8 survives until `checked` names it
     decoded = (v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values)
     return dict(zip(("prompt", *names[1:]), decoded, strict=True))
@@ -265,6 +267,7 @@ class TableSource(IndexedSource):
         return {**record, "prompt": record.get(self.caption)} if self.caption in self.header else record
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Row]:
+        """The rows at these indices, in this order."""
         out = []
         with self.path.open("rb") as file:
             for index in np.asarray(indices, np.int64).tolist():
@@ -287,6 +290,7 @@ def check_inside(name: str, value: Any) -> None:
 
 
 def image_inside(folder: Path, name: str, value: str) -> bytes:
+    """An image's bytes. Raises BadRowError for a path that leaves the folder, or is no file."""
     try:
         path = (folder / value).resolve()
         if not path.is_relative_to(folder):
@@ -349,6 +353,7 @@ def open_pairs(
 def hub_parquet(
     spec: str, bad: BadRows, caption: str | None, revision: str | None, filesystem: Any, split: str
 ) -> PairSource:
+    """The parquet files of a data set on the hub, read row group by row group."""
     need_pyarrow(spec)
     if filesystem is None:
         from huggingface_hub import HfFileSystem
@@ -380,6 +385,7 @@ def hub_parquet(
 
 
 def need_pyarrow(name: str) -> None:
+    """Raises ImportError, with the remedy, where pyarrow is not installed."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -389,5 +395,6 @@ def need_pyarrow(name: str) -> None:
 def parquet_source(
     name: str, files: dict[str, Any], bad: BadRows, caption: str | None, root: Path | None = None
 ) -> PairSource:
+    """Parquet files by their names, each with what opens it."""
     need_pyarrow(name)
     return ParquetSource(name, files, bad, caption, root)

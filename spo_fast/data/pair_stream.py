@@ -225,6 +225,7 @@ class PairStream(Iterator[PairBatch[T]]):
 
 
 def make_batch(rows: list[tuple[Row, T]], position: int) -> PairBatch[T]:
+    """Rows and what was loaded of each, as one batch."""
     labels = torch.tensor([row.label for row, _ in rows], dtype=torch.float32)
     weights = torch.tensor([row.weight for row, _ in rows], dtype=torch.float32)
     return PairBatch([row.prompt for row, _ in rows], labels, weights, [loaded for _, loaded in rows], position)

@@ -68,6 +68,7 @@ def count_repeats(prompts: list[str]) -> int:
 
 
 def read_text(path: Path, column: str | None) -> Iterator[Located]:
+    """A prompt a line; # begins a comment. Raises ValueError if a column was asked for."""
     if column is not None:
         raise ValueError(
             f"{path}: a text file has no columns, but column {column!r} was asked for. Leave --caption_column out."
@@ -86,6 +87,7 @@ def read_text(path: Path, column: str | None) -> Iterator[Located]:
 
 
 def read_json(path: Path, column: str | None) -> Iterator[Located]:
+    """A list of strings, or of objects with the column."""
     entries = parse_json(path, path.read_text(encoding="utf-8-sig"), first_line=1)
     if not isinstance(entries, list):
         raise ValueError(
@@ -96,6 +98,7 @@ def read_json(path: Path, column: str | None) -> Iterator[Located]:
 
 
 def read_jsonl(path: Path, column: str | None) -> Iterator[Located]:
+    """A string or an object a line."""
     lines = ((number, line) for number, line in enumerate(read_lines(path), 1) if line.strip())
     entries = ((f"line {number}", parse_json(path, line, first_line=number)) for number, line in lines)
     yield from pick_field(path, entries, column)
@@ -122,6 +125,7 @@ def read_table(path: Path, column: str | None, quoted: bool = True) -> Iterator[
 
 
 def read_parquet(path: Path, column: str | None) -> Iterator[Located]:
+    """The column of a parquet file. Raises ImportError without pyarrow."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -152,11 +156,13 @@ READERS = {
 
 
 def read_lines(path: Path) -> list[str]:
+    """Lines as editors count them."""
     # utf-8-sig: Windows editors put a byte-order mark first. split, not splitlines: U+2028 may stand inside a prompt.
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def parse_json(path: Path, text: str, first_line: int) -> Any:
+    """Raises ValueError that names the line, counted from first_line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

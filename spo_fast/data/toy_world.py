@@ -77,6 +77,7 @@ TEST, TUNE, TRAIN = _texts[:64], _texts[64:112], _texts[112:]
 
 
 def random_captions(texts: list[str], n: int, generator: torch.Generator) -> list[str]:
+    """n of the texts, drawn with replacement."""
     return [texts[i] for i in torch.randint(len(texts), (n,), generator=generator).tolist()]
 
 
@@ -100,6 +101,7 @@ class Scenes:
     noise: Tensor  # (B, 3, 16, 16) standard normals for the grain
 
     def pixels(self) -> Tensor:  # (B, 3, 16, 16) in [-1, 1]
+        """The scenes, drawn."""
         at = torch.arange(SIZE)
         row = at[:, None] - self.corners[:, :, 0, None, None]  # (B, 2, 16, 1): where a pixel lies in each box
         column = at - self.corners[:, :, 1, None, None]
@@ -157,6 +159,7 @@ def draw(captions: list[str], generator: torch.Generator) -> Tensor:  # (B, 3, 1
 
 
 def enlarged(pixels: Tensor, scale: int) -> Tensor:  # (..., 16, 16) -> (..., 16 scale, 16 scale)
+    """Every pixel as a square of its own."""
     return pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
@@ -164,6 +167,7 @@ def enlarged(pixels: Tensor, scale: int) -> Tensor:  # (..., 16, 16) -> (..., 16
 
 
 def cells(pixels: Tensor) -> Tensor:  # (B, C, 16 s, 16 s) -> (B, C, 16, 16) float32 means; s = 1 changes nothing
+    """Pictures of any size in the world's own."""
     scale = pixels.shape[-1] // SIZE
     return pixels.float() if scale == 1 else F.avg_pool2d(pixels.float(), scale)
 
@@ -174,6 +178,7 @@ EPSILON = 0.1  # chroma under which nothing is seen
 
 
 def chroma(pixels: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2, H, W)
+    """Two coordinates of the colour, without its brightness."""
     return torch.einsum("kc,bchw->bkhw", CHROMA.to(pixels), pixels)
 
 

@@ -97,6 +97,7 @@ def fill(
 
 
 def without_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the position ids that old files hold."""
     return {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
 
 

@@ -32,15 +32,18 @@ class Judgements:
         scores: Tensor,  # (2, B)
         labels: Tensor,  # (B,) of the first image
     ) -> None:
+        """What a model says of B pairs at a timestep. Ties of the labels teach nothing about it and are left out."""
         decided = labels != 0.5
         margins = ((scores[0] - scores[1]) * (labels - 0.5).sign())[decided]  # labels may be shares of opinions
         self._margins.setdefault((name, timestep), []).append(margins.double())
 
     @property
     def names(self) -> list[str]:
+        """The models, in the order in which they came."""
         return list(dict.fromkeys(name for name, _ in self._margins))
 
     def measured(self, name: str) -> list[int]:
+        """The timesteps at which a model has judged."""
         return [t for t in self.timesteps if (name, t) in self._margins]
 
     def margins(self, name: str, timestep: int | None = None) -> Tensor:
@@ -49,9 +52,11 @@ class Judgements:
         return torch.cat([m for t in keys for m in self._margins[name, t]])
 
     def right(self, name: str, timestep: int) -> Tensor:  # (n,) 1 right, 0 wrong, 0.5 undecided
+        """Of each pair."""
         return self.margins(name, timestep).sign() / 2 + 0.5
 
     def accuracy(self, name: str, timestep: int) -> Estimate:
+        """The share of pairs that a model has right."""
         return estimate(self.right(name, timestep))
 
     def gain(self, name: str, over: str, timestep: int) -> Estimate:
@@ -92,6 +97,7 @@ class Judgements:
         return f"Agreement with people on held-out pairs (ties left out):\n\n{text}\n\n{markdown(rows)}\n"
 
     def to_json(self) -> dict[str, Any]:
+        """Everything that the report says."""
         names, first = self.names, self.names[0]
         return {
             "accuracy": {n: {t: self.accuracy(n, t) for t in self.measured(n)} for n in names},

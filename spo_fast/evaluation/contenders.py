@@ -89,6 +89,7 @@ class Gallery:
 
     @property
     def files(self) -> list[Path]:
+        """All pictures, prompt after prompt."""
         per = self.images_per_prompt
         return [self.folder / f"{n // per:05d}-{n % per}.png" for n in range(self.num_prompts * per)]
 
@@ -106,6 +107,7 @@ class Gallery:
         write_atomically(file, json.dumps(settings, indent=1) + "\n")
 
     def digest(self) -> str:
+        """One hash of all pictures."""
         whole = hashlib.sha256()
         for file in self.files:
             whole.update(hashlib.sha256(file.read_bytes()).digest())
@@ -113,6 +115,7 @@ class Gallery:
 
 
 def fingerprint(contender: Contender) -> str:
+    """Of the contender's weights: other weights make other pictures. Empty for the base model."""
     from spo_fast.models.tensor_cache import fingerprint_files
 
     if contender.path is None:
@@ -141,6 +144,8 @@ def settings_of_run(sources: list[str]) -> dict[str, Any]:
 
 
 def resolve_settings(parser: Any, arguments: list[str] | None) -> EvaluationConfig:
+    """Flags over file over what the first run given by --lora brings along, over the preset."""
+
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         brought = settings_of_run(list(source.get("lora", ())))
         return brought if given.get("model") in (None, brought.get("model")) else {}

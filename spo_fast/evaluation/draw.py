@@ -26,6 +26,7 @@ class Drawn:
         self.unet, self.fused = unet, fused
 
     def told(self, cond: Any, guided: bool) -> Any:
+        """As Policy's."""
         from spo_fast.models.fuse import text_of
         from spo_fast.models.policy import inputs_of
 
@@ -34,6 +35,7 @@ class Drawn:
         return replace(cond, text=text_of(self.unet, *inputs_of(self.unet, len(cond), cond, guided)))
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Any, guided: bool) -> Any:
+        """As Policy's."""
         from spo_fast.models.policy import denoise
 
         return denoise(self.unet, x_t, t, cond, guided)

@@ -26,6 +26,7 @@ def make_metric(
     dtype: torch.dtype,
     wanted: Mapping[str, Mapping[str, Any]] | None = None,  # of geneval: see load_scorer
 ) -> Metric:
+    """Pictures and prompts -> scores by name. Loads what the metric needs."""
     if name == "looks":
         return lambda pixels, prompts: looks(pixels)
     if name in TRUE_SCORES:

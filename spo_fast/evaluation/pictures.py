@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def write_picture(file: Path, pixels: Tensor) -> None:  # (3, H, W) about [-1, 1]
+    """As PNG, whole or not at all."""
     import torch
     from PIL import Image
 
@@ -28,6 +29,7 @@ def write_picture(file: Path, pixels: Tensor) -> None:  # (3, H, W) about [-1, 1
 
 
 def read_picture(file: Path) -> Tensor:  # (3, H, W) in [-1, 1]
+    """Raises ValueError for a file that is no picture."""
     import numpy as np
     import torch
     from PIL import Image
@@ -103,6 +105,7 @@ def cut_rows(path: Path, rows: int) -> list[Any]:
 
 
 def narrowed(image: Any, width: int) -> Any:
+    """The image at this width, if it is wider."""
     size = (width, max(1, round(image.height * width / image.width)))
     return image if image.width <= width else image.resize(size, reducing_gap=3.0)
 

@@ -33,6 +33,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> list[str]:
+        """The metrics' names."""
         return self.cfg.metric.metric_names
 
 
@@ -138,6 +139,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
 
 
 def page(result: Mapping[str, Any], cfg: EvaluationConfig, num_prompts: int) -> str:
+    """results.md: the table, how it was made, and signs of reward hacking."""
     c = cfg.pictures
     signs = [f"- {name}: {text}" for name, found in result["hacking"].items() for text in found.values()]
     lines = [

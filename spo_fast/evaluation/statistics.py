@@ -23,12 +23,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Tensor) -> Estimate:
+    """Mean and standard error of values (N,)."""
     n = len(values)
     error = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
     return Estimate(float(values.mean()) if n else math.nan, error, n)
 
 
 def shown(value: float, sign: str = "") -> str:
+    """Three decimals; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:{sign}.3f}"
 
 

@@ -19,11 +19,13 @@ Shape = tuple[tuple[int, ...], tuple[int, ...]]  # of q, of k and v
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own choice. q, k, v (N, L, heads, D) here and below."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's kernel, called through PyTorch."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # a shape that cuDNN refuses goes on to the next
@@ -33,12 +35,14 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xformers' memory-efficient kernel."""
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
     return memory_efficient_attention(q, k, v)
 
 
 def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention 3."""
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
 
     out = flash_attn_func(q, k, v)

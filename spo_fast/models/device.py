@@ -49,6 +49,7 @@ class Device:
 
     @property
     def usable_bytes(self) -> int | None:
+        """What a run may plan with; None where memory is not known."""
         return None if self.memory_bytes is None else int(SHARE * self.memory_bytes) - self.taken_bytes
 
 

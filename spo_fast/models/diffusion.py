@@ -62,6 +62,7 @@ class DiffusionModel:
     # ------------------------------------------------------------------------------------------------ prompts
 
     def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:  # (P, L) int64 for each tokenizer, padded
+        """The prompts as each tokenizer has them, cut at its length."""
         return [
             torch.tensor(
                 t(list(prompts), padding="max_length", max_length=t.model_max_length, truncation=True).input_ids
@@ -101,6 +102,7 @@ class DiffusionModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
+        """Pictures of latents."""
         return decode(self.vae, latents)
 
     @torch.no_grad()
@@ -113,6 +115,7 @@ class DiffusionModel:
 
     @property
     def scaling_factor(self) -> float:
+        """Of the VAE's latents."""
         return self.vae.config.scaling_factor
 
     def vae_fingerprint(self) -> str:
@@ -121,10 +124,12 @@ class DiffusionModel:
 
     @property
     def alphas_cumprod(self) -> Tensor:  # (T,) float32 on the CPU
+        """The scheduler's own table."""
         return self._ddim.alphas_cumprod
 
     @property
     def prediction_type(self) -> str:
+        """What the UNet's output means: epsilon, v_prediction or sample."""
         return self._ddim.config.prediction_type
 
     def table(self, num_steps: int, eta: float) -> StepTable:
@@ -205,6 +210,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
+    """The VAE's pictures of scaled latents."""
     return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
 
 

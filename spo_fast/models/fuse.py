@@ -182,6 +182,7 @@ class FusedGroupNormSiLU(nn.GroupNorm):
     """A group norm with the SiLU behind it."""
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        """SiLU of the norm."""
         return _group_norm(self, self, x)
 
 
@@ -189,6 +190,7 @@ class FusedResnet(ResnetBlock2D):
     """A ResNet block whose norms and SiLUs are one op each."""
 
     def forward(self, x: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:  # (N, C, H, W), (N, D)
+        """As ResnetBlock2D's."""
         h = self.conv1(_group_norm(self, self.norm1, x))
         if self.time_emb_proj is not None:
             assert temb is not None
@@ -201,6 +203,7 @@ class FusedGEGLU(GEGLU):
     """The gate of a feed-forward as one op."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (N, L, I) -> (N, L, D)
+        """As GEGLU's."""
         return _saving_input("geglu", geglu, self.proj(hidden_states))
 
 
@@ -210,6 +213,7 @@ class FusedTimeEmbedding(TimestepEmbedding):
     table: Tensor
 
     def forward(self, sample: Tensor, condition: Any = None) -> Tensor:  # (N,) int64 timesteps -> (N, D)
+        """The timesteps' embeddings."""
         return self.table[sample]
 
 
@@ -227,6 +231,7 @@ class FusedLora(lora.Linear):
         return weight, base.bias, down, up  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """W x + scale B A x; W x while the LoRA is off."""
         parts = self.parts
         return self.base_layer(x) if parts is None else lora_linear(x, *parts, self.scaling["default"])
 
@@ -263,10 +268,12 @@ class FusedAttention(Attention):
                 w.data = place
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:  # (N, L, D') -> (N, L, D) each
+        """Of the text."""
         key, value = _linears(text, (self.to_k, self.to_v))
         return key, value
 
     def queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:  # (N, L, D') -> (N, L, D) each
+        """Of the picture itself."""
         layers: list[Any] = [self.to_q, self.to_k, self.to_v]
         if self.stacked is None or torch.is_grad_enabled() or layers[0].parts is None:
             return _linears(x, layers)
@@ -293,6 +300,7 @@ class FusedBlock(BasicTransformerBlock):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Any = None, *_: Any, **__: Any
     ) -> Tensor:
+        """As BasicTransformerBlock's; the text may be its keys and values."""
         h = hidden_states  # (N, L, D)
         with _normed(self, self.norm1, h) as x:
             h = h + self.attn1(x)
@@ -311,6 +319,7 @@ class FusedTransformer(Transformer2DModel):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Any = None, *_: Any, return_dict: bool = False, **__: Any
     ) -> tuple[Tensor]:
+        """As Transformer2DModel's."""
         N, _C, H, W = hidden_states.shape
         h = _group_norm(self, self.norm, hidden_states, silu=False)
         if not self.use_linear_projection:

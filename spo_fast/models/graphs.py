@@ -96,6 +96,7 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        """(what replays the call, what it returned)."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()

@@ -110,9 +110,11 @@ class Policy(TrainedWeights):
 
     @property
     def keeps_full_base(self) -> bool:
+        """Whether the weights of a quantised base are still held as they were."""
         return bool(self._full)
 
     def forget_full_base(self) -> None:
+        """Let them go."""
         self._full = {}
 
     def fuse(self, recompute: bool = False) -> None:
@@ -128,10 +130,12 @@ class Policy(TrainedWeights):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The compute type."""
         return self.unet.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where it computes."""
         return self.unet.device
 
     def predict(
@@ -159,6 +163,7 @@ class Policy(TrainedWeights):
         return replace(cond, text=self.text(*inputs_of(self.unet, len(cond), cond, guided)))
 
     def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
+        """What a fused UNet computes of the prompts alone."""
         return text_of(self.unet, prompt_embeds, added_cond_kwargs)
 
     @contextlib.contextmanager

@@ -31,11 +31,13 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def frozen_weight(self) -> Tensor | Quantised:
+        """The weight to compute with."""
         if self.full is not None:
             return self.full.to(self.weight.device)
         return Quantised(self.weight, self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """W x + b with the weight as it is held."""
         weight = self.frozen_weight
         if isinstance(weight, Quantised):
             return quantised_linear(x, weight, self.bias)

@@ -79,6 +79,7 @@ class RowCache:
         return row
 
     def write(self, key: str, row: Row) -> None:
+        """Keep a row. Raises ValueError for one that is not finite."""
         # Renamed into place, so a reader sees the whole file or none; two processes that make the same row replace
         # each other's equal tensors. No fsync: what a power cut tears is found by its header or checksum and redone.
         if not is_finite(row):
@@ -121,10 +122,12 @@ def checksum(key: str, row: Row) -> str:
 
 
 def is_finite(row: Row) -> bool:
+    """Whether every number of a row is."""
     return all(bool(values.isfinite().all()) for values in row.values())
 
 
 def row_bytes(row: Row) -> int:
+    """What a row holds in memory."""
     return sum(values.nbytes for values in row.values())
 
 

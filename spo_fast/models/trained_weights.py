@@ -125,6 +125,7 @@ class TrainedWeights:
 
     @torch.no_grad()
     def load_average_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The moving averages, as a checkpoint has them."""
         assert self.averages is not None
         self._read(state, self.averages)
 

@@ -14,6 +14,7 @@ from spo_fast.ops.backend import table
 
 
 def main() -> None:
+    """Print the table."""
     rows = [("op", "device", "backend", "reason"), *table()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:

@@ -39,6 +39,7 @@ class Op:
     """backend, or "backend device" -> why this op has no such implementation."""
 
     def why_absent(self, backend: str, device_type: str) -> str | None:
+        """Why there is no such implementation on this device type; None if there is one."""
         return self.absent.get(backend) or self.absent.get(f"{backend} {device_type}")
 
 

@@ -79,6 +79,7 @@ def _open(device_type: str) -> tuple[ctypes.CDLL | None, str]:
 
 
 def dtype_codes(m: Tensor, x_t: Tensor) -> tuple[int, int]:
+    """As csrc numbers them. Raises ValueError for types that it does not take."""
     if m.dtype not in DTYPE_CODES:
         raise ValueError(f"network outputs have dtype {m.dtype}; use one of {', '.join(map(str, DTYPE_CODES))}")
     if x_t.dtype not in LATENT_DTYPES:
@@ -87,6 +88,7 @@ def dtype_codes(m: Tensor, x_t: Tensor) -> tuple[int, int]:
 
 
 def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """Raises ValueError unless the tensor is as the C code will read it. None is not looked at."""
     if tensor is None:
         return
     if tensor.shape != shape:
@@ -105,10 +107,12 @@ def sample_size(x: Tensor) -> int:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """The tensor's address for ctypes."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def call(name: str, device: torch.device, *arguments: Any) -> None:
+    """A function of csrc on the device's current stream. Raises RuntimeError for its error, or without a library."""
     library = load(device.type)
     if library is None:
         raise RuntimeError(f"{name} on {device}: {why_missing(device.type)}")

@@ -34,6 +34,7 @@ backend.register(
 
 
 def geglu_ref(h: Tensor) -> Tensor:
+    """The definition."""
     a, g = h.chunk(2, -1)
     return a * F.gelu(g)
 

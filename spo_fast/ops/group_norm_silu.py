@@ -45,6 +45,7 @@ backend.register(
 def group_norm_silu_ref(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool, channels_last: bool
 ) -> Tensor:
+    """The definition."""
     # NCHW: PyTorch's channels-last kernel for CPUs takes the variance as E[x^2] - E[x]^2
     y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
     if silu:

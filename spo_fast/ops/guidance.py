@@ -32,6 +32,7 @@ if triton is not None:
 
     @triton.jit
     def guided_kernel(cond_ptr, uncond_ptr, offsets, mask, g, HAS_UNCOND: tl.constexpr, dtype: tl.constexpr):
+        """uncond + g (cond - uncond), inside other kernels."""
         m = tl.load(cond_ptr + offsets, mask=mask, other=0.0).to(dtype)
         if HAS_UNCOND:
             u = tl.load(uncond_ptr + offsets, mask=mask, other=0.0).to(dtype)
@@ -56,6 +57,7 @@ def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: 
 
 
 def check_states(cond: Tensor, uncond: Tensor | None, x_t: Tensor, rows: Tensor, coefficients: Tensor) -> None:
+    """Raises ValueError for shapes and types that do not belong together."""
     check_shape("cond", cond, x_t.shape)
     check_shape("uncond", uncond, x_t.shape, cond.dtype)
     check_shape("rows", rows, x_t.shape[:1], torch.int64)
@@ -63,5 +65,6 @@ def check_states(cond: Tensor, uncond: Tensor | None, x_t: Tensor, rows: Tensor,
 
 
 def contiguous(m: Tensor | None) -> Tensor | None:
+    """The output as kernels read it."""
     # UNets in channels_last give channels_last outputs; they are 4 channels wide, so a copy costs nothing.
     return None if m is None else m.contiguous()

@@ -43,6 +43,7 @@ backend.register(
 def log_ratio_ref(
     cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, coefficients, guidance_scale
 ) -> tuple[Tensor, Tensor]:
+    """The definition: log-ratios and KL divergences, means over C, H, W."""
     a, b, _, _, std = (v[states] for v in row_of(coefficients, rows, x_t))
     m = guided(cond, uncond, guidance_scale, x_t.dtype)[states]
     m_frozen = guided(frozen_cond, frozen_uncond, guidance_scale, x_t.dtype)[states]

@@ -43,6 +43,7 @@ backend.register(
 
 
 def lora_linear_ref(x, weight, bias, lora_A, lora_B, scale):
+    """The definition."""
     t = linear(x, lora_A.to(x.dtype))
     return linear(x, weight, bias) + scale * linear(t, lora_B.to(x.dtype))
 

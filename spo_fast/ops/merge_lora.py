@@ -68,6 +68,7 @@ def round_stochastic_ref(value: Tensor, random: Tensor, dtype: torch.dtype) -> T
 
 
 def merge_ref(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
+    """The definition."""
     value = weight.float() + delta
     if weight.dtype != torch.float32:
         random = _random_bits(key, weight.numel())

@@ -48,6 +48,7 @@ STATS = (
 
 
 def preference_loss_ref(log_ratio: Tensor, weight: Tensor, beta: float, low: float, high: float):
+    """The definition: the loss, and sums of STATS over its terms."""
     clamped = log_ratio.clamp(low, high)
     logits = beta * clamped.mean(-1)  # (N, K)
     later = logits.flip(-1).logcumsumexp(-1).flip(-1)  # logsumexp over j >= i

@@ -33,6 +33,7 @@ class Quantised(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Of the weight, whatever its values are packed into."""
         rows, columns = self.values.shape
         return rows, columns * (2 if self.values.dtype == torch.uint8 else 1)
 

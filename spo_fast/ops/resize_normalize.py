@@ -65,6 +65,7 @@ def normalise_channels(
 
 
 def resize_normalize_ref(pixels, size, mean, std, dtype):
+    """The definition."""
     height, width, top, left = resized_and_crop(*pixels.shape[-2:], size)
     x = F.interpolate(pixels, size=(height, width), mode="bicubic", align_corners=False)
     x = x[..., top : top + size, left : left + size]

@@ -38,6 +38,7 @@ backend.register(
 
 
 def transition_ref(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
+    """The definition."""
     a, b, c, d, std = row_of(coefficients, rows, x_t)
     m = guided(cond, uncond, guidance_scale, x_t.dtype)
     x0 = c * x_t + d * m if want_x0 else x_t.new_empty((0, *x_t.shape[1:]))

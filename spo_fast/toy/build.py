@@ -128,6 +128,7 @@ class Pretraining:
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) as drawn -> (B, C, h, w)
+        """What the UNet is trained on."""
         if not self.size.vae_channels:
             return pixels * SCALING
         vae = self.parts["vae"]
@@ -168,6 +169,7 @@ class Pretraining:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
+        """All that a later `load` goes on from."""
         state = {
             "settings": [self.seed, self.steps],
             "step": self.step,
@@ -182,6 +184,7 @@ class Pretraining:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
+        """Go on from here. Raises ValueError for a file of other settings."""
         state = torch.load(path, weights_only=True)
         if state["settings"] != [self.seed, self.steps]:
             raise ValueError(f"{path} belongs to seed, steps = {state['settings']}. Choose another --work_dir.")
@@ -267,6 +270,7 @@ def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = toy_worl
 
 
 def png(pixels: Tensor) -> bytes:  # (3, H, W) in [-1, 1]
+    """A picture as a file's bytes."""
     file = io.BytesIO()
     values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
@@ -393,6 +397,7 @@ def build(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="large: 64x64 pictures, for a GPU")
     parser.add_argument("--work_dir", help="where the build is kept until it is done (default runs/toy-build[-large])")

@@ -28,6 +28,7 @@ if it exceeds them the other way; between, it is undecided."""
 
 
 def key(name: str, seed: int, learning_rate: float | None = None) -> str:
+    """A run's name in the records."""
     return f"{name}/{seed}" if learning_rate is None else f"{name}/tuning/{learning_rate:g}"
 
 
@@ -67,10 +68,12 @@ def over_seeds(values: list[float], errors: list[float]) -> tuple[float, float]:
 
 
 def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A contender's runs that have been made, by seed."""
     return [records[key(name, seed)] for seed in SEEDS if key(name, seed) in records]
 
 
 def score_table(records: Mapping[str, Any]) -> str:
+    """Every contender's scores over seeds, the base model's first."""
     columns = ("aesthetics", "layout", "held_out", "out_of_range", "diversity")
     rows = [["contender", "seeds", "learning rate", *columns, "UNet rows", "CPU s, scoring too"]]
     for g in evaluate.GUIDANCE_SCALES if "base" in records else ():
@@ -104,14 +107,17 @@ Point = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 
 
 def at_end(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores that a run ended with."""
     return record
 
 
 def at_a_quarter(records: Mapping[str, Any]) -> Point:
+    """The first point of a run's curve."""
     return lambda record: curve_of(record, records)[0]
 
 
 def layout_kept(records: Mapping[str, Any]) -> Point:
+    """The best point of a run's curve that costs no more of the layout than is allowed."""
     floor = records["base"][OWN]["layout"][0] - LAYOUT_LOSS
 
     def best(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -176,6 +182,7 @@ CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Callable[[Mapping[str, Any]]
 
 
 def verdict(found: tuple[float, float] | None) -> str:
+    """What a difference and its standard error say about a claim."""
     if found is None:
         return "not run"
     mean, error = found
@@ -183,6 +190,7 @@ def verdict(found: tuple[float, float] | None) -> str:
 
 
 def claims_table(records: Mapping[str, Any]) -> str:
+    """The paper's claims, each with its differences and verdict."""
     rows = [["claim of the paper", "difference in aesthetics", "in layout", "in aesthetics, layout kept", "verdict"]]
     kept = layout_kept(records) if "base" in records else at_end
     for claim, (a, b, *point) in CLAIMS.items():

@@ -88,6 +88,7 @@ def scores_of(run: Run, prompts: list[str], count: int) -> dict[str, list[float]
 
 @torch.no_grad()
 def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 16, 16) -> (B,)
+    """The toy's PickScore of pictures."""
     paths = {"pickscore": run.cfg.scorer.pickscore_path or toy_files()["pickscore"]}
     judge = load_metric("pickscore", paths, run.model.tokenize, "cpu", torch.float32)
     return judge.score_pixels(pixels, torch.zeros((), dtype=torch.long), judge.encode(prompts))
@@ -169,6 +170,7 @@ def size_of(work: Path) -> Size:
 
 
 def toy_flags(work: Path, scorers: bool = True) -> list[str]:
+    """Flags that make a command use the toy built in this directory; none for the shipped one."""
     size = size_of(work)
     return [] if size.name == "small" else [*flags_of(work / "toy", scorers), *build.precision(size)]
 
@@ -250,6 +252,7 @@ def software() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
+    """The records by name; of several of one name the last."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return {record["cell"]: record for record in map(json.loads, lines)}
 
@@ -291,10 +294,12 @@ def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     return config_command.guarded(lambda: claims(arguments), arguments)
 
 
 def claims(arguments: list[str] | None) -> None:
+    """The command: runs what is missing, then writes and prints the tables."""
     parser = config_flags.Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the toy; large: for a GPU")
     parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-large]/records.jsonl)")

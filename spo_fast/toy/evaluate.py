@@ -80,10 +80,12 @@ class TrueScorer:
         self.generator = torch.Generator().manual_seed(self.random_seed or 0)
 
     def encode(self, prompts: list[str]) -> Tensor:  # (B,) places in CAPTIONS
+        """The prompts' places in the world's captions."""
         texts = list(toy_world.CAPTIONS)
         return torch.tensor([texts.index(prompt) for prompt in prompts])
 
     def __call__(self, candidates: Candidates) -> Tensor:  # (K B,)
+        """Random scores, or zeros; the true ones are noted."""
         texts, t, K = list(toy_world.CAPTIONS), int(candidates.t), candidates.num_candidates
         pixels = torch.cat([part for _, part in candidates.pixel_chunks()])
         prompts = [texts[i] for i in candidates.text.tolist()]
@@ -154,6 +156,7 @@ def report(
 
 
 def grid(pixels: Tensor, rows: int = 8, columns: int = 8) -> list[list[Tensor]]:
+    """Pictures in whole rows."""
     whole = [list(row) for row in pixels[: rows * columns].split(columns)]
     return [row for row in whole if len(row) == len(whole[0])]
 
@@ -175,10 +178,12 @@ def load_run(run_dir: Path, **changes: Any) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     return command.guarded(lambda: evaluate(arguments), arguments)
 
 
 def evaluate(arguments: list[str] | None) -> None:
+    """The command: true scores of a run before and after, printed and kept in its directory."""
     parser = flags.Parser("python -m spo_fast.toy.evaluate", __doc__.split("\n")[0])
     parser.add_argument("run_dir", type=Path, help="output directory of a run of --model toy")
     parser.add_argument("--num_images", type=int, default=128, help="pictures of each row")

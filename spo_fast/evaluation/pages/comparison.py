@@ -44,6 +44,7 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
+        """The sides' names."""
         return [side.contender.name for side in self.sides]
 
     @property
@@ -85,6 +86,7 @@ def rows_html(head: list[str], rows: list[list[str]]) -> str:
 
 
 def wins_html(c: Comparison) -> str:
+    """Win rates of each two sides, with intervals."""
     from spo_fast.evaluation.statistics import win_rate
 
     values, seed = c.evaluation.values, c.evaluation.cfg.pictures.seed
@@ -96,6 +98,7 @@ def wins_html(c: Comparison) -> str:
 
 
 def scores_html(c: Comparison) -> str:
+    """Each side's mean scores, beside published ones."""
     from spo_fast.evaluation.published import PUBLISHED
     from spo_fast.evaluation.statistics import bootstrap
 
@@ -131,6 +134,7 @@ def looks_html(c: Comparison) -> str:
 
 
 def study_html(votes: list[Vote], seed: int, num_files: int) -> str:
+    """What the merged votes say; empty without votes."""
     if not votes:
         return ""
     rows = []
@@ -163,6 +167,7 @@ def image_bytes(c: Comparison) -> list[list[tuple[str, bytes]]]:
 
 
 def pairs_html(c: Comparison) -> str:
+    """Pictures side by side, prompt after prompt."""
     e, per = c.evaluation, c.evaluation.cfg.pictures.images_per_prompt
     blocks, whose = [], f"mean of the prompt's {per}: " if per > 1 else ""
     for row, (number, images) in enumerate(zip(c.shown, image_bytes(c), strict=True)):

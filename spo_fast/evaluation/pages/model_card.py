@@ -134,6 +134,7 @@ def cell(text: object) -> str:
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether a name is owner/name and no path of this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
@@ -170,6 +171,7 @@ def upload(run_dir: Path, repository: str) -> str:
 
 
 def upload_command(run_dir: Path, repository: str) -> str:
+    """What uploads a run by hand."""
     import huggingface_hub
 
     # up to 0.x one --include took all patterns, since 1.0 each has its own
@@ -179,4 +181,5 @@ def upload_command(run_dir: Path, repository: str) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """An error's type and text."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -75,6 +75,7 @@ class RunRecord:
 
     @property
     def pairs(self) -> int:
+        """Terms trained on so far."""
         return sum(r.get("pairs") or 0 for r in self.records)
 
     @property
@@ -184,10 +185,12 @@ class RunRecord:
 
 
 def count_text(n: int, what: str) -> str:
+    """A number and what it counts, in the plural where it must be."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
     minutes, s = divmod(round(seconds), 60)
     h, m = divmod(minutes, 60)
     return f"{h} h {m} min" if h else f"{m} min {s} s" if m else f"{s} s"
@@ -202,6 +205,7 @@ def started(before: dict[str, Any]) -> dict[str, float]:
 
 
 def finite(value: float) -> float | None:
+    """The value, or None of NaN and infinity."""
     return value if math.isfinite(value) else None
 
 

@@ -51,6 +51,7 @@ def read_votes(files: Sequence[Path], key: str, sides: Sequence[str], shown: Set
 
 
 def is_vote(found: Any, sides: Sequence[str]) -> bool:
+    """Whether an entry of an exported file is a vote between two of these sides."""
     kinds = {"prompt": int, "image": int, "a": str, "b": str, "question": str, "choice": str}
     if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
         return False

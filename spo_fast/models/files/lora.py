@@ -347,6 +347,7 @@ class Told:
 
     @classmethod
     def of(cls, file: Path, refuse: Refuse) -> Told:
+        """What a file's metadata says of its LoRA."""
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as f:

@@ -35,6 +35,7 @@ def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype | None)
 
 
 def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    """A UNet out of a single file in the original layout."""
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -50,6 +51,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    """A VAE out of a single file, a model's or its own, in the original layout or in diffusers'."""
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 

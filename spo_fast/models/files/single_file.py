@@ -65,6 +65,7 @@ def unet_sizes(path: Path) -> dict[str, int]:
 
 
 def vae_sizes(path: Path) -> dict[str, int]:
+    """Channels of the latents, read from the header."""
     return _sizes(path, {f"{prefix}decoder.conv_in.weight": (1, "latent_channels") for prefix in (VAE_PREFIX, "")})
 
 
@@ -82,6 +83,7 @@ def vae_settings_of_file(path: Path, config_dir: Path) -> Path:
 
 
 def vae_class(config: Mapping[str, Any], path: Path) -> str:
+    """The diffusers class of a VAE's settings. Raises ValueError for one that is not known here."""
     name = config.get("_class_name", "AutoencoderKL")
     if name not in VAE_CLASSES:
         raise ValueError(f"{path} is a {name}; a VAE must be one of {', '.join(VAE_CLASSES)}.")
@@ -89,6 +91,7 @@ def vae_class(config: Mapping[str, Any], path: Path) -> str:
 
 
 def text_class(config_dir: Path) -> Any:
+    """transformers' class of a text encoder's folder."""
     import transformers
 
     projects = config_dir.name == "text_encoder_2"

@@ -72,6 +72,7 @@ class Resolved:
 
     @property
     def single_file(self) -> bool:
+        """Whether the model is one file and no directory."""
         return self.model_path.is_file()
 
     @property
@@ -81,10 +82,12 @@ class Resolved:
 
 
 def settings_directory(source: ModelSource) -> Path:
+    """Where a single file's settings come from."""
     return Path(source.config).expanduser() if source.config else CONFIGS / source.kind
 
 
 def unknown(noun: str, name: str, known: Collection[str]) -> str:
+    """An error's text for a name that is not among the known."""
     return f"unknown {noun} {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}"
 
 

@@ -54,6 +54,7 @@ class Size:
 
     @property
     def pixels(self) -> int:
+        """A side of its pictures."""
         return SIZE * self.scale
 
     @property
