@@ -178,7 +178,7 @@ class OptimConfig(AdamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section):
-    """Settings that only some methods read; READS (config/methods.py) says which."""
+    """Settings that only some methods read; READS (presets.py) says which."""
 
     method: Literal["spo", "mspo", "d3po", "lpo", "gradspo", "ddpo", "dpok", "dense", "dpo", "mapo"] = "spo"
     """What trains the model; it brings its published settings. On rollouts: spo, mspo (with inner steps), d3po (whole
@@ -210,8 +210,6 @@ class ObjectiveConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(ScorerPaths):
-    """Who judges the candidates."""
-
     scorer: tuple[str, ...] = ("spm",)
     """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward, geneval, lrm; a weight after a colon, as
     in spm:1 pickscore:0.5, makes a weighted sum. geneval (1 if all is as asked, else 0) needs --prompts with what it
