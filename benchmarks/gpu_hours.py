@@ -152,7 +152,7 @@ class Judge:
         self.cfg = preference_config(kind, latent)
         given = self.data
         model: Any = SimpleNamespace(
-            alphas_cumprod=given.alphas,
+            alphas_cumprod=networks.ddim_scheduler(kind, 20).alphas_cumprod,  # on the CPU, as DiffusionModel has it
             prediction_type="epsilon",
             device=torch.device(device),
             unet=given.unet,
