@@ -19,7 +19,7 @@ import torch.distributed as dist
 from spo_fast import train
 from spo_fast.models import sharded
 from spo_fast.models.diffusion import DTYPES
-from spo_fast.training import loop, run_directory
+from spo_fast.training import run_directory, validation
 
 
 def process_0_takes_longer_than(seconds: float) -> None:
@@ -34,8 +34,8 @@ def process_0_takes_longer_than(seconds: float) -> None:
 
         return call
 
-    loop.Run.before_training = slow(loop.Run.before_training)  # type: ignore[method-assign]
-    loop.Run.show_progress = slow(loop.Run.show_progress)  # type: ignore[method-assign]
+    for method in ("before_training", "look"):
+        setattr(validation.Validator, method, slow(getattr(validation.Validator, method)))
     run_directory.write_sums = slow(run_directory.write_sums)
 
 

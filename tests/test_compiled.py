@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from spo_fast.method.experience import Experience
 from spo_fast.method.objectives import SPO
-from spo_fast.training import loop
+from spo_fast.training import batches, loop
 
 TOY: dict[str, Any] = {
     "num_steps": 4,
@@ -56,7 +56,7 @@ def test_nothing_is_recompiled(how, tmp_path, monkeypatch):
     whole = loop.Run.compile
     monkeypatch.setattr(loop.Run, "compile", lambda run: whole(run, backend="aot_eager"))
     run = built(tmp_path / "run", **TOY, compile=how)
-    run.encode_prompts()
+    batches.encode_prompts(run)
     plain = built(tmp_path / "plain", **TOY)
     plain.encode_prompts()
     seen = []

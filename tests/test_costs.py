@@ -28,6 +28,7 @@ from spo_fast.models.files.load import load_text_encoders, load_unet
 from spo_fast.scorers.latent_files import init_latent_reward, save_latent_reward
 from spo_fast.scorers.spm import ClipScorer, make_tiny_spm
 from spo_fast.toy.build import write_pairs
+from spo_fast.training import batches
 from spo_fast.training.loop import Run
 from spo_fast.training.pair_batches import READ_BATCH
 from spo_fast.training.plan import costs, counters, fake_run
@@ -83,7 +84,7 @@ def moments(run: Run) -> int:
 def measure(output_dir: Path, **settings: Any) -> Measured:
     """The second of two iterations (the optimizer has its state then), every pair kept: threshold -1."""
     run = built(output_dir, **{**TOY, **settings})
-    run.encode_prompts()
+    batches.encode_prompts(run)
     rows, images = [], []
     run.model.unet.register_forward_pre_hook(
         lambda _, args: rows.append(0 if torch.is_grad_enabled() else len(args[0]))
@@ -215,7 +216,7 @@ def test_other_directories_bring_their_own_sizes(kind, fuse, tmp_path):
 def test_predicted_memory_is_what_the_gpu_allocates(name, tmp_path):
     settings = {**SETTINGS[name], "mixed_precision": "fp16", "sample_batch_size": 16, "train_batch_size": 32}
     run = built(tmp_path / "run", **{**TOY, **settings, "max_prompts": 32, "device": "cuda"})
-    run.encode_prompts()
+    batches.encode_prompts(run)
     with LiveStorage(counters.CUDA_BLOCK) as live:
         live.count(weights(run))
         run.iterate(1, live.phase)  # type: ignore[arg-type]

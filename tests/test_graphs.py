@@ -10,7 +10,7 @@ from runs import built, facts, run_toy
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.models.graphs import Graphs
 from spo_fast.ops.transition import transition
-from spo_fast.training import loop
+from spo_fast.training import batches, loop
 
 
 def test_the_first_call_runs_the_second_is_recorded_later_ones_replay():
@@ -143,7 +143,7 @@ def test_a_rollout_is_all_replays_but_for_branching(tmp_path):
     counts = []
     for iteration in range(4):
         with torch.no_grad():
-            batch = run.rollout_batch([0, 1], iteration)
+            batch = batches.rollout_batch(run, [0, 1], iteration)
             arguments = (run.policy, run.table, run.scorer, run.decode, batch, run.cfg.sample, 8)
             run.objective.collect(*arguments)
         counts.append(len(calls))

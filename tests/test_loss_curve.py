@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from spo_fast.method.experience import Experience, States
 from spo_fast.method.objectives import log_ratios, predict_states
-from spo_fast.training import loop
+from spo_fast.training import batches, loop
 
 # 4 candidates of 3 prompts, both sides of a pair sharing x_t
 SETTINGS: dict[str, Any] = {
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # relative: float32 sums in another order, after a dozen steps
 
 def rolled_out(run: loop.Run, iteration: int = 0) -> Experience:
     with torch.no_grad():
-        batch = run.rollout_batch([0, 1, 2], iteration)
+        batch = batches.rollout_batch(run, [0, 1, 2], iteration)
         return run.objective.collect(run.policy, run.table, run.scorer, run.decode, batch, run.cfg.sample, 4)
 
 

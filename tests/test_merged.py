@@ -8,6 +8,7 @@ from runs import built, facts, run_toy
 
 from spo_fast.models.graphs import Graphs
 from spo_fast.models.merged import lora_layers
+from spo_fast.training import batches
 
 
 def policy_of(tmp_path, **settings):
@@ -109,7 +110,7 @@ def test_candidates_of_merged_rollouts_score_alike(tmp_path):
         cfg = run.cfg.with_fields(rollout_weights=weights)
         with run.rollout_weights(cfg.sample, 0):
             experience = run.objective.collect(
-                *(run.policy, run.table, run.scorer, run.model.decode, run.rollout_batch(list(range(64)), 0)),
+                *(run.policy, run.table, run.scorer, run.model.decode, batches.rollout_batch(run, list(range(64)), 0)),
                 *(cfg.sample, cfg.model.images_per_decode),
             )
         means.append(experience.scores.view(-1, 64).double().mean(0))

@@ -31,6 +31,7 @@ from spo_fast.models.files.toy import WEIGHTS
 from spo_fast.ops import transition
 from spo_fast.scorers.latent_files import init_latent_reward, save_latent_reward
 from spo_fast.toy.build import write_pairs
+from spo_fast.training import batches
 from spo_fast.training.monitor.timer import Timer
 
 ONLINE = [m for m in METHODS if m not in DATA]
@@ -136,7 +137,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     """In micro-batches of odd sizes, with a policy that is not the reference: old and new are one to the last bit."""
     settings = of(method, train_batch_size=64, states_per_forward=3, mixed_precision=precision, kl_weight=None)
     run = built(tmp_path / "run", **settings)
-    run.encode_prompts()
+    batches.encode_prompts(run)
     generator = torch.Generator().manual_seed(0)
     weights = run.policy.state_dict()
     run.policy.load_state_dict({n: 0.2 * torch.randn(v.shape, generator=generator) for n, v in weights.items()})
@@ -306,13 +307,13 @@ def test_pairs_are_read_preferred_image_first(tmp_path: Path, of: Callable[..., 
 
 def test_lpo_needs_no_vae_and_one_unet_row_a_step(tmp_path: Path, of: Callable[..., Any]) -> None:
     run = built(tmp_path / "run", **of("lpo", num_candidates=3, threshold=-1))
-    run.encode_prompts()
+    batches.encode_prompts(run)
     rows, seen = [], []
     run.model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     run.model.vae.decoder.register_forward_pre_hook(lambda *_: pytest.fail("LPO decodes nothing"))
     score = run.scorer.model.score
     run.scorer.model.score = lambda x, t, *a: seen.append((len(x), t.tolist())) or score(x, t, *a)
-    inputs = run.inputs(0).batch
+    inputs = batches.inputs(run, 0).batch
     e = run.objective.collect(run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 64)
     # 2 prompts and both guidance halves at each of 4 steps; 3 children of each prompt scored at their parent's timestep
     assert rows == [4] * 4
@@ -381,7 +382,7 @@ def test_without_a_latent_reward_model_its_flag_is_named(
 
 def test_gradspos_average_collects_and_follows_each_step(tmp_path: Path, of: Callable[..., Any]) -> None:
     run = built(tmp_path / "run", **of("gradspo", ema_decay=0.8, train_batch_size=1, learning_rate=1e-2))
-    run.encode_prompts()
+    batches.encode_prompts(run)
     want = {name: v.clone() for name, v in run.policy.state_dict().items()}
     step, steps = run.learner.step, []
 
@@ -399,7 +400,7 @@ def test_gradspos_average_collects_and_follows_each_step(tmp_path: Path, of: Cal
         torch.testing.assert_close(v, want[name], rtol=1e-6, atol=1e-8)
     predict, during = run.policy.predict, []
     run.policy.predict = lambda *a, **k: during.append([p.clone() for p in run.policy._weights]) or predict(*a, **k)  # type: ignore[method-assign, func-returns-value]
-    inputs = run.inputs(1).batch
+    inputs = batches.inputs(run, 1).batch
     arguments = (run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 8)
     before = [p.clone() for p in run.policy._weights]
     run.objective.collect(*arguments)
@@ -495,8 +496,8 @@ def test_scorers_change_the_judgement_and_not_the_first_candidates(tmp_path: Pat
     kept = {}
     for name, settings in scorers.items():
         run = built(tmp_path / name, **of("spo", **settings))
-        run.encode_prompts()
-        inputs = run.inputs(0).batch
+        batches.encode_prompts(run)
+        inputs = batches.inputs(run, 0).batch
         arguments = (run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 64)
         kept[name] = rollout_segments(*arguments)
     first = {name: s.scores[:4] for name, s in kept.items()}

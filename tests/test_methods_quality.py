@@ -16,6 +16,7 @@ from runs import built
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.rollout import sample_latents
 from spo_fast.toy.build import write_pairs
+from spo_fast.training import batches
 from spo_fast.training.monitor.timer import Timer
 
 SEEDS = (0, 1, 2)
@@ -67,7 +68,7 @@ def brightness(run: Any) -> torch.Tensor:  # (64,)
 def gain(output_dir: Path, method: str, seed: int, random: bool) -> float:
     run = built(output_dir, **POLICY_GRADIENT, method=method, seed=seed)
     run.scorer = Brightness(random)
-    run.encode_prompts()
+    batches.encode_prompts(run)
     before = brightness(run)
     for iteration in range(run.total):
         run.iterate(iteration, Timer())
@@ -116,11 +117,11 @@ def test_offline_methods_raise_held_out_accuracy(tmp_path: Path, method: str, se
         run = built(
             tmp_path / str(seed), **{**PAIRS, **settings}, method=method, seed=seed, pairs=tmp_path / "pairs.parquet"
         )
-        run.encode_prompts()
-        before.append(run.held_out_accuracy())
+        batches.encode_prompts(run)
+        before.append(run.validator.held_out_accuracy())
         for iteration in range(run.total):
             run.iterate(iteration, Timer())
-        after.append(run.held_out_accuracy())
+        after.append(run.validator.held_out_accuracy())
         run.pairs.close()
     print(method, "held-out accuracy before", before, "after", after, "pairs", len(run.pairs.valid_rows))
     # each is a share of some 400 pairs, whose error is 0.025

@@ -17,8 +17,7 @@ from runs import flags, leave_grid, leave_run, run_toy
 from spo_fast import train
 from spo_fast.config.errors import RunError
 from spo_fast.evaluation.pages import model_card
-from spo_fast.training import loop
-from spo_fast.training import run as training_run
+from spo_fast.training import setup
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -135,8 +134,7 @@ def test_login_is_checked_before_anything_is_loaded(
     if fault == "no token":
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     hub.error["create_repo"] = KeyError("401 Unauthorized\nfor url")
-    monkeypatch.setattr(training_run, "DiffusionModel", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(loop, "DiffusionModel", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "DiffusionModel", lambda *_: pytest.fail("a model was loaded"))
     assert train.main(flags(tmp_path / "run", hub_model_id="them/x", **PUSHED)) == 1
     error = capsys.readouterr().err
     assert "hf auth login" in error and "drop --push_to_hub" in error and error.count("\n") == 1

@@ -246,7 +246,7 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     """Again from a network of plain layers that hold the rounded weights, and the Gaussian written out."""
     seen: list[Any] = []
     whole = diagnosis.base_errors
-    monkeypatch.setattr(loop, "base_errors", lambda *a: seen.append((a[2], whole(*a))) or seen[-1][1])
+    monkeypatch.setattr(diagnosis, "base_errors", lambda *a: seen.append((a[2], whole(*a))) or seen[-1][1])
     run_toy(tmp_path / "run", base_weights=how, max_train_steps=1)
     ((e, found),) = seen
     outputs = []

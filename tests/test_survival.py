@@ -25,7 +25,7 @@ from test_distributed import free_port
 
 from spo_fast import evaluate, train
 from spo_fast.data import files as data_files
-from spo_fast.training import checkpoint, learner, loop, run_directory
+from spo_fast.training import batches, checkpoint, learner, loop, run_directory
 from spo_fast.training import signals as training_signals
 from spo_fast.training.monitor import log
 
@@ -210,7 +210,7 @@ def test_a_signal_saves_and_ends_well(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str, number: int
 ) -> None:
     """In the rollout nothing has changed yet and it is abandoned; an update is finished first."""
-    owner = loop.Run if where == "inputs" else learner.Learner
+    owner: Any = batches if where == "inputs" else learner.Learner
     calls, whole = [0], getattr(owner, where)
 
     def signals(self: Any, *args: Any) -> Any:
@@ -233,12 +233,12 @@ def test_a_signal_saves_and_ends_well(
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def twice(self: Any, iteration: int) -> Any:
+    def twice(run: Any, iteration: int) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    monkeypatch.setattr(loop.Run, "inputs", twice)
+    monkeypatch.setattr(batches, "inputs", twice)
     assert train.main(flags(tmp_path / "run")) == 130
     assert "no checkpoint was written yet" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ from spo_fast.method.objectives import predict_states
 from spo_fast.models.device import found_device
 from spo_fast.models.files.toy import toy_files
 from spo_fast.scorers.registry import load_metric
-from spo_fast.training import checkpoint, loop, run_directory
+from spo_fast.training import batches, checkpoint, loop, outputs, run_directory, validation
 from spo_fast.training.checkpoint import TrainState
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.plan.fit_memory import choose
@@ -130,10 +130,10 @@ def test_grids_during_training(shown_run: Path) -> None:
 
 def test_grids_are_of_the_weights_of_their_iteration(shown_run: Path, tmp_path: Path) -> None:
     run = built(tmp_path / "run", **GRIDS)
-    run.encode_prompts()
-    assert run.show("before")._asdict() == json.loads((shown_run / "samples" / "before.json").read_text())
+    batches.encode_prompts(run)
+    assert run.validator.show("before")._asdict() == json.loads((shown_run / "samples" / "before.json").read_text())
     checkpoint.load(shown_run / "checkpoint-2", run.learner, run.cfg.flat())
-    assert run.show("again").score == facts(shown_run)[1]["validation_score"]
+    assert run.validator.show("again").score == facts(shown_run)[1]["validation_score"]
     grids = samples(tmp_path / "run")
     assert grids["again.png"] == samples(shown_run)["step-2.png"]
     assert grids["before.png"] == samples(shown_run)["before.png"]
@@ -217,13 +217,13 @@ def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.C
     assert "held-out layout" in capsys.readouterr().out
     records = [r for r in facts(out) if "validation_score" in r]
     run = built(tmp_path / "again", **settings)
-    run.encode_prompts()
-    texts = [prompt for prompt in run.validation_prompts() for _ in range(2)]
+    batches.encode_prompts(run)
+    texts = [prompt for prompt in run.validator.prompts for _ in range(2)]
     start = json.loads((out / "samples" / "before.json").read_text())
     for where, expected in ((None, start["values"]), ("checkpoint-4", records[-1])):
         if where:
             checkpoint.load(out / where, run.learner, run.cfg.flat())
-        images, _ = run.validate()
+        images, _ = run.validator.validate()
         pixels = torch.stack([image for row in images for image in row]).clamp(-1, 1)
         truth = {"aesthetics": toy_world.aesthetics(pixels), "layout": toy_world.layout(pixels, texts).all(1).float()}
         for name, values in truth.items():
@@ -244,18 +244,18 @@ def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.C
 
 def test_a_held_out_metric_is_that_of_evaluate(tmp_path: Path) -> None:
     run = built(tmp_path / "run", **GRIDS, validation_metrics="pickscore")
-    run.encode_prompts()
-    images, _ = run.validate()
+    batches.encode_prompts(run)
+    images, _ = run.validator.validate()
     scorer = load_metric("pickscore", toy_files(), run.model.tokenize, "cpu", torch.float32)
-    texts = run.validation_prompts()
+    texts = run.validator.prompts
     pixels = torch.stack([row[0] for row in images]).clamp(-1, 1)
     truth = scorer.score_pixels(pixels, torch.tensor(0), scorer.encode(texts))
-    assert run.measured(images)["pickscore"] == pytest.approx(truth.tolist(), rel=1e-6)
+    assert run.validator.measured(images)["pickscore"] == pytest.approx(truth.tolist(), rel=1e-6)
 
 
 def test_nothing_is_loaded_for_validation_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, whole = [], metrics.make_metric
-    monkeypatch.setattr(loop, "make_metric", lambda name, *rest: made.append(name) or whole(name, *rest))
+    monkeypatch.setattr(validation, "make_metric", lambda name, *rest: made.append(name) or whole(name, *rest))
     (tmp_path / "mine.txt").write_text("a prompt of another world\na red cube\n")
     run_toy(tmp_path / "run", **GRIDS, prompts=tmp_path / "mine.txt", max_train_steps=1)
     assert set(made) == {"looks"}
@@ -289,19 +289,20 @@ def test_garish_pictures_raise_the_alarm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Against the pictures at step 0, also after a resume: on the terminal, in the log, report and card."""
-    whole, seen = loop.Run.validate, []
+    whole, show, seen = validation.Validator.validate, validation.Validator.show, []
 
-    def garish(run: loop.Run) -> Any:
-        images, score = whole(run)
-        seen.append(run.state.iteration)
-        return [[(2 if run.state.iteration >= 2 else 0.5) * image for image in row] for row in images], score
+    def garish(validator: validation.Validator) -> Any:
+        images, score = whole(validator)
+        late = seen[-1] in ("step-2", "step-3", "step-4")
+        return [[(2 if late else 0.5) * image for image in row] for row in images], score
 
-    monkeypatch.setattr(loop.Run, "validate", garish)
+    monkeypatch.setattr(validation.Validator, "show", lambda self, name: seen.append(name) or show(self, name))
+    monkeypatch.setattr(validation.Validator, "validate", garish)
     settings = {**GRIDS, "resolution": 16, "validation_steps": 1, "checkpointing_steps": 1, "num_validation_images": 2}
     run_toy(tmp_path / "run", **settings, max_train_steps=1)
     assert "hacking" not in capsys.readouterr().out
     run_toy(tmp_path / "run", **settings, resume_from_checkpoint="latest")
-    assert seen == [0, 1, 2, 3, 4]
+    assert seen == ["before", "step-1", "step-2", "step-3", "step-4"]
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [bool(r["hacking"]) for r in records] == [False, True, True, True]
     told = [text for text in records[1]["warnings"] if "sign of reward hacking" in text]
@@ -314,7 +315,7 @@ def test_garish_pictures_raise_the_alarm(
 
 def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
-    monkeypatch.setattr(loop, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
+    monkeypatch.setattr(outputs, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
     run_toy(tmp_path / "run", validation_steps=2, **{**GRIDS, "checkpointing_steps": 4})
     assert written == [2, 4]
 
@@ -325,7 +326,7 @@ def test_a_report_that_fails_stops_nothing(
     def fails(run_dir: Path) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(loop, "write_report", fails)
+    monkeypatch.setattr(outputs, "write_report", fails)
     out = run_toy(tmp_path / "run", max_train_steps=1, num_validation_images=1)
     assert (out / LORA).is_file() and (out / "README.md").is_file() and not (out / "report.html").exists()
     assert f"no report.html (KeyError: 'odd'); python -m spo_fast.report {out}" in capsys.readouterr().out
@@ -540,8 +541,8 @@ def test_sixteen_bit_compute(tmp_path: Path, precision: str) -> None:
 
 def one_gradient(run: loop.Run, slots: list[slice]) -> list[list[torch.Tensor]]:
     """Gradients of the masters after each of these parts of the first iteration's experience, added up."""
-    run.encode_prompts()
-    batch = run.rollout_batch(run.sampler.batch(0).indices, 0)
+    batches.encode_prompts(run)
+    batch = batches.rollout_batch(run, run.prompt_order.batch(0).indices, 0)
     e = run.objective.collect(run.policy, run.table, run.scorer, run.model.decode, batch, run.cfg.sample, 8)
     randomise_lora(run)
     e = run.objective.prepare(run.policy, run.table, e, run.cfg.sample, None)
@@ -595,7 +596,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 
 def test_reference_switches_the_adapter_off_and_on_again(tmp_path: Path) -> None:
     run = built(tmp_path / "run")
-    run.encode_prompts()
+    batches.encode_prompts(run)
     cond = run.model.cond(run.prompts[:2])
     x = torch.randn(2, *run.model.latent_shape, generator=torch.Generator().manual_seed(0))
 
@@ -642,6 +643,6 @@ def test_full_finetune(tmp_path: Path) -> None:
 
 def test_iteration_uses_every_pair_once(tmp_path: Path) -> None:
     run = built(tmp_path / "run", train_batch_size=3)
-    run.encode_prompts()
+    batches.encode_prompts(run)
     record = run.iterate(0, Timer())
     assert (record["pairs"], run.state.pairs, run.state.optimizer_steps) == (PAIRS, PAIRS, round(PAIRS / 3))

@@ -13,6 +13,7 @@ from spo_fast.method import skipped_segments
 from spo_fast.method.rollout import branching_rollout, segments
 from spo_fast.method.skipped_segments import NEAR_ZERO, REOPEN, TRUST, closed
 from spo_fast.scorers.spm import ClipScorer
+from spo_fast.training import batches
 
 CFG = SampleConfig(num_steps=8, branch_start=2, num_candidates=2, num_inner_steps=1, branch_window="auto")
 
@@ -81,7 +82,7 @@ def test_children_judged_as_they_are_cost_the_network_nothing(tmp_path):
 
 def trainer_batch(run, left_out):
     with torch.no_grad():
-        return dataclasses.replace(run.rollout_batch([0, 1], 0), closed=left_out)
+        return dataclasses.replace(batches.rollout_batch(run, [0, 1], 0), closed=left_out)
 
 
 def test_a_run_leaves_out_what_never_counts_and_resumes_alike(tmp_path, monkeypatch):

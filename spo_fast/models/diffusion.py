@@ -13,7 +13,7 @@ from torch import Tensor
 from spo_fast.config.sections import ModelConfig
 from spo_fast.data.files import read_json
 from spo_fast.method.experience import Cond
-from spo_fast.method.schedule import StepTable, ddim_scheduler, schedule_notes, table_of
+from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.files import layout, load, sources
 from spo_fast.models.files.lora import written_settings
 from spo_fast.models.policy import Policy
@@ -135,6 +135,10 @@ class DiffusionModel:
     def table(self, num_steps: int, eta: float) -> StepTable:
         """DDIM steps of the model's own noise schedule, on the device."""
         return table_of(self._ddim, num_steps, eta).to(self.device)
+
+    def full_table(self) -> StepTable:
+        """All timesteps, noisiest first, on the device: for what is noised to any of them."""
+        return full_table(self.alphas_cumprod, self.prediction_type).to(self.device)
 
     # ------------------------------------------------------------------------------------------------ export
 

@@ -111,10 +111,8 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
             run.scorer = evaluate.TrueScorer(random_seed=seed)
         meter, curve = Meter(run.policy.unet), []
         wait = [] if tuning else [share * BUDGET for share in MARKS]
-        iterate = run.iterate
 
-        def until_spent(iteration: int, timer: Any) -> dict[str, Any] | None:
-            record = iterate(iteration, timer)
+        def until_spent(iteration: int) -> None:
             if meter.spent >= BUDGET:
                 run.total = iteration + 1
             elif wait and meter.spent >= wait[0]:
@@ -122,18 +120,10 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
                 meter.on = False
                 curve.append({"spent": meter.spent, **scores_of(run, toy_world.TEST, MARK_PICTURES)})
                 meter.on = True
-            return record
 
-        accuracy = run.held_out_accuracy
-
-        def uncounted() -> float | None:  # looking at held-out pairs is no training
-            meter.on = False
-            found = accuracy()
-            meter.on = True
-            return found
-
-        run.iterate = until_spent  # type: ignore[method-assign]
-        run.held_out_accuracy = uncounted  # type: ignore[method-assign]
+        if run.pairs is not None:
+            run.pairs.valid_rows = run.pairs.valid_rows[:0]  # looking at held-out pairs is no training
+        run.after_iteration = until_spent
         started, started_wall = time.process_time(), time.monotonic()
         run.train()
         cpu_s, wall_s = time.process_time() - started, time.monotonic() - started_wall

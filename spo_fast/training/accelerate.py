@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spo_fast.config.training import Config
-from spo_fast.models.compile import compile_network
-from spo_fast.models.graphs import Capture, Graphs
+from spo_fast.models.accelerate import pick_attention
+from spo_fast.models.attention import KERNELS
+from spo_fast.models.compile import compile_network, keep_cache_in
+from spo_fast.models.device import Choice
+from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.fuse import fuse
+from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.scorers.clip import Layer
 from spo_fast.training.plan.fit_memory import rows_of_a_step
 
 
-def compile_networks(policy: Policy, vae: Any, scorer: Any, cfg: Config, backend: Any = "inductor") -> None:
-    """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes."""
+def make_policy(model: DiffusionModel, cfg: Config, processes: int) -> tuple[Policy, list[Choice]]:
+    """The model's UNet as cfg has it trained, stored and computed, and the attention kernel that was picked."""
+    if cfg.optim.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    policy = Policy(model.unet, cfg.adapter, cfg.run.seed)
+    if cfg.adapter.full_finetune and processes > 1:
+        policy.shard()
+    if cfg.engine.base_weights != "full":
+        policy.quantise(cfg.engine.base_weights)
+    if not cfg.engine.fuse:
+        return policy, []
+    policy.fuse(recompute=cfg.engine.memory == "balanced")
+    fuse(model.vae)
+    rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
+    tokens = model.tokenizers[0].model_max_length
+    choice = pick_attention(policy.unet, cfg.engine, rows, model.latent_shape, tokens)
+    policy.attend_with(KERNELS[choice.value])
+    return policy, [choice]
+
+
+def capture_for(cfg: Config, device: torch.device) -> Capture | None:
+    """Of CUDA graphs, where there are some and cfg wants them."""
+    return CudaCapture(device) if device.type == "cuda" and cfg.engine.cuda_graphs else None
+
+
+def compile_networks(
+    policy: Policy, vae: Any, scorer: Any, cfg: Config, backend: Any = "inductor", cache: Path | None = None
+) -> None:
+    """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes. cache: keep it here."""
+    if cache is not None:
+        keep_cache_in(cache)
     sample, how = cfg.sample, str(cfg.engine.compile)
     most = (sample.rows_per_forward or rows_of_a_step(cfg)) // (2 if sample.guidance_scale > 1 else 1)
     rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]

@@ -1,21 +1,34 @@
-"""Whether reference and policy agree where they must, and how far a quantised base is from the whole one."""
+"""Whether what must agree does: policy and reference at the start, a rounded base and the whole one, the processes; and
+what is known of numbers that are not finite."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from spo_fast.config.errors import RunError
 from spo_fast.config.training import SampleConfig
+from spo_fast.data.files import write_atomically
 from spo_fast.method.experience import Experience, Prediction
 from spo_fast.method.objectives import frozen_predictions, log_ratios
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.policy import Policy
 from spo_fast.ops.guidance import guided
+from spo_fast.training.outputs import report
+
+if TYPE_CHECKING:
+    from spo_fast.training.setup import Parts
+
+# ------------------------------------------------------------------------------------------------ at the start
 
 
 @torch.no_grad()
@@ -69,3 +82,78 @@ def base_text(how: str, errors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
     ]
     found = "means by timestep of the first states" if lines else "not measured, the first iteration kept nothing"
     return "\n".join([f"{how} base (inexact) against the full one, {found}" + ":" * bool(lines), *lines])
+
+
+def measure_base(run: Parts, iteration: int, experience: Experience) -> dict[str, float]:
+    """In the first iteration: what a rounded base changes, printed; the means of it to log. The full base is let go."""
+    found: dict[str, float] = {}
+    if iteration == 0 and run.policy.keeps_full_base and run.group.main:
+        sample, most = run.cfg.sample, run.cfg.optim.states_at_once
+        errors = base_errors(run.policy, run.table, experience, sample, run.objective, most)
+        print(base_text(run.cfg.engine.base_weights, errors))
+        found = {name: float(values.mean()) for name, (_, values) in errors.items()}
+    run.policy.forget_full_base()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ later
+
+
+def check_agreement(run: Parts) -> None:
+    """Raises RunError if the processes' weights have come apart: a faulty device, or unequal libraries."""
+    if run.group.size > 1:
+        parts = run.policy.shards is not None
+        weights = run.policy.network().values() if parts else run.learner.parameters
+        sums = torch.stack([p.detach().double().sum() for p in weights])
+        if any(not torch.equal(*pair) for pair in itertools.pairwise(run.group.gather(sums[None]))):
+            raise RunError(
+                f"the processes' weights differ after iteration {run.state.iteration}: a device or its libraries "
+                "compute something else. --resume_from_checkpoint latest goes on from before it."
+            )
+
+
+def raise_if_nonfinite(run: Parts, pairs: int) -> None:
+    """Raises RunError, its diagnosis written, once too many optimizer steps in a row were dropped, or all of the run.
+
+    pairs: the last iteration's.
+    """
+    unfit, most = run.state.nonfinite_in_a_row, run.cfg.optim.max_nonfinite_steps
+    # in fp16 the first steps overflow while a scale is looked for
+    looking = run.learner.scaler.is_enabled()
+    never = run.done and not (run.state.optimizer_steps or looking)
+    if unfit < most and not (never and unfit > 0):
+        return
+    what = "optimizer steps" if pairs else "iterations' scores"
+    if not run.group.main:
+        raise RunError(f"{what} were not finite; process 0 says more.")
+    report(run)
+    raise RunError(
+        f"{unfit} {what} in a row were not finite; see {write_nonfinite(run)}. "
+        "Go on from the last checkpoint (--resume_from_checkpoint latest) with a lower --learning_rate, or start "
+        "anew with --mixed_precision bf16 or no."
+    )
+
+
+def write_nonfinite(run: Parts) -> Path:
+    """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
+    from safetensors.torch import save_file
+
+    weights = run.policy.network()
+    found: dict[str, Any] = {"state": dataclasses.asdict(run.state), "gradients": run.learner.broken}
+    found["weights"] = [name for name, value in weights.items() if not value.isfinite().all()]
+    if run.learner.scaler.is_enabled():
+        found["loss_scale"] = run.learner.scaler.get_scale()
+    tensors: dict[str, Tensor] = {}
+    if (last := run.learner.last) is not None:
+        e = last.experience
+        tensors |= {"x_t": e.states.x_t, "x_prev": e.x_prev, "loss": last.loss}
+        for whose, m in (("policy", last.m), ("reference", e.frozen)):
+            if m is not None:
+                tensors |= {f"{whose}_{k}": v for k, v in m._asdict().items() if v is not None}
+        found["timesteps"] = run.table.timesteps[e.states.rows].tolist()
+    found["finite_share"] = {name: float(value.isfinite().float().mean()) for name, value in tensors.items()}
+    path = run.run_dir / "nonfinite.json"
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(whole, path.with_suffix(".safetensors"))
+    return path

@@ -71,6 +71,10 @@ class Learner:
         """Those of `total` terms of all processes."""
         return list(slots(total, self.cfg.optim, state.slots, self.group.size))
 
+    def slot_terms(self, total: int, state: TrainState) -> list[slice]:
+        """The terms of each of them."""
+        return [slot.terms for slot in self.slots(total, state)]
+
     def own(self, total: int, state: TrainState) -> Iterator[tuple[Slot, slice]]:
         """Each slot, and which of this process's terms are in it."""
         start = 0

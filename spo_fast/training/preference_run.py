@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.preference import PreferenceConfig, RewardOptimConfig
-from spo_fast.data import files as data_files
 from spo_fast.data.files import shown, weight_files
 from spo_fast.data.pair_stream import PairBatch, PairStream
 from spo_fast.data.weights import check_finite, read_tensors
@@ -123,7 +122,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             raise ValueError("preference models train on one process. Start train_spm without torchrun.")
         self.cfg = cfg = cfg.with_fields(mixed_precision=cfg.model.precision_on(self.device.type))
         assert cfg.pairs.pairs is not None
-        self.lock = data_files.lock(self.run_dir)
+        self.lock()
 
         column = cfg.pairs.caption_column
         self.split = SplitPairs(cfg.pairs, self.run_dir, cfg.run.seed, self.resume is not None, column)

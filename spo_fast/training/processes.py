@@ -89,6 +89,10 @@ class Group:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host)
         return bool(found)
 
+    def total(self, count: int) -> int:
+        """The sum over all processes."""
+        return sum(int(n) for n in self.gather(torch.tensor([count])))
+
     def told(self, value: Any) -> Any:
         """Process 0's value."""
         if self.size == 1:

@@ -17,6 +17,13 @@ def gaps(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B) scores of J comparis
     return {"score_gap": gap.mean(), "third_threshold": torch.quantile((gap / 2).tanh().float(), 2 / 3)}
 
 
+def of_scores(scores: Tensor, num_candidates: int, prompts: int) -> dict[str, Tensor]:
+    """Mean, deviation and gaps of everybody's scores; nothing of labelled pairs, which have none."""
+    if not len(scores):
+        return {}
+    return {"score_mean": scores.mean(), "score_std": scores.std(), **gaps(scores.view(-1, num_candidates, prompts))}
+
+
 class Saturation:
     """A decoder that remembers how colourful its images were: mean over pixels of max - min of R, G, B in [0, 1]."""
 

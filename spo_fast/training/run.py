@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -47,8 +47,25 @@ class TrainingRun(Generic[C]):
         """As a checkpoint keeps them; prompt_cache names what the prompts' embeddings come from."""
         return {**self.cfg.flat(), "prompt_cache": self.model.prompt_cache.fingerprint}
 
-    def start(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
-        """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none."""
+    def lock(self) -> None:
+        """The run directory is this run's from now on."""
+        self._lock = files.lock(self.run_dir) if self.group.main else None
+
+    @property
+    def done(self) -> bool:
+        return self.state.iteration >= self.total
+
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many iterations, and at the end, happens now."""
+        return self.state.iteration % every == 0 or self.done
+
+    def start(
+        self, watch: Callable[[Mapping[str, Any]], list[str]] = lambda record: []
+    ) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none.
+
+        watch: a record of the log -> the new warnings that it gives rise to.
+        """
         notes: list[str] = []
         if self.resume is not None:
             main = self.group.main
@@ -58,7 +75,7 @@ class TrainingRun(Generic[C]):
             return contextlib.nullcontext()
         if self.resume is not None:
             notes.append(f"resumed from {self.resume} at iteration {self.state.iteration}")
-            if self.state.iteration >= self.total:
+            if self.done:
                 more = "--max_train_steps or --num_train_epochs raise that"
                 notes.append(f"nothing is left to train: the run is {self.total} iterations ({more})")
         else:
@@ -66,11 +83,11 @@ class TrainingRun(Generic[C]):
                 notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
             files.set_aside(self.run_dir / "metrics.jsonl")
         print("".join(note + "\n" for note in notes), end="")
-        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=self.watch)
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=watch)
         if self.resume is not None:
             log.truncate_after(self.state.iteration - 1)
             for record in read_metrics(log.path):  # so that it warns as if the run had never stopped
-                self.watch(record)
+                watch(record)
         files.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
         return log
 
@@ -98,7 +115,3 @@ class TrainingRun(Generic[C]):
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         """Other software's files that go into each checkpoint."""
-
-    def watch(self, record: Mapping[str, Any]) -> list[str]:
-        """The new warnings that a record of the log gives rise to."""
-        return []

@@ -1,15 +1,98 @@
-"""Checks that a run's parts fit together."""
+"""A run's parts, built from a Config in the order in which what may be wrong is told earliest."""
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 from spo_fast.config.training import Config
-from spo_fast.method.experience import judges
+from spo_fast.data.prompt_order import training_prompts
+from spo_fast.evaluation.pages.model_card import claim_repository
+from spo_fast.evaluation.required_files import resolve, run_paths
+from spo_fast.method.objectives import make_objective
+from spo_fast.models.device import found_device
+from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.training import accelerate
+from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by
+from spo_fast.training.learner import Learner
+from spo_fast.training.pair_batches import PairReader
+from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.run import TrainingRun
+from spo_fast.training.scorer import make_scorer
+from spo_fast.training.validation import Validator
 
 
-def check_fit(objective: Any, scorer: Any, cfg: Config) -> None:
-    """Raises ValueError for a method with a scorer that it cannot use."""
-    if objective.judges not in (None, judges(scorer)):
-        method, names = cfg.objective.method, " ".join(cfg.scorer.scorer)
-        raise ValueError(f"--method {method} needs a scorer of noisy latents, and {names} is none. Use --scorer lrm.")
+class Parts(TrainingRun[Config]):
+    """What a run of preference optimisation is made of."""
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        check_processes(cfg, self.group.size)
+        self.prompts, self.prompt_order = training_prompts(cfg, self.group.size)
+        shown = validation_prompts(cfg, self.prompts)
+        metrics, wanted = held_out_metrics(cfg, shown), wanted_by(cfg, self.prompts)
+        resolved = resolve(cfg.model, run_paths(cfg))
+        self.lock()
+        self.found = found_device(self.device)
+        if self.found.memory_bytes is not None:
+            print("predicting what fits into memory ...", flush=True)
+        cfg, self.choices = choose(cfg, self.found, resolved)
+        self.cfg = cfg
+        # before anything is loaded: nobody should learn after ten hours that nobody was logged in
+        self.repository = (
+            claim_repository(cfg.run.hub_model_id or self.run_dir.resolve().name)
+            if cfg.run.push_to_hub and self.group.main
+            else None
+        )
+        prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
+        self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
+        self.policy, picked = accelerate.make_policy(self.model, cfg, self.group.size)
+        self.choices += picked
+        self.objective, self.pairs = make_objective(cfg.objective), None
+        if self.objective.sampler == "data":
+            if self.group.size > 1:
+                raise ValueError(f"--method {cfg.objective.method} trains on one process. Start it without torchrun.")
+            self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
+        self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
+        if self.pairs is not None:  # noised to any timestep
+            self.table = self.model.full_table()
+        self.scorer = make_scorer(cfg, self.model, self.objective, wanted)
+        if cfg.engine.compile != "off":
+            self.compile()
+        self.record_graphs(accelerate.capture_for(cfg, self.device))
+        self.total = cfg.run.iterations((self.pairs or self.prompt_order).iterations_per_epoch)
+        self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total, self.group)
+        accuracy = functools.partial(held_out_accuracy, self.pairs, self.objective, self.policy, self.table, cfg)
+        self.validator = Validator(
+            *(cfg, self.run_dir, self.model, self.policy, self.scorer),
+            *(shown, metrics, wanted, accuracy),
+        )
+
+    def compile(self, backend: Any = "inductor") -> None:
+        """torch.compile of all networks, its cache in the run's directory."""
+        accelerate.compile_networks(self.policy, self.model.vae, self.scorer, self.cfg, backend, self.run_dir)
+
+    def record_graphs(self, capture: accelerate.Capture | None) -> None:
+        """From now on calls of a rollout whose shapes came before are replayed."""
+        self.decode = accelerate.replayed(self.policy, self.model.decode, self.scorer, capture)
+
+    def settings(self) -> dict[str, Any]:
+        size = self.group.size
+        return {**super().settings(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
+
+    def export(self, directory: Path) -> list[Path]:
+        """The trained weights as other software loads them."""
+        return self.model.save(self.policy, directory)
+
+    def export_beside(self, checkpoint_dir: Path) -> None:
+        self.export(checkpoint_dir)
+
+
+def check_processes(cfg: Config, count: int) -> None:
+    """Raises ValueError for an optimizer whose state cannot be sharded over so many processes."""
+    if cfg.adapter.full_finetune and count > 1 and cfg.optim.optimizer != "adamw":
+        raise ValueError(
+            f"--full_finetune on several processes keeps a part of the optimizer's state on each, which "
+            f"--optimizer {cfg.optim.optimizer} cannot be cut into. Use --optimizer adamw."
+        )

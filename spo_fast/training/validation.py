@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from spo_fast.config.fields import parted
-from spo_fast.config.scorers import TRUE_SCORES, scorer_specs
 from spo_fast.config.training import Config
-from spo_fast.data.files import read_json
-from spo_fast.data.prompt_sets import geneval_records
+from spo_fast.data.files import read_json, set_aside, without_nan, write_atomically
 from spo_fast.evaluation.looks import LOOKS, hacking_signs
-from spo_fast.scorers.geneval import check_wanted
+from spo_fast.evaluation.metrics import make_metric
+from spo_fast.evaluation.pictures import write_grid
+from spo_fast.method.experience import Candidates
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.rollout import sample_latents
+from spo_fast.method.schedule import StepTable
+from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.policy import Policy
+from spo_fast.scorers.base import Scorer
+from spo_fast.training.monitor.log import MetricsLog
+from spo_fast.training.monitor.timer import Timer
+from spo_fast.training.pair_batches import EVALUATION
 
 
 class Validation(NamedTuple):
@@ -61,20 +75,145 @@ class Validation(NamedTuple):
         return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in LOOKS}
 
 
-def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
-    if cfg.run.validation_metrics or cfg.model.model != "toy":
-        return parted(cfg.run.validation_metrics)
-    from spo_fast.data import toy_world
+@dataclass
+class Validator:
+    """Draws, judges and measures what the policy makes of the validation prompts, and looks at held-out pairs."""
 
-    whole = all(side in (None, toy_world.SIZE) for side in (cfg.model.height, cfg.model.width))
-    return list(TRUE_SCORES) if whole and set(prompts) <= set(toy_world.CAPTIONS) else []
+    cfg: Config
+    run_dir: Path
+    model: DiffusionModel
+    policy: Policy
+    scorer: Scorer
+    prompts: list[str]
+    metrics: list[str]
+    wanted: dict[str, dict[str, Any]] | None  # by geneval
+    held_out_accuracy: Callable[[], float | None]
+    before: Validation | None = None
+    last: tuple[int, Validation] | None = None  # of this process: iterations done, and what it found
 
+    @property
+    def samples(self) -> Path:
+        return self.run_dir / "samples"
 
-def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | None:
-    """What GenEval looks for, if it judges. Raises ValueError for a prompt of which that is not known."""
-    in_training = "geneval" in dict(scorer_specs(cfg.scorer.scorer))
-    if not in_training and "geneval" not in parted(cfg.run.validation_metrics):
+    @torch.no_grad()
+    def validate(self) -> tuple[list[list[Tensor]], float] | None:
+        """Images of the validation prompts from fixed noise, and the scorer's mean opinion of them; None if turned off.
+
+        Plain DDIM (eta = 0) with the training's steps and guidance. The noise depends on the seed only, so values
+        before and after training are of the same noise.
+        """
+        cfg, count = self.cfg, self.cfg.run.num_validation_images
+        if count == 0:
+            return None
+        table = self.model.table(cfg.sample.num_steps, 0.0)
+        images, scores = [], []
+        for p, prompt in enumerate(self.prompts):
+            row: list[Tensor] = []
+            for start in range(0, count, cfg.model.images_per_decode):
+                size = min(cfg.model.images_per_decode, count - start)
+                pixels, score = self._draw(table, [prompt] * size, p * count + start)
+                row += list(pixels.float().cpu())
+                scores.append(score)
+            images.append(row)
+        return images, float(torch.cat(scores).mean())
+
+    def _draw(self, table: StepTable, prompts: list[str], first: int) -> tuple[Tensor, Tensor]:
+        """Images of the prompts from the noise of validation image `first` on, and their scores at timestep 0."""
+        model, sample, count = self.model, self.cfg.sample, len(prompts)
+        draws = KeyedDraws(self.cfg.run.seed, EVALUATION, torch.arange(first, first + count, device=model.device))
+        x = draws.latents(model.latent_shape, model.latent_dtype)
+        cond = model.cond(prompts)
+        latents = sample_latents(self.policy, table, cond, sample.guidance_scale, x, sample.rows_per_forward)
+        pixels = model.decode(latents)
+        now = torch.zeros((), dtype=torch.int64, device=model.device)
+        text = self.scorer.encode(prompts)
+        # already decoded: the scorer gets the same pixels, whatever it asks for
+        return pixels, self.scorer(Candidates(None, latents, now, text, 1, lambda _: pixels, count))
+
+    def show(self, name: str) -> Validation | None:
+        """Validate and write samples/<name>.png, a row a prompt."""
+        result = self.validate()
+        if result is None:
+            return None
+        images, score = result
+        write_grid(self.samples / f"{name}.png", images, self.prompts)
+        return Validation(score, self.measured(images), self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What validation pictures and their score depend on beside the weights, as JSON gives it back."""
+        flat = self.cfg.flat()
+        found = {
+            "prompts": self.prompts,
+            **{name: flat[name] for name in ("num_validation_images", "seed", "num_steps", "guidance_scale")},
+            **{"latents": list(self.model.latent_shape), "scorer": list(flat["scorer"])},
+        }
+        return json.loads(json.dumps(found))
+
+    @torch.no_grad()
+    def measured(self, images: list[list[Tensor]]) -> dict[str, list[float]]:
+        """Held-out metrics and looks of the pictures, prompt after prompt. A metric's weights are loaded for it and
+        dropped again: training has the memory."""
+        found: dict[str, list[float]] = {}
+        pictures = torch.stack([image for row in images for image in row]).clamp(-1, 1)
+        texts = [prompt for prompt, row in zip(self.prompts, images, strict=True) for _ in row]
+        model, cfg = self.model, self.cfg
+        paths, dtype, most = model.resolved.scorer_paths, DTYPES[cfg.scorer.scorer_dtype], cfg.model.images_per_decode
+        for name in ("looks", *self.metrics):
+            metric = make_metric(name, paths, model.tokenize, model.device, dtype, self.wanted)
+            for start in range(0, len(texts), most):
+                part = slice(start, start + most)
+                for what, values in metric(pictures[part].to(model.device), texts[part]).items():
+                    found.setdefault(what, []).extend(values.double().tolist())
+        return found
+
+    def before_training(self, log: MetricsLog, resumed: bool, done: int) -> None:
+        """Validate, and keep it in the run directory so that a resumed run, of `done` iterations, still has it."""
+        path = self.samples / "before.json"
+        # like the log's records: what this run is about to repeat, and the end that is none any more
+        steps = [p for p in self.samples.glob("step-*.png") if p.stem[5:].isdigit()]
+        later = [p for p in steps if int(p.stem[5:]) > done]
+        for grid in (*later, self.samples / "after.png"):
+            grid.unlink(missing_ok=True)
+        if resumed:
+            self.before = self._read_before(path)
+            return
+        self.before = self.show("before")
+        if (accuracy := self.held_out_accuracy()) is not None:
+            print(f"held-out preference accuracy before training: {accuracy:.3f}")
+        if self.before is not None:
+            write_atomically(path, json.dumps(without_nan(self.before._asdict())) + "\n")
+            log.reporter.images(0, "samples_before", self.samples / "before.png")
+
+    def _read_before(self, path: Path) -> Validation | None:
+        """That of the run that goes on, unless it was of other settings."""
+        kept = Validation.read(path) if path.is_file() else None
+        if kept is None or not self.cfg.run.num_validation_images or kept.of == self.settings():
+            return kept
+        print("the pictures before training were of other validation settings: nothing is compared with them")
+        for old in (path, path.with_suffix(".png")):
+            set_aside(old)
         return None
-    wanted = geneval_records(cfg.data.prompts)
-    check_wanted([*(prompts if in_training else ()), *cfg.run.validation_prompt], wanted)
-    return wanted
+
+    def look(self, log: MetricsLog, timer: Timer, done: int) -> dict[str, Any]:
+        """The grid and scores of the weights after so many iterations: what to log."""
+        with timer("validate"):
+            shown, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
+        found: dict[str, Any] = {} if accuracy is None else {"validation_accuracy": accuracy}
+        if shown is None:
+            return found
+        self.last = done, shown
+        log.reporter.images(done - 1, "samples", self.samples / f"step-{done}.png")
+        print(f"validation after {done} iterations: {shown.words(self.metrics, self.before)}")
+        return {**found, **shown.record(self.metrics, self.before, self.cfg.run.seed)}
+
+    def after_training(self, done: int) -> None:
+        """samples/after.png, and what training did to images from the same noise."""
+        if self.last is None or self.last[0] != done:  # a finished run, resumed
+            after = self.show("after")
+        else:
+            after = self.last[1]
+            shutil.copyfile(self.samples / f"step-{done}.png", self.samples / "after.png")
+        if self.before is not None and after is not None:
+            count = len(self.prompts) * self.cfg.run.num_validation_images
+            print(f"{count} images from the same noise, before and after: {after.words(self.metrics, self.before)}")
+            print(f"sample grids: {self.samples / 'before.png'}, {self.samples / 'after.png'}")

@@ -1,0 +1,63 @@
+"""What validation shows, and what it measures beside the scorer that is trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spo_fast.config.fields import parted
+from spo_fast.config.scorers import TRUE_SCORES, scorer_specs
+from spo_fast.config.training import Config
+from spo_fast.data.prompt_sets import geneval_records
+from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
+from spo_fast.method.schedule import StepTable
+from spo_fast.models.policy import Policy
+from spo_fast.scorers.geneval import check_wanted
+from spo_fast.training.pair_batches import PairReader
+
+
+def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
+    """Those given, or the first of the training's."""
+    return list(cfg.run.validation_prompt) or prompts[:4]
+
+
+def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
+    if cfg.run.validation_metrics or cfg.model.model != "toy":
+        return parted(cfg.run.validation_metrics)
+    from spo_fast.data import toy_world
+
+    whole = all(side in (None, toy_world.SIZE) for side in (cfg.model.height, cfg.model.width))
+    return list(TRUE_SCORES) if whole and set(prompts) <= set(toy_world.CAPTIONS) else []
+
+
+def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | None:
+    """What GenEval looks for, if it judges. Raises ValueError for a prompt of which that is not known."""
+    in_training = "geneval" in dict(scorer_specs(cfg.scorer.scorer))
+    if not in_training and "geneval" not in parted(cfg.run.validation_metrics):
+        return None
+    wanted = geneval_records(cfg.data.prompts)
+    check_wanted([*(prompts if in_training else ()), *cfg.run.validation_prompt], wanted)
+    return wanted
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    pairs: PairReader | None, objective: Objective, policy: Policy, table: StepTable, cfg: Config
+) -> float | None:
+    """Share of the held-out pairs whose preferred image is ahead in what the loss compares; level ones count half.
+
+    None without held-out pairs. Always of the same noise. Before training Diffusion-DPO's is 1/2.
+    """
+    held_out = None if pairs is None else pairs.held_out()
+    if held_out is None:
+        return None
+    assert isinstance(objective, DiffusionDPO)
+    sample, most = cfg.sample, cfg.optim.states_at_once
+    whole = objective.collect(policy, table, None, None, held_out, sample, 1)
+    ahead = []
+    for part in whole.micro_batches(most):
+        e = objective.prepare(policy, table, part, sample, None)
+        sides = objective.sides(predict_states(policy, table, e, e.states, False), e)
+        ahead.append(sides[:, 0] - sides[:, 1])
+    return float((torch.cat(ahead).sign() + 1).mean() / 2)

@@ -1,0 +1,108 @@
+"""What a run tells and leaves: the words at its start, an iteration's record, and what it has made at its end."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from spo_fast.data.prompts import count_repeats
+from spo_fast.evaluation.pages.model_card import upload, write_card
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.evaluation.pages.run_report import write_report
+from spo_fast.models.device import listed
+from spo_fast.models.prompt_cache import count_truncated
+from spo_fast.training.monitor.gpu import gpu_stats
+from spo_fast.training.monitor.log import MetricsLog
+from spo_fast.training.monitor.progress import ProgressLine
+from spo_fast.training.monitor.throughput import Telemetry
+from spo_fast.training.monitor.timer import Timer
+from spo_fast.training.pair_batches import repeated
+from spo_fast.training.plan.fake_run import predict
+
+if TYPE_CHECKING:
+    from spo_fast.training.setup import Parts
+
+
+def announce(run: Parts) -> None:
+    """What the run is about to do, in a few lines."""
+    cfg, model, pairs = run.cfg, run.model, run.pairs
+    trained = sum(p.numel() for p in run.policy.network().values())
+    if run.choices:
+        print(f"chosen for this device ({run.found.name}):\n{textwrap.indent(listed(run.choices), '  ')}")
+    what = f"{cfg.objective.method} on {model.resolved.model_path} ({model.height}x{model.width})"
+    print(f"{what}, " + f"{trained:,} trained weights, {run.policy.dtype} on {run.device}".replace("torch.", ""))
+    if pairs is not None:
+        data = f"{len(pairs.train_rows):,} pairs of {cfg.pairs.pairs}, {len(pairs.valid_rows):,} held out"
+    else:
+        data = f"{len(run.prompts)} prompts, {count_repeats(run.prompts)} of them repeats"
+    size, each = run.group.size, cfg.sample.sample_batch_size
+    of = f"{size * each} {'pairs' if pairs else 'prompts'}" + (f" on {size} processes" if size > 1 else "")
+    print(f"{data}; {run.total} iterations of {of}")
+    if pairs is not None:
+        print(repeated(len(pairs.train_rows), each, "an iteration"), end="")
+    elif cut := count_truncated(model.tokenizers[0], run.prompts):
+        limit = model.tokenizers[0].model_max_length
+        print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
+
+
+class Monitor:
+    """Grids, log, warnings and progress of each iteration, by process 0; the others have no log and tell nothing."""
+
+    def __init__(self, run: Parts, log: MetricsLog | None, timer: Timer):
+        self.run, self.log, self.timer = run, log, timer
+        costs = None if run.found.memory_bytes is None else predict(run.cfg, run.model.resolved, run.device.type)
+        records = () if log is None else read_metrics(log.path)
+        self.telemetry = Telemetry(run.device, run.found.name, costs, records, run.group.size)
+        print("".join(f"{note}\n" for note in self.telemetry.notes()), end="")
+        self.progress = ProgressLine(run.total)
+
+    def __enter__(self) -> Monitor:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.__exit__(*error)
+
+    def write(self, iteration: int, record: dict[str, Any]) -> None:
+        run, log = self.run, self.log
+        if log is not None:
+            if run.due(run.cfg.run.validation_steps or run.cfg.run.checkpointing_steps):
+                record |= run.validator.look(log, self.timer, run.state.iteration)
+            record["device"] = run.found.name
+            record |= (times := self.timer.read_ms()) | self.telemetry.read(record, times)
+            record |= gpu_stats(run.device.index or 0) if run.device.type == "cuda" else {}
+            # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
+            record = log.log(iteration, record)
+            for warning in record.get("warnings", ()):
+                print(f"warning: iteration {iteration}: {warning}.")
+            self.progress.update(record)
+            if "validation_score" in record and not run.done:
+                report(run)
+        self.timer.read_ms()
+
+
+def report(run: Parts) -> None:
+    """Write report.html. Training never ends because of it."""
+    try:
+        write_report(run.run_dir)
+    except Exception as error:
+        again = f"python -m spo_fast.report {run.run_dir} makes it later"
+        print(f"no report.html ({type(error).__name__}: {error}); {again}")
+
+
+def finish(run: Parts) -> None:
+    """Export the trained weights, show what training did to images from the same noise, write report and card."""
+    if not run.group.main:
+        if run.policy.shards is not None:
+            run.export(run.run_dir)  # its part of what process 0 writes
+        return
+    files = run.export(run.run_dir)
+    if run.pairs is not None:
+        run.pairs.split.finish()
+    run.validator.after_training(run.state.iteration)
+    report(run)
+    write_card(run.run_dir, run.repository)
+    print(f"what the run did: {run.run_dir / 'report.html'}; model card: {run.run_dir / 'README.md'}")
+    print("trained weights: " + ", ".join(str(f) for f in files))
+    if run.repository is not None:
+        print(f"uploaded to {upload(run.run_dir, run.repository)}")
