@@ -260,12 +260,12 @@ def test_sharded_weights_do_what_whole_ones_do(
             for batch in range(2):
                 net(randn(2, 4, seed=3 * step + batch).to(dtype)).square().sum().backward()
                 if shard and (step, batch) == (1, 0):
-                    weights.hand_in()
+                    weights.reduce_gradients()
             if shard:
-                weights.hand_in()
+                weights.reduce_gradients()
             if step != 2:
                 optimizer.step()
-                weights.publish()
+                weights.copy_to_network()
             optimizer.zero_grad()
         return weights, net, optimizer
 

@@ -262,7 +262,7 @@ def test_text_computed_once_serves_a_rollout(directories):
     with torch.no_grad():
         for name, master in zip(policy.names, policy.masters, strict=True):
             master.mul_(3.0 if "attn2.to_k" in name else 1.0)
-    policy.publish()
+    policy.copy_to_network()
     assert not torch.allclose(outputs(policy.told(cond, guided=True)), outputs(told), atol=1e-3)
     assert torch.equal(outputs(policy.told(cond, guided=True)), outputs(cond))
     assert told.select(torch.tensor([0])).text is None  # of other rows

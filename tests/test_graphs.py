@@ -96,7 +96,7 @@ def test_a_guided_step_draws_afresh_and_sees_new_weights(tmp_path):
         with torch.no_grad():
             for master in run.policy.masters:
                 master.add_(0.01)
-        run.policy.publish()
+        run.policy.copy_to_network()
     assert len(graphs) == 1 and not torch.equal(seen[2], seen[3])
 
 

@@ -103,9 +103,9 @@ def test_a_nan_loss_that_waits_for_its_step_is_in_the_checkpoint(tmp_path):
     learner = built(tmp_path / "run").learner
     for p in learner.parameters:
         p.grad = torch.ones_like(p)
-    learner.poison = 0 * torch.tensor(1.0)
-    learner.hand_in()
+    learner.nonfinite = 0 * torch.tensor(1.0)
+    learner.keep_gradients()
     assert all(p.grad.eq(1).all() for p in learner.parameters)
-    learner.poison = 0 * torch.tensor(float("nan"))
-    learner.hand_in()
+    learner.nonfinite = 0 * torch.tensor(float("nan"))
+    learner.keep_gradients()
     assert learner.parameters[0].grad.isnan().all()

@@ -19,7 +19,7 @@ def policy_of(tmp_path, **settings):
         for name, master in zip(run.policy.names, run.policy.masters, strict=True):
             if "lora_B" in name:
                 master.copy_(0.05 * torch.randn(master.shape, generator=generator))
-    run.policy.publish()
+    run.policy.copy_to_network()
     x = torch.randn(3, *run.model.latent_shape, generator=generator, dtype=run.model.latent_dtype)
     return run, (x, run.table.timesteps[1], run.model.cond(run.prompts[:3]), True)
 

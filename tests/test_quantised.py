@@ -205,7 +205,7 @@ def test_fused_and_checkpointed_networks_agree_with_plain_ones(how, tmp_path):
         with torch.no_grad():
             for master in run.policy.masters:
                 master.copy_(0.1 * torch.randn(master.shape, generator=generator, dtype=torch.float64))
-        run.policy.publish()
+        run.policy.copy_to_network()
         x = torch.randn(2, *run.model.latent_shape, generator=generator, dtype=torch.float64).to(run.model.latent_dtype)
         m = run.policy.predict(x, run.table.timesteps[:2], run.model.cond(run.prompts[:2]), True)
         (m.cond.square().sum() + m.uncond.sum()).backward()

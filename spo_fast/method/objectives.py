@@ -97,6 +97,10 @@ class Objective:
     """What its scorer must judge (experience.judges); None: whatever it does."""
     shape: tuple[int, int] = (2, 1)
     """K sides, S transitions of a term."""
+    ema_decay: float
+    """Of the moving average, if that is the sampler."""
+    clip: float | None = None
+    """Half the width of the ratio's clamp; None: no clamp."""
     num_baselines: ClassVar[int] = 1
     """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and anchor)."""
     rollout: ClassVar[Any] = staticmethod(rollout_segments)
@@ -488,6 +492,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def make_objective(cfg: ObjectiveConfig) -> Any:
+def make_objective(cfg: ObjectiveConfig) -> Objective:
     kind = OBJECTIVES[cfg.method]
     return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]

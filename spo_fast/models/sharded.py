@@ -43,7 +43,7 @@ class Shards:
         for bucket in self.buckets:
             bucket.token = bucket(take)
 
-    def hand_in(self, whole: Callable[[int], Tensor]) -> None:
+    def reduce_gradients(self, whole: Callable[[int], Tensor]) -> None:
         """whole(i): this process's gradient of master i. Its part of all processes' sum is added to own[i].grad."""
         for bucket in self.buckets:
             token = bucket(_ignore) if bucket.token is None else bucket.token

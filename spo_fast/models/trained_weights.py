@@ -15,7 +15,7 @@ from spo_fast.models.sharded import Shards
 class TrainedWeights:
     """The weights of a network that change, with float32 masters where the network computes in 16 bits.
 
-    Optimizers work on `masters`; gradients arrive there by hooks, and `publish` copies the result into the network.
+    Optimizers work on `masters`; gradients arrive there by hooks, and `copy_to_network` takes the result there.
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]]):
@@ -47,7 +47,7 @@ class TrainedWeights:
         self.shards = Shards(self.names, self.masters)
         self.masters = self.shards.own
 
-    def hand_in(self) -> None:
+    def reduce_gradients(self) -> None:
         """Sharded: the gradients of all processes are added up and dealt out to the masters' parts."""
         assert self.shards is not None
 
@@ -55,7 +55,7 @@ class TrainedWeights:
             grad, self._sums[i].grad = self._sums[i].grad, None
             return torch.zeros_like(self._weights[i], dtype=self.masters[i].dtype) if grad is None else grad
 
-        self.shards.hand_in(take)
+        self.shards.reduce_gradients(take)
 
     @torch.no_grad()
     def _each(self, take: Callable[[int, Tensor], None]) -> None:
@@ -71,7 +71,7 @@ class TrainedWeights:
         if self._weights[i] is not master:
             self._weights[i].copy_(master)
 
-    def publish(self) -> None:
+    def copy_to_network(self) -> None:
         """Copy the masters into the network after an optimizer step; their averages, if kept, follow."""
 
         def take(i: int, master: Tensor) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from spo_fast.data.files import read_json, read_tensors, set_aside, versions
 from spo_fast.models import sharded
-from spo_fast.training.optimizer import flatten_optimizer, unflatten_optimizer
+from spo_fast.training.optimizer import WeightUpdates, flatten_optimizer, unflatten_optimizer
+from spo_fast.training.processes import ALONE, Group
 from spo_fast.training.run_directory import MismatchError, checkpoints, number, to_disk, write_sums
 
 
@@ -42,6 +43,13 @@ class TrainState:
     position: int = 0  # rows of preference pairs read so far (methods that train on pairs)
     window: dict[str, list[float]] = field(default_factory=dict)  # method/skipped_segments.py
 
+    def count_step(self, taken: bool) -> None:
+        """An optimizer step, or one that was dropped."""
+        self.optimizer_steps += taken
+        self.skipped_steps += not taken
+        self.nonfinite_in_a_row = 0 if taken else self.nonfinite_in_a_row + 1
+        self.slots = 0
+
 
 SHARDS = "shards"
 
@@ -49,11 +57,11 @@ SHARDS = "shards"
 def save(
     run_dir: Path,
     state: TrainState,
-    learner: Any,
-    export: Any,
+    learner: WeightUpdates,
+    export: Callable[[Path], object],
     settings: dict[str, Any],
     limit: int | None,
-    group: Any = None,  # processes.Group: with sharded masters all its processes call this
+    group: Group = ALONE,  # with sharded masters all its processes call this
 ) -> Path:
     """Write checkpoint-<iteration>; `export(directory)` adds the LoRA files. Keeps the newest `limit`."""
     final, shards = run_dir / f"checkpoint-{state.iteration}", learner.policy.shards
@@ -120,7 +128,9 @@ FIXED = (
 REORDERS = ("seed", "global_batch", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
 
 
-def load(path: Path, learner: Any, settings: dict[str, Any], main: bool = True) -> tuple[TrainState, list[str]]:
+def load(
+    path: Path, learner: WeightUpdates, settings: dict[str, Any], main: bool = True
+) -> tuple[TrainState, list[str]]:
     """Put a checkpoint's weights, optimizer state and gradients into the learner; returns the counters and what to say.
 
     main: process 0, which alone moves files and takes up gradients that wait for more: they are the sum of all's.
@@ -161,7 +171,7 @@ def load(path: Path, learner: Any, settings: dict[str, Any], main: bool = True) 
     return state, notes
 
 
-def _tensors(path: Path, kind: str, learner: Any) -> dict[str, Tensor]:
+def _tensors(path: Path, kind: str, learner: WeightUpdates) -> dict[str, Tensor]:
     """trained, optimizer, gradients or averages, as the learner holds them; no gradients is none."""
     shards = learner.policy.shards
     if (path / SHARDS).is_dir():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from spo_fast.config.training import Config
 from spo_fast.method.experience import Experience, Prediction, batches
-from spo_fast.method.objectives import predict_states
+from spo_fast.method.objectives import Objective, predict_states
 from spo_fast.method.schedule import StepTable
+from spo_fast.models.policy import Policy
 from spo_fast.training.accumulation import Slot, slots
 from spo_fast.training.checkpoint import TrainState
 from spo_fast.training.diagnosis import ratio_deviations
-from spo_fast.training.optimizer import make_optimizer
+from spo_fast.training.optimizer import WeightUpdates
 from spo_fast.training.processes import ALONE, Group
-from spo_fast.training.step_sizes import StepSizes
 
 
 class LastBatch(NamedTuple):
@@ -31,36 +33,37 @@ class LastBatch(NamedTuple):
     loss: Tensor
 
 
-class Learner:
+@dataclass
+class Sums:
+    """What an update adds up for the log."""
+
+    stats: Tensor | None = None  # of the objective, over terms; None before the first
+    loss: Tensor | float = 0.0  # over terms
+    dead_batches: int = 0
+    norms: list[float] = field(default_factory=list)  # of the gradient, a step each
+
+
+class Learner(WeightUpdates):
     """The policy and everything that changes it."""
+
+    policy: Policy
 
     def __init__(
         self,
-        policy: Any,
-        objective: Any,
+        policy: Policy,
+        objective: Objective,
         table: StepTable,
         cfg: Config,
         total_iterations: int,
         group: Group = ALONE,
     ):
-        from diffusers.optimization import get_scheduler
-
-        self.policy, self.objective, self.table, self.cfg, self.group = policy, objective, table, cfg, group
+        self.objective, self.table, self.cfg, self.group = objective, table, cfg, group
         if objective.sampler == "ema":
             policy.keep_averages(objective.ema_decay)
-        # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
-        self.parameters: list[Tensor] = list(policy.masters)
-        self.optimizer = make_optimizer(self.parameters, cfg.optim)
-        self.scheduler = get_scheduler(
-            cfg.optim.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=cfg.optim.lr_warmup_steps,
-            num_training_steps=total_iterations,
-        )
+        super().__init__(policy, cfg.optim, cfg.optim.lr_scheduler, total_iterations)
         self.last: LastBatch | None = None
         self.deviations: dict[int, float] | None = None  # of the ratio from 1 before the first step, by timestep
-        self.sizes = StepSizes(policy, cfg.optim)
-        self.poison: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0
+        self.nonfinite: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
@@ -91,64 +94,65 @@ class Learner:
         return found
 
     def update(
-        self, experience: Experience, state: TrainState, timer: Any = None, total: int | None = None
+        self,
+        experience: Experience,
+        state: TrainState,
+        timer: Callable[[str], AbstractContextManager[None]] = lambda phase: contextlib.nullcontext(),
+        total: int | None = None,
     ) -> dict[str, Any]:
         """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log.
 
         total: terms of all processes, of which `experience` has this one's share of each slot.
         """
-        total = len(experience) if total is None else total
-        timed = timer or (lambda name: contextlib.nullcontext())
-        totals: Tensor | None = None
-        loss_sum: Tensor | float = 0.0
-        norms, used, dead = [], 0, 0
-        guided = self.objective.guided(self.cfg.sample)
-        first = state.optimizer_steps + state.skipped_steps == 0
-        for slot, own in self.own(total, state):
-            part = experience.select(own)
-            for e in part.micro_batches(self.cfg.optim.states_at_once):
-                with timed("backward"):
-                    m = predict_states(self.policy, self.table, e, e.states, guided)
-                    loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, slot.weight)
-                    if self.is_dead(stats):
-                        dead += 1
-                    else:
-                        self.scaler.scale(loss).backward()
-                totals = stats if totals is None else totals + stats
-                loss_sum = loss_sum + loss.detach() / slot.weight
-                self.poison = self.poison + 0 * loss.detach()  # a clamp's gradient of NaN is 0: no norm would show it
-                self.last = LastBatch(e, m.detach(), loss.detach())
-                if first and self.objective.sampler != "data":
-                    known = self.deviations or {}
-                    for t, value in ratio_deviations(m, self.table, e, self.cfg.sample).items():
-                        known[t] = max(value, known.get(t, 0.0))
-                    self.deviations = known
+        sums, used = Sums(), 0
+        for slot, own in self.own(len(experience) if total is None else total, state):
+            for e in experience.select(own).micro_batches(self.cfg.optim.states_at_once):
+                with timer("backward"):
+                    self.last = self._backward(e, slot.weight, sums)
+                if state.optimizer_steps + state.skipped_steps == 0:
+                    self._compare_with_reference(self.last)
             state.slots += 1
             used = slot.terms.stop
             if slot.step:
-                with timed("step"):
-                    norms.append(self.step())
-                first = False
-                took = math.isfinite(norms[-1])
-                state.optimizer_steps += took
-                state.skipped_steps += not took
-                state.nonfinite_in_a_row = 0 if took else state.nonfinite_in_a_row + 1
-                state.slots = 0
+                with timer("step"):
+                    sums.norms.append(self.step())
+                state.count_step(taken=math.isfinite(sums.norms[-1]))
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
         state.pairs += used
         if state.slots:
-            self.hand_in()
-        if self.group.size > 1 and used:
-            loss_sum, totals, dead = self._summed(loss_sum, totals, dead)
-        record = self._log(used, loss_sum, totals, norms) | {"dead_batches": dead}
+            self.keep_gradients()
+        record = self._log(used, self._of_all(sums) if used else sums)
         self.go_to(self.scheduler.last_epoch + 1)
         return record
 
-    def hand_in(self) -> None:
+    def _backward(self, e: Experience, weight: float, sums: Sums) -> LastBatch:
+        """Add a micro-batch's gradient to the masters', and what it says to the sums."""
+        m = predict_states(self.policy, self.table, e, e.states, self.objective.guided(self.cfg.sample))
+        loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, weight)
+        if self.is_dead(stats):
+            sums.dead_batches += 1
+        else:
+            self.scaler.scale(loss).backward()
+        loss = loss.detach()
+        sums.stats = stats if sums.stats is None else sums.stats + stats
+        sums.loss = sums.loss + loss / weight
+        self.nonfinite = self.nonfinite + 0 * loss  # a clamp's gradient of NaN is 0: no norm would show it
+        return LastBatch(e, m.detach(), loss)
+
+    def _compare_with_reference(self, batch: LastBatch) -> None:
+        """Before the first step policy and reference are one: how far the computed ratio is from 1."""
+        if self.objective.sampler == "data":
+            return
+        known = self.deviations or {}
+        for t, value in ratio_deviations(batch.m, self.table, batch.experience, self.cfg.sample).items():
+            known[t] = max(value, known.get(t, 0.0))
+        self.deviations = known
+
+    def keep_gradients(self) -> None:
         """Gradients that wait for the next iteration's become process 0's alone, or parts: they are saved once.
 
-        A NaN loss among them is told by a gradient, so that a resumed run drops the step as well.
+        A NaN loss among them shows in a gradient, so that a resumed run drops the step as well.
         """
         if self.group.size > 1:
             self._add_gradients()
@@ -157,31 +161,34 @@ class Learner:
         if self.group.size == 1 or self.policy.shards is not None:
             waiting = next((p.grad for p in self.parameters if p.grad is not None), None)
             if waiting is not None:
-                waiting += self.poison
+                waiting += self.nonfinite
 
     def _add_gradients(self) -> None:
         if self.policy.shards is not None:
-            self.policy.hand_in()
+            self.policy.reduce_gradients()
             return
         for p in self.parameters:  # a share may be empty, and its gradient then zero
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.group.size > 1:  # so that all processes drop the step
             assert self.parameters[0].grad is not None
-            self.parameters[0].grad += self.poison
+            self.parameters[0].grad += self.nonfinite
         self.group.add([p.grad for p in self.parameters if p.grad is not None])
 
-    def _summed(self, loss_sum: Any, totals: Tensor | None, dead: int) -> tuple[Tensor, Tensor, int]:
-        """The statistics of all processes."""
+    def _of_all(self, sums: Sums) -> Sums:
+        """The sums of all processes; norms are everybody's."""
+        if self.group.size == 1:
+            return sums
         device = self.policy.device
-        own = torch.zeros(len(self.objective.stats), device=device) if totals is None else totals
-        sums = torch.cat([torch.as_tensor([float(loss_sum), dead], device=device), own]).double()
-        self.group.add([sums])
-        return sums[0], sums[2:], int(sums[1])
+        own = torch.zeros(len(self.objective.stats), device=device) if sums.stats is None else sums.stats
+        both = torch.as_tensor([float(sums.loss), sums.dead_batches], device=device)
+        found = torch.cat([both, own]).double()
+        self.group.add([found])
+        return Sums(found[2:], found[0], int(found[1]), sums.norms)
 
     def is_dead(self, stats: Tensor) -> bool:
         """Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0. Waits for the device."""
         names = self.objective.stats
-        if "dead" not in names or getattr(self.objective, "clip", None) is None:
+        if "dead" not in names or self.objective.clip is None:
             return False
         terms, dead = stats[[names.index("terms"), names.index("dead")]].tolist()
         return dead == terms
@@ -194,22 +201,17 @@ class Learner:
         if self.group.size > 1 or all(p.grad is None for p in self.parameters):
             self._add_gradients()  # of skipped backwards: zeros, momentum moves on all the same
         self.scaler.unscale_(self.optimizer)
-        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        total = total + torch.as_tensor(self.poison, dtype=total.dtype, device=total.device)
-        self.poison = 0.0
-        found = torch.stack([total, self.policy.size().to(total)])
-        if self.policy.shards is not None:  # of this process's parts so far
-            self.group.add([found.square_()])
-            found = found.sqrt()
-        total = found[0]
+        total = self.gradient_norm()
+        total = total + torch.as_tensor(self.nonfinite, dtype=total.dtype, device=total.device)
+        self.nonfinite = 0.0
+        found = self._over_shards(torch.stack([total, self.policy.size().to(total)]))
         norm, size = found.tolist()  # waits for the device, once an optimizer step
         self.sizes.look(size)  # of the step before
         finite = math.isfinite(norm)
         if finite:
-            if self.cfg.optim.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.cfg.optim.max_grad_norm, total)
+            self.clip(found[0])
             self.scaler.step(self.optimizer)
-            self.policy.publish()
+            self.policy.copy_to_network()
         else:
             names = zip(self.policy.names, self.parameters, strict=True)
             self.broken = [name for name, p in names if p.grad is not None and not p.grad.isfinite().all()]
@@ -218,30 +220,25 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _over_shards(self, norms: Tensor) -> Tensor:
+        """Of all weights, where `norms` are of this process's parts of them."""
+        if self.policy.shards is None:
+            return norms
+        self.group.add([norms.square_()])
+        return norms.sqrt()
+
     def check_weights(self) -> None:
         """Raises RunError if the last optimizer step broke the weights. All processes call it; waits for the device."""
-        size = self.policy.size()
-        if self.policy.shards is not None:
-            self.group.add([size.square_()])
-            size = size.sqrt()
-        self.sizes.look(float(size))
+        self.sizes.look(float(self._over_shards(self.policy.size())))
 
-    def go_to(self, iteration: int) -> None:
-        """Put the learning rate where this run's schedule has it at `iteration`."""
-        self.scheduler.last_epoch = iteration
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(iteration)
-
-    def _log(self, terms: int, loss_sum: Any, totals: Tensor | None, norms: list[float]) -> dict[str, Any]:
-        record: dict[str, Any] = {"lr": self.optimizer.param_groups[0]["lr"]}
-        if totals is not None:
-            record["loss"] = loss_sum / terms
+    def _log(self, terms: int, sums: Sums) -> dict[str, Any]:
+        record: dict[str, Any] = {"lr": self.lr}
+        if sums.stats is not None:
+            record["loss"] = sums.loss / terms
             names = enumerate(self.objective.stats)
-            record |= {name: totals[i] / terms for i, name in names if name != "terms"}
-        if norms:
-            record["grad_norm"] = statistics.fmean([norm for norm in norms if math.isfinite(norm)] or norms)
+            record |= {name: sums.stats[i] / terms for i, name in names if name != "terms"}
+        if sums.norms:
+            record["grad_norm"] = statistics.fmean([norm for norm in sums.norms if math.isfinite(norm)] or sums.norms)
         if self.scaler.is_enabled():
             record["loss_scale"] = self.scaler.get_scale()
-        return record
+        return record | {"dead_batches": sums.dead_batches}

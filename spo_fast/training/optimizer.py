@@ -1,7 +1,8 @@
-"""AdamW on the float32 masters, and its state as flat tensors for a checkpoint."""
+"""AdamW on the float32 masters with its schedule, and its state as flat tensors for a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from spo_fast.config.optional_packages import missing_extra
 from spo_fast.config.sections import AdamConfig
+from spo_fast.models.trained_weights import TrainedWeights
+from spo_fast.training.step_sizes import StepSizes
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,3 +57,51 @@ def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Opt
         raise ImportError(missing_extra("optimizer", cfg.optimizer)) from error
     kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
     return kinds[cfg.optimizer](parameters, min_8bit_size=cfg.min_8bit_size, **settings)
+
+
+class WeightUpdates:
+    """What changes trained weights, whatever the gradients come from, and what a checkpoint keeps of it."""
+
+    def __init__(
+        self,
+        weights: TrainedWeights,
+        cfg: AdamConfig,
+        schedule: str | Callable[[int], float],  # one of diffusers', or step -> factor of the learning rate
+        total: int,  # its steps
+    ):
+        from diffusers.optimization import get_scheduler
+
+        self.policy, self.optim = weights, cfg
+        # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
+        self.parameters: list[Tensor] = list(weights.masters)
+        self.optimizer = make_optimizer(self.parameters, cfg)
+        if callable(schedule):
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        else:
+            self.scheduler = get_scheduler(schedule, self.optimizer, None, cfg.lr_warmup_steps, total)
+        self.sizes = StepSizes(weights, cfg)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)  # bf16 and float32 need none
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def go_to(self, step: int) -> None:
+        """Put the learning rate where this run's schedule has it at `step`."""
+        self.scheduler.last_epoch = step
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(step)
+
+    def gradient_norm(self) -> Tensor:  # ()
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def clip(self, norm: Tensor) -> None:
+        """Bring gradients of this norm down to max_grad_norm."""
+        if self.optim.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.max_grad_norm, norm)
+
+    def check_weights(self) -> None:
+        """Raises RunError if the last optimizer step broke the weights. Waits for the device."""
+        self.sizes.look(float(self.policy.size()))

@@ -32,7 +32,7 @@ from spo_fast.scorers.spm import check_vocabulary, load_pickscore
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.timer import Timer
-from spo_fast.training.optimizer import make_optimizer
+from spo_fast.training.optimizer import WeightUpdates
 from spo_fast.training.pair_batches import (
     EVALUATION,
     ImageLoader,
@@ -44,7 +44,6 @@ from spo_fast.training.pair_batches import (
 )
 from spo_fast.training.preference_model import NoisyLatentReward, PixelReward, Reward, pair_loss
 from spo_fast.training.run import TrainingRun
-from spo_fast.training.step_sizes import StepSizes
 
 # ---------------------------------------------------------------------------------------------------- learning
 
@@ -61,42 +60,20 @@ def learning_rate_factor(cfg: RewardOptimConfig, total: int) -> Callable[[int], 
     return factor
 
 
-class RewardLearner:
+class RewardLearner(WeightUpdates):
     """The preference model's weights and everything that changes them, as checkpoint.py wants it."""
 
     def __init__(self, reward: Reward, cfg: RewardOptimConfig, total: int):
-        from diffusers.optimization import get_scheduler
-
-        self.policy, self.cfg = reward.weights, cfg
-        self.optimizer = make_optimizer(self.policy.masters, cfg)
-        self.sizes = StepSizes(self.policy, cfg)
-        if cfg.lr_scheduler == "warmup_decay":
-            factor = learning_rate_factor(cfg, total)
-            self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        else:
-            self.scheduler = get_scheduler(
-                cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.lr_warmup_steps, num_training_steps=total
-            )
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)  # bf16 and float32 need none
-
-    def go_to(self, iteration: int) -> None:
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(iteration)
-
-    def check_weights(self) -> None:
-        """Raises RunError if the last optimizer step broke the weights. Waits for the device."""
-        self.sizes.look(float(self.policy.size()))
+        decay = cfg.lr_scheduler == "warmup_decay"
+        super().__init__(reward.weights, cfg, learning_rate_factor(cfg, total) if decay else cfg.lr_scheduler, total)
 
     def step(self) -> Tensor:
         """One optimizer step on the accumulated gradients; returns their norm before clipping."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.masters if p.grad is not None])
-        if self.cfg.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.policy.masters, self.cfg.max_grad_norm, norm)
+        norm = self.gradient_norm()
+        self.clip(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.policy.publish()
+        self.policy.copy_to_network()
         return norm
 
 
@@ -232,8 +209,8 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             loss_sum += loss.detach()
         with timer("step"):
             norm = self.learner.step()
-        lr = self.learner.optimizer.param_groups[0]["lr"]
-        self.state.optimizer_steps += 1
+        lr = self.learner.lr
+        self.state.count_step(taken=True)
         self.state.pairs = batches[-1].position
         self.learner.go_to(self.state.iteration + 1)
         return {

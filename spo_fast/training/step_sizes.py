@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from spo_fast.config.errors import RunError
 from spo_fast.config.sections import AdamConfig
+from spo_fast.models.trained_weights import TrainedWeights
 
 
 class StepSizes:
@@ -16,7 +16,7 @@ class StepSizes:
     counts is that of the frozen weights that LoRAs change, else that of the trained weights before the step.
     """
 
-    def __init__(self, policy: Any, cfg: AdamConfig):
+    def __init__(self, policy: TrainedWeights, cfg: AdamConfig):
         reach = getattr(policy, "reach", None)
         self.reach, self.cfg = None if reach is None else float(reach), cfg
         self.last: float | None = None
