@@ -37,7 +37,8 @@ from unet import unet
 
 for name in ("all", "few"):
     state, alphas, metadata = Loader.lora_state_dict(
-        f"{sys.argv[1]}/{name}", unet_config=unet.config, return_lora_metadata=True
+        f"{sys.argv[1]}/{name}", weight_name="pytorch_lora_weights.safetensors", unet_config=unet.config,
+        local_files_only=True, return_lora_metadata=True,
     )
     try:
         Loader.load_lora_into_unet(state, alphas, unet, metadata=metadata)

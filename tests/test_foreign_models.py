@@ -188,7 +188,8 @@ def test_directories(part: str, fault: str, layout: str, tiny: dict[str, Path], 
     told = str(info.value)
     assert len(told) <= 300 and "\n" not in told
     assert f"m/{folder}/" in told and VICTIMS[part] in told
-    assert FAULTS[fault].format(victim) in told or FAULTS[fault].format(f"text_model.{victim}") in told
+    bare = victim.removeprefix("text_model.")  # which names a network has is a matter of transformers' version
+    assert FAULTS[fault].format(bare) in told or FAULTS[fault].format(f"text_model.{bare}") in told
 
 
 SINGLE = {  # part -> name of the victim in the original layout
