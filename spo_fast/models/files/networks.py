@@ -131,7 +131,8 @@ def text_encoder(
         bare = key.removeprefix("text_model.")
         return own.get(bare, key)
 
-    ours = {n: t for n, t in tensors.items() if n in network.state_dict() or not n.startswith(REST_OF_CLIP)}
+    others = tuple(part for part in REST_OF_CLIP if not any(name.startswith(part) for name in own.values()))
+    ours = {name: value for name, value in tensors.items() if not name.startswith(others)}
     return fill(network, renamed(ours, rename, name), name, dtype)
 
 
