@@ -11,7 +11,7 @@ from typing import Any
 from spo_fast.config import command, errors
 from spo_fast.config import flags as config_flags
 from spo_fast.config.errors import RunError
-from spo_fast.config.methods import DATA, METHODS, READS
+from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.recipes import MEMORY, RECIPES
@@ -30,19 +30,20 @@ EXAMPLES = [
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
+    config_flags.first(arguments, "method", find_method)  # one of the user's own has flags of its own
     parser = config_flags.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
     parser.add_argument(
         "--dry_run", action="store_true", help="Print what the run would need and cost; load and write nothing."
     )
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-        method = METHODS[source["method"]](given) if "method" in source and given["model"] else {}
+        method = find_method(source["method"]).defaults(given) if "method" in source and given["model"] else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
         return method | RECIPES[source.get("recipe", "default")](given) | less_memory
 
     cfg, given, flags = config_flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, flags)
-    if cfg.objective.method in DATA and cfg.pairs.pairs is None:
+    if find_method(cfg.objective.method).on_pairs and cfg.pairs.pairs is None:
         raise errors.UsageError(
             f"--method {cfg.objective.method} trains on --pairs: a parquet file or directory, a folder "
             "with a table, or a hub id."
@@ -50,13 +51,6 @@ def parse(arguments: list[str] | None = None) -> Config:
     if cfg.data.prompts is not None and "max_prompts" not in given:
         cfg = cfg.with_fields(max_prompts=None)  # the toy preset's limit is meant for the built-in list
     return cfg
-
-
-def check_read(method: str, flags: set[str]) -> None:
-    """Raises UsageError for a flag that says nothing to this method."""
-    for name in sorted(flags & READS.keys()):
-        if method not in READS[name]:
-            raise errors.UsageError(f"--{name} is not read by --method {method}, only by {', '.join(READS[name])}.")
 
 
 def build(cfg: Config) -> Any:

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from test_rollout import Net, Scorer, SeededDraws, decode, judge, setup
 
 from spo_fast import train
-from spo_fast.config.methods import DATA, METHODS, READS
+from spo_fast.config.methods import METHODS, readers
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.sections import ModelConfig
-from spo_fast.config.training import SampleConfig
+from spo_fast.config.training import ObjectiveConfig, SampleConfig
 from spo_fast.evaluation.required_files import resolve
 from spo_fast.method import rollout
 from spo_fast.method.noise import KeyedDraws
-from spo_fast.method.objectives import OBJECTIVES, make_objective
+from spo_fast.method.objectives import make_objective
 from spo_fast.method.rollout import branching_rollout, rollout_segments, trajectory_rollout
 from spo_fast.models.files.load import load_text_encoders, load_unet
 from spo_fast.models.files.toy import WEIGHTS
@@ -34,6 +34,8 @@ from spo_fast.toy.build import write_pairs
 from spo_fast.training import batches
 from spo_fast.training.monitor.timer import Timer
 
+READS = readers()
+DATA = [m for m, record in METHODS.items() if record.on_pairs]
 ONLINE = [m for m in METHODS if m not in DATA]
 
 
@@ -153,7 +155,7 @@ def test_advantages_are_of_each_prompt() -> None:
     _, table, batch = setup(cfg)
     batch = dataclasses.replace(batch, draws=Starts(3, batch.latent_shape, 0))
     walk = trajectory_rollout(Net(), table, Scorer(), decode, batch, cfg)
-    e = OBJECTIVES["ddpo"]().collect(Net(), table, Scorer(), decode, batch, cfg, 8)
+    e = make_objective(ObjectiveConfig(method="ddpo")).collect(Net(), table, Scorer(), decode, batch, cfg, 8)
     assert walk.scores.shape == (4, 3) and len(e) == 3 * 4 * 3
     for n in range(len(e)):
         state = e.states.select(e.index[n, 0])
@@ -214,7 +216,7 @@ def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
 def test_d3po_compares_ends_and_labels_every_step() -> None:
     cfg = SampleConfig(num_candidates=2, num_steps=5, branch_start=0, threshold=0.0)
     _, table, batch = setup(cfg)
-    e = OBJECTIVES["d3po"]().collect(Net(), table, Scorer(), decode, batch, cfg, 8)
+    e = make_objective(ObjectiveConfig(method="d3po")).collect(Net(), table, Scorer(), decode, batch, cfg, 8)
     assert len(e) == 3 * 5 and len(e.scores) == 2 * 3
     ends = [(e.x_prev[n], int(e.states.select(e.index[n, :, 0]).prompts[0])) for n in range(12, 15)]
     for x, b in ends:  # the last step's children: the winner's end scores higher
@@ -228,7 +230,8 @@ def test_dense_ranks_and_draws_early_steps_more_often() -> None:
     _, table, batch = setup(cfg)
     draws = KeyedDraws(1, 0, torch.arange(3))
     batch = dataclasses.replace(batch, draws=draws, dtype=torch.float32, text=batch.text.float())
-    objective = OBJECTIVES["dense"](terms_per_prompt=400, num_sampled_steps=3, num_ranked=3, gamma=0.5)
+    settings = ObjectiveConfig(method="dense", terms_per_prompt=400, num_sampled_steps=3, num_ranked=3, gamma=0.5)
+    objective = make_objective(settings)
     walk = trajectory_rollout(Net(), table, Scorer(), decode, batch, cfg)
     e = objective.collect(Net(), table, Scorer(), decode, batch, cfg, 8)
     assert e.index.shape == (1200, 3, 3)
@@ -588,7 +591,7 @@ def test_every_method_has_settings_for_every_model(model: str) -> None:
         pairs = ["--pairs", "x"] if method in DATA else []
         cfg = train.parse(["--model", model, "--method", method, *pairs])
         assert cfg.objective.method == method
-        settings = METHODS[method]({"model": model})
+        settings = METHODS[method].defaults({"model": model})
         unread = {n for n in settings if method not in READS.get(n, (method,))}
         assert unread <= {"num_inner_steps", "branch_start"}  # what a preset's own value would break
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from golden_replay import load
 
-from spo_fast.config.methods import READS
+from spo_fast.config.methods import METHODS, settings_of
 from spo_fast.config.training import ObjectiveConfig, SampleConfig
-from spo_fast.method import objectives
 from spo_fast.method.experience import Cond, Experience, Prediction, States
 from spo_fast.method.noise import KeyedDraws
-from spo_fast.method.objectives import OBJECTIVES, make_objective
+from spo_fast.method.objectives import SPO, make_objective
 from spo_fast.method.renoise import PairInputs, renoised_pairs
 from spo_fast.method.schedule import StepTable, ddim_table, full_table
 
@@ -168,7 +166,7 @@ TRUTH = {
 
 @pytest.mark.parametrize("clip", [0.1, 0.002, None])
 @pytest.mark.parametrize("far", [0.0, 0.01, 0.3])
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradient_match_the_paper(method, far, clip):
     objective, steps, e, m = made(method, far)
     names = {field.name for field in fields(objective)}
@@ -214,7 +212,7 @@ def test_gradspo_without_clamp_does_not_depend_on_the_average():
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [m for m, o in OBJECTIVES.items() if o.sampler != "data"])
+@pytest.mark.parametrize("method", [m for m, record in METHODS.items() if not record.on_pairs])
 def test_no_guidance(method):
     objective, steps, e, m = made(method, 0.05, guided=False)
     loss, _ = objective.loss(m, steps, e, replace(CFG, guidance_scale=1.0), 1.0)
@@ -251,7 +249,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
 def test_number_by_hand(method):
     settings, want = BY_HAND[method]
     objective = make_objective(ObjectiveConfig(method=method, **settings))
@@ -277,30 +275,38 @@ def test_number_by_hand(method):
 # ---------------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_the_table_of_settings_is_what_the_objectives_have(method):
-    all_read = {f.name for f in fields(ObjectiveConfig)} - {"method"} - READS.keys()
-    assert not all_read  # there is no setting that every method reads
-    read = {name for name in READS if method in READS[name]} & {f.name for f in fields(ObjectiveConfig)}
-    assert {f.name for f in fields(OBJECTIVES[method])} == read
+@pytest.mark.parametrize("method", METHODS)
+def test_a_record_names_what_its_class_reads(method):
+    """Each setting changes what the class does: no field is there in vain, and none is missing in the record."""
+    objective = make_objective(ObjectiveConfig(method=method))
+    assert {f.name for f in fields(objective)} == set(METHODS[method].settings) == set(settings_of(type(objective)))
+    assert all(hasattr(ObjectiveConfig, name) for name in METHODS[method].settings)
 
 
-def test_the_documented_method_works_as_written():
-    """IPO: under 40 lines, and its loss is (log r_w - log r_l - 1 / (2 beta))^2."""
-    page = (Path(__file__).parent.parent / "docs/methods.md").read_text()
-    code = page.split("## Adding a method")[1].split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) + 8 < 40  # with the lines of config/training.py and config/presets.py
-    names = dict(vars(objectives), OBJECTIVES={})
-    exec(compile("from __future__ import annotations\n" + code, "docs/methods.md", "exec"), names)
-    ipo = names["OBJECTIVES"]["ipo"](beta=0.1)
-    _, steps, e, m = made("spo", 0.1)
-    loss, stats = ipo.loss(m, steps, e, CFG, 0.5)
-    margins = [
-        sum((1, -1)[k] * (log_p(m, steps, e, n, k, 0) - log_p(e.frozen, steps, e, n, k, 0)) for k in range(2))
-        for n in range(len(e))
-    ]
-    torch.testing.assert_close(loss, 0.5 * sum((margin - 5) ** 2 for margin in margins), rtol=1e-9, atol=1e-10)
-    assert stats.tolist() == pytest.approx([len(e), float(sum(margins))])
+def test_a_record_that_names_other_settings_than_its_class_is_an_error():
+    with pytest.raises(ValueError, match="record spo names"):
+        replace(METHODS["spo"], settings=("beta",)).kind()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnLoss(SPO):
+    tau: float = 0.1
+
+    def loss(self, m, table, e, cfg, weight):
+        return self.tau * m.cond.sum(), m.cond.new_zeros(7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnLossAndSPOs(SPO):
+    tau: float = 0.1
+
+    def loss(self, m, table, e, cfg, weight):
+        loss, stats = super().loss(m, table, e, cfg, weight)
+        return self.tau * loss, stats
+
+
+def test_a_subclass_reads_only_what_its_own_code_reads():
+    assert settings_of(OwnLoss) == ("tau",) and settings_of(OwnLossAndSPOs) == ("beta", "clip", "tau")
 
 
 # ---------------------------------------------------------------------------------------------- labelled pairs

@@ -284,7 +284,7 @@ def test_cost_of_a_rollout_at_the_published_batch(kind, batch_size, cfg, most):
 
     # training: each unique state once for the policy and once for the reference, both guidance halves in one call
     counter.calls = counter.rows = 0
-    learner = Learner(trained, SPO(), steps, Config(sample=cfg).with_fields(train_batch_size=16), 1)
+    learner = Learner(trained, SPO(beta=10.0, clip=0.1), steps, Config(sample=cfg).with_fields(train_batch_size=16), 1)
     learner.update(learner.objective.prepare(trained, steps, e, cfg, None), TrainState())
     assert counter.rows == 2 * 2 * len(e.states)
 

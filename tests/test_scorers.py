@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spo_fast.config.scorers import SCORER_SOURCES
 from spo_fast.method.experience import Candidates, repeat_text
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.scorers import spm as scorers_spm
 from spo_fast.scorers.clip import KNOWN_CLIPS, Clip, ClipConfig, TowerConfig, timestep_embedding, unit
 from spo_fast.scorers.clip_files import config_from_state_dict, init_identity_time_conditioning, load_clip, save_clip
 from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
-from spo_fast.scorers.registry import SCORERS, load_scorer
+from spo_fast.scorers.registry import load_scorer
 from spo_fast.scorers.spm import (
     ClipScorer,
     load_pickscore,
@@ -474,7 +475,7 @@ def test_load_scorer(tmp_path: Path, spm: ClipScorer) -> None:
         (tmp_path / name).mkdir()
         save_file(golden(f"models_{name}")[0], tmp_path / name / "weights.safetensors")
         (tmp_path / name / "config.json").write_text(json.dumps(info["clip_config"]))
-    paths = {name: tmp_path / name / "weights.safetensors" for name in SCORERS}
+    paths = {name: tmp_path / name / "weights.safetensors" for name in SCORER_SOURCES}
     alone = load_scorer([("spm", 1.0)], paths, tokenize)
     assert isinstance(alone, ClipScorer) and alone.model.config.time_conditioned
     assert max_error(alone(make_candidates(alone)), spm(make_candidates(spm))) < 1e-5
@@ -485,7 +486,7 @@ def test_load_scorer(tmp_path: Path, spm: ClipScorer) -> None:
     doubled = load_scorer([("spm", 2.0)], paths, tokenize)
     assert max_error(doubled(make_candidates(doubled)), 2 * alone(make_candidates(alone))) < 1e-4
 
-    with pytest.raises(ValueError, match="Unknown scorer 'pikscore'.*spm, pickscore.*mean 'pickscore'"):
+    with pytest.raises(ValueError, match="unknown scorer 'pikscore'.*spm, pickscore.*mean 'pickscore'"):
         load_scorer([("pikscore", 1.0)], paths, tokenize)
     with pytest.raises(ValueError, match="'spm' has no weights"):
         load_scorer([("spm", 1.0)], {}, tokenize)

@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -65,7 +65,7 @@ class Kind:
 
     base: type
     range: Range | None
-    choices: tuple[str, ...]
+    choices: Collection[str]
     optional: bool
     many: bool
 
@@ -81,7 +81,9 @@ class Kind:
         bounds = None
         if typing.get_origin(hint) is Annotated:
             hint, bounds = typing.get_args(hint)
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        choices: Collection[str] = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if isinstance(bounds, Mapping):  # a table that may grow
+            choices, bounds = bounds, None
         return cls(str if choices else hint, bounds, choices, optional, many)
 
     def check(self, label: str, value: Any) -> None:
@@ -144,16 +146,8 @@ class Settings:
 
     @classmethod
     def docs(cls) -> dict[str, str]:
-        """Flat field name -> the docstring written under it."""
-        return {
-            f.name: next(
-                docs[f.name]
-                for c in section.__mro__
-                if f.name in (docs := docstrings(c.__module__).get(c.__name__, {}))
-            )
-            for section in cls.sections().values()
-            for f in dataclasses.fields(section)
-        }
+        """Flat field name -> the docstring written under it, or its metadata's help."""
+        return {f.name: doc_of(section, f) for section in cls.sections().values() for f in dataclasses.fields(section)}
 
     @classmethod
     def kinds(cls) -> dict[str, Kind]:
@@ -182,6 +176,12 @@ class Settings:
             for name, value in dataclasses.asdict(getattr(self, section)).items():
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
+
+
+def doc_of(section: type, field: dataclasses.Field[Any]) -> str:
+    """A field's docstring, that of the class that declares it."""
+    written = (docstrings(c.__module__).get(c.__name__, {}) for c in section.__mro__ if c.__module__ in sys.modules)
+    return field.metadata.get("help") or next((docs[field.name] for docs in written if field.name in docs), "")
 
 
 @functools.cache

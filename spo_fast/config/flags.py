@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import yaml
 
 from spo_fast.config.errors import UsageError, did_you_mean
 from spo_fast.config.fields import Kind, Range, Settings
+from spo_fast.config.outside import is_outside
 
 TITLES = {
     "model": "model",
@@ -113,6 +115,27 @@ def add_flag(group: Any, name: str, kind: Kind, text: str, notes: list[str]) -> 
     notes = [note for note in (str(kind.range or ""), *notes) if note]
     text += f" ({'; '.join(notes)})" if notes else ""
     group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+
+
+def first(arguments: list[str] | None, name: str, use: Callable[[str], Any]) -> None:
+    """Hand a setting of the command line, or of its --config file, to `use` before there is a parser for the rest.
+
+    Only if it names something outside the package; what is wrong with the line or the file the parser itself will say.
+    """
+    wanted: Any = None
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument(f"--{name}")
+    early.add_argument("--config")
+    with contextlib.suppress(argparse.ArgumentError, OSError, ValueError, SystemExit):
+        told, _ = early.parse_known_args(arguments)
+        values = {name: getattr(told, name)}
+        if values[name] is None and told.config:
+            root = _yaml_tree(told.config)
+            pairs = root.value if isinstance(root, yaml.MappingNode) else []
+            values = {key.value: node.value for key, node in pairs}
+        wanted = values.get(name)
+    if isinstance(wanted, str) and is_outside(wanted):
+        use(wanted)
 
 
 def shown_defaults(values: Mapping[str, Any], documented: bool) -> str:

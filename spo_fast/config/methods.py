@@ -1,44 +1,158 @@
-"""The methods by name: their settings, the flags they read, the data they need, their papers."""
+"""METHODS: a record for each method, beside its class (method/objectives.py). Everything that knows methods reads it.
+
+A method from outside the package is a record of the same kind in a file of the user's own: --method module:record.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import inspect
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from spo_fast.config.errors import UsageError, did_you_mean
+from spo_fast.config.outside import is_outside, load_outside
 from spo_fast.config.sections import PairSourceConfig
 
-ROLLOUT = ("spo", "mspo", "d3po", "lpo", "gradspo", "ddpo", "dpok", "dense")
-SEGMENTS = ("spo", "mspo", "lpo")
-COMPARED = (*SEGMENTS, "d3po", "gradspo")
-DATA = ("dpo", "mapo")
-
-READS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("num_candidates", "eta", "branch_start"), ROLLOUT),
-    "branch_end": tuple(m for m in ROLLOUT if m != "d3po"),
-    "num_inner_steps": SEGMENTS,
-    **dict.fromkeys(("next_start", "last_step", "branch_window"), (*SEGMENTS, "gradspo")),
-    "rollout_weights": tuple(m for m in ROLLOUT if m != "gradspo"),  # its rollouts are of averaged weights
-    **dict.fromkeys(("threshold", "threshold_max"), COMPARED),
-    "beta": (*COMPARED, "dense", *DATA),
-    "clip": ROLLOUT,
-    **dict.fromkeys(("guidance_step", "ema_decay"), ("gradspo",)),
-    "advantage_clip": ("ddpo", "dpok"),
-    "kl_weight": ("dpok",),
-    **dict.fromkeys(("gamma", "num_ranked", "num_sampled_steps", "terms_per_prompt"), ("dense",)),
-    **dict.fromkeys(("prompt_dropout", *(f.name for f in dataclasses.fields(PairSourceConfig))), DATA),
-}
-"""Setting -> the methods that read it, of those that not all read. Given to another method it is an error."""
-
 Given = Mapping[str, Any]
+
+TRAJECTORIES = ("num_candidates", "eta", "branch_start", "branch_end", "rollout_weights")
+"""What whole trajectories of a prompt are drawn with."""
+COMPARISONS = ("threshold", "threshold_max")
+STEPS = ("next_start", "last_step", "branch_window")
+SEGMENTS = (*TRAJECTORIES, "num_inner_steps", *STEPS, *COMPARISONS)
+"""What candidates of a step are drawn and compared with."""
+PAIRS = tuple(f.name for f in dataclasses.fields(PairSourceConfig))
+"""What labelled pairs are read with."""
+
+LN2 = math.log(2)  # -log sigmoid(0)
+LOG_RATIOS = "beta times the difference of the log-ratios"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method is from."""
+
+    title: str
+    arxiv: str = ""
+    venue: str = ""
+    sentence: str = ""
+    """Markdown in place of what follows from the above."""
+
+    def markdown(self) -> str:
+        link = f", [arXiv {self.arxiv}](https://arxiv.org/abs/{self.arxiv})" if self.arxiv else ""
+        return self.sentence or f"{self.title}{f' ({self.venue})' if self.venue else ''}{link}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """All that is known of a method besides its class. Without PyTorch, so that --help takes no second."""
+
+    name: str
+    objective: str | type
+    """The class (method/objectives.py), or module:class where importing it must wait."""
+    reads: tuple[str, ...]
+    """Settings of rollouts or pairs that it reads: TRAJECTORIES, SEGMENTS, PAIRS or some of them."""
+    settings: tuple[str, ...] = ()
+    """Its own settings. Left out where objective is a class: then they are the fields that its code reads."""
+    paper: Paper | None = None
+    published: Callable[[Given], Given] = field(default=lambda given: {})
+    """All settings given so far, the model's name among them -> those of the published runs, over the preset's."""
+    start: float | Callable[[Given], float] | None = None
+    """Loss of a policy that has learnt nothing (or what it is by the settings); None: it has no such value."""
+    leaves_start: bool = False
+    """A policy that learns leaves that value for good: a loss that stays is worth a warning."""
+    margin: str = ""
+    """What the statistic `margin` is, for the report."""
+    about: str = ""
+    """What training was, for the card. Left out: the name."""
+    tags: tuple[str, ...] = ("preference-optimization",)
+    """The card's, besides the name."""
+    recipe: Callable[[Given], Given] | None = None
+    """What --recipe published changes for it; None: it has no such recipe."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, str):
+            return
+        object.__setattr__(self, "settings", self.settings or settings_of(self.objective))
+
+    @property
+    def own_class(self) -> bool:
+        """The class is at hand: a method from outside the package."""
+        return not isinstance(self.objective, str)
+
+    @property
+    def on_pairs(self) -> bool:
+        """It learns from labelled pairs, not from rollouts."""
+        return "pairs" in self.reads
+
+    @property
+    def compares(self) -> bool:
+        """It learns from pairs of a rollout whose scores differ enough."""
+        return "threshold" in self.reads
+
+    @property
+    def unit(self) -> str:
+        """What the loss is of."""
+        return "pair" if self.on_pairs or self.compares else "loss term"
+
+    def start_of(self, settings: Given) -> float | None:
+        """Loss of a policy that has learnt nothing, of a run with these settings."""
+        return self.start(settings) if callable(self.start) else self.start
+
+    def kind(self) -> type:
+        """The class. Raises ValueError if its fields are not the settings that the record names."""
+        if not isinstance(self.objective, str):
+            return self.objective
+        module, _, name = self.objective.partition(":")
+        found: type = getattr(importlib.import_module(module), name)
+        if set(settings_of(found)) != set(self.settings):
+            raise ValueError(f"record {self.name} names {self.settings}, and its class reads {settings_of(found)}.")
+        return found
+
+    def defaults(self, given: Given) -> dict[str, Any]:
+        """What choosing the method sets: the class's defaults, and over them what was published."""
+        own = {} if isinstance(self.objective, str) else {
+            f.name: f.default for f in dataclasses.fields(self.objective)
+            if f.name in self.settings and f.default is not dataclasses.MISSING
+        }  # fmt: skip
+        unread = {} if "num_inner_steps" in self.reads else {"num_inner_steps": 0}
+        return {**unread, **own, **self.published(given)}
+
+
+def settings_of(kind: type) -> tuple[str, ...]:
+    """The fields of an objective's class, but for inherited ones that only overridden code reads."""
+    read, overridden = set(), set()
+    for name in {name for c in kind.__mro__ for name in vars(c)}:
+        definitions = [code for c in kind.__mro__ if (code := _code(vars(c).get(name)))]
+        live = next((n for n, code in enumerate(definitions) if "super" not in code.co_names), len(definitions))
+        read |= {n for code in definitions[: live + 1] for n in _names(code)}
+        overridden |= {n for code in definitions[live + 1 :] for n in _names(code)}
+    return tuple(f.name for f in dataclasses.fields(kind) if f.name in read or f.name not in overridden)
+
+
+def _code(member: Any) -> Any:
+    function = member.fget if isinstance(member, property) else inspect.unwrap(member) if callable(member) else None
+    return (
+        getattr(function, "__code__", None) if not str(getattr(function, "__name__", "__")).startswith("__") else None
+    )
+
+
+def _names(code: Any) -> set[str]:
+    """Of attributes, in inner functions too."""
+    inner = (c for c in code.co_consts if inspect.iscode(c))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+# ---------------------------------------------------------------------------------------------- published settings
 
 
 def _by_model(given: Given, everywhere: Given, **models: Given) -> dict[str, Any]:
     return {**everywhere, **models.get(given["model"], {})}
-
-
-def spo_method(given: Given) -> dict[str, Any]:
-    return {"num_inner_steps": 0}
 
 
 def mspo_method(given: Given) -> dict[str, Any]:
@@ -47,7 +161,7 @@ def mspo_method(given: Given) -> dict[str, Any]:
 
 def d3po(given: Given) -> dict[str, Any]:
     """config/base.py of yk7333/d3po: 20 steps, a step sees the 20 transitions of a pair; nothing published for SDXL."""
-    settings = {"num_candidates": 2, "num_inner_steps": 0, "branch_start": 0, "threshold": 0.0, "beta": 0.1}
+    settings = {"num_candidates": 2, "branch_start": 0, "threshold": 0.0, "beta": 0.1}
     return _by_model(
         given,
         settings,
@@ -74,7 +188,7 @@ def gradspo(given: Given) -> dict[str, Any]:
     """configs of JoshuaTTJ/GradSPO: SPO's, and for SDXL k = 4 without inner steps."""
     return _by_model(
         given,
-        {"num_inner_steps": 0, "num_candidates": 4, "last_step": "keep"},
+        {"num_candidates": 4, "last_step": "keep"},
         sdxl={"train_batch_size": 1, "gradient_accumulation_steps": 4},
     )
 
@@ -83,7 +197,7 @@ def ddpo(given: Given) -> dict[str, Any]:
     """config/dgx.py of kvablack/ddpo-pytorch (aesthetic): 256 trajectories a rollout, 2 steps of 128 of them, each with
     all of its 50 transitions. SDXL: the same with fewer trajectories; nothing is published for it.
     """
-    settings = {"branch_start": 0, "num_inner_steps": 0, "clip": 1e-4, "num_candidates": 16, "max_grad_norm": 1.0}
+    settings = {"branch_start": 0, "clip": 1e-4, "num_candidates": 16, "max_grad_norm": 1.0}
     return _by_model(
         given,
         {**settings, "num_steps": 50, "learning_rate": 3e-4},
@@ -106,7 +220,7 @@ def dpok(given: Given) -> dict[str, Any]:
 def dense(given: Given) -> dict[str, Any]:
     """parse_args.py of Shentao-YANG/Dense_Reward_T2I (many prompts: temperature 12.5); its rollouts have 1000 prompts,
     which here would have to fit into memory."""
-    settings = {"branch_start": 0, "num_inner_steps": 0, "clip": 1e-4, "num_candidates": 5, "max_grad_norm": 1.0}
+    settings = {"branch_start": 0, "clip": 1e-4, "num_candidates": 5, "max_grad_norm": 1.0}
     published = {"beta": 12.5, "num_steps": 50, "guidance_scale": 7.5, "learning_rate": 3e-5, "adam_weight_decay": 2e-3}
     sizes = {"sample_batch_size": 16, "train_batch_size": 1, "gradient_accumulation_steps": 4}
     return _by_model(
@@ -126,7 +240,7 @@ def dpo(given: Given) -> dict[str, Any]:
     published = {"full_finetune": True, "scorer": ("pickscore",), "prompt_dropout": 0.2, **steps, **optim, **schedule}
     return _by_model(
         given,
-        {"beta": 5000.0, "num_inner_steps": 0, "branch_start": 0},
+        {"beta": 5000.0, "branch_start": 0},
         sd15={**published, "train_batch_size": 16, "gradient_accumulation_steps": 128},
         sdxl={**published, "train_batch_size": 4, "gradient_accumulation_steps": 512, "lr_warmup_steps": 200}
         | {"optimizer": "adamw8bit"},  # published: Adafactor, to save memory too
@@ -141,29 +255,179 @@ def mapo(given: Given) -> dict[str, Any]:
     sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "rank": 8}
     published = {"scorer": ("pickscore",), **steps, **optim, **sizes}
     toy = {"sample_batch_size": 256, "train_batch_size": 64, "learning_rate": 1e-4}
-    settings = {"beta": 0.1, "num_inner_steps": 0, "branch_start": 0}
+    settings = {"beta": 0.1, "branch_start": 0}
     return _by_model(given, settings, sd15=published, sdxl=published, toy=toy)
 
 
-# by the value of --method: all settings given so far, the model's name among them -> the published ones over the preset
-METHODS: dict[str, Callable[[Given], dict[str, Any]]] = {
-    **{"spo": spo_method, "mspo": mspo_method, "d3po": d3po, "lpo": lpo, "gradspo": gradspo},
-    **{"ddpo": ddpo, "dpok": dpok, "dense": dense, "dpo": dpo, "mapo": mapo},
-}
+# ---------------------------------------------------------------------------------------------- the records
 
-SPO_PAPER = (
-    "*Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference Optimization*\n"
-    "(CVPR 2025, [arXiv 2406.04314](https://arxiv.org/abs/2406.04314))."
+
+SPO_PAPER = Paper(
+    title="Step-by-step Preference Optimization",
+    arxiv="2406.04314",
+    venue="CVPR 2025",
+    sentence=(
+        "*Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
+        "Optimization*\n(CVPR 2025, [arXiv 2406.04314](https://arxiv.org/abs/2406.04314))."
+    ),
 )
-PAPERS = {  # of the other methods: name, arXiv id
-    "d3po": ("D3PO", "2311.13231"),
-    "lpo": ("Latent Preference Optimization", "2502.01051"),
-    "gradspo": ("GradSPO (NeurIPS 2025)", ""),
-    "ddpo": ("DDPO", "2305.13301"),
-    "dpok": ("DPOK", "2305.16381"),
-    "dense": ("a dense reward view on aligning text-to-image diffusion", "2402.08265"),
-    "dpo": ("Diffusion-DPO", "2311.12908"),
-    "mapo": ("MaPO", "2406.06424"),
-}
 
-LEAVES_LN2 = ("spo", "mspo", "lpo", "dpo")  # the others' clamps or betas keep the loss there, or it starts elsewhere
+
+def published_code(given: Given) -> dict[str, Any]:
+    """SPO's code, on which lpo and gradspo build: accumulation across rollouts, no clipping."""
+    return {"accumulation": "published", "max_grad_norm": None}
+
+
+def published_spo(given: Given) -> dict[str, Any]:
+    """The same, and its SDXL's last-step rule."""
+    last_step = "extend" if given["model"] in ("sdxl", "toy") else "compare"
+    return {**published_code(given), "last_step": last_step}
+
+
+_CODE = "spo_fast.method.objectives:"
+_spo = functools.partial(
+    Method,
+    reads=SEGMENTS,
+    settings=("beta", "clip"),
+    start=LN2,
+    leaves_start=True,
+    margin=LOG_RATIOS,
+)
+
+METHODS: dict[str, Method] = {
+    record.name: record
+    for record in (
+        _spo(
+            name="spo",
+            objective=_CODE + "SPO",
+            published=lambda given: {"num_inner_steps": 0},
+            paper=SPO_PAPER,
+            about="step-by-step preference\noptimisation (SPO)",
+            recipe=published_spo,
+        ),
+        _spo(
+            name="mspo",
+            tags=("spo", "preference-optimization"),
+            objective=_CODE + "MSPO",
+            published=mspo_method,
+            paper=SPO_PAPER,
+            about="step-by-step preference\noptimisation (MSPO)",
+            recipe=published_spo,
+        ),
+        _spo(
+            name="d3po",
+            objective=_CODE + "D3PO",
+            reads=("num_candidates", "eta", "branch_start", "rollout_weights", *COMPARISONS),
+            published=d3po,
+            paper=Paper(title="D3PO", arxiv="2311.13231"),
+            leaves_start=False,  # its beta keeps the loss there
+        ),
+        _spo(
+            name="lpo",
+            objective=_CODE + "LPO",
+            published=lpo,
+            paper=Paper(title="Latent Preference Optimization", arxiv="2502.01051"),
+            recipe=published_code,
+        ),
+        _spo(
+            name="gradspo",
+            objective=_CODE + "GradSPO",
+            reads=("num_candidates", "eta", "branch_start", "branch_end", *STEPS, *COMPARISONS),  # rollouts of averages
+            settings=("beta", "clip", "guidance_step", "ema_decay"),
+            published=gradspo,
+            paper=Paper(title="GradSPO", venue="NeurIPS 2025"),
+            leaves_start=False,  # its clamp keeps the loss there
+            margin="beta times the difference of how much nearer to its target than the reference a side is",
+            recipe=published_code,
+        ),
+        Method(
+            name="ddpo",
+            objective=_CODE + "DDPO",
+            reads=TRAJECTORIES,
+            settings=("clip", "advantage_clip"),
+            published=ddpo,
+            paper=Paper(title="DDPO", arxiv="2305.13301"),
+            start=0.0,  # a prompt's advantages sum to 0
+            tags=("reinforcement-learning",),
+        ),
+        Method(
+            name="dpok",
+            objective=_CODE + "DPOK",
+            reads=TRAJECTORIES,
+            settings=("clip", "advantage_clip", "kl_weight"),
+            published=dpok,
+            paper=Paper(title="DPOK", arxiv="2305.16381"),
+            start=0.0,
+            tags=("reinforcement-learning",),
+        ),
+        Method(
+            name="dense",
+            objective=_CODE + "DenseReward",
+            reads=TRAJECTORIES,
+            settings=("beta", "clip", "gamma", "num_ranked", "num_sampled_steps", "terms_per_prompt"),
+            published=dense,
+            paper=Paper(
+                title="a dense reward view on aligning text-to-image diffusion",
+                arxiv="2402.08265",
+            ),
+            start=lambda settings: math.log(math.factorial(settings["num_ranked"])),  # all orders are as likely
+            margin="beta times the difference of the means over steps of the log-ratios",
+        ),
+        Method(
+            name="dpo",
+            objective=_CODE + "DiffusionDPO",
+            reads=PAIRS,
+            settings=("beta", "prompt_dropout"),
+            published=dpo,
+            paper=Paper(title="Diffusion-DPO", arxiv="2311.12908"),
+            start=LN2,
+            leaves_start=True,
+            margin="beta / 2 times the difference of how much nearer to the noise than the reference a side is",
+        ),
+        Method(
+            name="mapo",
+            objective=_CODE + "MaPO",
+            reads=PAIRS,
+            settings=("beta", "prompt_dropout"),
+            published=mapo,
+            paper=Paper(title="MaPO", arxiv="2406.06424"),
+            margin="1000 times the difference of the weighted denoising errors",
+        ),
+    )
+}
+"""By the value of --method."""
+
+
+def register_method(record: Method, name: str | None = None) -> Method:
+    """Make a record of the user's own a choice of --method. Raises ValueError for what is none, or for a name taken."""
+    if not isinstance(record, Method):
+        raise UsageError(f"--method {name}: that is a {type(record).__name__}, not a spo_fast.config.methods.Method.")
+    name = name or record.name
+    if METHODS.get(name, record) is not record:
+        raise ValueError(f"there is a method {name} already: register {record.objective} by another name.")
+    METHODS[name] = record
+    return record
+
+
+def find_method(name: str) -> Method:
+    """A record by the value of --method; module:record is imported. Raises UsageError for an unknown one."""
+    if name not in METHODS and is_outside(name):
+        register_method(load_outside("--method", name), name)
+    if name not in METHODS:
+        raise UsageError(f"method={name!r:.60} is none of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+def readers() -> dict[str, tuple[str, ...]]:
+    """Setting -> the methods that read it, of those that not all read. Given to another method it is an error."""
+    read = {name: (*record.settings, *record.reads) for name, record in METHODS.items()}
+    names = dict.fromkeys(setting for settings in read.values() for setting in settings)
+    return {setting: tuple(m for m in METHODS if setting in read[m]) for setting in names}
+
+
+def check_read(method: str, flags: set[str]) -> None:
+    """Raises UsageError for a flag that says nothing to this method."""
+    reads = readers()
+    for name in sorted(flags & reads.keys()):
+        if method not in reads[name]:
+            raise UsageError(f"--{name} is not read by --method {method}, only by {', '.join(reads[name])}.")

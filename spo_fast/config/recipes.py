@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spo_fast.config.methods import SEGMENTS
+from spo_fast.config.methods import find_method
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
 
 def published(given: Mapping[str, Any]) -> dict[str, Any]:
     """The published code's accumulation across rollouts, no clipping, and its SDXL's last-step rule."""
-    method = given.get("method", "spo")
-    if method not in (*SEGMENTS, "gradspo"):  # gradspo and lpo build on SPO's code
-        raise ValueError(f"recipe=published is SPO's code: the settings of method={method} are its paper's without it.")
-    settings: dict[str, Any] = {"accumulation": "published", "max_grad_norm": None}
-    if method not in ("spo", "mspo"):
-        return settings
-    return settings | {"last_step": "extend" if given["model"] in ("sdxl", "toy") else "compare"}
+    method = find_method(given.get("method", "spo"))
+    if method.recipe is None:
+        raise ValueError(
+            f"recipe=published is SPO's code: the settings of method={method.name} are its paper's without it."
+        )
+    return dict(method.recipe(given))
 
 
 TINY_VAES = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}

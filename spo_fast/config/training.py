@@ -6,11 +6,15 @@ one is saved beside the weights as config.yaml.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import typing
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from spo_fast.config.fields import (
     Count,
+    Kind,
     NotNegative,
     Positive,
     Range,
@@ -19,9 +23,12 @@ from spo_fast.config.fields import (
     Share,
     Threshold,
     Whole,
+    doc_of,
     parted,
     require,
 )
+from spo_fast.config.methods import METHODS, readers
+from spo_fast.config.scorers import name_and_weight, scorer_names
 from spo_fast.config.sections import AdamConfig, ComputeConfig, LoopConfig, ModelConfig, PairSourceConfig, ScorerPaths
 
 # ------------------------------------------------------------------------------------------------ what a field may hold
@@ -178,16 +185,16 @@ class OptimConfig(AdamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section):
-    """Settings that only some methods read; READS (presets.py) says which."""
+    """Settings that only some methods read; their records (methods.py) say which."""
 
-    method: Literal["spo", "mspo", "d3po", "lpo", "gradspo", "ddpo", "dpok", "dense", "dpo", "mapo"] = "spo"
+    method: Annotated[str, METHODS] = "spo"
     """What trains the model; it brings its published settings. On rollouts: spo, mspo (with inner steps), d3po (whole
     trajectories), lpo (latent scorer), gradspo, ddpo and dpok (policy gradients), dense (DenseReward). On --pairs: dpo
-    (Diffusion-DPO), mapo."""
+    (Diffusion-DPO), mapo. One of your own, from a file beside the command or installed: module:record."""
     beta: Positive = 10.0
-    """Strength of the preference in the loss; of mapo the weight of its margin. Not of ddpo, dpok."""
+    """Strength of the preference in the loss; of mapo the weight of its margin."""
     clip: Annotated[float, Range(0, 1, "()", why="none turns the clamp off")] | None = 0.1
-    """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off. Not of dpo, mapo."""
+    """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off."""
     guidance_step: Positive = 0.5
     """gradspo: how far the noise target is shifted along the reward."""
     ema_decay: Share = 0.9
@@ -208,11 +215,40 @@ class ObjectiveConfig(Section):
     """dpo, mapo: share of the prompts that are replaced by the empty one."""
 
 
+def objective_section() -> type[ObjectiveConfig]:
+    """ObjectiveConfig, and the settings that only methods from outside the package have: fields of their classes."""
+    return _objective_section(tuple(record.objective for record in METHODS.values() if record.own_class))
+
+
+@functools.cache
+def _objective_section(classes: tuple[type, ...]) -> type[ObjectiveConfig]:
+    own: dict[str, tuple[str, Any, Any]] = {}
+    known = {f.name for f in dataclasses.fields(ObjectiveConfig)}
+    elsewhere = {f.name for s in typing.get_type_hints(Config).values() for f in dataclasses.fields(s)} - known
+    for cls in classes:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for f in dataclasses.fields(cls):
+            if f.name in known:
+                continue
+            kind = Kind.of(hints[f.name])
+            simple = kind.base in (int, float, str, bool) and f.default is not dataclasses.MISSING
+            require(simple, f"{cls.__name__}.{f.name} must be a number, a text or a bool and have a default.")
+            require(f.name not in elsewhere, f"{cls.__name__}.{f.name} is a setting already: name it otherwise.")
+            same = own.get(f.name, (f.name, hints[f.name], None))[1] == hints[f.name]
+            require(same, f"{cls.__name__}.{f.name} is another method's, of another type: name it otherwise.")
+            help_text = doc_of(cls, f) or f"Of {cls.__name__}."
+            own[f.name] = (f.name, hints[f.name], field(default=f.default, kw_only=True, metadata={"help": help_text}))
+    if not own:
+        return ObjectiveConfig
+    return dataclasses.make_dataclass("ObjectiveConfig", own.values(), bases=(ObjectiveConfig,), frozen=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(ScorerPaths):
     scorer: tuple[str, ...] = ("spm",)
-    """Scorers: spm, pickscore, hpsv2, hpsv21, clip, aesthetic, image_reward, geneval, lrm; a weight after a colon, as
-    in spm:1 pickscore:0.5, makes a weighted sum. geneval (1 if all is as asked, else 0) needs --prompts with what it
+    """Scorers: {scorers}; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum. One of your own is a
+    function in a file beside the command or installed, module:function or module:function:0.5: pictures (N, 3, H, W) in
+    [0, 1] and prompts in, N numbers out. geneval (1 if all is as asked, else 0) needs --prompts with what it
     looks for, such as evaluation_metadata.jsonl. lrm, the latent reward model, judges noisy latents and cannot be
     mixed."""
     spm_time_conditioned: bool = True
@@ -269,8 +305,25 @@ class RunConfig(LoopConfig):
 class Config(Settings):
     """A run of preference optimisation (train.py)."""
 
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        return super().sections() | {"objective": objective_section()}
+
+    @classmethod
+    def docs(cls) -> dict[str, str]:
+        """Settings that only some methods read say whose they are."""
+        docs, own = super().docs(), {f.name for f in dataclasses.fields(objective_section())}
+        docs["scorer"] = docs["scorer"].format(scorers=", ".join(scorer_names()))
+        for name, methods in readers().items():
+            if name in own and len(methods) > 2:
+                others = [m for m in METHODS if m not in methods]
+                docs[name] += f" Not of {', '.join(others)}." if len(others) < len(methods) else ""
+        return docs
+
     def __post_init__(self) -> None:
-        trained = {entry.split(":")[0] for entry in self.scorer.scorer}
+        if not isinstance(self.objective, section := objective_section()):
+            object.__setattr__(self, "objective", section(**vars(self.objective)))
+        trained = {name_and_weight(entry)[0] for entry in self.scorer.scorer}
         shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
         require(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
         require(

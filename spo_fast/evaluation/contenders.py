@@ -15,7 +15,9 @@ from spo_fast.config import flags
 from spo_fast.config.errors import Missing, MissingFilesError
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.presets import EVALUATION_PRESETS
+from spo_fast.config.scorers import SCORERS, TRUE_SCORES
 from spo_fast.data.files import read_json
+from spo_fast.data.prompt_sets import prompts_of
 from spo_fast.evaluation.required_files import metric_scorers, resolve
 from spo_fast.models.files.find import find_contender
 
@@ -150,4 +152,31 @@ def resolve_settings(parser: Any, arguments: list[str] | None) -> EvaluationConf
         brought = settings_of_run(list(source.get("lora", ())))
         return brought if given.get("model") in (None, brought.get("model")) else {}
 
-    return flags.parse(parser, EVALUATION_PRESETS, arguments, recipe)[0]
+    cfg, given, _ = flags.parse(parser, EVALUATION_PRESETS, arguments, recipe)
+    if "metrics" in given or cfg.model.model != "toy" or not (why := why_no_true_scores(cfg, prompts_of(cfg)[0])):
+        return cfg
+    print(f"left out: {' and '.join(TRUE_SCORES)} {why}.")
+    return cfg.with_fields(metrics=tuple(name for name in cfg.metric.metric_names if name not in TRUE_SCORES))
+
+
+def why_no_true_scores(cfg: EvaluationConfig, prompts: list[str]) -> str:
+    """Why the toy's true scores cannot be had of these pictures; empty if they can."""
+    from spo_fast.data import toy_world
+
+    if odd := next((prompt for prompt in prompts if prompt not in toy_world.CAPTIONS), None):
+        return f"know captions of the toy's world only, not {odd!r:.60}"
+    if any(side not in (None, toy_world.SIZE) for side in (cfg.model.height, cfg.model.width)):
+        return f"are of pictures of {toy_world.SIZE} pixels"
+    return ""
+
+
+def check_scores(cfg: EvaluationConfig, prompts: list[str], device: Any) -> None:
+    """Raises ValueError, before anything is drawn, for a metric that cannot judge these pictures."""
+    asked = [name for name in cfg.metric.metric_names if name in TRUE_SCORES]
+    if asked and (why := why_no_true_scores(cfg, prompts)):
+        raise ValueError(f"--metrics {' '.join(asked)}: true scores {why}. Leave them out.")
+    from spo_fast.scorers.function import FunctionScorer
+
+    for name in cfg.metric.metric_names:
+        if name in SCORERS and (function := SCORERS[name].function) is not None:
+            FunctionScorer(name, function, device).check(prompts)

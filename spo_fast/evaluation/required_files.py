@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from spo_fast.config.errors import Missing, did_you_mean
 from spo_fast.config.fields import parted
-from spo_fast.config.scorers import TRUE_SCORES, scorer_specs
+from spo_fast.config.outside import is_outside
+from spo_fast.config.scorers import SCORERS, TRUE_SCORES, scorer_specs
 from spo_fast.config.sections import ModelConfig
 from spo_fast.config.training import Config, ScorerConfig
 from spo_fast.models.files.find import Present, look, resolve_all
@@ -23,10 +24,10 @@ def metric_scorers(metrics: Iterable[str], model: str, flag: str) -> list[str]:
     scorers = [name for name in metrics if name not in TRUE_SCORES]
     if model != "toy" and (odd := next((name for name in metrics if name in TRUE_SCORES), None)):
         raise ValueError(f"{flag}: {odd} is a true score of the toy's world: --model {model} has none.")
-    if any(":" in name for name in scorers):
+    if any(":" in name and not is_outside(name) for name in scorers):
         raise ValueError(f"{flag}: metrics have no weights: write {flag} pickscore aesthetic.")
-    if "lrm" in scorers:
-        raise ValueError(f"{flag}: lrm judges noisy latents, not pictures. Leave it out.")
+    if of_latents := next((name for name in scorers if name in SCORERS and SCORERS[name].judges == "latents"), ""):
+        raise ValueError(f"{flag}: {of_latents} judges noisy latents, not pictures. Leave it out.")
     try:
         scorer_specs(tuple(scorers))
     except ValueError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.data.prompt_sets import prompts_of
-from spo_fast.evaluation.contenders import Gallery, find_files, fingerprint
+from spo_fast.evaluation.contenders import Gallery, check_scores, find_files, fingerprint
 from spo_fast.evaluation.draw import decided, draw_all
 from spo_fast.evaluation.score import prompt_weights, score_all
 
@@ -91,6 +91,7 @@ def evaluate(cfg: EvaluationConfig) -> Evaluation:
     from spo_fast.models.tensor_cache import fingerprint_files
 
     device = pick_device(cfg.pictures.device)
+    check_scores(cfg, prompts, device)
     cfg, choices = decided(cfg, device)
     if choices:
         print(f"chosen for this device ({found_device(device).name}):\n{textwrap.indent(listed(choices), '  ')}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.config.scorers import SCORERS
 from spo_fast.data.files import read_json, weight_files
 from spo_fast.data.prompt_sets import geneval_records, prompt_files
 from spo_fast.evaluation.contenders import Gallery
@@ -60,14 +63,12 @@ def score_all(
     if "geneval" in cfg.metric.metric_names:  # what it looks for belongs to its scores
         asked = f" {hashlib.sha256(json.dumps(wanted(cfg)).encode()).hexdigest()}"
     for name in ("looks", *cfg.metric.metric_names):
-        needed = [n for n in cfg.metric.paths_of([name]) if n in resolved.scorer_paths]
-        paths = [resolved.scorer_paths[n] for n in needed]
-        weights = fingerprint_files(
-            f for p in paths for f in (weight_files(p) if p.is_file() else p.iterdir()) if f.is_file()
-        )
+        paths = [resolved.scorer_paths[n] for n in cfg.metric.paths_of(() if name == "looks" else [name])]
+        files = [f for p in paths for f in (weight_files(p) if p.is_file() else p.iterdir()) if f.is_file()]
+        weights = fingerprint_files([*files, *own_code(name)])
         metric = None
         for gallery in galleries:
-            file = gallery.folder / f"scores-{name}.json"
+            file = gallery.folder / f"scores-{name.replace(':', '.')}.json"
             key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}{asked if name == 'geneval' else ''}"
             kept = read_json(file) if file.is_file() else {}
             if kept.get("of") != key:
@@ -86,6 +87,13 @@ def score_all(
                 whole = np.array(values, dtype=np.float64)  # None, a score that was not finite, becomes NaN
                 found[gallery.contender.name][what] = whole.reshape(len(prompts), per).mean(1)
     return found
+
+
+def own_code(name: str) -> list[Path]:
+    """The file of a scorer of the user's own, in which its scores may change."""
+    function = SCORERS[name].function if name in SCORERS else None
+    file = None if function is None else inspect.getsourcefile(inspect.unwrap(function))
+    return [Path(file)] if file else []
 
 
 def prompt_weights(cfg: EvaluationConfig, prompts: list[str]) -> dict[str, np.ndarray]:

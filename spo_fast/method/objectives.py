@@ -1,6 +1,7 @@
 """The objectives, side by side. Each collects experience, prepares its baseline, and turns predictions into a loss.
 
-An objective is a frozen dataclass whose fields are its settings (of ObjectiveConfig, by name). `loss` sees unique
+An objective is a frozen dataclass whose fields are its settings; what else is known of a method stands in its record
+(config/methods.py), defaults too. `loss` sees unique
 states (U) and indices (N, K, S) into them, so that a state shared by winner and loser costs one forward and one
 backward. Every loss is a weighted sum over its N terms, and comes with sums of the objective's `stats`.
 """
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from spo_fast.config.methods import find_method
 from spo_fast.config.training import ObjectiveConfig, SampleConfig
 from spo_fast.method.experience import Experience, Prediction, States
 from spo_fast.method.noise import SIDES, STEPS
@@ -188,8 +190,8 @@ class SPO(Objective):
     clamp; this follows the published code (train_spo.py 535-586), so the paper's beta is beta / (C H W).
     """
 
-    beta: float = 10.0
-    clip: float | None = 0.1
+    beta: float
+    clip: float | None
 
     def collect(
         self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
@@ -242,8 +244,8 @@ class GradSPO(SPO):
     y_w - y_l> does not depend on m_ema, only where the clamp begins does.
     """
 
-    guidance_step: float = 0.5
-    ema_decay: float = 0.9
+    guidance_step: float
+    ema_decay: float
     sampler = "ema"
     num_baselines = 2
 
@@ -302,8 +304,8 @@ class DDPO(Objective):
     has one trajectory a prompt and keeps a prompt's last rewards over rollouts instead (stat_tracking.py).
     """
 
-    clip: float | None = 1e-4
-    advantage_clip: float = 5.0
+    clip: float | None
+    advantage_clip: float
     shape = (1, 1)
     stats = ("terms", "ratio", "clamped", "approx_kl", "kl")
     rollout = staticmethod(trajectory_rollout)
@@ -353,7 +355,7 @@ class DPOK(DDPO):
     Categorical KL over the batch in d3po's restatement is meaningless. Their learnt value function is DDPO's mean here.
     """
 
-    kl_weight: float = 0.01
+    kl_weight: float
     num_baselines = 2
 
     def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
@@ -378,12 +380,10 @@ class DenseReward(SPO):
     prompts, from which it draws 10 times as many terms.
     """
 
-    beta: float = 10.0
-    clip: float | None = 1e-4
-    gamma: float = 0.9
-    num_ranked: int = 2
-    num_sampled_steps: int = 3
-    terms_per_prompt: int = 10
+    gamma: float
+    num_ranked: int
+    num_sampled_steps: int
+    terms_per_prompt: int
     rollout = staticmethod(trajectory_rollout)
 
     @property
@@ -424,8 +424,8 @@ class DiffusionDPO(Objective):
     (train.py of the published code: no factor T beside beta = 5000).
     """
 
-    beta: float = 5000.0
-    prompt_dropout: float = 0.2  # read where pairs are (training/pair_batches.py)
+    beta: float
+    prompt_dropout: float  # read where pairs are (training/pair_batches.py)
     sampler = "data"
     rollout = None
 
@@ -460,8 +460,6 @@ class MaPO(DiffusionDPO):
     l_w - beta logsigmoid(1000 (f(l_w) - f(l_l))).
     """
 
-    beta: float = 0.1
-    prompt_dropout: float = 0.0
     scale: ClassVar[float] = 1000.0  # the number of timesteps
     num_baselines = 0
 
@@ -485,13 +483,8 @@ class MaPO(DiffusionDPO):
         return weight * self.errors(m, e)[:, 0].sum() + margin, stats
 
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    **{"spo": SPO, "mspo": MSPO, "d3po": D3PO, "lpo": LPO, "gradspo": GradSPO},
-    **{"ddpo": DDPO, "dpok": DPOK, "dense": DenseReward},
-    **{"dpo": DiffusionDPO, "mapo": MaPO},
-}
-
-
-def make_objective(cfg: ObjectiveConfig) -> Objective:
-    kind = OBJECTIVES[cfg.method]
-    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+def make_objective(cfg: ObjectiveConfig) -> Any:
+    """The method's objective, its fields filled from the settings of the same names."""
+    record = find_method(cfg.method)
+    kind = record.kind()
+    return kind(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(kind)})

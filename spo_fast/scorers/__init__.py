@@ -1,1 +1,1 @@
-"""What judges the candidates: one scorer a file, named in registry.py."""
+"""Scorers by their records (config/scorers.py): what says which candidate is better."""

@@ -191,6 +191,17 @@ class NoLoss(torch.nn.Module):
         self.register_buffer("empty_weight", torch.ones(config.num_labels + 1))
 
 
+def fake_detector(path: str | Path | None) -> Any:
+    """The detector without weights, on the meta device: a directory's, or the published one's (Swin-S)."""
+    from transformers import Mask2FormerConfig
+    from transformers.models.mask2former import modeling_mask2former as mask2former
+
+    kind: Any = Mask2FormerConfig
+    config = kind(num_labels=len(CLASSES)) if path is None else kind.from_pretrained(path)
+    with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss), torch.device("meta"):
+        return mask2former.Mask2FormerForUniversalSegmentation(config)
+
+
 def load_geneval(
     path: str | Path,
     tokenize: Tokenize,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,45 +41,80 @@ def vision_name(key: str) -> str:
     return key
 
 
+class Sizes(NamedTuple):
+    """Of both towers; ImageReward.pt's where nothing is said: BLIP-L's pictures, BERT-base's words."""
+
+    width: int = 1024
+    mlp_width: int = 4096
+    layers: int = 24
+    image_size: int = 224
+    patch: int = 16
+    text_width: int = 768
+    text_mlp_width: int = 3072
+    text_layers: int = 12
+    vocabulary: int = 30524
+    positions: int = 512
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Sizes:
+        """By the shapes of a state dict."""
+        vision, text = "blip.visual_encoder.", "blip.text_encoder."
+        width, _, patch, _ = tensors[f"{vision}patch_embed.proj.weight"].shape
+        vocabulary, text_width = tensors[f"{text}embeddings.word_embeddings.weight"].shape
+        return cls(
+            width=width,
+            mlp_width=tensors[f"{vision}blocks.0.mlp.fc1.weight"].shape[0],
+            layers=_layers(tensors, f"{vision}blocks."),
+            image_size=round((tensors[f"{vision}pos_embed"].shape[1] - 1) ** 0.5) * patch,
+            patch=patch,
+            text_width=text_width,
+            text_mlp_width=tensors[f"{text}encoder.layer.0.intermediate.dense.weight"].shape[0],
+            text_layers=_layers(tensors, f"{text}encoder.layer."),
+            vocabulary=vocabulary,
+            positions=tensors[f"{text}embeddings.position_embeddings.weight"].shape[0],
+        )
+
+
 class ImageReward(nn.Module):
     """(r - mean) / std of the published model, about standard normal on its training pictures."""
 
-    # the published state dict, whose shapes decide the sizes, and what errors call it
-    def __init__(self, tensors: Mapping[str, Tensor], name: str | Path = "state dict"):
+    def __init__(self, sizes: Sizes):
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
         super().__init__()
-        vision, text = "blip.visual_encoder.", "blip.text_encoder."
-        width, _, patch, _ = tensors[f"{vision}patch_embed.proj.weight"].shape
-        positions = tensors[f"{vision}pos_embed"].shape[1]
-        self.image_size = round((positions - 1) ** 0.5) * patch
+        self.image_size = sizes.image_size
         self.vision = BlipVisionModel(
             BlipVisionConfig(
-                hidden_size=width,
-                intermediate_size=tensors[f"{vision}blocks.0.mlp.fc1.weight"].shape[0],
-                num_hidden_layers=_layers(tensors, f"{vision}blocks."),
-                num_attention_heads=width // HEAD_WIDTH,
-                image_size=self.image_size,
-                patch_size=patch,
+                hidden_size=sizes.width,
+                intermediate_size=sizes.mlp_width,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.width // HEAD_WIDTH,
+                image_size=sizes.image_size,
+                patch_size=sizes.patch,
                 layer_norm_eps=1e-6,
             )
         )
-        vocabulary, text_width = tensors[f"{text}embeddings.word_embeddings.weight"].shape
         self.text = BlipTextModel(
             BlipTextConfig(
-                vocab_size=vocabulary,
-                hidden_size=text_width,
-                encoder_hidden_size=width,
-                intermediate_size=tensors[f"{text}encoder.layer.0.intermediate.dense.weight"].shape[0],
-                num_hidden_layers=_layers(tensors, f"{text}encoder.layer."),
-                num_attention_heads=text_width // HEAD_WIDTH,
-                max_position_embeddings=tensors[f"{text}embeddings.position_embeddings.weight"].shape[0],
+                vocab_size=sizes.vocabulary,
+                hidden_size=sizes.text_width,
+                encoder_hidden_size=sizes.width,
+                intermediate_size=sizes.text_mlp_width,
+                num_hidden_layers=sizes.text_layers,
+                num_attention_heads=sizes.text_width // HEAD_WIDTH,
+                max_position_embeddings=sizes.positions,
                 layer_norm_eps=1e-12,
             ),
             add_pooling_layer=False,
         )
-        self.head = score_head(text_width)
-        fill(self, _renamed(tensors), name, torch.float32)
+        self.head = score_head(sizes.text_width)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str | Path = "state dict") -> ImageReward:
+        """From the published state dict; `name` is what errors call it."""
+        found = cls(Sizes.of(tensors))
+        fill(found, _renamed(tensors), name, torch.float32)
+        return found
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # (N, 3, S, S) normalised, (N, L) -> (N,) float32
         seen = self.vision(pixel_values=x).last_hidden_state
@@ -136,7 +171,7 @@ def load_image_reward(
 
     file = find_weights(Path(path))
     try:
-        model = ImageReward(read_tensors(file), file)
+        model = ImageReward.of(read_tensors(file), file)
     except (KeyError, RuntimeError, IndexError) as error:
         what = str(error).split(":")[0]
         raise ValueError(f"{file} is no ImageReward ({what}). Give ImageReward.pt (--image_reward_path).") from error

@@ -18,6 +18,7 @@ from spo_fast.training.monitor.warnings import Watch
 from spo_fast.training.plan.fit_memory import is_out_of_memory, out_of_memory
 from spo_fast.training.rebalance import rebalance, whole_scores
 from spo_fast.training.rollout_statistics import Saturation, of_scores
+from spo_fast.training.scorer import with_scorer
 from spo_fast.training.setup import Parts
 from spo_fast.training.signals import Stopped
 
@@ -133,6 +134,9 @@ class Run(Parts):
         return timer("score")
 
 
-def train(cfg: Config) -> Path:
-    """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids."""
-    return Run(cfg).train()
+def train(cfg: Config, scorer: Callable[..., Any] | None = None) -> Path:
+    """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids.
+
+    scorer: a function of your own, pictures (N, 3, H, W) in [0, 1] and N prompts -> N numbers, in place of cfg's.
+    """
+    return Run(cfg if scorer is None else with_scorer(cfg, scorer)).train()

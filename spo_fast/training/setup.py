@@ -57,7 +57,7 @@ class Parts(TrainingRun[Config]):
         self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
         if self.pairs is not None:  # noised to any timestep
             self.table = self.model.full_table()
-        self.scorer = make_scorer(cfg, self.model, self.objective, wanted)
+        self.scorer = make_scorer(cfg, self.model, self.objective, wanted, shown)
         if cfg.engine.compile != "off":
             self.compile()
         self.record_graphs(accelerate.capture_for(cfg, self.device))

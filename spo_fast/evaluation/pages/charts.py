@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import io
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import numpy as np
 
+from spo_fast.config.methods import Method
 from spo_fast.evaluation.looks import RISE
 from spo_fast.evaluation.pages.run_record import RunRecord
 
@@ -25,7 +27,7 @@ class Chart:
     title: str
     fields: tuple[str, ...]  # of the records; patterns
     about: str = ""
-    level: float | None = None  # a dotted line
+    level: float | None = None  # a dotted line, drawn where it is within reach of the curve
     stacked: bool = False
 
 
@@ -37,13 +39,13 @@ CHARTS = (
         "1: before training; above the dotted line: reward hacking?",
         level=1 + RISE,
     ),
-    Chart("Loss", ("loss",), "dotted: 0.693, where it stands when policy and reference agree", level=math.log(2)),
+    Chart("Loss", ("loss",)),
     Chart("Candidates' mean score", ("score_mean",), "of the prompts of each iteration: it varies with them"),
     Chart("Share of valid pairs", ("valid_share",), "pairs whose scores differ by more than the threshold"),
     Chart("Log-ratio of policy to reference", ("log_ratio_best", "log_ratio_worst"), "of winners and losers"),
     Chart("Accuracy", ("accuracy",), "share of pairs whose winner gained more probability than its loser"),
     Chart("Held-out accuracy", ("validation_accuracy",), "held-out pairs whose preferred image is ahead", level=0.5),
-    Chart("Margin", ("margin",), "beta times the difference of the log-ratios"),
+    Chart("Margin", ("margin",)),
     Chart("Probability ratio", ("ratio",), "of the policy to the one that collected"),
     Chart("KL", ("approx_kl", "kl"), "to the policy that collected; kl (dpok): squared distance from the reference"),
     Chart("Clamped share", ("clamped", "dead"), "transitions outside the clamp; dead: terms without gradient"),
@@ -52,6 +54,21 @@ CHARTS = (
     Chart("Time of an iteration, seconds", ("*_ms",), "phases stacked", stacked=True),
     Chart("TFLOP/s", ("tflop_per_s",), "model FLOPs, counted from the shapes"),
 )
+
+
+def charts_of(method: Method, settings: Mapping[str, Any]) -> tuple[Chart, ...]:
+    """CHARTS with the words and the start line of the method."""
+    start = method.start_of(settings)
+    of = {
+        "Loss": ("" if start is None else f"dotted: {start:.3g}, that of a policy that has learnt nothing", start),
+        "Margin": (method.margin, None),
+    }
+    return tuple(
+        replace(chart, about=of[chart.title][0], level=of[chart.title][1]) if chart.title in of else chart
+        for chart in CHARTS
+    )
+
+
 INK = "#808080"  # stands for the page's text colour
 COLOURS = ("#3b82c4", "#d9822b", "#3a9d5d", "#c2525a", "#8a6bbf", "#8f7a5c")
 
@@ -110,7 +127,7 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
                     axes.fill_between(x, least, greatest, color=line.get_color(), alpha=0.25, lw=0)
             keep_readable(axes, [band for _, *bands in curves.values() for band in bands])
         if chart.level is not None:
-            axes.axhline(chart.level, color=INK, lw=0.8, ls=":")
+            mark_level(axes, chart.level)
         for start in epoch_starts(run):
             axes.axvline(start, color=INK, lw=0.5, alpha=0.35, gid="epoch")
         if len(curves) > 1:
@@ -144,6 +161,15 @@ def keep_readable(axes: Any, values: list[np.ndarray]) -> None:
         axes.set_ylim(max(low - room, least), min(high + room, greatest))
         text = f"from {least:.3g} to {greatest:.3g}: spikes are cut off"
         axes.text(1, 1, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5)
+
+
+def mark_level(axes: Any, level: float) -> None:
+    """A dotted line where it is no further from the curve than the curve is high: the axis is the curve's."""
+    low, high = axes.get_ylim()
+    if low - (high - low) <= level <= high + (high - low):
+        axes.axhline(level, color=INK, lw=0.8, ls=":", gid="level")
+    else:
+        axes.set_ylim(low, high)
 
 
 def epoch_starts(run: RunRecord) -> list[float]:

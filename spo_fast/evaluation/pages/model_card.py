@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from spo_fast.config.errors import RunError
-from spo_fast.config.methods import DATA, PAPERS, SPO_PAPER
+from spo_fast.config.methods import find_method
 from spo_fast.data.files import write_atomically
 from spo_fast.evaluation.pages.run_record import RunRecord, count_text, value
 from spo_fast.evaluation.pictures import sheet_prompts
@@ -24,12 +24,10 @@ PIPELINE_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "toy
 
 
 def method_text(method: str) -> tuple[str, str]:
-    """What the training was, and the sentence that names its paper."""
-    if method not in PAPERS:
-        return f"step-by-step preference\noptimisation ({method.upper()})", f"Method: {SPO_PAPER}"
-    name, arxiv = PAPERS[method]
-    link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
-    return f"{method.upper()}", f"Method: {name}{link}."
+    """What the training was, and the sentence that names its paper, if it has one."""
+    record = find_method(method)
+    paper = "" if record.paper is None else f"Method: {record.paper.markdown()}"
+    return record.about or record.name.upper(), paper
 
 
 def write_card(run_dir: str | Path, repository: str | None = None) -> Path:
@@ -47,7 +45,8 @@ def card(run: RunRecord, repository: str | None) -> str:
     grids = [n for n in ("before", "after") if (run.run_dir / "samples" / f"{n}.png").is_file()]
     prompts = sheet_prompts(run.run_dir / "samples" / f"{grids[-1]}.png") if grids else []
     kind = "full fine-tuning of the UNet" if s["full_finetune"] else f"LoRA of rank {s['rank']}"
-    tags = ["text-to-image", "diffusers", PIPELINE_TAGS[s["model"]], "spo", "preference-optimization"]
+    method = find_method(s["method"])
+    tags = ["text-to-image", "diffusers", PIPELINE_TAGS[s["model"]], method.name, *method.tags]
     data = ModelCardData(
         base_model=run.base_model if run.base_model and is_hub_id(run.base_model) else None,
         library_name="diffusers",
@@ -57,7 +56,7 @@ def card(run: RunRecord, repository: str | None) -> str:
         widget=[{"text": prompt} for prompt in prompts] or None,
     )
     how, paper = method_text(s["method"])
-    who = "a model that training did not ask" if s["method"] in DATA else "the model that training followed"
+    who = "a model that training did not ask" if method.on_pairs else "the model that training followed"
     what = f"{count_text(run.pairs, run.unit)} in {count_text(run.iterations, 'iteration')}"
     images = "\n\n".join(f"{name.capitalize()}:\n\n![{name}](samples/{name}.png)" for name in grids)
     rows = "\n".join(f"| {name} | {cell(new)} | {cell(old)} |" for name, (old, new) in run.changed().items())

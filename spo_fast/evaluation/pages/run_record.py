@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from spo_fast.config.methods import find_method
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.training import DECIDES
 from spo_fast.data.files import read_json
@@ -43,6 +44,7 @@ class RunRecord:
             raise ValueError(f"{run_dir / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(settings, dict) or "method" not in settings:
             raise ValueError(f"{run_dir} holds no run of spo_fast.train. Reports of other runs are not made here.")
+        find_method(str(settings["method"]))  # one from outside the package has settings of its own
         metrics, before = run_dir / "metrics.jsonl", run_dir / "samples" / "before.json"
         return cls(
             run_dir,
@@ -115,7 +117,7 @@ class RunRecord:
     @property
     def unit(self) -> str:
         """What a loss is of."""
-        return "loss term" if self.settings["method"] in ("ddpo", "dpok", "dense") else "pair"
+        return find_method(self.settings["method"]).unit
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from the model's preset: name -> (preset's, this run's).

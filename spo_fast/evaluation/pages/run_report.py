@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from spo_fast.config.methods import DATA
+from spo_fast.config.methods import find_method
 from spo_fast.data.files import write_atomically
-from spo_fast.evaluation.pages.charts import CHARTS, MAX_POINTS, Chart, draw
+from spo_fast.evaluation.pages.charts import MAX_POINTS, Chart, charts_of, draw
 from spo_fast.evaluation.pages.run_record import RunRecord, value
 from spo_fast.evaluation.pictures import MAX_IMAGE_BYTES, STRIP_WIDTHS, cut_rows, encoded, narrowed, sheet_prompts
 
@@ -95,9 +95,11 @@ pre, code, td { font-size: .9rem; } pre { overflow-wrap: normal; }
 def page(run: RunRecord) -> str:
     """The whole report as HTML."""
     s = run.settings
-    title = f"{s['method'].upper()} on {s['model']}: {run.run_dir.resolve().name}"
+    method = find_method(s["method"])
+    title = f"{method.name.upper()} on {s['model']}: {run.run_dir.resolve().name}"
     held_out = [Chart(f"Held-out {m}", (f"held_out_{m}",), "not trained on, same pictures") for m in run.held_out]
-    drawn = [(chart, draw(chart, run)) for chart in (*CHARTS[:1], *held_out, *CHARTS[1:])]
+    known = charts_of(method, s)
+    drawn = [(chart, draw(chart, run)) for chart in (*known[:1], *held_out, *known[1:])]
     charts = "".join(
         f"<figure><figcaption><b>{escape(c.title)}</b> <span>{escape(c.about)}</span></figcaption>{svg}</figure>"
         for c, svg in drawn
@@ -116,7 +118,7 @@ def page(run: RunRecord) -> str:
     table = f'<div class="table"><table>{head}{rows}</table></div>' if rows else "<p>All as in the preset.</p>"
     everything = yaml.safe_dump(s, sort_keys=False, allow_unicode=True)
     follows = "follows: a rise shows that training works, the images show whether it is for the better"
-    if s["method"] in DATA:
+    if method.on_pairs:
         follows = "did not ask: it learns from labelled pairs"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -6,16 +6,14 @@ warns exactly as one that was never stopped. Each fault is told once; again only
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from spo_fast.config.methods import LEAVES_LN2
+from spo_fast.config.methods import LN2, find_method
 from spo_fast.config.training import Config
 
-LN2 = math.log(2)  # the loss of a policy that has not moved: -log sigmoid(0)
-STILL_ITERATIONS, STILL = 50, 5e-4  # the loss sits at ln 2: the mean of so many iterations is so close
+STILL_ITERATIONS, STILL = 50, 5e-4 / LN2  # the loss sits still: the mean of so many iterations is so near, relatively
 REJECTED_ITERATIONS = 3
 CLAMPED_ITERATIONS, CLAMPED = 3, 0.99
 SATURATION_WINDOW, SATURATION_RISE = 20, 0.25  # iterations averaged; relative to the run's first ones
@@ -25,7 +23,8 @@ class Watch:
     """Feed it each record in order; it answers with the warnings that are new."""
 
     def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+        self.cfg, self._method = cfg, find_method(cfg.objective.method)
+        self._start = self._method.start_of(cfg.flat()) if self._method.leaves_start else None
         self._rejected = self._clamped = 0  # records in a row
         self._losses: deque[float] = deque(maxlen=STILL_ITERATIONS)
         self._told: set[str] = set()
@@ -71,15 +70,16 @@ class Watch:
         return text
 
     def _loss_sits_still(self, record: Mapping[str, Any]) -> str:
-        if self.cfg.objective.method not in LEAVES_LN2:
+        if self._start is None:
             return ""
         if record.get("loss") is not None:
             self._losses.append(record["loss"])
-        if len(self._losses) < STILL_ITERATIONS or abs(sum(self._losses) / STILL_ITERATIONS - LN2) > STILL:
+        mean = sum(self._losses) / STILL_ITERATIONS
+        if len(self._losses) < STILL_ITERATIONS or abs(mean - self._start) > STILL * abs(self._start):
             return ""
         return (
-            f"the loss has averaged {sum(self._losses) / STILL_ITERATIONS:.4f} over {STILL_ITERATIONS} iterations; a "
-            "policy that has learnt nothing has ln 2 = 0.6931. Raise --learning_rate "
+            f"the loss has averaged {mean:.4f} over {STILL_ITERATIONS} iterations; a policy that has learnt nothing "
+            f"has {'ln 2 = ' if self._start == LN2 else ''}{self._start:.4f}. Raise --learning_rate "
             f"(now {self.cfg.optim.learning_rate:g}), or give it more pairs a step (--gradient_accumulation_steps)"
         )
 

@@ -26,6 +26,8 @@ class Costs:
     """Bytes of the float32 gradients, which the backward's and the step's transients include."""
     transient: Mapping[str, int]
     """Phase -> most bytes alive at once besides the resident ones."""
+    unknown: tuple[str, ...] = ()
+    """Scorers whose FLOPs and bytes are not known, and not counted."""
     graphs: bool = False
     """A rollout is replayed as CUDA graphs, which keep what it took: nothing else can use their memory."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from spo_fast.config.errors import Missing
-from spo_fast.config.methods import COMPARED, DATA
+from spo_fast.config.methods import find_method
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.run_record import duration, read_metrics
@@ -42,7 +42,7 @@ def report(cfg: Config, device: Device | None = None) -> str:
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
     total, encoded, steps = steps_text(cfg)
-    shares = SHARES if cfg.objective.method in COMPARED else SHARES[:1]
+    shares = SHARES if find_method(cfg.objective.method).compares else SHARES[:1]
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
         "settings (flags over file over preset)": yaml.safe_dump(cfg.flat(), sort_keys=False).rstrip(),
@@ -68,7 +68,7 @@ def files_table(looked: Iterable[Present | Missing]) -> str:
 def steps_text(cfg: Config) -> tuple[int, int, str]:
     """Iterations, prompts that are encoded, and what to say of both."""
     B = cfg.sample.sample_batch_size
-    if cfg.objective.method in DATA:
+    if find_method(cfg.objective.method).on_pairs:
         total = cfg.run.max_train_steps or 1
         said = (
             f"{total:,} iterations of {B:,} pairs (--max_train_steps), or fewer if the epochs end before"
@@ -79,7 +79,7 @@ def steps_text(cfg: Config) -> tuple[int, int, str]:
     prompts, sampler = training_prompts(cfg)
     total = cfg.run.iterations(sampler.iterations_per_epoch)
     terms = total * B * len(make_objective(cfg.objective).term_states(cfg.sample))
-    kept = "pairs if every one is kept" if cfg.objective.method in COMPARED else "terms of the loss"
+    kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
     return total, len(prompts), f"{said}, {terms:,} {kept}"
 
@@ -89,6 +89,7 @@ def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[fl
     by_share = [costs.flops(share) for share in shares]
     for part in by_share[0]:
         rows.append((f"{part} ({costs.samples[part]:,} samples)", *(f"{f[part] / 1e12:,.3g}" for f in by_share)))
+    rows += [(f"scorer {name}", *("unknown, not counted" for _ in shares)) for name in costs.unknown]
     rows.append(("an iteration", *(f"{sum(f.values()) / 1e12:,.4g}" for f in by_share)))
     once = costs.flops_per_prompt * prompts
     whole = [(sum(f.values()) * iterations + once) / 1e12 for f in by_share]
@@ -111,6 +112,7 @@ def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
 
 def memory_table(costs: Costs, device: Device) -> str:
     held = [("held throughout", "")] + [(part, size_text(n)) for part, n in costs.resident.items()]
+    held += [(f"scorer {name}", "unknown, not counted") for name in costs.unknown]
     peaks = [("peak of a phase", "")] + [(phase, size_text(n)) for phase, n in costs.peaks.items()]
     if costs.graphs:
         peaks.append(("of these, kept by CUDA graphs after a rollout", size_text(costs.kept_by_graphs)))

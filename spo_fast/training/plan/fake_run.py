@@ -17,7 +17,6 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from spo_fast.config.scorers import scorer_specs
+from spo_fast.config.scorers import find_scorer, scorer_specs
 from spo_fast.config.training import Config, ScorerConfig
 from spo_fast.data.files import read_json
 from spo_fast.evaluation.required_files import resolve, scorer_paths
@@ -47,18 +46,16 @@ from spo_fast.models.quantised import import_for
 from spo_fast.models.sharded import BUCKET
 from spo_fast.models.trained_weights import TrainedWeights
 from spo_fast.scorers.base import InPhase
-from spo_fast.scorers.clip import Clip
-from spo_fast.scorers.clip_files import find_weights, load_clip, read_hf_config
 from spo_fast.scorers.latent import LatentScorer
 from spo_fast.scorers.latent_files import read_configs
 from spo_fast.scorers.latent_network import LatentReward
-from spo_fast.scorers.spm import ClipScorer
+from spo_fast.scorers.preprocess import PictureScorer
 from spo_fast.scorers.weighted import WeightedSum
 from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.training.plan.batches import Plan, plan_of
 from spo_fast.training.plan.costs import PHASES, Costs
 from spo_fast.training.plan.counters import CUDA_BLOCK, CountFlops, LiveStorage
-from spo_fast.training.plan.fake_networks import SCORER_CLIPS, VIT_H, fake_vae, shapes_of, vae_settings
+from spo_fast.training.plan.fake_networks import FakeScorer, fake_scorer, fake_vae, vae_settings
 from spo_fast.training.plan.held_bytes import optimizer_state, processes
 
 # ---------------------------------------------------------------------------------------------------- the answer
@@ -85,6 +82,29 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
 _latest: tuple[Any, Networks] | None = None
 
 # ---------------------------------------------------------------------------------------------------- networks
+
+
+class Pictures(PictureScorer):
+    """A scorer of pictures that only costs."""
+
+    def __init__(self, fake: FakeScorer, score: Callable[..., Any] | None):
+        self.fake, self.score = fake, score
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        shape, dtype = self.fake.text
+        return torch.empty(len(prompts), *shape, dtype=dtype)
+
+    def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        size = 1 if self.fake.one_by_one else len(pixels)
+        if self.score is not None:
+            for start in range(0, len(pixels), size):
+                self.score(pixels[start : start + size], text[start : start + size])
+        return torch.empty(len(pixels))
+
+
+def weights_of(scorer: Pictures | LatentScorer) -> list[Tensor]:
+    networks = (scorer.model,) if isinstance(scorer, LatentScorer) else scorer.fake.networks
+    return [weight for network in networks for weight in network.parameters()]
 
 
 class Networks:
@@ -138,7 +158,9 @@ class Networks:
         self.latent_shape = (unet.config.in_channels, height // factor, width // factor)
         self.vae_factor = factor
         self.scorers: dict[str, Any] = {
-            name: (self._latent_scorer if name == "lrm" else self._scorer)(name, resolved, cfg.scorer)
+            name: (self._latent_scorer if find_scorer(name).judges == "latents" else self._scorer)(
+                name, resolved, cfg.scorer
+            )
             for name, _ in scorer_specs(cfg.scorer.scorer)
         }
 
@@ -168,23 +190,12 @@ class Networks:
         with self.mode:
             return LatentScorer(network, lambda prompts: [torch.zeros(len(prompts), n).long() for n in lengths])
 
-    def _scorer(self, name: str, resolved: Resolved | None, cfg: ScorerConfig) -> ClipScorer:
-        path, dtype = resolved.scorer_paths.get(name) if resolved else None, DTYPES[cfg.scorer_dtype]
-        aware = name == "spm" and cfg.spm_time_conditioned
-        if path is None or name not in ("spm", "pickscore", "clip"):  # the others' files have other layouts
-            with torch.device("meta"):
-                clip = Clip(replace(SCORER_CLIPS.get(name, VIT_H), time_conditioned=aware))
-        else:
-            file = find_weights(Path(path))
-            hf_config = read_hf_config(file.parent)
-            clip = load_clip(
-                shapes_of(file), time_conditioned=aware, hf_config=hf_config, device="meta", name=str(file)
-            )
-        clip = self._fake(clip.set_compute_dtype(dtype))
-        with self.mode:
-            scorer = ClipScorer(clip, lambda prompts: torch.zeros(len(prompts), 0), dtype=dtype)
-        scorer.score_pixels = self._once(scorer.score_pixels, "score")  # type: ignore[method-assign]
-        return scorer
+    def _scorer(self, name: str, resolved: Resolved | None, cfg: ScorerConfig) -> Pictures:
+        paths = resolved.scorer_paths if resolved else {}
+        fake = fake_scorer(name, paths, DTYPES[cfg.scorer_dtype], cfg.spm_time_conditioned)
+        for network in fake.networks:
+            self._fake(network)
+        return Pictures(fake, self._once(fake.score, "score") if fake.score else None)
 
     def _text_encoders(self) -> list[Any]:
         from transformers import CLIPTextConfig
@@ -279,6 +290,7 @@ class Networks:
             flops_per_prompt=per_prompt,
             resident=resident,
             gradients=self._bytes(masters),
+            unknown=tuple(name for name in self.scorers if find_scorer(name).network == "unknown"),
             graphs=self.cuda and cfg.engine.cuda_graphs is not False,
             transient={
                 p: live.peaks[p] + (encoders if p == "encode prompts" else 0) for p in PHASES if p in live.peaks
@@ -307,8 +319,8 @@ class Networks:
             for name, scorer in self.scorers.items():
                 if isinstance(scorer, LatentScorer):
                     continue  # it encodes prompts in each rollout
-                rows = torch.zeros(ENCODE_BATCH, scorer.model.config.max_length, dtype=torch.int64)
-                self._run(("text", name), "encode prompts", 0, functools.partial(scorer.encode_ids, rows))
+                if scorer.fake.encode is not None:
+                    self._run(("text", name), "encode prompts", 0, scorer.fake.encode)
         return embedded
 
     def _cond(self, embedded: dict[str, Tensor], num_prompts: int) -> Cond:
@@ -350,10 +362,7 @@ class Networks:
         B, specs = cfg.sample.sample_batch_size, scorer_specs(cfg.scorer.scorer)
         scorers = [self.scorers[name] for name, _ in specs]
         scorer: Any = scorers[0] if [w for _, w in specs] == [1] else WeightedSum(scorers, [w for _, w in specs])
-        features = tuple(
-            s.encode([""] * B) if isinstance(s, LatentScorer) else torch.empty(B, s.model.config.projection_dim)
-            for s in scorers
-        )
+        features = tuple(s.encode([""] * B) for s in scorers)
         text = features if isinstance(scorer, WeightedSum) else features[0]
         score = InPhase(scorer, functools.partial(self.live.phase, "score"))
         draws = KeyedDraws(0, 0, torch.empty(B, dtype=torch.int64))
@@ -445,7 +454,7 @@ class Networks:
             "moving averages": self._bytes(policy.averages or ()),
             "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
             "VAE": self._bytes(self.vae.parameters()),
-            **{f"scorer {name}": self._bytes(s.model.parameters()) for name, s in self.scorers.items()},
+            **{f"scorer {name}": self._bytes(weights_of(scorer)) for name, scorer in self.scorers.items()},
         }
         return {part: n for part, n in held.items() if n or part == "optimizer state"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spo_fast.config.methods import DATA
+from spo_fast.config.methods import find_method
 from spo_fast.config.training import DECIDES, LEAST, Config
 from spo_fast.method.rollout import last_noisy_step
 from spo_fast.method.schedule import ddim_scheduler, table_of
@@ -39,7 +39,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 
     if resolved is not None:
         scheduler = ddim_scheduler(scheduler_config(resolved))
-        if cfg.objective.method not in DATA:
+        if not find_method(cfg.objective.method).on_pairs:
             table = table_of(scheduler, cfg.sample.num_steps, cfg.sample.eta)
             if (end := last_noisy_step(cfg.sample, table)) < cfg.sample.last_branch:
                 t = int(table.timesteps[-1])
