@@ -15,8 +15,8 @@ class MetricConfig(ScorerPaths):
     """What pictures are scored by."""
 
     metrics: tuple[str, ...] = ("pickscore", "hpsv2", "image_reward", "aesthetic")
-    """Any scorer but lrm (spm judges at t = 0; geneval in percent); the toy's true scores layout and aesthetics. Commas
-    may part them."""
+    """Any scorer but lrm (spm judges at t = 0; geneval in percent); the toy's true scores layout and aesthetics, left
+    out by default for other prompts than its captions; functions of your own, module:function. Commas may part them."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers (no: float32)."""
 
