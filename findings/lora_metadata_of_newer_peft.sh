@@ -51,6 +51,6 @@ PYTHONPATH="$dir" "$dir/v/bin/python" "$dir/save.py" "$dir" 2> /dev/null
 seen=$(PYTHONPATH="$dir" "$dir/old/bin/python" "$dir/load.py" "$dir" 2> /dev/null)
 echo "$seen"
 diff <(echo "$seen") - <<'TXT'
-all TypeError LoraConfig class could not be instantiated
+all TypeError `LoraConfig` class could not be instantiated
 few scale 0.5
 TXT

@@ -5,8 +5,7 @@ A tensor's name is a layer's name between a prefix and an ending, both of which 
     PEFT             base_model.model.down_blocks.0...to_q.lora_A.weight
     kohya, LyCORIS   lora_unet_down_blocks_0_..._to_q.lora_down.weight, lycoris_...
     kohya's SDXL     lora_unet_input_blocks_1_1_..._to_q.lora_down.weight: LDM's blocks
-    OneTrainer       unet.input_blocks.1.1...to_q.lora_down.weight, or as kohya
-    ComfyUI          diffusion_model.input_blocks.1.1...to_q.lora_down.weight
+    OneTrainer       unet.input_blocks.1.1...to_q.lora_down.weight, or as kohya; ComfyUI: diffusion_model.input_blocks...
 So a layer is looked up by its name with underscores for dots, in a table of the UNet's own names and of LDM's for them,
 and styles may mix. What of a file is not used is an error: other loaders skip it, and draw something else in silence.
 """
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from spo_fast.config.training import AdapterConfig
 
 Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
-
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
