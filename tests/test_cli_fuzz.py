@@ -47,7 +47,7 @@ def numbers(kind: Kind) -> SearchStrategy[Any]:
 
 def values(kind: Kind) -> SearchStrategy[Any]:
     one = (
-        st.sampled_from(kind.choices) | TEXT
+        st.sampled_from(tuple(kind.choices)) | TEXT
         if kind.choices
         else {bool: st.booleans(), str: TEXT}.get(kind.base) or numbers(kind)
     )
