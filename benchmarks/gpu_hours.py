@@ -36,8 +36,8 @@ from spo_fast.scorers.latent import LatentScorer
 from spo_fast.scorers.latent_network import LatentReward
 from spo_fast.training.pair_batches import Images
 from spo_fast.training.plan.counters import CountFlops
+from spo_fast.training.preference_learner import RewardLearner
 from spo_fast.training.preference_model import NoisyLatentReward, PixelReward, Reward, pair_loss
-from spo_fast.training.preference_run import RewardLearner
 
 KINDS = ("sd15", "sdxl")
 PROMPTS = 4000  # of SPO's and LPO's published runs

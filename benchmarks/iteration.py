@@ -26,7 +26,7 @@ from spo_fast.config.training import Config
 from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, judges
 from spo_fast.method.noise import KeyedDraws, permutation
 from spo_fast.method.objectives import make_objective, predict_states
-from spo_fast.method.rollout import RolloutBatch, segments
+from spo_fast.method.rollout import RolloutBatch, Sampler, segments
 from spo_fast.method.schedule import StepTable, ddim_table
 from spo_fast.models.diffusion import DTYPES
 from spo_fast.models.fuse import fuse
@@ -317,10 +317,10 @@ class Ours:
         merged = self.cfg.sample.rollout_weights == "merged"
         weights = self.policy.merged(cfg.run.seed, 0) if merged else contextlib.nullcontext()
         with setup.timer("rollout"), weights:
-            experience = self.objective.collect(
-                *(self.policy, setup.table, ScriptedScorer(self.scorer, decisions), self.decoder, batch),
-                *(cfg.sample, cfg.model.images_per_decode),
-            )
+            scorer = ScriptedScorer(self.scorer, decisions)
+            most = cfg.model.images_per_decode
+            sampler = Sampler(self.policy, setup.table, scorer, self.decoder, cfg.sample, most)
+            experience = self.objective.collect(sampler, batch)
         self.rolling = False
         experience = experience.select(permutation(len(experience), cfg.run.seed, 0).to(setup.device))
         states = self.learner.cfg.optim.states_at_once

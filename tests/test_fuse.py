@@ -75,7 +75,7 @@ def forward_ops(lora: bool, fused: bool) -> Counter[str]:
     with mode, torch.no_grad():
         if fused:
             policy.fuse()
-        told = policy.told(sdxl_cond(4, torch.float16), guided=True)
+        told = policy.precompute_text(sdxl_cond(4, torch.float16), guided=True)
         inputs = torch.empty(4, 4, 128, 128), torch.zeros((), dtype=torch.int64)
         policy.predict(*inputs, told, guided=True)
         with CountOps() as ops:
@@ -257,14 +257,14 @@ def test_text_computed_once_serves_a_rollout(directories):
     def outputs(cond: Cond) -> torch.Tensor:
         return torch.cat(policy.predict(x_t, t, cond, guided=True))
 
-    told = policy.told(cond, guided=True)
+    told = policy.precompute_text(cond, guided=True)
     assert told.text is not None and torch.equal(outputs(told), outputs(cond))
     with torch.no_grad():
         for name, master in zip(policy.names, policy.masters, strict=True):
             master.mul_(3.0 if "attn2.to_k" in name else 1.0)
     policy.copy_to_network()
-    assert not torch.allclose(outputs(policy.told(cond, guided=True)), outputs(told), atol=1e-3)
-    assert torch.equal(outputs(policy.told(cond, guided=True)), outputs(cond))
+    assert not torch.allclose(outputs(policy.precompute_text(cond, guided=True)), outputs(told), atol=1e-3)
+    assert torch.equal(outputs(policy.precompute_text(cond, guided=True)), outputs(cond))
     assert told.select(torch.tensor([0])).text is None  # of other rows
 
 

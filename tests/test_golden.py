@@ -20,7 +20,7 @@ from golden_replay import (
 
 from spo_fast.config.training import Config, SampleConfig
 from spo_fast.method.objectives import make_objective
-from spo_fast.method.rollout import RolloutBatch, best_and_worst, branching_rollout, rollout_segments
+from spo_fast.method.rollout import RolloutBatch, Sampler, best_and_worst, branching_rollout, rollout_segments
 from spo_fast.method.schedule import ddim_table
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.log_ratio import log_ratio
@@ -162,7 +162,7 @@ def replay(name, kind, cfg, precision, prefix="", start=0):
     ids = golden["in.spm_input_ids"]
     draws = RecordedDraws(golden, start)
     batch = RolloutBatch(conditioning(golden, dtype), scorer.scorer.encode_ids(ids), draws, (4, 8, 8), dtype)
-    arguments = (policy(unet), table(), scorer, decode, batch, cfg)
+    arguments = (Sampler(policy(unet), table(), scorer, decode, cfg), batch)
     return golden, facts["runs"][precision], arguments, scorer, draws
 
 
@@ -181,7 +181,7 @@ def test_rollout(name, precision):
     kind, cfg = ROLLOUTS[name]
     golden, facts, arguments, scorer, draws = replay(name, kind, cfg, precision)
     e = branching_rollout(*arguments)
-    steps = arguments[1]
+    steps = arguments[0].table
     assert draws.next == len(draws.tensors)  # every recorded draw was used
     for i, scores in enumerate(scorer.scores):
         indices, valid = best_and_worst(scores, cfg.threshold)
@@ -263,7 +263,7 @@ def test_training_run(precision):
         ids = golden[f"roll{r}.in.spm_input_ids_repeated"][:2]
         cond = conditioning(golden, dtype, prefix=f"roll{r}.in.")
         batch = RolloutBatch(cond, scorer.encode_ids(ids), draws, (4, 8, 8), dtype)
-        e = recording.collect(trained, learner.table, scorer, decode, batch, cfg.sample, 8)
+        e = recording.collect(Sampler(trained, learner.table, scorer, decode, cfg.sample, 8), batch)
         close(e.scores, golden[f"roll{r}.out.preference_score_logs"], 1e-3)
         close(e.x_prev[:, :, 0], golden[f"roll{r}.out.next_latents"].to(dtype), tolerance)
         close(e.states.x_t[e.index[:, :1, 0]], golden[f"roll{r}.out.current_latents"].to(dtype), tolerance)

@@ -16,7 +16,7 @@ from spo_fast.config.training import SampleConfig
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method.experience import Cond
 from spo_fast.method.noise import KeyedDraws
-from spo_fast.method.rollout import RolloutBatch, rollout_segments
+from spo_fast.method.rollout import RolloutBatch, Sampler, rollout_segments
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
@@ -57,11 +57,11 @@ def test_rollout_never_waits_for_the_gpu(backend):
         return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
     with use_backend(backend):
-        rollout_segments(trained, steps, scorer, decode, batch, cfg)  # loads kernels
+        rollout_segments(Sampler(trained, steps, scorer, decode, cfg), batch)  # loads kernels
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            s = rollout_segments(trained, steps, scorer, decode, batch, cfg)
+            s = rollout_segments(Sampler(trained, steps, scorer, decode, cfg), batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert s.valid.shape == (16, 2) and bool(s.x_prev.isfinite().all())

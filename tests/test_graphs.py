@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import recorded
 import torch
@@ -144,8 +146,7 @@ def test_a_rollout_is_all_replays_but_for_branching(tmp_path):
     for iteration in range(4):
         with torch.no_grad():
             batch = batches.rollout_batch(run, [0, 1], iteration)
-            arguments = (run.policy, run.table, run.scorer, run.decode, batch, run.cfg.sample, 8)
-            run.objective.collect(*arguments)
+            run.objective.collect(dataclasses.replace(run.sampler, decode_chunk=8), batch)
         counts.append(len(calls))
         calls.clear()
     assert counts[0] > 0 and counts[2:] == [0, 0]

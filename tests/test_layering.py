@@ -27,9 +27,7 @@ MOST_LINES, MOST_LINES_OF_A_KERNEL, MOST_IMPORTS = 500, 600, 15
 TOO_LONG: set[str] = set()
 TOO_TIED: set[str] = {
     "spo_fast.evaluation.results",
-    "spo_fast.training.plan.dry_run",
     "spo_fast.training.plan.fake_run",
-    "spo_fast.training.preference_run",
 }  # to be cut
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ TOLERANCE = 1e-4  # relative: float32 sums in another order, after a dozen steps
 def rolled_out(run: loop.Run, iteration: int = 0) -> Experience:
     with torch.no_grad():
         batch = batches.rollout_batch(run, [0, 1, 2], iteration)
-        return run.objective.collect(run.policy, run.table, run.scorer, run.decode, batch, run.cfg.sample, 4)
+        return run.objective.collect(dataclasses.replace(run.sampler, decode_chunk=4), batch)
 
 
 def curve(run: loop.Run, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> list[float]:

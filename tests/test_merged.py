@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from runs import built, facts, run_toy
@@ -109,10 +111,8 @@ def test_candidates_of_merged_rollouts_score_alike(tmp_path):
     for weights in ("unmerged", "merged"):
         cfg = run.cfg.with_fields(rollout_weights=weights)
         with run.rollout_weights(cfg.sample, 0):
-            experience = run.objective.collect(
-                *(run.policy, run.table, run.scorer, run.model.decode, batches.rollout_batch(run, list(range(64)), 0)),
-                *(cfg.sample, cfg.model.images_per_decode),
-            )
+            sampler = dataclasses.replace(run.sampler, decode=run.model.decode, cfg=cfg.sample)
+            experience = run.objective.collect(sampler, batches.rollout_batch(run, list(range(64)), 0))
         means.append(experience.scores.view(-1, 64).double().mean(0))
     difference = means[1] - means[0]
     error = difference.std() / 8

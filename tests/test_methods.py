@@ -25,7 +25,7 @@ from spo_fast.evaluation.required_files import resolve
 from spo_fast.method import rollout
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.objectives import make_objective
-from spo_fast.method.rollout import branching_rollout, rollout_segments, trajectory_rollout
+from spo_fast.method.rollout import Sampler, branching_rollout, rollout_segments, trajectory_rollout
 from spo_fast.models.files.load import load_text_encoders, load_unet
 from spo_fast.models.files.toy import WEIGHTS
 from spo_fast.ops import transition
@@ -154,8 +154,8 @@ def test_advantages_are_of_each_prompt() -> None:
     cfg = SampleConfig(num_candidates=4, num_steps=4, branch_start=1)
     _, table, batch = setup(cfg)
     batch = dataclasses.replace(batch, draws=Starts(3, batch.latent_shape, 0))
-    walk = trajectory_rollout(Net(), table, Scorer(), decode, batch, cfg)
-    e = make_objective(ObjectiveConfig(method="ddpo")).collect(Net(), table, Scorer(), decode, batch, cfg, 8)
+    walk = trajectory_rollout(Sampler(Net(), table, Scorer(), decode, cfg), batch)
+    e = make_objective(ObjectiveConfig(method="ddpo")).collect(Sampler(Net(), table, Scorer(), decode, cfg, 8), batch)
     assert walk.scores.shape == (4, 3) and len(e) == 3 * 4 * 3
     for n in range(len(e)):
         state = e.states.select(e.index[n, 0])
@@ -179,7 +179,7 @@ def test_trajectories_are_diffusers_ddim() -> None:
     cfg = SampleConfig(num_candidates=3, num_steps=5, branch_start=0)
     scheduler, table, batch = setup(cfg)
     batch = dataclasses.replace(batch, draws=Starts(3, batch.latent_shape, 0))
-    walk = trajectory_rollout(Net(), table, Scorer(), decode, batch, cfg)
+    walk = trajectory_rollout(Sampler(Net(), table, Scorer(), decode, cfg), batch)
     x = batch.draws.latents(batch.latent_shape, torch.float64, 3).view(3, 3, *batch.latent_shape)
     for i, t in enumerate(scheduler.timesteps):
         noise = batch.draws.children(i, 1, 3)["noise"].view_as(x)
@@ -196,19 +196,19 @@ def test_trajectories_are_diffusers_ddim() -> None:
 def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is one sampler: each step of any rollout is Walk's, and children have no other maker."""
+    """There is one sampler: each step of any rollout is Rollout's, and children have no other maker."""
     cfg = SampleConfig(num_candidates=3, num_steps=6, branch_start=0, threshold=-1.0)
     _, table, batch = setup(cfg)
     batch = dataclasses.replace(batch, draws=KeyedDraws(1, 0, torch.arange(3)), dtype=torch.float32)
     steps: list[int] = []
-    branch, advance, made = rollout.Walk.branch, rollout.Walk.advance, transition.transition
-    monkeypatch.setattr(rollout.Walk, "branch", lambda walk, m, x, i: steps.append(i) or branch(walk, m, x, i))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(rollout.Walk, "advance", lambda walk, x, i: steps.append(i) or advance(walk, x, i))  # type: ignore[func-returns-value]
+    branch, advance, made = rollout.Rollout.branch, rollout.Rollout.advance, transition.transition
+    monkeypatch.setattr(rollout.Rollout, "branch", lambda walk, m, x, i: steps.append(i) or branch(walk, m, x, i))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(rollout.Rollout, "advance", lambda walk, x, i: steps.append(i) or advance(walk, x, i))  # type: ignore[func-returns-value]
     children: list[int] = []
     monkeypatch.setattr(rollout, "transition", lambda *a, **k: children.append(k["num_children"]) or made(*a, **k))
     net = Net()
     objective = make_objective(PRESETS["toy"]().with_fields(method=method).objective)
-    e = objective.collect(net, table, Scorer(), decode, batch, cfg, 8)
+    e = objective.collect(Sampler(net, table, Scorer(), decode, cfg, 8), batch)
     assert steps == list(range(6)) and net.calls == 6 and sum(c > 0 for c in children) == 6
     assert len(e) > 0
 
@@ -216,7 +216,7 @@ def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
 def test_d3po_compares_ends_and_labels_every_step() -> None:
     cfg = SampleConfig(num_candidates=2, num_steps=5, branch_start=0, threshold=0.0)
     _, table, batch = setup(cfg)
-    e = make_objective(ObjectiveConfig(method="d3po")).collect(Net(), table, Scorer(), decode, batch, cfg, 8)
+    e = make_objective(ObjectiveConfig(method="d3po")).collect(Sampler(Net(), table, Scorer(), decode, cfg, 8), batch)
     assert len(e) == 3 * 5 and len(e.scores) == 2 * 3
     ends = [(e.x_prev[n], int(e.states.select(e.index[n, :, 0]).prompts[0])) for n in range(12, 15)]
     for x, b in ends:  # the last step's children: the winner's end scores higher
@@ -232,8 +232,8 @@ def test_dense_ranks_and_draws_early_steps_more_often() -> None:
     batch = dataclasses.replace(batch, draws=draws, dtype=torch.float32, text=batch.text.float())
     settings = ObjectiveConfig(method="dense", terms_per_prompt=400, num_sampled_steps=3, num_ranked=3, gamma=0.5)
     objective = make_objective(settings)
-    walk = trajectory_rollout(Net(), table, Scorer(), decode, batch, cfg)
-    e = objective.collect(Net(), table, Scorer(), decode, batch, cfg, 8)
+    walk = trajectory_rollout(Sampler(Net(), table, Scorer(), decode, cfg), batch)
+    e = objective.collect(Sampler(Net(), table, Scorer(), decode, cfg, 8), batch)
     assert e.index.shape == (1200, 3, 3)
     rows, prompts = e.states.rows[e.index], e.states.prompts[e.index]
     assert (rows == rows[:, :1]).all() and (prompts == prompts[:, :1, :1]).all()  # the same steps and prompt
@@ -317,7 +317,7 @@ def test_lpo_needs_no_vae_and_one_unet_row_a_step(tmp_path: Path, of: Callable[.
     score = run.scorer.model.score
     run.scorer.model.score = lambda x, t, *a: seen.append((len(x), t.tolist())) or score(x, t, *a)
     inputs = batches.inputs(run, 0).batch
-    e = run.objective.collect(run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 64)
+    e = run.objective.collect(dataclasses.replace(run.sampler, decode=run.model.decode, decode_chunk=64), inputs)
     # 2 prompts and both guidance halves at each of 4 steps; 3 children of each prompt scored at their parent's timestep
     assert rows == [4] * 4
     assert seen == [(6, [int(run.table.timesteps[i])] * 6) for i in (2, 3)]
@@ -342,7 +342,7 @@ def test_lpo_picks_children_by_a_threshold_linear_in_sigma(low: float, high: flo
     cfg = SampleConfig(num_candidates=3, num_steps=20, branch_start=0, threshold=low, threshold_max=high)
     _, table, batch = setup(cfg, B=4)
     scorer, net = SeesChildren(), Net()
-    e = branching_rollout(net, table, scorer, None, batch, cfg)
+    e = branching_rollout(Sampler(net, table, scorer, None, cfg), batch)
     assert net.calls == 20 and net.rows == 2 * 4 * 20 and len(scorer.shown) == 20
     # the published table of sigmas (compare_funcs.py), rounded there to four places; t = 1 first
     sigma = [0.0206, 0.0406, 0.1673, 0.2144, 0.2509, 0.2836, 0.3144, 0.3442, 0.3732, 0.4016]
@@ -404,9 +404,9 @@ def test_gradspos_average_collects_and_follows_each_step(tmp_path: Path, of: Cal
     predict, during = run.policy.predict, []
     run.policy.predict = lambda *a, **k: during.append([p.clone() for p in run.policy._weights]) or predict(*a, **k)  # type: ignore[method-assign, func-returns-value]
     inputs = batches.inputs(run, 1).batch
-    arguments = (run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 8)
+    sampler = dataclasses.replace(run.sampler, decode=run.model.decode, decode_chunk=8)
     before = [p.clone() for p in run.policy._weights]
-    run.objective.collect(*arguments)
+    run.objective.collect(sampler, inputs)
     assert len(during) == run.cfg.sample.num_steps
     for now in during:
         assert all(torch.equal(p, average) for p, average in zip(now, run.policy.averages, strict=True))
@@ -419,14 +419,8 @@ def test_gradspos_last_pair_is_judged_at_the_last_timestep_and_kept() -> None:
     _, table, batch = setup(cfg)
     times: list[int] = []
     scorer = Scorer()
-    e = branching_rollout(
-        Net(),
-        table,
-        lambda c: times.append(int(c.t)) or scorer(c),
-        decode,
-        batch,
-        cfg,  # type: ignore[func-returns-value]
-    )
+    judge = lambda c: times.append(int(c.t)) or scorer(c)  # type: ignore[func-returns-value]  # noqa: E731
+    e = branching_rollout(Sampler(Net(), table, judge, decode, cfg), batch)
     assert times == [int(table.timesteps[i]) for i in (3, 4, 5, 5)]
     assert e.states.rows.tolist() == [5] * 3
 
@@ -439,7 +433,7 @@ def recorded(base: SampleConfig, cfg: SampleConfig) -> tuple[Any, Any]:
     out = []
     for c in (base, cfg):
         _, table, batch = setup(c)
-        out.append(rollout_segments(Net(), table, Scorer(), decode, batch, c))
+        out.append(rollout_segments(Sampler(Net(), table, Scorer(), decode, c), batch))
     return out[0], out[1]
 
 
@@ -501,8 +495,8 @@ def test_scorers_change_the_judgement_and_not_the_first_candidates(tmp_path: Pat
         run = built(tmp_path / name, **of("spo", **settings))
         batches.encode_prompts(run)
         inputs = batches.inputs(run, 0).batch
-        arguments = (run.policy, run.table, run.scorer, run.model.decode, inputs, run.cfg.sample, 64)
-        kept[name] = rollout_segments(*arguments)
+        sampler = dataclasses.replace(run.sampler, decode=run.model.decode, decode_chunk=64)
+        kept[name] = rollout_segments(sampler, inputs)
     first = {name: s.scores[:4] for name, s in kept.items()}
     torch.testing.assert_close(first["sum"], first["spm"] + 0.5 * first["pickscore"])
     assert torch.equal(first["unconditioned"], first["pickscore"])  # the same plain CLIP by either name

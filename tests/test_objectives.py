@@ -103,7 +103,7 @@ def true_ddpo(o, m, steps, e, n):
 
 def true_dpok(o, m, steps, e, n):
     u = int(e.index[n, 0, 0])
-    return true_ddpo(o, m, steps, e, n) + o.kl_weight * ((combined(m)[u] - combined(e.anchor)[u]) ** 2).mean()
+    return true_ddpo(o, m, steps, e, n) + o.kl_weight * ((combined(m)[u] - combined(e.second_reference)[u]) ** 2).mean()
 
 
 def true_dense(o, m, steps, e, n):
@@ -129,11 +129,11 @@ def true_gradspo(o, m, steps, e, n):
     def noise(p):  # whatever the network predicts
         return (x_t - alpha.sqrt() * (c * x_t + d * combined(p)[u])) / sigma
 
-    mean = a * x_t + b * combined(e.anchor)[u]  # any mean: it cancels
+    mean = a * x_t + b * combined(e.second_reference)[u]  # any mean: it cancels
     z = [(e.x_prev[n, k, 0] - mean) / std for k in range(2)]
     r = []
     for sign in (1, -1):
-        y = noise(e.anchor) - sign * o.guidance_step * sigma * (z[0] - z[1]) / 2
+        y = noise(e.second_reference) - sign * o.guidance_step * sigma * (z[0] - z[1]) / 2
         drop = -((noise(m) - y) ** 2).mean() + ((noise(e.frozen) - y) ** 2).mean()
         r.append(clamped(drop.exp(), o.clip))
     return -torch.sigmoid(o.beta * (r[0].log() - r[1].log())).log()
@@ -207,7 +207,7 @@ def test_gradspo_without_clamp_does_not_depend_on_the_average():
     """r_w - r_l = 2 <m - m_ref, y_w - y_l>: why the average may stay that of the collection."""
     objective, steps, e, m = made("gradspo", 0.1)
     objective = replace(objective, clip=None)
-    other = replace(e, anchor=Prediction(*(half + 1 for half in e.anchor)))
+    other = replace(e, second_reference=Prediction(*(half + 1 for half in e.second_reference)))
     losses = [objective.loss(m, steps, x, CFG, 1.0)[0] for x in (e, other)]
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
 
@@ -265,7 +265,7 @@ def test_number_by_hand(method):
         Cond({}, {}),
         torch.empty(0),
         frozen=Prediction(0 * one, None),
-        anchor=Prediction(0.05 * one, None),
+        second_reference=Prediction(0.05 * one, None),
         advantage=torch.tensor([2.0], dtype=torch.float64),
     )
     loss, _ = objective.loss(Prediction(0.1 * one, None), steps, e, SampleConfig(guidance_scale=1.0), 1.0)

@@ -16,7 +16,7 @@ from spo_fast.config.training import Config, SampleConfig
 from spo_fast.method.experience import Cond, Prediction
 from spo_fast.method.noise import KeyedDraws, permutation
 from spo_fast.method.objectives import SPO
-from spo_fast.method.rollout import RolloutBatch, branching_rollout, rollout_segments, segments
+from spo_fast.method.rollout import RolloutBatch, Sampler, branching_rollout, rollout_segments, segments
 from spo_fast.method.schedule import ddim_table
 from spo_fast.models.graphs import Graphs
 from spo_fast.training.checkpoint import TrainState
@@ -33,7 +33,7 @@ class Net:
     def __init__(self):
         self.calls, self.rows = 0, 0
 
-    def told(self, cond, guided):
+    def precompute_text(self, cond, guided):
         return cond
 
     def predict(self, x_t, t, cond, guided):
@@ -217,7 +217,7 @@ def test_rollout_matches_one_candidate_at_a_time(name, prediction_type):
     cfg = SampleConfig(**CASES[name])
     scheduler, table, batch = setup(cfg, prediction_type=prediction_type)
     net = Net()
-    e = branching_rollout(net, table, Scorer(), decode, batch, cfg, 5)
+    e = branching_rollout(Sampler(net, table, Scorer(), decode, cfg, 5), batch)
     want = reference_rollout(scheduler, batch, cfg)
     assert len(e) == len(want)
     assert (len(want) == 0) == (name == "no pair")
@@ -276,7 +276,7 @@ def test_cost_of_a_rollout_at_the_published_batch(kind, batch_size, cfg, most):
 
     steps = ddim_table(alphas(), 951 - 50 * torch.arange(20), 1.0, "epsilon")
     trained = policy(unet)
-    e = branching_rollout(trained, steps, scorer, counted_decode, batch, cfg, 16)
+    e = branching_rollout(Sampler(trained, steps, scorer, counted_decode, cfg, 16), batch)
     assert counter.calls == cfg.num_steps
     assert (counter.rows, sum(decoded), scored.rows) == (most[0], most[1], most[1])
     pairs = batch_size * 16
@@ -301,7 +301,7 @@ def test_batch_of_eight_draws_what_two_of_four_draw():
         text = whole.text[rows]
         draws = KeyedDraws(7, 2, index[rows])
         batch = RolloutBatch(whole.cond.select(rows), text, draws, whole.latent_shape, torch.float32)
-        return rollout_segments(Net(), table, Scorer(), decode, batch, cfg)
+        return rollout_segments(Sampler(Net(), table, Scorer(), decode, cfg), batch)
 
     both = [rollout(torch.arange(4)), rollout(torch.arange(4, 8))]
     all_at_once = rollout(torch.arange(8))
@@ -357,7 +357,7 @@ def test_rollout_copies_nothing_to_the_device():
     draws = KeyedDraws(1, 0, torch.arange(3))
     batch = dataclasses.replace(batch, draws=draws, dtype=torch.float32)
     with NoHostTensors():
-        rollout_segments(Net(), table, Scorer(), decode, batch, cfg)
+        rollout_segments(Sampler(Net(), table, Scorer(), decode, cfg), batch)
     with pytest.raises(AssertionError), NoHostTensors():
         torch.zeros(3)[[0, -1]]
 
@@ -381,7 +381,7 @@ def test_rollout_reads_nothing_from_the_device(inner):
             (4, 8, 8),
             torch.float32,
         )
-        s = rollout_segments(trained, steps, scorer, decode_, batch, cfg)
+        s = rollout_segments(Sampler(trained, steps, scorer, decode_, cfg), batch)
         assert s.x_t.shape == (4, 2, 2, 4, 8, 8) and s.valid.shape == (4, 2)
         assert isinstance(s.valid, torch._subclasses.FakeTensor)
         with pytest.raises(Exception, match="[Dd]ata|nonzero|fake"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -543,7 +544,7 @@ def one_gradient(run: loop.Run, slots: list[slice]) -> list[list[torch.Tensor]]:
     """Gradients of the masters after each of these parts of the first iteration's experience, added up."""
     batches.encode_prompts(run)
     batch = batches.rollout_batch(run, run.prompt_order.batch(0).indices, 0)
-    e = run.objective.collect(run.policy, run.table, run.scorer, run.model.decode, batch, run.cfg.sample, 8)
+    e = run.objective.collect(dataclasses.replace(run.sampler, decode=run.model.decode, decode_chunk=8), batch)
     randomise_lora(run)
     e = run.objective.prepare(run.policy, run.table, e, run.cfg.sample, None)
     snapshots = []

@@ -37,7 +37,8 @@ from spo_fast.scorers.registry import load_scorer
 from spo_fast.toy.build import write_pairs
 from spo_fast.training import checkpoint, pair_batches
 from spo_fast.training.monitor.timer import Timer
-from spo_fast.training.preference_run import PreferenceRun, RewardLearner, learning_rate_factor
+from spo_fast.training.preference_learner import RewardLearner, learning_rate_factor
+from spo_fast.training.preference_run import PreferenceRun
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402

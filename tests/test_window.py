@@ -11,7 +11,7 @@ from runs import built, facts, killed_run, run_toy
 from spo_fast.config.training import SampleConfig
 from spo_fast.method import skipped_segments
 from spo_fast.method.rollout import branching_rollout, segments
-from spo_fast.method.skipped_segments import NEAR_ZERO, REOPEN, TRUST, closed
+from spo_fast.method.skipped_segments import NEAR_ZERO, REOPEN, TRUST, to_skip
 from spo_fast.scorers.spm import ClipScorer
 from spo_fast.training import batches
 
@@ -22,12 +22,12 @@ def test_what_is_left_out():
     starts = [first for first, _ in segments(CFG)]
     assert starts == [2, 4, 6]
     poor, rich, new = [TRUST, NEAR_ZERO / 2], [TRUST, 2 * NEAR_ZERO], [TRUST - 1, 0.0]
-    assert closed({}, 1, CFG) == frozenset()
-    assert closed({"2": poor, "4": rich, "6": new}, 1, CFG) == {2}
-    assert closed({"2": poor, "6": poor, "40": poor}, 1, CFG) == {2, 6}
-    assert closed({"2": poor}, REOPEN, CFG) == frozenset()  # all are compared again
-    assert closed({"2": poor, "4": poor, "6": poor}, 1, CFG) == frozenset()  # something must be learnt from
-    assert closed({"2": poor}, 1, SampleConfig(num_steps=8, branch_start=2)) == frozenset()  # not asked for
+    assert to_skip({}, 1, CFG) == frozenset()
+    assert to_skip({"2": poor, "4": rich, "6": new}, 1, CFG) == {2}
+    assert to_skip({"2": poor, "6": poor, "40": poor}, 1, CFG) == {2, 6}
+    assert to_skip({"2": poor}, REOPEN, CFG) == frozenset()  # all are compared again
+    assert to_skip({"2": poor, "4": poor, "6": poor}, 1, CFG) == frozenset()  # something must be learnt from
+    assert to_skip({"2": poor}, 1, SampleConfig(num_steps=8, branch_start=2)) == frozenset()  # not asked for
 
 
 def test_the_running_share_is_a_mean_first_and_then_moves(monkeypatch):
@@ -55,7 +55,8 @@ def test_a_left_out_segment_costs_one_candidate(tmp_path):
             return run.model.decode(latents)
 
         batch = trainer_batch(run, left_out)
-        return branching_rollout(run.policy, run.table, run.scorer, decode, batch, sample, 8), sum(rows), sum(images)
+        sampler = dataclasses.replace(run.sampler, decode=decode, cfg=sample, decode_chunk=8)
+        return branching_rollout(sampler, batch), sum(rows), sum(images)
 
     everything, all_rows, all_images = collect(frozenset())
     for left_out in ({2}, {4}, {6}, {2, 6}):
@@ -82,7 +83,7 @@ def test_children_judged_as_they_are_cost_the_network_nothing(tmp_path):
 
 def trainer_batch(run, left_out):
     with torch.no_grad():
-        return dataclasses.replace(batches.rollout_batch(run, [0, 1], 0), closed=left_out)
+        return dataclasses.replace(batches.rollout_batch(run, [0, 1], 0), skipped=left_out)
 
 
 def test_a_run_leaves_out_what_never_counts_and_resumes_alike(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ class Drawn:
     def __init__(self, unet: Any, fused: bool) -> None:
         self.unet, self.fused = unet, fused
 
-    def told(self, cond: Any, guided: bool) -> Any:
+    def precompute_text(self, cond: Any, guided: bool) -> Any:
         """As Policy's."""
         from spo_fast.models.fuse import text_of
         from spo_fast.models.policy import inputs_of

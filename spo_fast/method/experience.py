@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+Index: TypeAlias = Tensor | slice
+Text: TypeAlias = "Tensor | tuple[Text, ...]"
+"""Of a scorer: rows of features, or several scorers' such."""
 
 
 class Prediction(NamedTuple):
@@ -20,7 +24,7 @@ class Prediction(NamedTuple):
     cond: Tensor  # (B, C, H, W)
     uncond: Tensor | None  # (B, C, H, W); None when guidance_scale <= 1, then m = cond
 
-    def select(self, index: Any) -> Prediction:
+    def select(self, index: Index) -> Prediction:
         return Prediction(self.cond[index], None if self.uncond is None else self.uncond[index])
 
     @staticmethod
@@ -32,13 +36,22 @@ class Prediction(NamedTuple):
         return Prediction(self.cond.detach(), None if self.uncond is None else self.uncond.detach())
 
 
+class Precomputed(Protocol):
+    """What a network has computed of its prompts."""
+
+    @property
+    def added(self) -> Tensor | None:
+        """What goes beside them, embedded."""
+        ...
+
+
 @dataclass(frozen=True)
 class Cond:
     """Conditioning of P prompts. Opaque: only its model knows what the tensors mean."""
 
     cond: dict[str, Tensor]  # each (P, ...)
     uncond: dict[str, Tensor]  # each (1, ...), the empty prompt's
-    text: Any = None  # what a network has computed of it alone (Policy.told)
+    text: Precomputed | None = None  # what a network has computed of it alone (Policy.precompute_text)
 
     def __len__(self) -> int:
         return next(iter(self.cond.values())).shape[0]
@@ -61,7 +74,7 @@ class States:
     def __len__(self) -> int:
         return self.x_t.shape[0]
 
-    def select(self, index: Any) -> States:
+    def select(self, index: Index) -> States:
         return States(self.x_t[index], self.rows[index], self.prompts[index])
 
 
@@ -72,7 +85,7 @@ class Candidates:
     x_t: Tensor | None  # (K B, C, H, W) noisy latents; None at the very end
     x0: Tensor  # (K B, C, H, W) clean estimates, or the final latents; of children before the UNet, x_t again
     t: Tensor  # () int64 timestep they are judged at; of children their parent's; 0 for the final latents
-    text: Any  # scorer.encode(prompts), rows repeated k-major
+    text: Text  # scorer.encode(prompts), rows repeated k-major
     num_candidates: int
     decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
     decode_chunk: int = 8
@@ -94,7 +107,9 @@ class Experience:
     cond: Cond
     scores: Tensor  # every score of the rollout, for the log; empty without a rollout
     frozen: Prediction | None = None  # of the reference (or old policy) on the states
-    anchor: Prediction | None = None  # of a second frozen network: the moving average, or the reference beside the old
+    second_reference: Prediction | None = (
+        None  # of a second frozen network: the moving average, or the reference beside the old
+    )
     advantage: Tensor | None = None  # (N,) of policy gradients
     order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (training/processes.py)
 
@@ -111,7 +126,7 @@ class Experience:
             x_prev=x_prev,
             index=renumbered,
             frozen=None if self.frozen is None else self.frozen.select(used),
-            anchor=None if self.anchor is None else self.anchor.select(used),
+            second_reference=None if self.second_reference is None else self.second_reference.select(used),
             advantage=None if self.advantage is None else self.advantage[terms],
             order=None if self.order is None else self.order[terms],
         )
@@ -137,12 +152,12 @@ def batches(index: Tensor, max_states: int | None) -> Iterator[slice]:  # index 
     yield slice(start, len(index))
 
 
-def judges(scorer: Any) -> str:
+def judges(scorer: object) -> str:
     """What a scorer wants to see: "x0", clean estimates after the UNet, or "children", noisy x_{t-1} before it."""
     return getattr(scorer, "judges", "x0")
 
 
-def repeat_text(text: Any, num_candidates: int) -> Any:
+def repeat_text(text: Text, num_candidates: int) -> Text:
     """What encode returned for B prompts (a tensor, or a tuple of them) -> the same with K*B rows, k-major."""
     if isinstance(text, tuple):
         return tuple(repeat_text(part, num_candidates) for part in text)

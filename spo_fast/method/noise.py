@@ -7,7 +7,7 @@ uninterrupted one would have, and a replayed CUDA graph draws fresh noise once i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ LATENTS, CHILDREN, PICK, PAIRS, PROMPTS, TIMESTEPS, RENOISE, POSTERIOR, SIDES, S
 )
 
 
+class Drawn(TypedDict, total=False):
+    """What ops.transition makes children from: one of these."""
+
+    keys: Tensor
+    noise: Tensor
+
+
 class Draws(Protocol):
     """Everything random in a rollout of B prompts. Tests replay recorded draws through the same protocol."""
 
@@ -27,11 +34,15 @@ class Draws(Protocol):
         """(num_starts * B, C, H, W) initial standard normals, k-major."""
         ...
 
-    def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
+    def children(self, step: int, num_children: int, num_parents: int) -> Drawn:
         """`keys=` or `noise=` of ops.transition for the children of step `step`.
 
         num_parents is 1 when all children come from one latent a prompt, K when each candidate goes on by itself.
         """
+        ...
+
+    def integer(self, use: int, high: int, count: int = 1) -> Tensor:
+        """(count B,) int64 below a bound, for another use."""
         ...
 
     def pick(self, step: int, num_candidates: int) -> Tensor:
@@ -69,7 +80,7 @@ class KeyedDraws:
         keys = self._keys(LATENTS, num_starts)
         return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape).to(dtype)
 
-    def children(self, step: int, num_children: int, num_parents: int) -> dict[str, Tensor]:
+    def children(self, step: int, num_children: int, num_parents: int) -> Drawn:
         return {"keys": self._keys(CHILDREN + step, num_parents)}
 
     def pick(self, step: int, num_candidates: int) -> Tensor:

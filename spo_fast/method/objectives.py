@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from spo_fast.config.methods import find_method
 from spo_fast.config.training import ObjectiveConfig, SampleConfig
 from spo_fast.method.experience import Experience, Prediction, States
 from spo_fast.method.noise import SIDES, STEPS
-from spo_fast.method.renoise import renoised_pairs
+from spo_fast.method.protocols import Policy
+from spo_fast.method.renoise import PairInputs, renoised_pairs
 from spo_fast.method.rollout import (
     RolloutBatch,
+    Sampler,
+    Segments,
     Trajectories,
     branching_rollout,
     rollout_segments,
@@ -37,11 +40,14 @@ from spo_fast.ops.preference_loss import STATS, preference_loss
 
 Batches = Callable[[], Sequence[slice]]
 Outputs = Callable[[], Prediction]
+Scored = Segments | Trajectories
 
 # ---------------------------------------------------------------------------------------------------- what all share
 
 
-def predict_states(policy: Any, table: StepTable, experience: Experience, states: States, guided: bool) -> Prediction:
+def predict_states(
+    policy: Policy, table: StepTable, experience: Experience, states: States, guided: bool
+) -> Prediction:
     """One UNet call on a batch of states, each with its own timestep and prompt."""
     t = table.timesteps[states.rows]
     return policy.predict(states.x_t, t, experience.cond.select(states.prompts), guided)
@@ -49,7 +55,7 @@ def predict_states(policy: Any, table: StepTable, experience: Experience, states
 
 @torch.no_grad()
 def frozen_predictions(
-    policy: Any, table: StepTable, experience: Experience, guided: bool, states_per_forward: int | None
+    policy: Policy, table: StepTable, experience: Experience, guided: bool, states_per_forward: int | None
 ) -> Prediction:
     """The network's outputs on every state of the experience, in batches without gradient."""
     states = experience.states
@@ -66,7 +72,7 @@ def frozen_predictions(
 
 @torch.no_grad()
 def predictions_by_term(
-    policy: Any, table: StepTable, experience: Experience, guided: bool, batches: Sequence[slice]
+    policy: Policy, table: StepTable, experience: Experience, guided: bool, batches: Sequence[slice]
 ) -> Prediction:
     """The same, in the very batches of terms that will be trained: then nothing differs, not even by rounding."""
     if not batches:
@@ -104,8 +110,9 @@ class Objective:
     clip: float | None = None
     """Half the width of the ratio's clamp; None: no clamp."""
     num_baselines: ClassVar[int] = 1
-    """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and anchor)."""
-    rollout: ClassVar[Any] = staticmethod(rollout_segments)
+    """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and second_reference)."""
+    rollout: ClassVar[staticmethod[[Sampler, RolloutBatch], Segments | Trajectories] | None]
+    rollout = staticmethod(rollout_segments)
     """The part of `collect` that costs something; None without a rollout."""
 
     def guided(self, cfg: SampleConfig) -> bool:
@@ -121,21 +128,13 @@ class Objective:
         # both sides of a pair share their x_t in a segment's first step only
         return [2 - (i == first) for first, end in segments(self.sampling(cfg)) for i in range(first, end)]
 
-    def collect(
-        self,
-        policy: Any,
-        table: StepTable,
-        scorer: Any,
-        decode: Any,
-        batch: Any,  # RolloutBatch; renoise.PairInputs for a sampler of data
-        cfg: SampleConfig,
-        chunk: int,
-    ) -> Experience:
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """The iteration's terms; the batch is one of PairInputs for a sampler of data."""
         raise NotImplementedError
 
     def prepare(
         self,
-        policy: Any,
+        policy: Policy,
         table: StepTable,
         experience: Experience,
         cfg: SampleConfig,
@@ -147,10 +146,10 @@ class Objective:
         outputs = functools.partial(frozen_predictions, *arguments, states_per_forward)
         own = outputs if batches is None else lambda: predictions_by_term(*arguments, batches())
         found = self.baselines(policy, outputs, own)
-        return replace(experience, frozen=found.get("frozen"), anchor=found.get("anchor"))
+        return replace(experience, frozen=found.get("frozen"), second_reference=found.get("second_reference"))
 
-    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
-        """What `loss` compares the policy with: frozen, and anchor if it needs two.
+    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        """What `loss` compares the policy with: frozen, and second_reference if it needs two.
 
         outputs: the network's on every state, at a convenient batch size; own: in the batches of the training.
         """
@@ -193,10 +192,9 @@ class SPO(Objective):
     beta: float
     clip: float | None
 
-    def collect(
-        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
-    ) -> Experience:
-        return branching_rollout(policy, table, scorer, decode, batch, self.sampling(cfg), chunk)
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        assert isinstance(batch, RolloutBatch)
+        return branching_rollout(replace(sampler, cfg=self.sampling(sampler.cfg)), batch)
 
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
@@ -249,28 +247,26 @@ class GradSPO(SPO):
     sampler = "ema"
     num_baselines = 2
 
-    def collect(
-        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
-    ) -> Experience:
-        with policy.ema():
-            return super().collect(policy, table, scorer, decode, batch, cfg, chunk)
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        with sampler.policy.ema():
+            return super().collect(sampler, batch)
 
-    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         with policy.ema():
-            anchor = outputs()
-        return {**super().baselines(policy, outputs, own), "anchor": anchor}
+            second_reference = outputs()
+        return {**super().baselines(policy, outputs, own), "second_reference": second_reference}
 
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
-        assert e.frozen is not None and e.anchor is not None and table.alphas_cumprod is not None
+        assert e.frozen is not None and e.second_reference is not None and table.alphas_cumprod is not None
         dtype, index = e.states.x_t.dtype, e.index[:, 0, 0]
         rows = e.states.rows[index]
         alpha, (d, std) = table.alphas_cumprod[rows], table.coefficients[rows, 3:].T
         # as noise, up to a term in x_t that all three share: d m = dx0 = -sqrt((1 - alphabar) / alphabar) depsilon
         to_noise = (-d * (alpha / (1 - alpha)).sqrt()).to(dtype).view(-1, 1, 1, 1)
         policy, reference, ema = (
-            to_noise * guided(*p, cfg.guidance_scale, dtype)[index] for p in (m, e.frozen, e.anchor)
+            to_noise * guided(*p, cfg.guidance_scale, dtype)[index] for p in (m, e.frozen, e.second_reference)
         )
         reach = (self.guidance_step * (1 - alpha).sqrt() / std / 2).to(dtype).view(-1, 1, 1, 1)
         shift = reach * (e.x_prev[:, 0, 0] - e.x_prev[:, 1, 0])
@@ -313,15 +309,14 @@ class DDPO(Objective):
     def term_states(self, cfg: SampleConfig) -> list[int]:
         return [1] * (cfg.num_candidates * cfg.branching_steps)
 
-    def collect(
-        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
-    ) -> Experience:
-        walk = trajectory_rollout(policy, table, scorer, decode, batch, cfg, chunk)
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        assert isinstance(batch, RolloutBatch)
+        walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
         std, mean = torch.std_mean(walk.scores, dim=0, correction=0)
         advantage = ((walk.scores - mean) / (std + 1e-6)).flatten().repeat(cfg.branching_steps)
         return replace(trajectory_terms(walk, cfg, batch), advantage=advantage)
 
-    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         """The policy's own outputs before its first update, made by the training path: the ratio starts at 1.
 
         From the rollout's path (other batches, merged weights) 16-bit rounding alone would exceed the clip at t = 51.
@@ -358,15 +353,15 @@ class DPOK(DDPO):
     kl_weight: float
     num_baselines = 2
 
-    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         with policy.reference():
-            anchor = outputs()
-        return {**super().baselines(policy, outputs, own), "anchor": anchor}
+            second_reference = outputs()
+        return {**super().baselines(policy, outputs, own), "second_reference": second_reference}
 
     def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
-        assert e.anchor is not None, "prepare the experience first"
+        assert e.second_reference is not None, "prepare the experience first"
         g, dtype, index = cfg.guidance_scale, e.states.x_t.dtype, e.index.flatten()
-        difference = guided(*m, g, dtype)[index] - guided(*e.anchor, g, dtype)[index]
+        difference = guided(*m, g, dtype)[index] - guided(*e.second_reference, g, dtype)[index]
         return difference.square().flatten(1).mean(1), self.kl_weight
 
 
@@ -393,10 +388,9 @@ class DenseReward(SPO):
     def term_states(self, cfg: SampleConfig) -> list[int]:
         return [self.num_ranked * self.num_sampled_steps] * self.terms_per_prompt
 
-    def collect(
-        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
-    ) -> Experience:
-        walk = trajectory_rollout(policy, table, scorer, decode, batch, cfg, chunk)
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        assert isinstance(batch, RolloutBatch)
+        walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
         every, (K, B) = trajectory_terms(walk, cfg, batch), walk.scores.shape
         D, (_, S) = self.terms_per_prompt, self.shape
         device = walk.x.device
@@ -435,10 +429,9 @@ class DiffusionDPO(Objective):
     def term_states(self, cfg: SampleConfig) -> list[int]:
         return [2]
 
-    def collect(
-        self, policy: Any, table: StepTable, scorer: Any, decode: Any, batch: Any, cfg: SampleConfig, chunk: int
-    ) -> Experience:
-        return renoised_pairs(table, batch)
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        assert isinstance(batch, PairInputs)
+        return renoised_pairs(sampler.table, batch)
 
     def sides(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2)
         """What is compared: how much nearer to the noise than the reference the policy is."""
@@ -463,7 +456,7 @@ class MaPO(DiffusionDPO):
     scale: ClassVar[float] = 1000.0  # the number of timesteps
     num_baselines = 0
 
-    def baselines(self, policy: Any, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         return {}
 
     def errors(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2) l

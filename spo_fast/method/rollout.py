@@ -10,14 +10,14 @@ step, and nothing is read back to the host before the rollout's end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_fast.config.training import SampleConfig
-from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, judges, repeat_text
-from spo_fast.method.noise import Draws
+from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, Text, judges, repeat_text
+from spo_fast.method.noise import Drawn, Draws
+from spo_fast.method.protocols import Decode, Denoiser, Judge, Policy
 from spo_fast.method.schedule import StepTable
 from spo_fast.ops.transition import transition
 
@@ -27,11 +27,11 @@ class RolloutBatch:
     """What a rollout needs to know about its B prompts."""
 
     cond: Cond
-    text: Any  # scorer.encode(prompts)
+    text: Text  # scorer.encode(prompts)
     draws: Draws
     latent_shape: tuple[int, int, int]  # C, H, W
     dtype: torch.dtype  # of the latents: float32, or float64 for checks
-    closed: frozenset[int] = frozenset()  # first steps of segments that are not compared (skipped_segments.py)
+    skipped: frozenset[int] = frozenset()  # first steps of segments that are not compared (skipped_segments.py)
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -118,7 +118,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:  # x (K, B, ...), index (J, B) ->
     return x[index, torch.arange(x.shape[1], device=x.device)]
 
 
-def predict_rows(policy: Any, x: Tensor, t: Tensor, cond: Cond, guided: bool, most: int | None) -> Prediction:
+def predict_rows(policy: Denoiser, x: Tensor, t: Tensor, cond: Cond, guided: bool, most: int | None) -> Prediction:
     """The policy's outputs on x (B, C, H, W) at one timestep, in forwards of at most `most` rows (None: one)."""
     size = len(x) if most is None else max(1, most // (2 if guided else 1))
     if size >= len(x):
@@ -128,36 +128,45 @@ def predict_rows(policy: Any, x: Tensor, t: Tensor, cond: Cond, guided: bool, mo
 
 
 def advance(
-    policy: Any, cfg: SampleConfig, table: Tensor, x: Tensor, t: Tensor, rows: Tensor, cond: Cond, drawn: dict[str, Any]
+    policy: Denoiser, cfg: SampleConfig, table: Tensor, x: Tensor, t: Tensor, rows: Tensor, cond: Cond, drawn: Drawn
 ) -> Tensor:  # x (B, C, H, W) -> one child of each
     """A guided forward and its transition: what a rollout does most, as one call with tensors for all that changes."""
     m = predict_rows(policy, x, t, cond, cfg.guidance_scale > 1, cfg.rows_per_forward)
     return transition(*m, x, rows, table, cfg.guidance_scale, num_children=1, want_x0=False, **drawn)[1][0]
 
 
-class Walk:
+@dataclass(frozen=True)
+class Sampler:
+    """Whose images are drawn, on which steps, and who judges them."""
+
+    policy: Policy
+    table: StepTable
+    scorer: Judge
+    decode: Decode
+    cfg: SampleConfig
+    decode_chunk: int = 8  # images through the VAE at a time
+
+
+class Rollout:
     """What every rollout is made of: the UNet's outputs, the children of a step, and the scorer's opinion of them."""
 
-    def __init__(
-        self,
-        policy: Any,
-        table: StepTable,
-        scorer: Any,
-        decode: Any,
-        batch: RolloutBatch,
-        cfg: SampleConfig,
-        decode_chunk: int,
-    ):
-        self.policy, self.table, self.scorer, self.decode, self.chunk = policy, table, scorer, decode, decode_chunk
-        self.batch, self.cfg, self.K, self.B = batch, cfg, cfg.num_candidates, len(batch)
+    def __init__(self, sampler: Sampler, batch: RolloutBatch):
+        policy, table, self.cfg = sampler.policy, sampler.table, sampler.cfg
+        self.policy, self.table, self.scorer = policy, table, sampler.scorer
+        self.decode, self.chunk = sampler.decode, sampler.decode_chunk
+        self.batch, self.K, self.B = batch, self.cfg.num_candidates, len(batch)
         device = table.coefficients.device
         self.every_row = torch.arange(table.num_steps, device=device)
-        guided = cfg.guidance_scale > 1
+        guided = self.cfg.guidance_scale > 1
         branched = batch.cond.select(torch.arange(self.B, device=device).repeat(self.K))  # k-major
-        self.cond, self.branched_cond = policy.told(batch.cond, guided), policy.told(branched, guided)
+        self.cond, self.branched_cond = (
+            policy.precompute_text(batch.cond, guided),
+            policy.precompute_text(branched, guided),
+        )
         self.branched_text = repeat_text(batch.text, self.K)
         # the policy owns the graphs: they outlive a rollout
-        self._predict, self._advance = (policy.graphs.wrap(f.__name__, f) for f in (predict_rows, advance))
+        self._predict = policy.graphs.wrap("predict_rows", predict_rows)
+        self._advance = policy.graphs.wrap("advance", advance)
 
     def _cond(self, x: Tensor) -> Cond:
         return self.cond if len(x) == self.B else self.branched_cond
@@ -175,7 +184,7 @@ class Walk:
     def branch(self, m: Prediction, x: Tensor, i: int, num_children: int | None = None) -> Tensor:
         """x (B, C, H, W) -> K children of each, (K, B, C, H, W)."""
         K = self.K if num_children is None else num_children
-        drawn: dict[str, Any] = self.batch.draws.children(i, K, 1)
+        drawn = self.batch.draws.children(i, K, 1)
         arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
         return transition(*arguments, num_children=K, want_x0=False, **drawn)[1]
 
@@ -201,43 +210,35 @@ class Walk:
 
 
 @torch.no_grad()
-def rollout_segments(
-    policy: Any,
-    table: StepTable,
-    scorer: Any,
-    decode: Any,
-    batch: RolloutBatch,
-    cfg: SampleConfig,
-    decode_chunk: int = 8,
-) -> Segments:
+def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
     """Everything of a branching rollout that can run without reading from the device: at most num_steps UNet calls."""
-    K, B, draws = cfg.num_candidates, len(batch), batch.draws
-    walk = Walk(policy, table, scorer, decode, batch, cfg, decode_chunk)
+    table, cfg, draws = sampler.table, sampler.cfg, batch.draws
+    K, B, rollout = cfg.num_candidates, len(batch), Rollout(sampler, batch)
     x = draws.latents(batch.latent_shape, batch.dtype)
     for i in range(cfg.branch_start):
-        x = walk.advance(x, i)
-    m = walk.predict(x, cfg.branch_start)
+        x = rollout.advance(x, i)
+    m = rollout.predict(x, cfg.branch_start)
 
     x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
     for first, end in segments(cfg):
-        if first in batch.closed:
-            x = walk.branch(m, x, first, num_children=1)[0]
+        if first in batch.skipped:
+            x = rollout.branch(m, x, first, num_children=1)[0]
             for i in range(first + 1, end):
-                x = walk.advance(x, i)
+                x = rollout.advance(x, i)
             if end < cfg.last_branch:
-                m = walk.predict(x, end)
+                m = rollout.predict(x, end)
             continue
-        branches = walk.branch(m, x, first)  # (K, B, C, H, W)
+        branches = rollout.branch(m, x, first)  # (K, B, C, H, W)
         path = [x.expand_as(branches), branches]
         for i in range(first + 1, end):
-            branches = walk.advance(branches.flatten(0, 1), i).view_as(branches)
+            branches = rollout.advance(branches.flatten(0, 1), i).view_as(branches)
             path.append(branches)
         flat = branches.flatten(0, 1)
-        if judges(scorer) == "children":
-            m_all, score = None, walk.judge_children(flat, end - 1)
+        if judges(sampler.scorer) == "children":
+            m_all, score = None, rollout.judge_children(flat, end - 1)
         else:
-            m_all = walk.predict(flat, end) if end < cfg.num_steps else None
-            score = walk.judge(flat, m_all, end)
+            m_all = rollout.predict(flat, end) if end < cfg.num_steps else None
+            score = rollout.judge(flat, m_all, end)
         final = end == cfg.num_steps and cfg.last_step == "keep"
         sides, kept = best_and_worst(score, -1.0 if final else threshold_at(table, cfg, end - 1))
         for s, i in enumerate(range(first, end)):
@@ -253,7 +254,7 @@ def rollout_segments(
             x = _take(branches, pick[None])[0]
             # the prediction that judged the chosen candidate starts its next step: no second UNet call
             chosen = pick * B + torch.arange(B, device=pick.device)
-            m = walk.predict(x, end) if m_all is None else m_all.select(chosen)
+            m = rollout.predict(x, end) if m_all is None else m_all.select(chosen)
     return Segments(torch.stack(x_t), torch.stack(x_prev), torch.stack(valid), rows, shared, torch.cat(scores))
 
 
@@ -266,47 +267,35 @@ class Trajectories:
 
 
 @torch.no_grad()
-def trajectory_rollout(
-    policy: Any,
-    table: StepTable,
-    scorer: Any,
-    decode: Any,
-    batch: RolloutBatch,
-    cfg: SampleConfig,
-    decode_chunk: int = 8,
-) -> Trajectories:
+def trajectory_rollout(sampler: Sampler, batch: RolloutBatch) -> Trajectories:
     """K trajectories of each prompt, each from noise of its own, judged at their ends. Reads nothing back."""
-    K, n = cfg.num_candidates, cfg.num_steps
-    walk = Walk(policy, table, scorer, decode, batch, cfg, decode_chunk)
+    K, n, rollout = sampler.cfg.num_candidates, sampler.cfg.num_steps, Rollout(sampler, batch)
     x = [batch.draws.latents(batch.latent_shape, batch.dtype, K)]  # (K B, C, H, W) each
     for i in range(n):
-        x.append(walk.advance(x[i], i))
-    score = walk.judge_children(x[n], n - 1) if judges(scorer) == "children" else walk.judge(x[n], None, n)
+        x.append(rollout.advance(x[i], i))
+    score = (
+        rollout.judge_children(x[n], n - 1) if judges(sampler.scorer) == "children" else rollout.judge(x[n], None, n)
+    )
     return Trajectories(torch.stack(x).unflatten(1, (K, len(batch))), score)
 
 
-def branching_rollout(
-    policy: Any,
-    table: StepTable,
-    scorer: Any,
-    decode: Any,
-    batch: RolloutBatch,
-    cfg: SampleConfig,
-    decode_chunk: int = 8,
-) -> Experience:
+def branching_rollout(sampler: Sampler, batch: RolloutBatch) -> Experience:
     """`rollout_segments`, then the one read of the device that keeps the valid pairs."""
-    return rollout_segments(policy, table, scorer, decode, batch, cfg, decode_chunk).compact(batch.cond)
+    return rollout_segments(sampler, batch).compact(batch.cond)
 
 
 @torch.no_grad()
 def sample_latents(
-    policy: Any, table: StepTable, cond: Cond, guidance_scale: float, x: Tensor, most_rows: int | None = None
+    policy: Denoiser, table: StepTable, cond: Cond, guidance_scale: float, x: Tensor, most_rows: int | None = None
 ) -> Tensor:
     """Plain sampling from the noise x (B, C, H, W) with a deterministic table (eta = 0): final latents.
 
     most_rows: UNet rows in one forward, as rows_per_forward.
     """
-    quiet, cond = torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device), policy.told(cond, guidance_scale > 1)
+    quiet, cond = (
+        torch.zeros((1, *x.shape), dtype=x.dtype, device=x.device),
+        policy.precompute_text(cond, guidance_scale > 1),
+    )
     for i in range(table.num_steps):
         cond_out, uncond_out = predict_rows(policy, x, table.timesteps[i], cond, guidance_scale > 1, most_rows)
         rows = torch.full((x.shape[0],), i, device=x.device)

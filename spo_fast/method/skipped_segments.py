@@ -20,7 +20,7 @@ Window = dict[str, list[float]]
 """First step of a segment -> [comparisons so far, running share of valid ones]; a checkpoint keeps it as JSON."""
 
 
-def closed(window: Mapping[str, list[float]], iteration: int, cfg: SampleConfig) -> frozenset[int]:
+def to_skip(window: Mapping[str, list[float]], iteration: int, cfg: SampleConfig) -> frozenset[int]:
     """First steps of the segments that iteration's rollout leaves out; never all."""
     if cfg.branch_window == "all" or iteration % REOPEN == 0:
         return frozenset()

@@ -156,7 +156,7 @@ class Policy(TrainedWeights):
         return denoise(self.unet, x_t, t, cond, guided)
 
     @torch.no_grad()
-    def told(self, cond: Cond, guided: bool) -> Cond:
+    def precompute_text(self, cond: Cond, guided: bool) -> Cond:
         """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
         if not self.fused:
             return cond

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class TrueScorer:
         """Random scores, or zeros; the true ones are noted."""
         texts, t, K = list(toy_world.CAPTIONS), int(candidates.t), candidates.num_candidates
         pixels = torch.cat([part for _, part in candidates.pixel_chunks()])
+        assert isinstance(candidates.text, Tensor)
         prompts = [texts[i] for i in candidates.text.tolist()]
         self.layout.setdefault(t, []).append(toy_world.layout(pixels, prompts).float().mean(1).view(K, -1))
         self.aesthetics.setdefault(t, []).append(toy_world.aesthetics(pixels).view(K, -1))
@@ -110,9 +111,7 @@ def candidate_spread(run: Run, prompts: list[str], num_candidates: int, seed: in
         draws = KeyedDraws(seed, NOISE - 1, torch.arange(start, start + len(part), device=run.device))
         cond, text = run.model.cond(part), scorer.encode(part)
         batch = RolloutBatch(cond, text, draws, run.model.latent_shape, run.model.latent_dtype)
-        rollout_segments(
-            run.policy, run.table, scorer, run.model.decode, batch, sample, run.cfg.model.images_per_decode
-        )
+        rollout_segments(replace(run.sampler, scorer=scorer, decode=run.model.decode, cfg=sample), batch)
     return scorer
 
 

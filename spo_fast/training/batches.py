@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +15,6 @@ from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
 
 if TYPE_CHECKING:
-    from spo_fast.training.pair_batches import PairReader
     from spo_fast.training.setup import Parts
 
 
@@ -51,8 +48,8 @@ def inputs(run: Parts, iteration: int) -> Inputs:
     own = run.group.share(slice(0, len(batch.indices)))
     # a short last batch may leave a process nothing: it draws the first prompt, of which nothing is kept
     prompts = rollout_batch(run, batch.indices[own] or batch.indices[:1], iteration)
-    closed = skipped_segments.closed(run.state.window, iteration, run.cfg.sample)
-    return Inputs(replace(prompts, closed=closed), own, len(batch.indices), batch.epoch)
+    skipped = skipped_segments.to_skip(run.state.window, iteration, run.cfg.sample)
+    return Inputs(replace(prompts, skipped=skipped), own, len(batch.indices), batch.epoch)
 
 
 def rollout_batch(run: Parts, indices: list[int], iteration: int) -> RolloutBatch:
@@ -68,16 +65,6 @@ def count_comparisons(run: Parts, inputs: Inputs, rows: Tensor) -> dict[str, flo
     sample, window = run.cfg.sample, run.state.window
     if sample.branch_window != "auto" or isinstance(inputs.batch, PairInputs):
         return {}
-    skipped_segments.observe(window, rows.tolist(), sample, inputs.batch.closed, inputs.total)
+    skipped_segments.observe(window, rows.tolist(), sample, inputs.batch.skipped, inputs.total)
     of_children = judges(run.scorer) == "children"
-    return skipped_segments.saved(window, inputs.batch.closed, sample, inputs.total, of_children)
-
-
-@contextlib.contextmanager
-def closing(pairs: PairReader | None) -> Iterator[None]:
-    """At its end nobody reads pairs any more."""
-    try:
-        yield
-    finally:
-        if pairs is not None:
-            pairs.close()
+    return skipped_segments.saved(window, inputs.batch.skipped, sample, inputs.total, of_children)

@@ -67,7 +67,7 @@ def save(
     final, shards = run_dir / f"checkpoint-{state.iteration}", learner.policy.shards
     temporary, main = run_dir / f".tmp-{uuid.uuid4().hex}", True
     if shards is not None:
-        temporary, main = group.told(temporary), group.main
+        temporary, main = group.from_main(temporary), group.main
     temporary.mkdir(parents=True, exist_ok=shards is not None)
     try:
         optimizer, rest = flatten_optimizer(learner.optimizer.state_dict())

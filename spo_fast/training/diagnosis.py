@@ -19,7 +19,7 @@ from spo_fast.config.errors import RunError
 from spo_fast.config.training import SampleConfig
 from spo_fast.data.files import write_atomically
 from spo_fast.method.experience import Experience, Prediction
-from spo_fast.method.objectives import frozen_predictions, log_ratios
+from spo_fast.method.objectives import Objective, frozen_predictions, log_ratios
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.policy import Policy
 from spo_fast.ops.guidance import guided
@@ -51,7 +51,7 @@ def start_text(deviations: dict[int, float]) -> str:
 
 @torch.no_grad()
 def base_errors(
-    policy: Policy, table: StepTable, e: Experience, cfg: SampleConfig, objective: Any, states_per_forward: int
+    policy: Policy, table: StepTable, e: Experience, cfg: SampleConfig, objective: Objective, states_per_forward: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What a rounded base changes: name -> timesteps, values. Of the reference, with the rounded and the full base.
 

@@ -11,8 +11,7 @@ from spo_fast.config.scorers import TRUE_SCORES, scorer_specs
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_sets import geneval_records
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
-from spo_fast.method.schedule import StepTable
-from spo_fast.models.policy import Policy
+from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.geneval import check_wanted
 from spo_fast.training.pair_batches import PairReader
 
@@ -42,9 +41,7 @@ def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | No
 
 
 @torch.no_grad()
-def held_out_accuracy(
-    pairs: PairReader | None, objective: Objective, policy: Policy, table: StepTable, cfg: Config
-) -> float | None:
+def held_out_accuracy(pairs: PairReader | None, objective: Objective, sampler: Sampler, cfg: Config) -> float | None:
     """Share of the held-out pairs whose preferred image is ahead in what the loss compares; level ones count half.
 
     None without held-out pairs. Always of the same noise. Before training Diffusion-DPO's is 1/2.
@@ -53,11 +50,11 @@ def held_out_accuracy(
     if held_out is None:
         return None
     assert isinstance(objective, DiffusionDPO)
-    sample, most = cfg.sample, cfg.optim.states_at_once
-    whole = objective.collect(policy, table, None, None, held_out, sample, 1)
+    policy, table, most = sampler.policy, sampler.table, cfg.optim.states_at_once
+    whole = objective.collect(sampler, held_out)
     ahead = []
     for part in whole.micro_batches(most):
-        e = objective.prepare(policy, table, part, sample, None)
+        e = objective.prepare(policy, table, part, cfg.sample, None)
         sides = objective.sides(predict_states(policy, table, e, e.states, False), e)
         ahead.append(sides[:, 0] - sides[:, 1])
     return float((torch.cat(ahead).sign() + 1).mean() / 2)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Run(Parts):
         outputs.announce(self)
         with timer("encode prompts"):
             batches.encode_prompts(self)
-        with self.start(Watch(self.cfg).look) as log, batches.closing(self.pairs):
+        reading = contextlib.closing(self.pairs) if self.pairs is not None else contextlib.nullcontext()
+        with self.start(Watch(self.cfg).look) as log, reading:
             if log is not None:
                 with timer("validate"):
                     self.validator.before_training(log, self.resume is not None, self.state.iteration)
@@ -88,8 +90,7 @@ class Run(Parts):
         score = InPhase(self.scorer, functools.partial(self.score_phase, timer))  # decoding included
         with contextlib.suppress(Stopped), timer("rollout"), self.rollout_weights(sample, iteration):
             inputs = batches.inputs(self, iteration)
-            arguments = (self.policy, self.table, score, decode, inputs.batch, sample, cfg.model.images_per_decode)
-            experience = objective.collect(*arguments)
+            experience = objective.collect(replace(self.sampler, scorer=score, decode=decode), inputs.batch)
         if self.group.any(bool(self.stop.signal)):
             return None
         scores = whole_scores(experience.scores, inputs.prompts, self.group)

@@ -8,31 +8,22 @@ model, which sees the decoded predictions and t, is trained by cross-entropy to 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_fast.config.preference import PreferenceConfig, RewardOptimConfig
-from spo_fast.data.files import shown, weight_files
+from spo_fast.config.preference import PreferenceConfig
 from spo_fast.data.pair_stream import PairBatch, PairStream
-from spo_fast.data.weights import check_finite, read_tensors
 from spo_fast.evaluation.agreement import Judgements, write_report
 from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
-from spo_fast.models.diffusion import DTYPES, DiffusionModel
-from spo_fast.models.files.load import load_text_encoders, load_unet
+from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.sources import Resolved
-from spo_fast.models.tensor_cache import fingerprint_files
-from spo_fast.scorers.clip_files import find_weights, init_identity_time_conditioning, load_any_clip
-from spo_fast.scorers.latent_files import init_latent_reward, load_latent_reward
-from spo_fast.scorers.spm import check_vocabulary, load_pickscore
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.timer import Timer
-from spo_fast.training.optimizer import WeightUpdates
 from spo_fast.training.pair_batches import (
     EVALUATION,
     ImageLoader,
@@ -42,52 +33,10 @@ from spo_fast.training.pair_batches import (
     caches_latents,
     repeated,
 )
-from spo_fast.training.preference_model import NoisyLatentReward, PixelReward, Reward, pair_loss
+from spo_fast.training.preference_learner import RewardLearner
+from spo_fast.training.preference_model import PixelReward, Reward, pair_loss
+from spo_fast.training.rewards import Rewards
 from spo_fast.training.run import TrainingRun
-
-# ---------------------------------------------------------------------------------------------------- learning
-
-
-def learning_rate_factor(cfg: RewardOptimConfig, total: int) -> Callable[[int], float]:
-    """Step -> factor of the learning rate under warmup_decay, as DeepSpeed's WarmupDecayLR has it."""
-    warmup, end = cfg.lr_warmup_steps, cfg.lr_decay_steps or 4 * total
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return math.log(step + 1) / math.log(warmup) if warmup > 1 else 1.0
-        return max(0.0, (end - step) / max(1, end - warmup))
-
-    return factor
-
-
-class RewardLearner(WeightUpdates):
-    """The preference model's weights and everything that changes them, as checkpoint.py wants it."""
-
-    def __init__(self, reward: Reward, cfg: RewardOptimConfig, total: int):
-        decay = cfg.lr_scheduler == "warmup_decay"
-        super().__init__(reward.weights, cfg, learning_rate_factor(cfg, total) if decay else cfg.lr_scheduler, total)
-
-    def step(self) -> Tensor:
-        """One optimizer step on the accumulated gradients; returns their norm before clipping."""
-        norm = self.gradient_norm()
-        self.clip(norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.policy.copy_to_network()
-        return norm
-
-
-def read_projection(path: Path) -> Tensor:  # (D, width)
-    """The text projection of a whole CLIP."""
-    file, name = find_weights(path), "text_projection.weight"
-    found = {key: value for key, value in read_tensors(file).items() if key == name}
-    if not found:
-        raise ValueError(f"{shown(file)} has no {name}: give a whole CLIP ViT-L/14 (--text_projection_path).")
-    check_finite(found, file)
-    return found[name]
-
-
-# ---------------------------------------------------------------------------------------------------- a run
 
 
 class PreferenceRun(TrainingRun[PreferenceConfig]):
@@ -109,15 +58,10 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         prompt_cache = cfg.pairs.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
         self.model.prompt_cache.keep_encoder = True  # new prompts come all the time
-        self.start_path = cfg.reward.init_path or resolved.scorer_paths.get("pickscore")
-        self.reward = self._initial_reward(resolved)
-        for entry in cfg.run.compare_with:
-            find_weights(Path(entry.split("=", 1)[1]))  # a wrong path is named now, not when the training is done
-        labeller, labeller_fingerprint = None, ""
-        if cfg.pairs.relabel == "pickscore":
-            path = resolved.scorer_paths["pickscore"]
-            labeller = load_pickscore(path, self.model.tokenize, self.device)
-            labeller_fingerprint = fingerprint_files(weight_files(find_weights(path)))
+        self.rewards = Rewards(cfg, self.model)
+        self.reward = self.rewards.initial()
+        self.rewards.check_compared()
+        labeller, labeller_fingerprint = self.rewards.labeller()
         self.pairs_per_step = cfg.optim.train_batch_size * cfg.optim.gradient_accumulation_steps
         per_epoch = max(1, len(self.train_rows) // self.pairs_per_step)
         self.total = cfg.run.iterations(per_epoch)
@@ -127,42 +71,6 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             self.model, cfg.pairs, self.run_dir, cached, noise, labeller, labeller_fingerprint, gap
         )
         self.learner = RewardLearner(self.reward, cfg.optim, self.total)
-
-    def _initial_reward(self, resolved: Resolved) -> Reward:
-        cfg = self.cfg.reward
-        if cfg.parameterisation == "pixel":
-            assert self.start_path is not None
-            return self.pixel_reward(self.start_path, cfg.time_conditioned)
-        if cfg.init_path is not None:
-            network = load_latent_reward(cfg.init_path, device=self.device).train()
-        else:
-            path = resolved.scorer_paths.get("text_projection")
-            projection = None if path is None else read_projection(path)
-            wide = torch.float32  # masters begin with what the files hold, not with its rounding
-            parts = load_unet(resolved, wide).to(self.device), load_text_encoders(resolved, wide)
-            network = init_latent_reward(*parts, text_projection=projection, seed=self.cfg.run.seed)
-        start = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
-        for name, p in network.named_parameters():
-            p.data = p.data.to(torch.float32 if name == "logit_scale" else DTYPES[cfg.reward_dtype])
-        if cfg.reward_checkpointing:
-            network.unet.enable_gradient_checkpointing()
-        reward = NoisyLatentReward(network, self.model, cfg.train_guidance_scale)
-        reward.weights.load_state_dict(start)
-        return reward
-
-    def pixel_reward(self, path: str | Path, time_conditioned: bool | None) -> PixelReward:
-        """A CLIP from a file, given time conditioning if that is wanted (None: as it is)."""
-        clip = check_vocabulary(load_any_clip(path, device=self.device), self.model.tokenize, path)
-        if time_conditioned and not clip.config.time_conditioned:
-            clip = init_identity_time_conditioning(clip, self.cfg.run.seed)
-        elif time_conditioned is False and clip.config.time_conditioned:
-            raise ValueError(f"{path} is step-aware, but time_conditioned is off: start from a plain CLIP.")
-        start = {name: p.detach() for name, p in clip.named_parameters()}
-        clip.set_compute_dtype(DTYPES[self.cfg.reward.reward_dtype])
-        clip.vision_model.encoder.recompute = self.cfg.reward.reward_checkpointing
-        reward = PixelReward(clip, self.model, self.cfg.reward.train_guidance_scale, self.cfg.model.images_per_decode)
-        reward.weights.load_state_dict(start)  # masters begin with what the file holds, not with its rounding
-        return reward
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -320,15 +228,14 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
                 record = self.iterate(iter(stream), timer)
                 self.state.iteration += 1
                 self.learner.check_weights()
-                done = self.state.iteration == self.total
-                if len(self.valid_rows) and self.state.iteration % cfg.run.validation_steps == 0 and not done:
+                if len(self.valid_rows) and self.due(cfg.run.validation_steps) and not self.done:
                     with timer("evaluate"):
                         record |= self.log_evaluation(self.evaluate({"trained": self.reward}))
                 record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
                 progress.update(log.log(self.state.iteration - 1, record))
-                if self.state.iteration % cfg.run.checkpointing_steps == 0 or done:
+                if self.due(cfg.run.checkpointing_steps):
                     self.save()
-                if self.stop.signal and not done:
+                if self.stop.signal and not self.done:
                     self.stopped()
                     return self.run_dir
         self.finish()
@@ -338,20 +245,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         """Export, and say how often the model agrees with people on prompts it has not seen."""
         files = self.export(self.run_dir)
         if len(self.valid_rows):
-            judgements = self.evaluate(self.contenders())
+            judgements = self.evaluate({"trained": self.reward, **self.rewards.compared()})
             print(write_report(judgements, self.run_dir))
         self.split.finish()
         print("preference model: " + ", ".join(map(str, files)))
-
-    def contenders(self) -> dict[str, Reward]:
-        """The trained model, what it started from if that is a plain CLIP, and those it is to be compared with."""
-        found: dict[str, Reward] = {"trained": self.reward}
-        if self.cfg.reward.parameterisation == "pixel":
-            assert self.start_path is not None
-            initial = self.pixel_reward(self.start_path, None)
-            if not initial.clip.config.time_conditioned:
-                found["initial"] = initial
-        for entry in self.cfg.run.compare_with:
-            name, path = entry.split("=", 1)
-            found[name] = self.pixel_reward(path, None)
-        return found

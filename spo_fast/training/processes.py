@@ -14,7 +14,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from spo_fast.config.errors import RunError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate launch set
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -31,7 +33,8 @@ class Group:
 
     rank: int = 0
     size: int = 1
-    host: Any = None  # gloo, for what is in host memory; it waits for days, as process 0 draws sample grids meanwhile
+    host: dist.ProcessGroup | None = None
+    """gloo, for what is in host memory; it waits for days, as process 0 draws sample grids meanwhile"""
 
     @property
     def main(self) -> bool:
@@ -93,7 +96,7 @@ class Group:
         """The sum over all processes."""
         return sum(int(n) for n in self.gather(torch.tensor([count])))
 
-    def told(self, value: Any) -> Any:
+    def from_main(self, value: T) -> T:
         """Process 0's value."""
         if self.size == 1:
             return value

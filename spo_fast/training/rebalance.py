@@ -14,7 +14,7 @@ from spo_fast.method.noise import permutation
 from spo_fast.training.processes import Group
 
 
-class Dealt(NamedTuple):
+class Rebalanced(NamedTuple):
     """A rollout after rebalancing."""
 
     experience: Experience  # this process's terms in the order of training
@@ -29,11 +29,11 @@ def rebalance(
     seed: int,
     iteration: int,
     cut: Callable[[int], Iterable[slice]],  # number of terms -> those of each accumulation slot
-) -> Dealt:
+) -> Rebalanced:
     """Permute the terms of all processes once, and deal each slot's out evenly."""
     if group.size == 1:
         shuffled = permutation(len(e), seed, iteration).to(e.x_prev.device)
-        return Dealt(e.select(shuffled), len(e), _first_rows(e))
+        return Rebalanced(e.select(shuffled), len(e), _first_rows(e))
     if prompts.start == prompts.stop:
         e = e.select(slice(0, 0))
     assert e.order is not None, "an experience that is dealt out knows its order"
@@ -56,7 +56,7 @@ def rebalance(
     parts = [e.select(number[mine & (owner == rank)].to(device)) for rank in range(group.size)]
     position = torch.cat([((owner == group.rank) & (source == rank)).nonzero()[:, 0] for rank in range(group.size)])
     received = _joined(_exchanged(parts, group), e)
-    return Dealt(received.select(position.argsort().to(device)), len(trained), rows[trained])
+    return Rebalanced(received.select(position.argsort().to(device)), len(trained), rows[trained])
 
 
 def whole_scores(scores: Tensor, prompts: slice, group: Group) -> Tensor:

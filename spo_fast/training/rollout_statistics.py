@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from spo_fast.method.protocols import Decode
 from spo_fast.training.processes import Group
 
 
@@ -27,7 +26,7 @@ def of_scores(scores: Tensor, num_candidates: int, prompts: int) -> dict[str, Te
 class Saturation:
     """A decoder that remembers how colourful its images were: mean over pixels of max - min of R, G, B in [0, 1]."""
 
-    def __init__(self, decode: Any) -> None:
+    def __init__(self, decode: Decode) -> None:
         self.decode = decode
         self._means: list[Tensor] = []
 

@@ -40,7 +40,7 @@ class TrainingRun(Generic[C]):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32
         self.run_dir = Path(cfg.run.output_dir)
         found = run_directory.find(self.run_dir, cfg.run.resume_from_checkpoint) if self.group.main else None
-        self.resume: Path | None = self.group.told(found)
+        self.resume: Path | None = self.group.from_main(found)
         self.state = TrainState()
 
     def settings(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class TrainingRun(Generic[C]):
     def stopped(self) -> None:
         """Save, unless that has just been done, and say how to go on."""
         last = self.run_dir / f"checkpoint-{self.state.iteration}"
-        if not self.group.told(last in run_directory.checkpoints(self.run_dir)):
+        if not self.group.from_main(last in run_directory.checkpoints(self.run_dir)):
             self.save()
         if self.group.main:
             print(

@@ -11,13 +11,13 @@ from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.model_card import claim_repository
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.method.objectives import make_objective
-from spo_fast.models.device import found_device
+from spo_fast.method.rollout import Sampler
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.training import accelerate
 from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by
 from spo_fast.training.learner import Learner
 from spo_fast.training.pair_batches import PairReader
-from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.plan.fit_memory import choose_for
 from spo_fast.training.run import TrainingRun
 from spo_fast.training.scorer import make_scorer
 from spo_fast.training.validation import Validator
@@ -34,10 +34,7 @@ class Parts(TrainingRun[Config]):
         metrics, wanted = held_out_metrics(cfg, shown), wanted_by(cfg, self.prompts)
         resolved = resolve(cfg.model, run_paths(cfg))
         self.lock()
-        self.found = found_device(self.device)
-        if self.found.memory_bytes is not None:
-            print("predicting what fits into memory ...", flush=True)
-        cfg, self.choices = choose(cfg, self.found, resolved)
+        cfg, self.choices, self.found = choose_for(self.device, cfg, resolved)
         self.cfg = cfg
         # before anything is loaded: nobody should learn after ten hours that nobody was logged in
         self.repository = (
@@ -63,7 +60,7 @@ class Parts(TrainingRun[Config]):
         self.record_graphs(accelerate.capture_for(cfg, self.device))
         self.total = cfg.run.iterations((self.pairs or self.prompt_order).iterations_per_epoch)
         self.learner = Learner(self.policy, self.objective, self.table, cfg, self.total, self.group)
-        accuracy = functools.partial(held_out_accuracy, self.pairs, self.objective, self.policy, self.table, cfg)
+        accuracy = functools.partial(held_out_accuracy, self.pairs, self.objective, self.sampler, cfg)
         self.validator = Validator(
             *(cfg, self.run_dir, self.model, self.policy, self.scorer),
             *(shown, metrics, wanted, accuracy),
@@ -76,6 +73,12 @@ class Parts(TrainingRun[Config]):
     def record_graphs(self, capture: accelerate.Capture | None) -> None:
         """From now on calls of a rollout whose shapes came before are replayed."""
         self.decode = accelerate.replayed(self.policy, self.model.decode, self.scorer, capture)
+
+    @property
+    def sampler(self) -> Sampler:
+        """Draws from the policy as it is trained, decodes and judges."""
+        cfg = self.cfg
+        return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, cfg.model.images_per_decode)
 
     def settings(self) -> dict[str, Any]:
         size = self.group.size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -17,13 +18,15 @@ from spo_fast.evaluation.required_files import look_for, resolve, run_paths
 from spo_fast.evaluation.tables import columns, size_text
 from spo_fast.method.objectives import make_objective
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
-from spo_fast.models.files.find import Present
 from spo_fast.models.files.load import check_weights
 from spo_fast.models.files.lora import find_lora
 from spo_fast.training.plan.costs import WORK, Costs
 from spo_fast.training.plan.fake_run import predict
 from spo_fast.training.plan.fit_memory import choose
 from spo_fast.training.plan.held_bytes import processes
+
+if TYPE_CHECKING:
+    from spo_fast.models.files.find import Present
 
 COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
 SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run

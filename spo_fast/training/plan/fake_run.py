@@ -31,8 +31,9 @@ from spo_fast.evaluation.required_files import resolve, scorer_paths
 from spo_fast.method.experience import Cond, Experience, Prediction, States
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.objectives import make_objective, predict_states
+from spo_fast.method.protocols import Judge
 from spo_fast.method.renoise import PairInputs
-from spo_fast.method.rollout import RolloutBatch
+from spo_fast.method.rollout import RolloutBatch, Sampler
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, check_size, decode, embeddings, vae_dtype
 from spo_fast.models.files.lora import read_lora
@@ -358,7 +359,7 @@ class Networks:
             read = self._latents(2, cfg.sample.sample_batch_size)
             draws = KeyedDraws(0, 0, torch.empty(cfg.sample.sample_batch_size, dtype=torch.int64))
             self._pairs = PairInputs(cond, torch.cat([read]), draws, torch.empty(1000))
-            return objective.collect(None, self._table(cfg), None, None, self._pairs, cfg.sample, 1)
+            return objective.collect(self._sampler(cfg, lambda candidates: candidates.x0), self._pairs)
         B, specs = cfg.sample.sample_batch_size, scorer_specs(cfg.scorer.scorer)
         scorers = [self.scorers[name] for name, _ in specs]
         scorer: Any = scorers[0] if [w for _, w in specs] == [1] else WeightedSum(scorers, [w for _, w in specs])
@@ -369,12 +370,14 @@ class Networks:
         batch = RolloutBatch(cond, text, draws, self.latent_shape, self.latent_dtype)
         ema = self.policy.ema() if objective.sampler == "ema" else contextlib.nullcontext()
         with ema:
-            kept = objective.rollout(
-                *(self.policy, self._table(cfg), score, functools.partial(decode, self.vae), batch),
-                *(objective.sampling(cfg.sample), cfg.model.images_per_decode),
-            )
+            sampler = self._sampler(cfg, score)
+            kept = objective.rollout(replace(sampler, cfg=objective.sampling(cfg.sample)), batch)
         # what `collect` does next reads the device
         return replace(self._experience(plan, cond, objective), scores=kept.scores)
+
+    def _sampler(self, cfg: Config, scorer: Judge) -> Sampler:
+        into_pixels = functools.partial(decode, self.vae)
+        return Sampler(self.policy, self._table(cfg), scorer, into_pixels, cfg.sample, cfg.model.images_per_decode)
 
     def _latents(self, *shape: int) -> Tensor:
         return torch.empty(*shape, *self.latent_shape, dtype=self.latent_dtype)
@@ -402,7 +405,7 @@ class Networks:
             x_prev=experience.x_prev[:pairs],
             index=torch.zeros_like(experience.index[:pairs]),
             frozen=outputs() if objective.num_baselines > 0 else None,
-            anchor=outputs() if objective.num_baselines > 1 else None,
+            second_reference=outputs() if objective.num_baselines > 1 else None,
             advantage=None if experience.advantage is None else experience.advantage[:pairs],
         )
 

@@ -18,7 +18,7 @@ from spo_fast.config.methods import find_method
 from spo_fast.config.training import DECIDES, LEAST, Config
 from spo_fast.method.rollout import last_noisy_step
 from spo_fast.method.schedule import ddim_scheduler, table_of
-from spo_fast.models.device import GIB, Choice, Device, how_computed
+from spo_fast.models.device import GIB, Choice, Device, found_device, how_computed
 from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
@@ -76,6 +76,14 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
+
+
+def choose_for(device: torch.device, cfg: Config, resolved: Resolved) -> tuple[Config, list[Choice], Device]:
+    """`choose` for a device that is here, and what was found of it."""
+    found = found_device(device)
+    if found.memory_bytes is not None:
+        print("predicting what fits into memory ...", flush=True)
+    return *choose(cfg, found, resolved), found
 
 
 def peak_of(flag: str, costs: Costs) -> int:
