@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spo_fast.method.experience import Cond
 from spo_fast.method.renoise import noised
-from spo_fast.method.schedule import StepTable
+from spo_fast.method.schedule import StepTable, full_table
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.policy import denoise
 from spo_fast.models.trained_weights import TrainedWeights
@@ -107,7 +107,7 @@ class PixelReward:
 
     def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
         self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
-        self.table = model.full_table()
+        self.table = full_table(model.alphas_cumprod, model.prediction_type).to(model.device)
         self.alphas_cumprod = model.alphas_cumprod.to(model.device)
         self.weights = TrainedWeights(list(clip.named_parameters()))
 
