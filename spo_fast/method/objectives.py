@@ -476,7 +476,7 @@ class MaPO(DiffusionDPO):
         return weight * self.errors(m, e)[:, 0].sum() + margin, stats
 
 
-def make_objective(cfg: ObjectiveConfig) -> Any:
+def make_objective(cfg: ObjectiveConfig) -> Objective:
     """The method's objective, its fields filled from the settings of the same names."""
     record = find_method(cfg.method)
     kind = record.kind()
