@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class Objective:
     """Half the width of the ratio's clamp; None: no clamp."""
     num_baselines: ClassVar[int] = 1
     """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and second_reference)."""
-    rollout: ClassVar[staticmethod[[Sampler, RolloutBatch], Segments | Trajectories] | None]
+    rollout: ClassVar[Any]  # a staticmethod, (Sampler, RolloutBatch) -> Segments or Trajectories, or None
     rollout = staticmethod(rollout_segments)
     """The part of `collect` that costs something; None without a rollout."""
 
