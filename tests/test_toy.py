@@ -292,3 +292,12 @@ def test_pretraining_learns_v(monkeypatch: pytest.MonkeyPatch) -> None:
     run.parts["unet"] = Oracle()
     assert float(run.loss(generator(7))) < 1e-10
     assert seen["zeroed"].all()
+
+
+def test_the_public_names_are_the_rooms():
+    from spo_fast.data import toy_world
+    from spo_fast.models.files import toy
+    from spo_fast.toy import pipeline, world
+
+    for door, room in ((pipeline, toy), (world, toy_world)):
+        assert door.__all__ and all(getattr(door, name) is getattr(room, name) for name in door.__all__)
