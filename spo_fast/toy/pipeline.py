@@ -1,4 +1,4 @@
-"""The toy's pipeline under its public name; spo_fast/models/files/toy.py has it, since models below this room load it."""
+"""The toy's pipeline under its public name; spo_fast/models/files/toy.py has it, since rooms below this one load it."""
 
 from spo_fast.models.files.toy import SIZES, WEIGHTS, Size, flags_of, save_pipeline, toy_files, toy_parts
 
