@@ -36,6 +36,17 @@ def few_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For float32 sums near a test's tolerance: one thread adds up in another order than what was compared with."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def _read_golden(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file

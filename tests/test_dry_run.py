@@ -21,7 +21,7 @@ from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method import objectives
 from spo_fast.models import device as models_device
 from spo_fast.models.device import GIB, Choice, Device
-from spo_fast.training import learner, loop
+from spo_fast.training import learner
 from spo_fast.training.plan import dry_run
 from spo_fast.training.plan.fake_run import predict
 from spo_fast.training.plan.fit_memory import choose, is_out_of_memory, out_of_memory
@@ -274,7 +274,6 @@ def test_a_run_without_memory_ends_with_advice(
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(learner, "predict_states", predict_states)
-        patch.setattr(loop, "predict_states", predict_states)
         assert train.main(flags(out, checkpointing_steps=1)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory") and error.count("\n") == 1

@@ -175,6 +175,7 @@ def test_guidance_is_7_5_and_acts_on_the_mid_block_alone(parts: Parts, model: La
     assert torch.equal(low, high) and max_error(at[0.0], at[7.5]) > 1e-3
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_prompts_encoded_before_score_the_same(parts: Parts, model: LatentReward):
     x_t, t = inputs(num_candidates=1)
     scores = model.score(x_t, t, model.encode(parts.ids), model.encode(parts.empty_ids))

@@ -112,6 +112,7 @@ def text_encoder(tensors: dict[str, Tensor], config: dict[str, Any]) -> CLIPText
     return encoder.eval()
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_training_step_matches_published_code() -> None:
     data, facts, model, reward, images = golden_step()
     t, noise = data["draw.000.randint"], data["draw.003.normal"]

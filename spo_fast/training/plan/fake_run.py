@@ -271,10 +271,10 @@ class Networks:
             e = self._batch(part, plan.pairs, plan.states, objective, guided)
             with live.phase("backward"):
                 m = self._backward(cfg, plan, e)
-            del last
+            del last, part
             with live.phase("step"):
                 live.note(live.current_bytes + self._step_bytes(cfg))
-            del leftover, part, e, m
+            del leftover, e, m
             self._pairs = None  # the trainer holds them through the iteration
         resident = self._resident(cfg)
         encoders = sum(self._bytes(encoder.parameters()) for encoder in self.text_encoders)
