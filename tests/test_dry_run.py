@@ -163,7 +163,7 @@ def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     chosen = "--rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --memory fast --no-gradient_checkpointing"
     assert f"  {chosen}: memory is not planned" in printed and "--no-cuda_graphs: a CPU has none" in printed
-    assert "--no-fuse: a CPU would take 14 % more time, for a sixth less memory" in printed
+    assert "--no-fuse: a CPU would take more time, for less memory" in printed
     assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
 
 

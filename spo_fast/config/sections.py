@@ -69,8 +69,7 @@ class ComputeConfig(Section):
     waits for it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
     fuse: bool | None = None
     """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
-    rollout. Default: on a GPU, and for memory=balanced. On a CPU it saves memory and costs time: measured on a mid-size
-    network in float32, 2.6 GiB instead of 3.1, and 14 % more CPU seconds."""
+    rollout. Default: on a GPU, and for memory=balanced. On a CPU it saves memory and costs time."""
     attention: Literal["auto", "sdpa", "cudnn", "xformers", "flash3"] = "auto"
     """Attention kernel of the fused UNet: PyTorch's own choice, cuDNN's, xformers' or FlashAttention 3. auto: the
     fastest of those that run here, timed at the start on the run's shapes; sdpa on a CPU."""

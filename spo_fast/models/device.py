@@ -114,7 +114,7 @@ def how_computed(cfg: Config, device: Device) -> tuple[Config, list[Choice]]:
         needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}
         why = next(
             (f"{name} needs it" for name, need in needs.items() if need),
-            "a CPU would take 14 % more time, for a sixth less memory",
+            "a CPU would take more time, for less memory",
         )
         take("fuse", on or any(needs.values()), "fewer operations and bytes" if on else why)
     return cfg, choices
