@@ -110,6 +110,22 @@ def test_what_cannot_be_had_is_one_line(capsys: pytest.CaptureFixture[str], tmp_
         refused(capsys, [*line, "--scorer", f"mine:{name}"], f"scorer mine:{name}", words)
 
 
+def test_settings_that_it_cannot_run_with(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The record says so: on the command line, in a YAML file and in Python."""
+    only = (
+        'import dataclasses, my_ipo\nfour = dataclasses.replace(my_ipo.ipo, misfit=lambda s: "needs num_candidates=4.'
+    )
+    only += '" if s["num_candidates"] != 4 else "", published=lambda given: {"num_candidates": 4})\n'
+    (tmp_path / "mine.py").write_text(only)
+    line = ["--model", "toy", "--method", "mine:four"]
+    refused(capsys, [*line, "--num_candidates", "3"], "method=mine:four needs num_candidates=4.")
+    cfg = train.parse(line)
+    with pytest.raises(ValueError, match=r"^method=mine:four needs num_candidates=4\.$"):
+        cfg.with_fields(num_candidates=2)
+    with pytest.raises(ValueError, match="num_inner_steps must be 0"):
+        train.parse(["--model", "toy", "--method", "gradspo"]).with_fields(num_inner_steps=1)
+
+
 def test_its_loss_is_ipos() -> None:
     """(log r_w - log r_l - 1 / (2 tau))^2 in float64, and its gradient with respect to the outputs."""
     cfg = train.parse(["--model", "toy", "--method", IPO, "--tau", "0.2"])

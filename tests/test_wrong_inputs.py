@@ -166,6 +166,7 @@ SETTINGS = [
     ("--num_steps 4", ["leaves no steps to branch (num_steps=4). Use a value from 0 to 3"]),
     ("--num_steps 1001 --branch_start 2", ["num_steps=1001 must be in [1, 999]"]),
     ("--method gradspo --last_step extend", ["last_step=extend joins two steps. Use keep or compare"]),
+    ("--method dense --num_ranked 3 --num_candidates 2", ["method=dense cannot draw num_ranked=3", "num_candidates=2"]),
     ("--method gradspo --rollout_weights merged", ["rollout_weights", "gradspo"]),
     ("--method ddpo --recipe published", ["recipe=published is SPO's code", "method=ddpo"]),
     ("--num_candidates 1", ["num_candidates=1 must be at least 2: two or more are needed to compare"]),

@@ -44,6 +44,7 @@ class Paper:
     """Markdown in place of what follows from the above."""
 
     def markdown(self) -> str:
+        """The sentence of the model card."""
         link = f", [arXiv {self.arxiv}](https://arxiv.org/abs/{self.arxiv})" if self.arxiv else ""
         return self.sentence or f"{self.title}{f' ({self.venue})' if self.venue else ''}{link}."
 
@@ -74,6 +75,8 @@ class Method:
     """The card's, besides the name."""
     recipe: Callable[[Given], Given] | None = None
     """What --recipe published changes for it; None: it has no such recipe."""
+    misfit: Callable[[Given], str] = field(default=lambda settings: "")
+    """All settings -> why it cannot run with them and what to change, or an empty text."""
 
     def __post_init__(self) -> None:
         if isinstance(self.objective, str):
@@ -156,6 +159,7 @@ def _by_model(given: Given, everywhere: Given, **models: Given) -> dict[str, Any
 
 
 def mspo_method(given: Given) -> dict[str, Any]:
+    """The SDXL run of the published code: three denoising steps an optimised step, two candidates."""
     return {"num_inner_steps": 3, "num_candidates": 2}
 
 
@@ -259,6 +263,26 @@ def mapo(given: Given) -> dict[str, Any]:
     return _by_model(given, settings, sd15=published, sdxl=published, toy=toy)
 
 
+# ---------------------------------------------------------------------------------------------- what does not fit
+
+
+def unlike_siblings(settings: Given) -> str:
+    """GradSPO's target is a difference of children of one x_t, a step apart from it."""
+    if settings["num_inner_steps"]:
+        return "compares children of one x_t: num_inner_steps must be 0."
+    if settings["last_step"] == "extend":
+        return "compares children of one x_t: last_step=extend joins two steps. Use keep or compare."
+    return ""
+
+
+def too_few_to_rank(settings: Given) -> str:
+    """DenseReward draws the trajectories that a term ranks from those of the prompt."""
+    ranked, drawn = settings["num_ranked"], settings["num_candidates"]
+    if ranked <= drawn:
+        return ""
+    return f"cannot draw num_ranked={ranked} trajectories from num_candidates={drawn}: lower it, or raise the other."
+
+
 # ---------------------------------------------------------------------------------------------- the records
 
 
@@ -339,6 +363,7 @@ METHODS: dict[str, Method] = {
             leaves_start=False,  # its clamp keeps the loss there
             margin="beta times the difference of how much nearer to its target than the reference a side is",
             recipe=published_code,
+            misfit=unlike_siblings,
         ),
         Method(
             name="ddpo",
@@ -372,6 +397,7 @@ METHODS: dict[str, Method] = {
             ),
             start=lambda settings: math.log(math.factorial(settings["num_ranked"])),  # all orders are as likely
             margin="beta times the difference of the means over steps of the log-ratios",
+            misfit=too_few_to_rank,
         ),
         Method(
             name="dpo",

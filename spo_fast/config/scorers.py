@@ -52,6 +52,7 @@ class ScorerRecord:
     """A function of the user's own, in place of a loader."""
 
     def loader(self) -> Callable[..., Any]:
+        """The function that `load` names, imported now."""
         module, _, name = self.load.partition(":")
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return found

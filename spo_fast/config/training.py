@@ -27,7 +27,7 @@ from spo_fast.config.fields import (
     parted,
     require,
 )
-from spo_fast.config.methods import METHODS, readers
+from spo_fast.config.methods import METHODS, find_method, readers
 from spo_fast.config.scorers import name_and_weight, scorer_names
 from spo_fast.config.sections import AdamConfig, ComputeConfig, LoopConfig, ModelConfig, PairSourceConfig, ScorerPaths
 
@@ -245,6 +245,8 @@ def _objective_section(classes: tuple[type, ...]) -> type[ObjectiveConfig]:
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerConfig(ScorerPaths):
+    """What judges the candidates of a step."""
+
     scorer: tuple[str, ...] = ("spm",)
     """Scorers: {scorers}; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum. One of your own is a
     function in a file beside the command or installed, module:function or module:function:0.5: pictures (N, 3, H, W) in
@@ -307,6 +309,7 @@ class Config(Settings):
 
     @classmethod
     def sections(cls) -> dict[str, type]:
+        """The config's sections by name; the objective's with the settings of methods from outside the package."""
         return super().sections() | {"objective": objective_section()}
 
     @classmethod
@@ -326,14 +329,8 @@ class Config(Settings):
         trained = {name_and_weight(entry)[0] for entry in self.scorer.scorer}
         shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
         require(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
-        require(
-            self.objective.method != "gradspo" or self.sample.num_inner_steps == 0,
-            "method=gradspo compares children of one x_t: num_inner_steps must be 0.",
-        )
-        require(
-            self.objective.method != "gradspo" or self.sample.last_step != "extend",
-            "method=gradspo compares children of one x_t: last_step=extend joins two steps. Use keep or compare.",
-        )
+        misfit = find_method(self.objective.method).misfit(self.flat())
+        require(not misfit, f"method={self.objective.method} {misfit}")
         rounded = self.engine.base_weights
         require(
             rounded == "full" or not self.adapter.full_finetune,
@@ -343,12 +340,6 @@ class Config(Settings):
             rounded == "full" or self.sample.rollout_weights == "unmerged",
             f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
             "--rollout_weights unmerged, or --base_weights full.",
-        )
-        most = self.sample.num_candidates
-        require(
-            self.objective.method != "dense" or self.objective.num_ranked <= most,
-            f"num_ranked={self.objective.num_ranked} trajectories cannot be drawn from num_candidates={most}. "
-            "Lower it, or raise --num_candidates.",
         )
 
     model: ModelConfig = field(default_factory=ModelConfig)
