@@ -27,7 +27,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_it_goes_on_to_the_same_end(run_dir: Path) -> None:
-    """Sums of another processor's kernels round otherwise: the last digits may differ, and Adam's first steps show it."""
+    """To the bit on the processor that it was made on; other kernels round otherwise, and Adam enlarges that."""
     line = ["--config", str(run_dir / "config.yaml"), "--output_dir", str(run_dir)]
     assert train.main([*line, "--resume_from_checkpoint", "latest"]) == 0
     begun, wanted = load_file(run_dir / "checkpoint-2" / "trained.safetensors"), load_file(BEFORE / "end.safetensors")
