@@ -29,6 +29,7 @@ const char *spo_error_string(int code) {
     case SPO_ERROR_ROW: return "a row index lies outside the step table";
     case SPO_ERROR_STATE: return "a state index lies outside [0, number of states)";
     case SPO_ERROR_MEMORY: return "out of host memory";
+    case SPO_ERROR_SIZE: return "the C library was built from other sources than this Python code: `pip install -e .` again";
     default: return "unknown error code";
   }
 }

@@ -11,6 +11,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 #endif
 
 namespace spo {
@@ -23,6 +24,16 @@ SPO_HD float widen(bfloat16 value) { return __bfloat162float(value); }
 SPO_HD float widen(float16 value) { return __half2float(value); }
 SPO_HD void narrow(float value, bfloat16 *out) { *out = __float2bfloat16(value); }
 SPO_HD void narrow(float value, float16 *out) { *out = __float2half(value); }
+
+constexpr int THREADS = 256;  // of a block
+constexpr int64_t MAX_GRID_Y = 65535;
+
+inline unsigned blocks(int64_t threads) { return static_cast<unsigned>((threads + THREADS - 1) / THREADS); }
+
+inline int launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? static_cast<int>(SPO_OK) : SPO_ERROR_CUDA + static_cast<int>(error);
+}
 
 #else  // by bit operations: neither type is in C++17
 
@@ -106,21 +117,21 @@ SPO_HD X guided(const M *cond, const M *uncond, int64_t i, X guidance) {
 
 constexpr int TABLE_COLUMNS = 5;  // a, b, c, d, std
 
-// Calls f(M{}, X{}) with the types of the two dtype codes.
+// Whether a function's struct is there, and is the one that this library was built for.
+template <class Args>
+int check(const Args *args) {
+  if (args == nullptr) return SPO_ERROR_NULL;
+  return *reinterpret_cast<const int64_t *>(args) == static_cast<int64_t>(sizeof(Args)) ? SPO_OK : SPO_ERROR_SIZE;
+}
+
+// Calls f(T{}) with the type of a dtype code.
 template <class F>
-int dispatch(int m_dtype, int x_dtype, F f) {
-  const auto with_latent_type = [&](auto x) -> int {
-    switch (m_dtype) {
-      case SPO_FLOAT32: return f(float{}, x);
-      case SPO_FLOAT64: return f(double{}, x);
-      case SPO_BFLOAT16: return f(bfloat16{}, x);
-      case SPO_FLOAT16: return f(float16{}, x);
-      default: return SPO_ERROR_DTYPE;
-    }
-  };
-  switch (x_dtype) {
-    case SPO_FLOAT32: return with_latent_type(float{});
-    case SPO_FLOAT64: return with_latent_type(double{});
+int with_type(int64_t dtype, F f) {
+  switch (dtype) {
+    case SPO_FLOAT32: return f(float{});
+    case SPO_FLOAT64: return f(double{});
+    case SPO_BFLOAT16: return f(bfloat16{});
+    case SPO_FLOAT16: return f(float16{});
     default: return SPO_ERROR_DTYPE;
   }
 }

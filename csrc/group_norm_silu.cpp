@@ -194,6 +194,11 @@ struct GroupNorm {
   int64_t N, C, S, G;
   bool channels_last, silu;
 
+  explicit GroupNorm(const spo_group_norm_silu_args &args)
+      : x(static_cast<const T *>(args.x)), weight(static_cast<const T *>(args.weight)),
+        bias(static_cast<const T *>(args.bias)), N(args.N), C(args.C), S(args.S), G(args.num_groups),
+        channels_last(args.channels_last != 0), silu(args.silu != 0) {}
+
   int64_t group_size() const { return C / G; }
   int64_t pixels() const { return std::max<int64_t>(1, PIECE / C); }  // of a piece, channels-last
   int64_t chunks() const { return ceil_div(S, channels_last ? pixels() : PIECE); }
@@ -258,7 +263,10 @@ struct GroupNorm {
     return c;
   }
 
-  void forward(double eps, T *y, A *mean, A *rstd) const {
+  void forward(const spo_group_norm_silu_args &args) const {
+    T *y = static_cast<T *>(args.y);
+    A *mean = static_cast<A *>(args.mean), *rstd = static_cast<A *>(args.rstd);
+    const double eps = args.eps;
     std::vector<Moments> parts(static_cast<size_t>(pieces() * slots()));
     parallel_for(pieces(), [&](int64_t piece) {
       tiles(piece, [&](const Tile &tile) {
@@ -282,7 +290,10 @@ struct GroupNorm {
     });
   }
 
-  void backward(const A *mean, const A *rstd, const T *grad_y, T *grad_x) const {
+  void backward(const spo_group_norm_silu_args &args) const {
+    const A *mean = static_cast<const A *>(args.mean), *rstd = static_cast<const A *>(args.rstd);
+    const T *grad_y = static_cast<const T *>(args.grad_y);
+    T *grad_x = static_cast<T *>(args.grad_x);
     std::vector<Sums> parts(static_cast<size_t>(pieces() * slots())), grads(static_cast<size_t>(N * G));
     parallel_for(pieces(), [&](int64_t piece) {
       tiles(piece, [&](const Tile &tile) {
@@ -307,23 +318,19 @@ struct GroupNorm {
   }
 };
 
-// Calls f(T{}) with the type of the dtype code.
+// Checks, then calls f(GroupNorm<T>) with the type of the dtype code, unless there is nothing to do.
 template <class F>
-int with_type(int dtype, F f) {
-  switch (dtype) {
-    case SPO_FLOAT32: return f(float{});
-    case SPO_FLOAT64: return f(double{});
-    case SPO_BFLOAT16: return f(bfloat16{});
-    case SPO_FLOAT16: return f(float16{});
-    default: return SPO_ERROR_DTYPE;
-  }
-}
-
-template <class T>
-GroupNorm<T> group_norm(const void *x, const void *weight, const void *bias, int64_t N, int64_t C, int64_t S, int64_t G,
-                        int channels_last, int silu) {
-  return {static_cast<const T *>(x), static_cast<const T *>(weight), static_cast<const T *>(bias), N, C, S, G,
-          channels_last != 0, silu != 0};
+int with_group_norm(const spo_group_norm_silu_args *args, bool backward, F f) {
+  if (const int code = check(args)) return code;
+  if (args->N < 0 || args->C <= 0 || args->S <= 0 || args->num_groups <= 0 || args->C % args->num_groups != 0)
+    return SPO_ERROR_SHAPE;
+  if (args->N == 0) return SPO_OK;
+  if (!args->x || !args->weight || !args->bias || !args->mean || !args->rstd) return SPO_ERROR_NULL;
+  if (backward ? !args->grad_y || !args->grad_x : !args->y) return SPO_ERROR_NULL;
+  return with_type(args->dtype, [&](auto t) {
+    const GroupNorm<decltype(t)> op(*args);
+    return guard([&] { f(op); });
+  });
 }
 
 }  // namespace
@@ -331,35 +338,12 @@ GroupNorm<T> group_norm(const void *x, const void *weight, const void *bias, int
 
 extern "C" {
 
-int spo_group_norm_silu_forward(int dtype, const void *x, const void *weight, const void *bias, int64_t N, int64_t C,
-                                int64_t S, int64_t num_groups, int channels_last, double eps, int silu, void *y,
-                                void *mean, void *rstd, void *) {
-  if (N < 0 || C <= 0 || S <= 0 || num_groups <= 0 || C % num_groups != 0) return SPO_ERROR_SHAPE;
-  if (N == 0) return SPO_OK;
-  if (!x || !weight || !bias || !y || !mean || !rstd) return SPO_ERROR_NULL;
-  return spo::with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    using A = spo::Wide<T>;
-    const auto op = spo::group_norm<T>(x, weight, bias, N, C, S, num_groups, channels_last, silu);
-    return spo::guard([&] { op.forward(eps, static_cast<T *>(y), static_cast<A *>(mean), static_cast<A *>(rstd)); });
-  });
+int spo_group_norm_silu_forward(const spo_group_norm_silu_args *args, void *) {
+  return spo::with_group_norm(args, false, [&](const auto &op) { op.forward(*args); });
 }
 
-int spo_group_norm_silu_backward(int dtype, const void *x, const void *weight, const void *bias, const void *mean,
-                                 const void *rstd, const void *grad_y, int64_t N, int64_t C, int64_t S,
-                                 int64_t num_groups, int channels_last, int silu, void *grad_x, void *) {
-  if (N < 0 || C <= 0 || S <= 0 || num_groups <= 0 || C % num_groups != 0) return SPO_ERROR_SHAPE;
-  if (N == 0) return SPO_OK;
-  if (!x || !weight || !bias || !mean || !rstd || !grad_y || !grad_x) return SPO_ERROR_NULL;
-  return spo::with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    using A = spo::Wide<T>;
-    const auto op = spo::group_norm<T>(x, weight, bias, N, C, S, num_groups, channels_last, silu);
-    return spo::guard([&] {
-      op.backward(static_cast<const A *>(mean), static_cast<const A *>(rstd), static_cast<const T *>(grad_y),
-                  static_cast<T *>(grad_x));
-    });
-  });
+int spo_group_norm_silu_backward(const spo_group_norm_silu_args *args, void *) {
+  return spo::with_group_norm(args, true, [&](const auto &op) { op.backward(*args); });
 }
 
 }  // extern "C"

@@ -76,17 +76,19 @@ struct Merge {
   }
 };
 
-// Calls f with the Merge of a dtype code.
+// Checks, then calls f with the Merge of the dtype code, unless there is nothing to do.
 template <class F>
-int dispatch_merge(int dtype, const void *weight, const float *delta, const int64_t *key, int64_t n, void *out, F f) {
+int with_merge(const spo_merge_args *args, F f) {
+  if (const int code = check(args)) return code;
+  if (args->n < 0) return SPO_ERROR_SHAPE;
+  if (args->n == 0) return SPO_OK;
+  if (!args->weight || !args->delta || !args->key || !args->out) return SPO_ERROR_NULL;
   const auto run = [&](auto m) -> int {
     using M = decltype(m);
-    return f(Merge<M>{static_cast<const M *>(weight), delta, key, n, static_cast<typename Pattern<M>::type *>(out)});
+    return f(Merge<M>{static_cast<const M *>(args->weight), args->delta, args->key, args->n,
+                      static_cast<typename Pattern<M>::type *>(args->out)});
   };
-  if (n < 0) return SPO_ERROR_SHAPE;
-  if (n == 0) return SPO_OK;
-  if (!weight || !delta || !key || !out) return SPO_ERROR_NULL;
-  switch (dtype) {
+  switch (args->dtype) {
     case SPO_FLOAT32: return run(float{});
     case SPO_BFLOAT16: return run(bfloat16{});
     case SPO_FLOAT16: return run(float16{});

@@ -65,14 +65,10 @@ int resize_normalize(const ResizeArgs<P, O> &args) {
 }  // namespace
 }  // namespace spo
 
-extern "C" int spo_resize_normalize(int pixel_dtype, int out_dtype, const void *pixels, const int64_t *strides,
-                                    int64_t N, int64_t H, int64_t W, int64_t resized_h, int64_t resized_w, int64_t top,
-                                    int64_t left, int64_t size, const double *mean, const double *std_dev, void *out,
-                                    void *) {
-  return spo::with_resize_args(pixel_dtype, out_dtype, pixels, strides, N, H, W, resized_h, resized_w, top, left, size,
-                               mean, std_dev, out, [](const auto &args) {
-                                 int code = SPO_OK;
-                                 const int memory = spo::guard([&] { code = spo::resize_normalize(args); });
-                                 return memory != SPO_OK ? memory : code;
-                               });
+extern "C" int spo_resize_normalize(const spo_resize_normalize_args *args, void *) {
+  return spo::with_resize_args(args, [](const auto &resize) {
+    int code = SPO_OK;
+    const int memory = spo::guard([&] { code = spo::resize_normalize(resize); });
+    return memory != SPO_OK ? memory : code;
+  });
 }

@@ -4,13 +4,8 @@
 // threads read neighbouring pixels, so each line of the source comes from memory once.
 #include "resize_normalize.h"
 
-#include <cuda_runtime_api.h>
-
 namespace spo {
 namespace {
-
-constexpr int THREADS = 256;
-constexpr int64_t MAX_GRID_Y = 65535;
 
 template <class P, class O>
 __global__ void __launch_bounds__(THREADS) resize_normalize_kernel(const ResizeArgs<P, O> args) {
@@ -40,17 +35,11 @@ __global__ void __launch_bounds__(THREADS) resize_normalize_kernel(const ResizeA
 }  // namespace
 }  // namespace spo
 
-extern "C" int spo_resize_normalize(int pixel_dtype, int out_dtype, const void *pixels, const int64_t *strides,
-                                    int64_t N, int64_t H, int64_t W, int64_t resized_h, int64_t resized_w, int64_t top,
-                                    int64_t left, int64_t size, const double *mean, const double *std_dev, void *out,
-                                    void *stream) {
-  if (N > spo::MAX_GRID_Y || size > 32768) return SPO_ERROR_SHAPE;
-  return spo::with_resize_args(
-      pixel_dtype, out_dtype, pixels, strides, N, H, W, resized_h, resized_w, top, left, size, mean, std_dev, out,
-      [&](const auto &args) {
-        const dim3 grid((args.size * args.size + spo::THREADS - 1) / spo::THREADS, static_cast<unsigned>(args.N));
-        spo::resize_normalize_kernel<<<grid, spo::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(args);
-        const cudaError_t error = cudaGetLastError();
-        return error == cudaSuccess ? static_cast<int>(SPO_OK) : SPO_ERROR_CUDA + static_cast<int>(error);
-      });
+extern "C" int spo_resize_normalize(const spo_resize_normalize_args *args, void *stream) {
+  return spo::with_resize_args(args, [&](const auto &resize) -> int {
+    if (resize.N > spo::MAX_GRID_Y || resize.size > 32768) return SPO_ERROR_SHAPE;
+    const dim3 grid(spo::blocks(resize.size * resize.size), static_cast<unsigned>(resize.N));
+    spo::resize_normalize_kernel<<<grid, spo::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(resize);
+    return spo::launch_error();
+  });
 }

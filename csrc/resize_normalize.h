@@ -46,29 +46,30 @@ SPO_HD float normalised(float x, float mean, float std_dev) {
   return (x - mean) / std_dev;
 }
 
-// Checks, then calls f(ResizeArgs) with the types of the two dtype codes.
+// Checks, then calls f(ResizeArgs) with the types of the two dtype codes, unless there is nothing to do.
 template <class F>
-int with_resize_args(int pixel_dtype, int out_dtype, const void *pixels, const int64_t *strides, int64_t N, int64_t H,
-                     int64_t W, int64_t resized_h, int64_t resized_w, int64_t top, int64_t left, int64_t size,
-                     const double *mean, const double *std_dev, void *out, F f) {
+int with_resize_args(const spo_resize_normalize_args *given, F f) {
   constexpr int64_t LIMIT = INT32_MAX;
-  if (N < 0 || N > LIMIT || H <= 0 || W <= 0 || size <= 0 || top < 0 || left < 0) return SPO_ERROR_SHAPE;
-  if (top + size > resized_h || left + size > resized_w) return SPO_ERROR_SHAPE;
-  if (H > LIMIT / (4 * resized_h) || W > LIMIT / (4 * resized_w)) return SPO_ERROR_SHAPE;  // taps are 32-bit numbers
-  if (N == 0) return SPO_OK;
-  if (!pixels || !strides || !mean || !std_dev || !out) return SPO_ERROR_NULL;
-  return dispatch(pixel_dtype, SPO_FLOAT32, [&](auto p, auto) {
+  if (const int code = check(given)) return code;
+  const spo_resize_normalize_args &g = *given;
+  if (g.N < 0 || g.N > LIMIT || g.H <= 0 || g.W <= 0 || g.size <= 0 || g.top < 0 || g.left < 0) return SPO_ERROR_SHAPE;
+  if (g.top + g.size > g.resized_h || g.left + g.size > g.resized_w) return SPO_ERROR_SHAPE;
+  if (g.H > LIMIT / (4 * g.resized_h) || g.W > LIMIT / (4 * g.resized_w)) return SPO_ERROR_SHAPE;  // 32-bit taps
+  if (g.N == 0) return SPO_OK;
+  if (!g.pixels || !g.out) return SPO_ERROR_NULL;
+  return with_type(g.pixel_dtype, [&](auto p) {
     using P = decltype(p);
-    return dispatch(out_dtype, SPO_FLOAT32, [&](auto o, auto) {
+    return with_type(g.out_dtype, [&](auto o) {
       using O = decltype(o);
       ResizeArgs<P, O> args{};
-      args.pixels = static_cast<const P *>(pixels), args.out = static_cast<O *>(out);
-      args.stride_n = strides[0], args.stride_c = strides[1], args.stride_h = strides[2], args.stride_w = strides[3];
-      args.N = static_cast<int>(N), args.H = static_cast<int>(H), args.W = static_cast<int>(W);
-      args.resized_h = static_cast<int>(resized_h), args.resized_w = static_cast<int>(resized_w);
-      args.top = static_cast<int>(top), args.left = static_cast<int>(left), args.size = static_cast<int>(size);
+      args.pixels = static_cast<const P *>(g.pixels), args.out = static_cast<O *>(g.out);
+      args.stride_n = g.strides[0], args.stride_c = g.strides[1];
+      args.stride_h = g.strides[2], args.stride_w = g.strides[3];
+      args.N = static_cast<int>(g.N), args.H = static_cast<int>(g.H), args.W = static_cast<int>(g.W);
+      args.resized_h = static_cast<int>(g.resized_h), args.resized_w = static_cast<int>(g.resized_w);
+      args.top = static_cast<int>(g.top), args.left = static_cast<int>(g.left), args.size = static_cast<int>(g.size);
       for (int c = 0; c < CHANNELS; ++c) {
-        args.mean[c] = static_cast<float>(mean[c]), args.std_dev[c] = static_cast<float>(std_dev[c]);
+        args.mean[c] = static_cast<float>(g.mean[c]), args.std_dev[c] = static_cast<float>(g.std_dev[c]);
       }
       return f(args);
     });

@@ -2,44 +2,20 @@
 //
 // All three kernels are bound by memory: every input is read once, every output written once. A sample of transition
 // moves (2 m + 1 + 1 + K) n elements (m: network outputs, half as wide in 16 bit). No atomics: results are repeatable.
-#include "common.h"
-
-#include <cuda_runtime_api.h>
+#include "transition.h"
 
 namespace spo {
 namespace {
 
-constexpr int THREADS = 256;
 constexpr int REDUCE_THREADS = 1024;  // one block a transition: as many loads in flight as a block can have
-constexpr int64_t MAX_GRID_Y = 65535;
-
-int launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? SPO_OK : SPO_ERROR_CUDA + static_cast<int>(error);
-}
-
-template <class M, class X>
-struct TransitionArgs {
-  const M *__restrict__ cond;
-  const M *__restrict__ uncond;
-  const X *__restrict__ x_t;
-  const int64_t *__restrict__ rows;
-  const double *__restrict__ table;
-  X guidance;
-  const int64_t *__restrict__ keys;
-  const X *__restrict__ noise;
-  int64_t K, B, n;
-  X *__restrict__ x0;
-  X *__restrict__ children;
-};
 
 // One thread a Philox group: four elements, q apart, so that a warp's loads are contiguous in each lane.
 template <class M, class X>
-__global__ void __launch_bounds__(THREADS) transition_kernel(const TransitionArgs<M, X> args) {
+__global__ void __launch_bounds__(THREADS) transition_kernel(const Transition<M, X> args) {
   const int64_t q = (args.n + 3) / 4, group = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x,
                 sample = blockIdx.y;
   if (group >= q) return;
-  const double *row = args.table + args.rows[sample] * TABLE_COLUMNS;
+  const double *row = args.row(sample);
   const X a = static_cast<X>(row[0]), b = static_cast<X>(row[1]), c = static_cast<X>(row[2]),
           d = static_cast<X>(row[3]);
   const X std_dev = static_cast<X>(row[4]);
@@ -65,21 +41,6 @@ __global__ void __launch_bounds__(THREADS) transition_kernel(const TransitionArg
   }
 }
 
-template <class M, class X>
-struct LogRatioArgs {
-  const M *__restrict__ cond;
-  const M *__restrict__ uncond;
-  const M *__restrict__ frozen_cond;
-  const M *__restrict__ frozen_uncond;
-  const X *__restrict__ x_t;
-  const X *__restrict__ x_prev;
-  const int64_t *__restrict__ states;
-  const int64_t *__restrict__ rows;
-  const double *__restrict__ table;
-  X guidance;
-  int64_t U, T, n;
-};
-
 template <class X>
 __device__ X warp_sum(X value) {
 #pragma unroll
@@ -90,10 +51,10 @@ __device__ X warp_sum(X value) {
 // One block a transition. Each thread sums every REDUCE_THREADS-th element, then warps, then the block: a fixed order.
 template <class M, class X>
 __global__ void __launch_bounds__(REDUCE_THREADS)
-    log_ratio_forward_kernel(const LogRatioArgs<M, X> args, X *__restrict__ log_ratio, X *__restrict__ kl) {
+    log_ratio_forward_kernel(const LogRatio<M, X> args, X *__restrict__ log_ratio, X *__restrict__ kl) {
   __shared__ X partial[2][32];
   const int64_t t = blockIdx.x, state = args.states[t];
-  const double *row = args.table + args.rows[state] * TABLE_COLUMNS;
+  const double *row = args.row(state);
   const X a = static_cast<X>(row[0]), b = static_cast<X>(row[1]);
   X log_ratio_sum = 0, kl_sum = 0;
 #pragma unroll 4
@@ -126,11 +87,11 @@ __global__ void __launch_bounds__(REDUCE_THREADS)
 // One thread an element of a state; it visits the transitions in increasing t and skips those of other states.
 template <class M, class X>
 __global__ void __launch_bounds__(THREADS)
-    log_ratio_backward_kernel(const LogRatioArgs<M, X> args, const X *__restrict__ grad_log_ratio,
+    log_ratio_backward_kernel(const LogRatio<M, X> args, const X *__restrict__ grad_log_ratio,
                               const X *__restrict__ grad_kl, M *__restrict__ grad_cond, M *__restrict__ grad_uncond) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x, state = blockIdx.y;
   if (element >= args.n) return;
-  const double *row = args.table + args.rows[state] * TABLE_COLUMNS;
+  const double *row = args.row(state);
   const X a = static_cast<X>(row[0]), b = static_cast<X>(row[1]);
   const int64_t i = state * args.n + element;
   const X policy = guided(args.cond, args.uncond, i, args.guidance);
@@ -149,104 +110,35 @@ __global__ void __launch_bounds__(THREADS)
   if (grad_uncond != nullptr) narrow((1 - args.guidance) * grad, grad_uncond + i);
 }
 
-unsigned blocks(int64_t elements) { return static_cast<unsigned>((elements + THREADS - 1) / THREADS); }
-
 }  // namespace
 }  // namespace spo
 
 extern "C" {
 
-int spo_transition(int m_dtype, int x_dtype, const void *cond, const void *uncond, const void *x_t, const int64_t *rows,
-                   const double *table, int64_t, double guidance, const int64_t *keys, const void *noise,
-                   int64_t num_children, int64_t B, int64_t n, void *x0, void *children, void *stream) {
-  if (B < 0 || B > spo::MAX_GRID_Y || n <= 0 || num_children < 0) return SPO_ERROR_SHAPE;
-  if (B == 0) return SPO_OK;
-  if (!cond || !x_t || !rows || !table) return SPO_ERROR_NULL;
-  if (num_children > 0 && (!children || (!noise && !keys))) return SPO_ERROR_NULL;
-  return spo::dispatch(m_dtype, x_dtype, [&](auto m, auto x) {
-    using M = decltype(m);
-    using X = decltype(x);
-    const spo::TransitionArgs<M, X> args{static_cast<const M *>(cond),
-                                         static_cast<const M *>(uncond),
-                                         static_cast<const X *>(x_t),
-                                         rows,
-                                         table,
-                                         static_cast<X>(guidance),
-                                         keys,
-                                         static_cast<const X *>(noise),
-                                         num_children,
-                                         B,
-                                         n,
-                                         static_cast<X *>(x0),
-                                         static_cast<X *>(children)};
-    const dim3 grid(spo::blocks((n + 3) / 4), static_cast<unsigned>(B));
-    spo::transition_kernel<M, X><<<grid, spo::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(args);
+int spo_transition(const spo_transition_args *args, void *stream) {
+  return spo::with_transition(args, [&](const auto &op) -> int {
+    if (op.B > spo::MAX_GRID_Y) return SPO_ERROR_SHAPE;
+    const dim3 grid(spo::blocks((op.n + 3) / 4), static_cast<unsigned>(op.B));
+    spo::transition_kernel<<<grid, spo::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(op);
     return spo::launch_error();
   });
 }
 
-int spo_log_ratio_forward(int m_dtype, int x_dtype, const void *cond, const void *uncond, const void *frozen_cond,
-                          const void *frozen_uncond, const void *x_t, const void *x_prev, const int64_t *states,
-                          const int64_t *rows, const double *table, int64_t, double guidance, int64_t U, int64_t T,
-                          int64_t n, void *log_ratio, void *kl, void *stream) {
-  if (U < 0 || T < 0 || n <= 0) return SPO_ERROR_SHAPE;
-  if (T == 0) return SPO_OK;
-  if (!cond || !frozen_cond || !uncond != !frozen_uncond || !x_t || !x_prev || !states || !rows || !table ||
-      !log_ratio || !kl)
-    return SPO_ERROR_NULL;
-  return spo::dispatch(m_dtype, x_dtype, [&](auto m, auto x) {
-    using M = decltype(m);
-    using X = decltype(x);
-    const spo::LogRatioArgs<M, X> args{static_cast<const M *>(cond),
-                                       static_cast<const M *>(uncond),
-                                       static_cast<const M *>(frozen_cond),
-                                       static_cast<const M *>(frozen_uncond),
-                                       static_cast<const X *>(x_t),
-                                       static_cast<const X *>(x_prev),
-                                       states,
-                                       rows,
-                                       table,
-                                       static_cast<X>(guidance),
-                                       U,
-                                       T,
-                                       n};
-    spo::log_ratio_forward_kernel<M, X>
-        <<<static_cast<unsigned>(T), spo::REDUCE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-            args, static_cast<X *>(log_ratio), static_cast<X *>(kl));
+int spo_log_ratio_forward(const spo_log_ratio_args *args, void *stream) {
+  return spo::with_log_ratio(args, false, [&](const auto &op) -> int {
+    const auto grid = static_cast<unsigned>(op.T);
+    spo::log_ratio_forward_kernel<<<grid, spo::REDUCE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
+        op, op.log_ratio, op.kl);
     return spo::launch_error();
   });
 }
 
-int spo_log_ratio_backward(int m_dtype, int x_dtype, const void *cond, const void *uncond, const void *frozen_cond,
-                           const void *frozen_uncond, const void *x_t, const void *x_prev, const int64_t *states,
-                           const int64_t *rows, const double *table, int64_t, double guidance, int64_t U, int64_t T,
-                           int64_t n, const void *grad_log_ratio, const void *grad_kl, void *grad_cond,
-                           void *grad_uncond, void *stream) {
-  if (U < 0 || U > spo::MAX_GRID_Y || T < 0 || n <= 0) return SPO_ERROR_SHAPE;
-  if (U == 0) return T == 0 ? SPO_OK : SPO_ERROR_STATE;
-  if (!cond || !frozen_cond || !uncond != !frozen_uncond || !x_t || !rows || !table || !grad_cond)
-    return SPO_ERROR_NULL;
-  if (T > 0 && (!x_prev || !states || !grad_log_ratio || !grad_kl)) return SPO_ERROR_NULL;
-  return spo::dispatch(m_dtype, x_dtype, [&](auto m, auto x) {
-    using M = decltype(m);
-    using X = decltype(x);
-    const spo::LogRatioArgs<M, X> args{static_cast<const M *>(cond),
-                                       static_cast<const M *>(uncond),
-                                       static_cast<const M *>(frozen_cond),
-                                       static_cast<const M *>(frozen_uncond),
-                                       static_cast<const X *>(x_t),
-                                       static_cast<const X *>(x_prev),
-                                       states,
-                                       rows,
-                                       table,
-                                       static_cast<X>(guidance),
-                                       U,
-                                       T,
-                                       n};
-    const dim3 grid(spo::blocks(n), static_cast<unsigned>(U));
-    spo::log_ratio_backward_kernel<M, X><<<grid, spo::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-        args, static_cast<const X *>(grad_log_ratio), static_cast<const X *>(grad_kl), static_cast<M *>(grad_cond),
-        static_cast<M *>(grad_uncond));
+int spo_log_ratio_backward(const spo_log_ratio_args *args, void *stream) {
+  return spo::with_log_ratio(args, true, [&](const auto &op) -> int {
+    if (op.B > spo::MAX_GRID_Y) return SPO_ERROR_SHAPE;
+    const dim3 grid(spo::blocks(op.n), static_cast<unsigned>(op.B));
+    spo::log_ratio_backward_kernel<<<grid, spo::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
+        op, op.grad_log_ratio, op.grad_kl, op.grad_cond, op.grad_uncond);
     return spo::launch_error();
   });
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_fast.ops import c_library, log_ratio, resize_normalize, transition
+from spo_fast.ops import c_library, group_norm_silu, log_ratio, merge_lora, resize_normalize, transition
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
@@ -67,11 +67,10 @@ def test_cuda_errors_carry_their_text(monkeypatch):
         return
     # without a device every launch fails: through the binding, as if these tensors were on one
     monkeypatch.setattr(c_library, "load", lambda device_type: library)
-    library.spo_set_num_threads.argtypes = [ctypes.c_int]
     m, row = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     table = torch.ones(1, 5, dtype=torch.float64)
     for call in (
-        lambda: transition.transition_c(m, None, m, row, table, 1.0, None, None, 0),
+        lambda: transition.transition_c(m, None, m, row, table, 1.0, 0, None, None),
         lambda: log_ratio.log_ratio_forward(m, None, m, None, m, m, row, row, table, 1.0),
         lambda: log_ratio.log_ratio_backward(
             m, None, m, None, m, m, row, row, table, 1.0, torch.ones(1), torch.ones(1)
@@ -118,16 +117,93 @@ def log_ratio_inputs(num_states=3, num_transitions=5, sample=(4, 65, 64)):
     return [*m, x_t, x_prev, states, rows, table, 5.0]
 
 
+HEADER = (ROOT / "csrc/spo_fast.h").read_text()
+CPU_ONLY = {"spo_group_norm_silu_forward", "spo_group_norm_silu_backward"}
+
+
 @needs_library
 def test_libraries_export_the_interface_and_nothing_else():
-    declared = set(re.findall(r"^SPO_API .*?(spo_\w+)\(", (ROOT / "csrc/spo_fast.h").read_text(), re.MULTILINE))
-    assert set(c_library.ARGUMENTS) | {"spo_error_string"} == declared
+    declared = set(re.findall(r"^SPO_API .*?(spo_\w+)\(", HEADER, re.MULTILINE))
+    called = re.findall(r'call\("(spo_\w+)"', "".join(p.read_text() for p in (ROOT / "spo_fast/ops").glob("*.py")))
+    others = {"spo_abi_version", "spo_error_string", "spo_set_num_threads", "spo_philox"}
+    assert len(called) == len(set(called)) and {*called, *others} == declared
     for library in filter(None, map(c_library.load, c_library.LIBRARIES)):
         listing = subprocess.run(
             ["nm", "-D", "--defined-only", library._name], capture_output=True, text=True, check=True
         )
-        absent = c_library.CPU_ONLY if "cuda" in library._name else set()
+        absent = CPU_ONLY if "cuda" in library._name else set()
         assert {line.split()[2] for line in listing.stdout.splitlines()} == declared - absent
+
+
+MIRRORS = {
+    "spo_transition_args": transition.TransitionArguments,
+    "spo_log_ratio_args": log_ratio.LogRatioArguments,
+    "spo_resize_normalize_args": resize_normalize.ResizeNormalizeArguments,
+    "spo_merge_args": merge_lora.MergeArguments,
+    "spo_group_norm_silu_args": group_norm_silu.GroupNormSiluArguments,
+}
+
+
+def fields_of(mirror):
+    """(name, type) of every field, those of the classes it builds on first."""
+    return [field for base in reversed(mirror.__mro__) for field in base.__dict__.get("_fields_", ())]
+
+
+@pytest.mark.parametrize("struct", MIRRORS)
+def test_structs_are_mirrored(struct, tmp_path):
+    """Names, kinds, offsets and sizes, as a C compiler lays the header's structs out."""
+    bodies = dict(reversed(pair) for pair in re.findall(r"typedef struct \{\n(.*?)\} (\w+);", HEADER, re.DOTALL))
+    assert set(bodies) == {*MIRRORS, "spo_step"}
+    body = bodies[struct].replace("  spo_step step;", bodies["spo_step"])
+    declared = re.findall(r"^  (const \w+ \*|\w+ \*|\w+ )(\w+)(\[\d\])?;", body, re.MULTILINE)
+    kinds = {"int64_t ": ctypes.c_int64, "double ": ctypes.c_double}
+    fields = fields_of(MIRRORS[struct])
+    assert [name for name, _ in fields] == [name for _, name, _ in declared]
+    for (name, kind), (c_type, _, count) in zip(fields, declared, strict=True):
+        assert getattr(kind, "_type_", kind) in (kinds.get(c_type), getattr(kinds.get(c_type), "_type_", None)) or (
+            kind is ctypes.c_void_p and c_type.endswith("*")
+        ), name
+        assert getattr(kind, "_length_", None) == (int(count[1:-1]) if count else None), name
+    step = {name for _, name, _ in re.findall(r"^  (.*?)(\w+)(\[\d\])?;", bodies["spo_step"], re.MULTILINE)}
+    inside = [f"step.{name}" if "spo_step step" in bodies[struct] and name in step else name for name, _ in fields]
+    offsets = "".join(f'printf("%zu ", offsetof({struct}, {name}));' for name in inside)
+    (tmp_path / "layout.c").write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "spo_fast.h"\n'
+        f'int main(void) {{ {offsets} printf("%zu", sizeof({struct})); }}\n'
+    )
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        pytest.skip("needs a C compiler on PATH")
+    subprocess.run([compiler, "-I", str(ROOT / "csrc"), "layout.c", "-o", "layout"], cwd=tmp_path, check=True)
+    printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
+    mirror = MIRRORS[struct]
+    assert [*map(int, printed.split())] == [
+        *(getattr(mirror, name).offset for name, _ in fields),
+        ctypes.sizeof(mirror),
+    ]
+
+
+@needs_library
+def test_library_of_other_sources_is_refused(monkeypatch):
+    """A struct that has grown since the library was built, and an interface of another version."""
+
+    class Grown(merge_lora.MergeArguments):
+        _fields_ = [("added", ctypes.c_int64)]
+
+    w = torch.zeros(4)
+    for name, other in (("spo_merge", Grown), ("spo_group_norm_silu_forward", merge_lora.MergeArguments)):
+        with pytest.raises(RuntimeError, match=f"{name} on cpu failed: .*other sources.*pip install -e .") as error:
+            c_library.call(name, w.device, other(dtype=w.dtype, weight=w, delta=w, n=4, out=w))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    monkeypatch.setattr(c_library, "ABI_VERSION", c_library.ABI_VERSION + 1)
+    c_library._open.cache_clear()
+    try:
+        assert c_library.load("cpu") is None
+        version = f"has interface version {c_library.ABI_VERSION - 1}, this Python code needs {c_library.ABI_VERSION}"
+        assert re.search(rf"{version}: run `pip install -e \.` again$", c_library.why_missing("cpu"))
+    finally:
+        monkeypatch.undo()
+        c_library._open.cache_clear()
 
 
 @needs_library
@@ -143,7 +219,7 @@ def test_threads_never_show_in_the_result():
             cond, uncond, x_t, rows, table = (inputs[i] for i in (0, 1, 4, 7, 8))
             results.append(
                 [
-                    *transition.transition_c(cond, uncond, x_t, rows, table, 5.0, keys, None, 3),
+                    *transition.transition_c(cond, uncond, x_t, rows, table, 5.0, 3, keys, None),
                     *log_ratio.log_ratio_forward(*inputs),
                     *log_ratio.log_ratio_backward(*inputs, *weights),
                     resize_normalize.resize_normalize_c(pixels, 24, [0.5] * 3, [0.2] * 3, torch.float32),
@@ -163,7 +239,7 @@ def test_16_bit_conversions_agree_with_torch(dtype):
     zeros = torch.zeros_like(patterns, dtype=torch.float32)
     table = torch.tensor([[0, 1, 0, 1, 1]], dtype=torch.float64)  # x0 = m
     row = torch.zeros(1, dtype=torch.int64)
-    widened, _ = transition.transition_c(patterns, None, zeros, row, table, 1.0, None, None, 0)
+    widened, _ = transition.transition_c(patterns, None, zeros, row, table, 1.0, 0, None, None)
     assert torch.equal(widened.nan_to_num(12345.0), patterns.float().nan_to_num(12345.0))
 
     # With a = 0, b = 1, m = 0 and std^2 n = 1 the gradient is x_prev itself, narrowed to the dtype of m.
@@ -209,13 +285,13 @@ def test_binding_refuses_what_the_library_cannot_read():
     noise = randn(2, *x_t.shape)
     transposed = cond.transpose(2, 3)
     for arguments, message in [
-        ((transposed, uncond, x_t, rows, table, g, None, noise, 2), "cond is not contiguous"),
-        ((cond, uncond[:1], x_t, rows, table, g, None, noise, 2), r"uncond has shape \(1, 2, 4, 4\)"),
-        ((cond, uncond.half(), x_t, rows, table, g, None, noise, 2), "uncond has dtype torch.float16"),
-        ((cond, uncond, x_t.bfloat16(), rows, table, g, None, noise, 2), "latents have dtype torch.bfloat16"),
-        ((cond, uncond, x_t, rows.int(), table, g, None, noise, 2), "rows has dtype torch.int32"),
-        ((cond, uncond, x_t, rows, table.float(), g, None, noise, 2), "table has dtype torch.float32"),
-        ((cond, uncond, x_t, rows, table, g, None, None, 2), "need keys"),
+        ((transposed, uncond, x_t, rows, table, g, 2, None, noise), "cond is not contiguous"),
+        ((cond, uncond[:1], x_t, rows, table, g, 2, None, noise), r"uncond has shape \(1, 2, 4, 4\)"),
+        ((cond, uncond.half(), x_t, rows, table, g, 2, None, noise), "uncond has dtype torch.float16"),
+        ((cond, uncond, x_t.bfloat16(), rows, table, g, 2, None, noise), "latents have dtype torch.bfloat16"),
+        ((cond, uncond, x_t, rows.int(), table, g, 2, None, noise), "rows has dtype torch.int32"),
+        ((cond, uncond, x_t, rows, table.float(), g, 2, None, noise), "table has dtype torch.float32"),
+        ((cond, uncond, x_t, rows, table, g, 2, None, None), "need keys"),
     ]:
         with pytest.raises(ValueError, match=message):
             transition.transition_c(*arguments)

@@ -138,7 +138,7 @@ def test_gradcheck_of_the_definition():
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton needs a GPU or TRITON_INTERPRET=1")
 def test_library_op_is_sound():
     x = ratios(5, 2, 1).requires_grad_()
-    torch.library.opcheck(module._triton, (x, torch.ones(5, device=DEVICE), 10.0, -0.1, 0.1))
+    torch.library.opcheck(module.PREFERENCE_LOSS["triton"], (x, torch.ones(5, device=DEVICE), 10.0, -0.1, 0.1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

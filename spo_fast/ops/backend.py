@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import math
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.library import CustomOpDef, infer_schema
+
+from spo_fast.ops import c_library
+from spo_fast.ops.optional_triton import INTERPRET, triton
 
 BACKENDS = ("eager", "triton", "c")
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton's default changes in 3.10; ours, a * b + c in one rounding, must not change with it
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Op:
     """device type -> backends, the preferred first."""
     why: str
     """Where the order comes from."""
-    absent: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str]
     """backend, or "backend device" -> why this op has no such implementation."""
 
     def why_absent(self, backend: str, device_type: str) -> str | None:
@@ -47,10 +47,11 @@ OPS: dict[str, Op] = {}
 _forced: str | None = os.environ.get("SPO_FAST_BACKEND") or None
 
 
-def register(op: Op) -> Op:
-    """Add an op to the table that `python -m spo_fast.ops` prints."""
-    OPS[op.name] = op
-    return op
+def register(
+    name: str, *, cpu: tuple[str, ...], cuda: tuple[str, ...], why: str, absent: Mapping[str, str] | None = None
+) -> None:
+    """Add an op to the table that `python -m spo_fast.ops` prints; arguments as in Op, the orders by device type."""
+    OPS[name] = Op(name, {"cpu": cpu, "cuda": cuda}, why, absent or {})
 
 
 @functools.cache
@@ -60,13 +61,11 @@ def why_not(name: str, backend: str, device_type: str) -> str | None:
     if op.why_absent(backend, device_type) is not None:
         return op.why_absent(backend, device_type)
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if triton is None:
             return "the package triton is not installed"
         if device_type == "cpu" and not INTERPRET:
             return "Triton needs a GPU (on a CPU: TRITON_INTERPRET=1 before start, to check correctness)"
     if backend == "c":
-        from spo_fast.ops import c_library
-
         return None if c_library.load(device_type) is not None else c_library.why_missing(device_type)
     return None
 
@@ -94,19 +93,12 @@ def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) 
     return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
 
 
-def two_floats(x: float) -> tuple[float, float]:
-    """The two float32 whose sum is x to 48 bits: Triton takes Python numbers as float32."""
-    x = float(x)  # a number that torch.compile would keep symbolic becomes a constant
-    high = struct.unpack("f", struct.pack("f", x))[0]
-    return high, x - high if math.isfinite(x) else 0.0
-
-
 @torch.compiler.assume_constant_result
 def _choose(name: str, device_type: str, forced: str | None, wide: bool = False) -> str:
     return _cached_choice(name, device_type, forced, wide)  # torch.compile must not look inside the cache
 
 
-def choose(name: str, like: torch.Tensor) -> str:
+def choose(name: str, like: Tensor) -> str:
     """The backend that op `name` uses for tensors such as `like`."""
     # _forced is read here, outside the constant function, so that torch.compile guards on it.
     return _choose(name, like.device.type, _forced, like.dtype == torch.float64)
@@ -123,13 +115,22 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+class Context(FunctionCtx):
+    """What PyTorch hands to an op's save and backward."""
+
+    constants: tuple[float, ...]
+    """Numbers that save leaves for backward beside the tensors."""
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 def library_op(
     name: str,
     schema: str,
-    function: Callable[..., Any],
-    fake: Callable[..., Any],
+    function: Callable[..., object],
+    fake: Callable[..., object],
     mutates_args: tuple[str, ...] = (),
-) -> Any:
+) -> CustomOpDef:
     """Register `spo_fast::name`; `fake` gives the outputs' shapes, `mutates_args` names what it writes into.
 
     Triton ops are `triton_op`s on a GPU, so that Inductor sees their kernels; C calls and the interpreter's kernels are
@@ -144,9 +145,38 @@ def library_op(
     return op
 
 
-def launch(kernel: Any) -> Any:
-    """A Triton kernel ready for `[grid](...)` inside a `library_op`."""
-    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+def implementations(
+    name: str,
+    *,
+    triton: Callable[..., object],
+    fake: Callable[..., object],
+    eager: Callable[..., object] | None = None,
+    c: Callable[..., object] | None = None,
+    schema: str | None = None,
+    mutates_args: tuple[str, ...] = (),
+) -> dict[str, Callable[..., Any]]:
+    """backend -> callable, all with the arguments of one schema: that of `triton`'s annotations, unless it is given.
+
+    `eager` needs no op of its own: PyTorch sees through it.
+    """
+    schema = schema or infer_schema(triton, mutates_args=mutates_args).replace("SymInt", "int")
+    found: dict[str, Callable[..., Any]] = {} if eager is None else {"eager": eager}
+    for backend, function in (("triton", triton), ("c", c)):
+        if function is not None:
+            found[backend] = library_op(f"{name}_{backend}", schema, function, fake, mutates_args)
+    return found
+
+
+def differentiate(
+    forward: Mapping[str, Callable[..., Any]],
+    gradient: Mapping[str, Callable[..., Any]],
+    save: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Each op's gradient: save(ctx, inputs, output), then backward(its backend's op of `gradient`, ctx, *grads)."""
+    for name, op in forward.items():
+        if isinstance(op, CustomOpDef):
+            op.register_autograd(functools.partial(backward, gradient.get(name)), setup_context=save)
 
 
 def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, str, str]]:

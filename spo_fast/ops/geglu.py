@@ -10,24 +10,24 @@ gelu(g) = g Phi(g), Phi(g) = (1 + erf(g / sqrt 2)) / 2; the backward computes it
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.backend import Context, differentiate, implementations
+from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
-    backend.Op(
-        "geglu",
-        order={"cpu": ("eager",), "cuda": ("eager", "triton")},
-        why="the definition on a CPU; on CUDA it awaits measurement, so PyTorch's stays first",
-        absent={
-            "c": "at the toy's size a C call costs as much as eager; on CUDA C++ could move no fewer bytes than Triton"
-        },
-    )
+    "geglu",
+    cpu=("eager",),
+    cuda=("eager", "triton"),
+    why="the definition on a CPU; on CUDA it awaits measurement, so PyTorch's stays first",
+    absent={
+        "c": "at the toy's size a C call costs as much as eager; on CUDA C++ could move no fewer bytes than Triton"
+    },
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -41,35 +41,29 @@ def geglu_ref(h: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
-if triton is not None:
+@jit
+def _geglu_kernel(h_ptr, y_ptr, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(h_ptr + row * 2 * D + j, mask=j < D, other=0.0).to(tl.float32)
+    g = tl.load(h_ptr + row * 2 * D + D + j, mask=j < D, other=0.0).to(tl.float32)
+    y = a * (0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476)))
+    tl.store(y_ptr + row * D + j, y.to(y_ptr.dtype.element_ty), mask=j < D)
 
-    @triton.jit
-    def _geglu_kernel(h_ptr, y_ptr, D, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        a = tl.load(h_ptr + row * 2 * D + j, mask=j < D, other=0.0).to(tl.float32)
-        g = tl.load(h_ptr + row * 2 * D + D + j, mask=j < D, other=0.0).to(tl.float32)
-        y = a * (0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476)))
-        tl.store(y_ptr + row * D + j, y.to(y_ptr.dtype.element_ty), mask=j < D)
 
-    @triton.jit
-    def _geglu_backward_kernel(h_ptr, grad_y_ptr, grad_h_ptr, D, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        dtype: tl.constexpr = grad_h_ptr.dtype.element_ty
-        a = tl.load(h_ptr + row * 2 * D + j, mask=j < D, other=0.0).to(tl.float32)
-        g = tl.load(h_ptr + row * 2 * D + D + j, mask=j < D, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + row * D + j, mask=j < D, other=0.0).to(tl.float32)
-        cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-        density = tl.exp(-0.5 * g * g) * 0.3989422804014327
-        tl.store(grad_h_ptr + row * 2 * D + j, (grad_y * g * cdf).to(dtype), mask=j < D)
-        tl.store(grad_h_ptr + row * 2 * D + D + j, (grad_y * a * (cdf + g * density)).to(dtype), mask=j < D)
+@jit
+def _geglu_backward_kernel(h_ptr, grad_y_ptr, grad_h_ptr, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = grad_h_ptr.dtype.element_ty
+    a = tl.load(h_ptr + row * 2 * D + j, mask=j < D, other=0.0).to(tl.float32)
+    g = tl.load(h_ptr + row * 2 * D + D + j, mask=j < D, other=0.0).to(tl.float32)
+    grad_y = tl.load(grad_y_ptr + row * D + j, mask=j < D, other=0.0).to(tl.float32)
+    cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+    density = tl.exp(-0.5 * g * g) * 0.3989422804014327
+    tl.store(grad_h_ptr + row * 2 * D + j, (grad_y * g * cdf).to(dtype), mask=j < D)
+    tl.store(grad_h_ptr + row * 2 * D + D + j, (grad_y * a * (cdf + g * density)).to(dtype), mask=j < D)
 
 
 BLOCK = 1024  # columns a program: 8 a thread
@@ -102,21 +96,18 @@ def _backward_fake(h, grad_y):
     return torch.empty_like(h)
 
 
-_triton = library_op("geglu_triton", "(Tensor h) -> Tensor", _launch, _fake)
-_triton_backward = library_op(
-    "geglu_backward_triton", "(Tensor h, Tensor grad_y) -> Tensor", _launch_backward, _backward_fake
-)
+GEGLU = implementations("geglu", triton=_launch, fake=_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad_y: Tensor) -> Tensor:
-    return _triton_backward(*ctx.saved_tensors, grad_y.contiguous())
+def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor) -> tuple[Tensor]:
+    return (gradient(*ctx.saved_tensors, grad_y.contiguous()),)
 
 
-_triton.register_autograd(_backward, setup_context=_setup_context)
+differentiate(GEGLU, implementations("geglu_backward", triton=_launch_backward, fake=_backward_fake), _save, _backward)
 
 # ---------------------------------------------------------------------------------------------------- public function
 
@@ -125,6 +116,4 @@ def geglu(h: Tensor) -> Tensor:  # h (..., 2D) any float type -> (..., D)
     """a gelu(g), (a, g) = h.chunk(2, -1), inside a kernel in float32. Raises ValueError if the last size is odd."""
     if h.ndim == 0 or h.shape[-1] % 2:
         raise ValueError(f"h is {tuple(h.shape)}: its last size must be even, a's channels and then g's")
-    if backend.choose("geglu", h) == "triton":
-        return _triton(h.contiguous())
-    return geglu_ref(h)
+    return GEGLU["triton"](h.contiguous()) if backend.choose("geglu", h) == "triton" else geglu_ref(h)

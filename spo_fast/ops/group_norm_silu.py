@@ -13,30 +13,24 @@ deviation from the mean, never E[x^2] - E[x]^2: at mean 1000 and std 0.01 that d
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op
-from spo_fast.ops.c_library import DTYPE_CODES, call, pointer
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from spo_fast.ops.backend import Context, differentiate, implementations
+from spo_fast.ops.c_library import DOUBLE, INT64, POINTER, Arguments, call
+from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
-    backend.Op(
-        "group_norm_silu",
-        # C is the faster one for channels-last on a CPU, PyTorch for NCHW and small tensors, which is what runs there
-        order={"cpu": ("eager", "c"), "cuda": ("eager", "triton")},
-        why="on a CPU as measured for NCHW (benchmarks/LOG.md); on CUDA it awaits measurement: PyTorch's is first",
-        absent={"c cuda": "bound by memory: Triton's kernels already read and write as little as CUDA C++ could"},
-    )
+    "group_norm_silu",
+    # C is the faster one for channels-last on a CPU, PyTorch for NCHW and small tensors, which is what runs there
+    cpu=("eager", "c"),
+    cuda=("eager", "triton"),
+    why="on a CPU as measured for NCHW (benchmarks/LOG.md); on CUDA it awaits measurement: PyTorch's is first",
+    absent={"c cuda": "bound by memory: Triton's kernels already read and write as little as CUDA C++ could"},
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -57,216 +51,218 @@ def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-if triton is not None:
+# ---------------------------------------------------------------------------------------------------- Triton kernels
 
-    @triton.jit
-    def _tile(sample, first, C, S, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-        """Where a tile of pixels x channels starts (64 bits: a VAE's activations have 2^28 elements an image), and the
-        32-bit offsets inside it."""
-        s = tl.arange(0, BLOCK_S)[:, None]
-        c = tl.arange(0, BLOCK_C)[None, :]
-        first_channel = tl.program_id(1).to(tl.int64) * BLOCK_C
-        pixel = sample.to(tl.int64) * S
-        if CHANNELS_LAST:
-            return (pixel + first) * C + first_channel, s * C + c
-        else:  # noqa: RET505  Triton compiles the branch of a constexpr alone: without else it would see both
-            return pixel * C + first_channel * S + first, s + c * S
 
-    @triton.jit
-    def _columns(sample, channel, inside, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size):
-        """Mean, rstd, w and b of each channel of a tile, and its group's row in the statistics."""
-        group = sample.to(tl.int64) * (C // group_size) + channel // group_size
-        mean = tl.load(mean_ptr + group, mask=inside, other=0.0)[None, :]
-        rstd = tl.load(rstd_ptr + group, mask=inside, other=0.0)[None, :]
-        w = tl.load(gamma_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-        b = tl.load(beta_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-        return mean, rstd, w, b, group
+@jit
+def _tile(sample, first, C, S, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where a tile of pixels x channels starts (64 bits: a VAE's activations have 2^28 elements an image), and the
+    32-bit offsets inside it."""
+    s = tl.arange(0, BLOCK_S)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    first_channel = tl.program_id(1).to(tl.int64) * BLOCK_C
+    pixel = sample.to(tl.int64) * S
+    if CHANNELS_LAST:
+        return (pixel + first) * C + first_channel, s * C + c
+    else:  # noqa: RET505  Triton compiles the branch of a constexpr alone: without else it would see both
+        return pixel * C + first_channel * S + first, s + c * S
 
-    @triton.jit
-    def _grad_normalised(x_hat, grad_y, w, b, SILU: tl.constexpr):
-        """t = w dL/dz."""
-        t = w * grad_y
-        if SILU:
-            z = x_hat * w + b
-            sigmoid = 1.0 / (1.0 + tl.exp(-z))
-            t = t * sigmoid * (1.0 + z * (1.0 - sigmoid))
-        return t
 
-    @triton.jit
-    def _moments_kernel(
-        x_ptr,
-        partial_ptr,
-        C,
-        S,
-        chunk,
-        num_chunks,
-        CHANNELS_LAST: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        """partial[sample, chunk, channel] = mean, sum of squared deviations from it, over a chunk of the pixels."""
-        sample = tl.program_id(0) // num_chunks
-        k = tl.program_id(0) % num_chunks
-        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        end = tl.minimum((k + 1) * chunk, S)
-        count = 0.0
-        mean = tl.zeros([BLOCK_C], tl.float32)
-        squares = tl.zeros([BLOCK_C], tl.float32)
-        for first in range(k * chunk, end, BLOCK_S):
-            start, offsets = _tile(sample, first, C, S, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-            mask = (first + tl.arange(0, BLOCK_S) < end)[:, None] & (channel < C)[None, :]
-            x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            rows = tl.minimum(end - first, BLOCK_S).to(tl.float32)
-            tile_mean = tl.sum(x, 0) / rows
-            # twice: near 1000 the rounding of one sum costs as much again as the rounding of the mean itself
-            tile_mean += tl.sum(tl.where(mask, x - tile_mean[None, :], 0.0), 0) / rows
-            deviation = tl.where(mask, x - tile_mean[None, :], 0.0)
-            total = count + rows
-            shift = tile_mean - mean
-            mean += shift * (rows / total)
-            squares += tl.sum(deviation * deviation, 0) + shift * shift * (count * rows / total)
-            count = total
-        out = partial_ptr + 2 * (tl.program_id(0).to(tl.int64) * C + channel)
-        tl.store(out, mean, mask=channel < C)
-        tl.store(out + 1, squares, mask=channel < C)
+@jit
+def _columns(sample, channel, inside, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size):
+    """Mean, rstd, w and b of each channel of a tile, and its group's row in the statistics."""
+    group = sample.to(tl.int64) * (C // group_size) + channel // group_size
+    mean = tl.load(mean_ptr + group, mask=inside, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + group, mask=inside, other=0.0)[None, :]
+    w = tl.load(gamma_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    b = tl.load(beta_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return mean, rstd, w, b, group
 
-    @triton.jit
-    def _combine_kernel(partial_ptr, mean_ptr, rstd_ptr, C, S, chunk, num_chunks, group_size, eps, BLOCK: tl.constexpr):
-        """mean and rstd of one group from the moments of its channels' chunks: two passes over those."""
-        sample = tl.program_id(0) // (C // group_size)
-        group = tl.program_id(0) % (C // group_size)
-        parts = partial_ptr + 2 * (sample.to(tl.int64) * num_chunks * C + group * group_size)
-        pivot = tl.load(parts)  # sums of differences keep the digits that sums of means would lose
-        total = tl.zeros([BLOCK], tl.float32)
-        for begin in range(0, num_chunks * group_size, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
-            k = i // group_size
-            inside = i < num_chunks * group_size
-            count = tl.minimum(S - k * chunk, chunk).to(tl.float32)
-            part = tl.load(parts + 2 * (k * C + i % group_size), mask=inside, other=0.0)
-            total += tl.where(inside, count * (part - pivot), 0.0)
-        elements = 1.0 * S * group_size
-        mean = pivot + tl.sum(total) / elements
-        squares = tl.zeros([BLOCK], tl.float32)
-        for begin in range(0, num_chunks * group_size, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
-            k = i // group_size
-            inside = i < num_chunks * group_size
-            count = tl.minimum(S - k * chunk, chunk).to(tl.float32)
-            at = parts + 2 * (k * C + i % group_size)
-            shift = tl.load(at, mask=inside, other=0.0) - mean
-            squares += tl.where(inside, tl.load(at + 1, mask=inside, other=0.0) + count * shift * shift, 0.0)
-        tl.store(mean_ptr + tl.program_id(0), mean)
-        tl.store(rstd_ptr + tl.program_id(0), 1.0 / tl.sqrt(tl.sum(squares) / elements + eps))
 
-    @triton.jit
-    def _normalise_kernel(
-        x_ptr,
-        gamma_ptr,
-        beta_ptr,
-        mean_ptr,
-        rstd_ptr,
-        y_ptr,
-        C,
-        S,
-        num_blocks,
-        group_size,
-        SILU: tl.constexpr,
-        CHANNELS_LAST: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        sample = tl.program_id(0) // num_blocks
-        first = tl.program_id(0) % num_blocks * BLOCK_S
-        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mean, rstd, w, b, _ = _columns(
-            sample, channel, channel < C, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size
-        )
+@jit
+def _grad_normalised(x_hat, grad_y, w, b, SILU: tl.constexpr):
+    """t = w dL/dz."""
+    t = w * grad_y
+    if SILU:
+        z = x_hat * w + b
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        t = t * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return t
+
+
+@jit
+def _moments_kernel(
+    x_ptr,
+    partial_ptr,
+    C,
+    S,
+    chunk,
+    num_chunks,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """partial[sample, chunk, channel] = mean, sum of squared deviations from it, over a chunk of the pixels."""
+    sample = tl.program_id(0) // num_chunks
+    k = tl.program_id(0) % num_chunks
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    end = tl.minimum((k + 1) * chunk, S)
+    count = 0.0
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(k * chunk, end, BLOCK_S):
         start, offsets = _tile(sample, first, C, S, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-        mask = (first + tl.arange(0, BLOCK_S) < S)[:, None] & (channel < C)[None, :]
+        mask = (first + tl.arange(0, BLOCK_S) < end)[:, None] & (channel < C)[None, :]
         x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        z = (x - mean) * rstd * w + b
-        if SILU:
-            z = z / (1.0 + tl.exp(-z))
-        tl.store(y_ptr + start + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
+        rows = tl.minimum(end - first, BLOCK_S).to(tl.float32)
+        tile_mean = tl.sum(x, 0) / rows
+        # twice: near 1000 the rounding of one sum costs as much again as the rounding of the mean itself
+        tile_mean += tl.sum(tl.where(mask, x - tile_mean[None, :], 0.0), 0) / rows
+        deviation = tl.where(mask, x - tile_mean[None, :], 0.0)
+        total = count + rows
+        shift = tile_mean - mean
+        mean += shift * (rows / total)
+        squares += tl.sum(deviation * deviation, 0) + shift * shift * (count * rows / total)
+        count = total
+    out = partial_ptr + 2 * (tl.program_id(0).to(tl.int64) * C + channel)
+    tl.store(out, mean, mask=channel < C)
+    tl.store(out + 1, squares, mask=channel < C)
 
-    @triton.jit
-    def _grad_sums_kernel(
-        x_ptr,
-        grad_y_ptr,
-        gamma_ptr,
-        beta_ptr,
-        mean_ptr,
-        rstd_ptr,
-        partial_ptr,
-        C,
-        S,
-        chunk,
-        num_chunks,
-        group_size,
-        SILU: tl.constexpr,
-        CHANNELS_LAST: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        """partial[sample, chunk, channel] = sums of t and of t x_hat over a chunk of the pixels."""
-        sample = tl.program_id(0) // num_chunks
-        k = tl.program_id(0) % num_chunks
-        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mean, rstd, w, b, _ = _columns(
-            sample, channel, channel < C, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size
-        )
-        end = tl.minimum((k + 1) * chunk, S)
-        total = tl.zeros([BLOCK_C], tl.float32)
-        projection = tl.zeros([BLOCK_C], tl.float32)
-        for first in range(k * chunk, end, BLOCK_S):
-            start, offsets = _tile(sample, first, C, S, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-            mask = (first + tl.arange(0, BLOCK_S) < end)[:, None] & (channel < C)[None, :]
-            x_hat = (tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-            grad_y = tl.load(grad_y_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            t = tl.where(mask, _grad_normalised(x_hat, grad_y, w, b, SILU), 0.0)
-            total += tl.sum(t, 0)
-            projection += tl.sum(t * x_hat, 0)
-        out = partial_ptr + 2 * (tl.program_id(0).to(tl.int64) * C + channel)
-        tl.store(out, total, mask=channel < C)
-        tl.store(out + 1, projection, mask=channel < C)
 
-    @triton.jit
-    def _grad_input_kernel(
-        x_ptr,
-        grad_y_ptr,
-        gamma_ptr,
-        beta_ptr,
-        mean_ptr,
-        rstd_ptr,
-        sums_ptr,
-        grad_x_ptr,
-        C,
-        S,
-        num_blocks,
-        group_size,
-        SILU: tl.constexpr,
-        CHANNELS_LAST: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        sample = tl.program_id(0) // num_blocks
-        first = tl.program_id(0) % num_blocks * BLOCK_S
-        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mean, rstd, w, b, group = _columns(
-            sample, channel, channel < C, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size
-        )
-        elements = 1.0 * S * group_size
-        mean_t = tl.load(sums_ptr + 2 * group, mask=channel < C, other=0.0)[None, :] / elements
-        projection = tl.load(sums_ptr + 2 * group + 1, mask=channel < C, other=0.0)[None, :] / elements
+@jit
+def _combine_kernel(partial_ptr, mean_ptr, rstd_ptr, C, S, chunk, num_chunks, group_size, eps, BLOCK: tl.constexpr):
+    """mean and rstd of one group from the moments of its channels' chunks: two passes over those."""
+    sample = tl.program_id(0) // (C // group_size)
+    group = tl.program_id(0) % (C // group_size)
+    parts = partial_ptr + 2 * (sample.to(tl.int64) * num_chunks * C + group * group_size)
+    pivot = tl.load(parts)  # sums of differences keep the digits that sums of means would lose
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, num_chunks * group_size, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        k = i // group_size
+        inside = i < num_chunks * group_size
+        count = tl.minimum(S - k * chunk, chunk).to(tl.float32)
+        part = tl.load(parts + 2 * (k * C + i % group_size), mask=inside, other=0.0)
+        total += tl.where(inside, count * (part - pivot), 0.0)
+    elements = 1.0 * S * group_size
+    mean = pivot + tl.sum(total) / elements
+    squares = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, num_chunks * group_size, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        k = i // group_size
+        inside = i < num_chunks * group_size
+        count = tl.minimum(S - k * chunk, chunk).to(tl.float32)
+        at = parts + 2 * (k * C + i % group_size)
+        shift = tl.load(at, mask=inside, other=0.0) - mean
+        squares += tl.where(inside, tl.load(at + 1, mask=inside, other=0.0) + count * shift * shift, 0.0)
+    tl.store(mean_ptr + tl.program_id(0), mean)
+    tl.store(rstd_ptr + tl.program_id(0), 1.0 / tl.sqrt(tl.sum(squares) / elements + eps))
+
+
+@jit
+def _normalise_kernel(
+    x_ptr,
+    gamma_ptr,
+    beta_ptr,
+    mean_ptr,
+    rstd_ptr,
+    y_ptr,
+    C,
+    S,
+    num_blocks,
+    group_size,
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    sample = tl.program_id(0) // num_blocks
+    first = tl.program_id(0) % num_blocks * BLOCK_S
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, rstd, w, b, _ = _columns(sample, channel, channel < C, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size)
+    start, offsets = _tile(sample, first, C, S, BLOCK_S, BLOCK_C, CHANNELS_LAST)
+    mask = (first + tl.arange(0, BLOCK_S) < S)[:, None] & (channel < C)[None, :]
+    x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = (x - mean) * rstd * w + b
+    if SILU:
+        z = z / (1.0 + tl.exp(-z))
+    tl.store(y_ptr + start + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _grad_sums_kernel(
+    x_ptr,
+    grad_y_ptr,
+    gamma_ptr,
+    beta_ptr,
+    mean_ptr,
+    rstd_ptr,
+    partial_ptr,
+    C,
+    S,
+    chunk,
+    num_chunks,
+    group_size,
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """partial[sample, chunk, channel] = sums of t and of t x_hat over a chunk of the pixels."""
+    sample = tl.program_id(0) // num_chunks
+    k = tl.program_id(0) % num_chunks
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, rstd, w, b, _ = _columns(sample, channel, channel < C, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size)
+    end = tl.minimum((k + 1) * chunk, S)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    projection = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(k * chunk, end, BLOCK_S):
         start, offsets = _tile(sample, first, C, S, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-        mask = (first + tl.arange(0, BLOCK_S) < S)[:, None] & (channel < C)[None, :]
+        mask = (first + tl.arange(0, BLOCK_S) < end)[:, None] & (channel < C)[None, :]
         x_hat = (tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
         grad_y = tl.load(grad_y_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        grad_x = rstd * (_grad_normalised(x_hat, grad_y, w, b, SILU) - mean_t - x_hat * projection)
-        tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        t = tl.where(mask, _grad_normalised(x_hat, grad_y, w, b, SILU), 0.0)
+        total += tl.sum(t, 0)
+        projection += tl.sum(t * x_hat, 0)
+    out = partial_ptr + 2 * (tl.program_id(0).to(tl.int64) * C + channel)
+    tl.store(out, total, mask=channel < C)
+    tl.store(out + 1, projection, mask=channel < C)
 
-# ---------------------------------------------------------------------------------------------------- Triton kernels
+
+@jit
+def _grad_input_kernel(
+    x_ptr,
+    grad_y_ptr,
+    gamma_ptr,
+    beta_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
+    grad_x_ptr,
+    C,
+    S,
+    num_blocks,
+    group_size,
+    SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    sample = tl.program_id(0) // num_blocks
+    first = tl.program_id(0) % num_blocks * BLOCK_S
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, rstd, w, b, group = _columns(
+        sample, channel, channel < C, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, C, group_size
+    )
+    elements = 1.0 * S * group_size
+    mean_t = tl.load(sums_ptr + 2 * group, mask=channel < C, other=0.0)[None, :] / elements
+    projection = tl.load(sums_ptr + 2 * group + 1, mask=channel < C, other=0.0)[None, :] / elements
+    start, offsets = _tile(sample, first, C, S, BLOCK_S, BLOCK_C, CHANNELS_LAST)
+    mask = (first + tl.arange(0, BLOCK_S) < S)[:, None] & (channel < C)[None, :]
+    x_hat = (tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+    grad_y = tl.load(grad_y_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad_x = rstd * (_grad_normalised(x_hat, grad_y, w, b, SILU) - mean_t - x_hat * projection)
+    tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 # Pixels x channels of a tile: 64 contiguous elements, 16 a thread. Twice as many spill in the backward.
@@ -284,7 +280,7 @@ def _geometry(x: Tensor, num_groups: int, channels_last: bool) -> tuple[dict[str
     return counts, -(-S // chunk), -(-S // block_s), -(-C // block_c)
 
 
-def _constants(channels_last: bool) -> dict[str, Any]:
+def _constants(channels_last: bool) -> dict[str, int]:
     block_s, block_c = TILES[channels_last]
     return {"CHANNELS_LAST": channels_last, "BLOCK_S": block_s, "BLOCK_C": block_c}
 
@@ -342,68 +338,71 @@ def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return torch.empty(shape, dtype=dtype, device=x.device), torch.empty(shape, dtype=dtype, device=x.device)
 
 
-# ---------------------------------------------------------------------------------------------------- torch.library ops
+# ---------------------------------------------------------------------------------------------------- C library
 
 
-def _c_forward(x, weight, bias, num_groups, eps, silu, channels_last):
+class GroupNormSiluArguments(Arguments):
+    """spo_group_norm_silu_args of csrc/spo_fast.h."""
 
-    y, (mean, rstd) = torch.empty_like(x), _statistics(x, num_groups)
-    group_norm_silu_forward(x, weight, bias, num_groups, channels_last, eps, silu, y, mean, rstd)
+    _fields_ = [
+        *(("dtype", INT64), ("x", POINTER), ("weight", POINTER), ("bias", POINTER)),
+        *((name, INT64) for name in ("N", "C", "S", "num_groups", "channels_last", "silu")),
+        *(("eps", DOUBLE), ("mean", POINTER), ("rstd", POINTER)),
+        *(("y", POINTER), ("grad_y", POINTER), ("grad_x", POINTER)),
+    ]
+
+    def __init__(self, x, weight, bias, num_groups, silu, channels_last, **more: Tensor | float) -> None:
+        N, C, S = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        tensors = {"x": x, "weight": weight, "bias": bias}
+        layout = {"num_groups": num_groups, "silu": silu, "channels_last": channels_last}
+        super().__init__(dtype=x.dtype, N=N, C=C, S=S, **tensors, **layout, **more)
+
+
+def _forward_c(x, weight, bias, num_groups, eps, silu, channels_last):
+    y, mean, rstd = _fake(x, weight, bias, num_groups, eps, silu, channels_last)
+    arguments = (x, weight, bias, num_groups, silu, channels_last)
+    results = {"y": y, "mean": mean, "rstd": rstd}
+    call("spo_group_norm_silu_forward", x.device, GroupNormSiluArguments(*arguments, eps=eps, **results))
     return y, mean, rstd
 
 
-def _c_backward(x, weight, bias, mean, rstd, grad_y, num_groups, silu, channels_last):
-
+def _backward_c(x, weight, bias, mean, rstd, grad_y, num_groups, silu, channels_last):
     grad_x = torch.empty_like(x)
-    group_norm_silu_backward(x, weight, bias, mean, rstd, grad_y, num_groups, channels_last, silu, grad_x)
+    arguments = (x, weight, bias, num_groups, silu, channels_last)
+    more = {"mean": mean, "rstd": rstd, "grad_y": grad_y, "grad_x": grad_x}
+    call("spo_group_norm_silu_backward", x.device, GroupNormSiluArguments(*arguments, **more))
     return grad_x
+
+
+# ---------------------------------------------------------------------------------------------------- torch.library ops
 
 
 def _fake(x, weight, bias, num_groups, eps, silu, channels_last):
     return torch.empty_like(x), *_statistics(x, num_groups)
 
 
-def _backward_fake(x, *_: Any):
+def _backward_fake(x, *_):
     return torch.empty_like(x)
 
 
-_FORWARD = (
-    "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, bool silu, bool channels_last) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_BACKWARD = (
-    "(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor grad_y, int num_groups, bool silu, "
-    "bool channels_last) -> Tensor"
-)
-
-GROUP_NORM_SILU = {
-    "triton": library_op("group_norm_silu_triton", _FORWARD, _launch, _fake),
-    "c": library_op("group_norm_silu_c", _FORWARD, _c_forward, _fake),
-}
-_GRADIENT = {
-    "triton": library_op("group_norm_silu_backward_triton", _BACKWARD, _launch_backward, _backward_fake),
-    "c": library_op("group_norm_silu_backward_c", _BACKWARD, _c_backward, _backward_fake),
-}
+GROUP_NORM_SILU = implementations("group_norm_silu", triton=_launch, c=_forward_c, fake=_fake)
+GRADIENT = implementations("group_norm_silu_backward", triton=_launch_backward, c=_backward_c, fake=_backward_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, ctx.num_groups, _, ctx.silu, ctx.channels_last = inputs
+def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, num_groups, _, silu, channels_last = inputs
     _, mean, rstd = output
+    ctx.constants = (num_groups, silu, channels_last)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _make_backward(backward_op: Any) -> Any:
-    def backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple:
-        grad_y = grad_y.contiguous(memory_format=_format(ctx.channels_last))
-        grad_x = backward_op(*ctx.saved_tensors, grad_y, ctx.num_groups, ctx.silu, ctx.channels_last)
-        return grad_x, *[None] * 6
-
-    return backward
+def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad_y = grad_y.contiguous(memory_format=_format(bool(ctx.constants[-1])))
+    return gradient(*ctx.saved_tensors, grad_y, *ctx.constants), *[None] * 6
 
 
-for _name, _op in GROUP_NORM_SILU.items():
-    _op.register_autograd(_make_backward(_GRADIENT[_name]), setup_context=_setup_context)
+differentiate(GROUP_NORM_SILU, GRADIENT, _save, _backward)
 
 # ---------------------------------------------------------------------------------------------------- public function
 
@@ -435,40 +434,3 @@ def group_norm_silu(
         return group_norm_silu_ref(x, weight, bias, num_groups, eps, silu, channels_last)
     implementation = GROUP_NORM_SILU[name]
     return implementation(x, weight.contiguous(), bias.contiguous(), num_groups, eps, silu, channels_last)[0]
-
-
-def group_norm_silu_forward(
-    x: Tensor,  # (N, C, H, W) float32, float64, bfloat16 or float16; NCHW, or channels-last if said so
-    weight: Tensor,  # (C,) same dtype
-    bias: Tensor,  # (C,)
-    num_groups: int,
-    channels_last: bool,
-    eps: float,
-    silu: bool,
-    y: Tensor,  # as x, out
-    mean: Tensor,  # (N, num_groups) float32, or float64 for float64, out
-    rstd: Tensor,  # likewise
-) -> None:
-    """Group norm, then SiLU if asked. The caller has checked shapes and layouts (ops/group_norm_silu.py)."""
-    tensors = (pointer(t) for t in (x, weight, bias))
-    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
-    outputs = (pointer(t) for t in (y, mean, rstd))
-    call("spo_group_norm_silu_forward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, eps, silu, *outputs)
-
-
-def group_norm_silu_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_y: Tensor,  # as x
-    num_groups: int,
-    channels_last: bool,
-    silu: bool,
-    grad_x: Tensor,  # as x, out
-) -> None:
-    """The gradient with respect to x; the caller has checked shapes and layouts."""
-    tensors = (pointer(t) for t in (x, weight, bias, mean, rstd, grad_y))
-    counts = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], num_groups, channels_last
-    call("spo_group_norm_silu_backward", x.device, DTYPE_CODES[x.dtype], *tensors, *counts, silu, pointer(grad_x))

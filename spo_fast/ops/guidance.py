@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
+from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, POINTER, Arguments, check_tensor
+from spo_fast.ops.optional_triton import jit, tl
 
 # ---------------------------------------------------------------------------------------------------- definition
 
@@ -28,16 +25,65 @@ def guided(cond: Tensor, uncond: Tensor | None, guidance_scale: float, dtype: to
     return uncond + guidance_scale * (cond.to(dtype) - uncond)
 
 
-if triton is not None:
+# ---------------------------------------------------------------------------------------------------- Triton
 
-    @triton.jit
-    def guided_kernel(cond_ptr, uncond_ptr, offsets, mask, g, HAS_UNCOND: tl.constexpr, dtype: tl.constexpr):
-        """uncond + g (cond - uncond), inside other kernels."""
-        m = tl.load(cond_ptr + offsets, mask=mask, other=0.0).to(dtype)
-        if HAS_UNCOND:
-            u = tl.load(uncond_ptr + offsets, mask=mask, other=0.0).to(dtype)
-            m = u + g * (m - u)
-        return m
+
+@jit
+def guided_kernel(cond_ptr, uncond_ptr, offsets, mask, g, HAS_UNCOND: tl.constexpr, dtype: tl.constexpr):
+    """uncond + g (cond - uncond), inside other kernels."""
+    m = tl.load(cond_ptr + offsets, mask=mask, other=0.0).to(dtype)
+    if HAS_UNCOND:
+        u = tl.load(uncond_ptr + offsets, mask=mask, other=0.0).to(dtype)
+        m = u + g * (m - u)
+    return m
+
+
+# ---------------------------------------------------------------------------------------------------- C library
+
+
+class StepArguments(Arguments):
+    """spo_step of csrc/spo_fast.h, and what a subclass adds. Raises ValueError for what the library cannot read."""
+
+    _fields_ = [
+        *(("m_dtype", INT64), ("x_dtype", INT64), ("cond", POINTER), ("uncond", POINTER), ("x_t", POINTER)),
+        *(("rows", POINTER), ("table", POINTER), ("num_rows", INT64), ("guidance", DOUBLE), ("B", INT64), ("n", INT64)),
+    ]
+
+    def __init__(
+        self,
+        cond: Tensor,  # (B, ...) float32, float64, bfloat16 or float16
+        uncond: Tensor | None,  # (B, ...) same dtype; None: m = cond
+        x_t: Tensor,  # (B, ...) float32 or float64
+        rows: Tensor,  # (B,) int64
+        table: Tensor,  # (R, 5) float64
+        guidance_scale: float,
+        **more: Tensor | float | None,
+    ) -> None:
+        B = x_t.shape[0]
+        if cond.dtype not in DTYPE_CODES:
+            raise ValueError(f"network outputs have dtype {cond.dtype}; use one of {', '.join(map(str, DTYPE_CODES))}")
+        if x_t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"latents have dtype {x_t.dtype}; use float32 or float64: std is 0.02 at the last step")
+        check_tensor("cond", cond, x_t.shape, cond.dtype, x_t)
+        check_tensor("uncond", uncond, x_t.shape, cond.dtype, x_t)
+        check_tensor("x_t", x_t, x_t.shape, x_t.dtype, x_t)
+        check_tensor("rows", rows, (B,), torch.int64, x_t)
+        check_tensor("table", table, (table.shape[0], 5), torch.float64, x_t)
+        super().__init__(
+            m_dtype=cond.dtype,
+            x_dtype=x_t.dtype,
+            cond=cond,
+            uncond=uncond,
+            x_t=x_t,
+            rows=rows,
+            table=table,
+            num_rows=table.shape[0],
+            guidance=guidance_scale,
+            B=B,
+            n=x_t.shape[1:].numel() if B else 1,  # of an empty batch no size is read
+            **more,
+        )
+
 
 # ---------------------------------------------------------------------------------------------------- public functions
 

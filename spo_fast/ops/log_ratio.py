@@ -10,31 +10,31 @@ with mu_p - mu_r = b (m_p - m_r): the difference of two log-probs without a diff
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op, two_floats
-from spo_fast.ops.c_library import call, check_tensor, dtype_codes, pointer, sample_size
-from spo_fast.ops.guidance import check_shape, check_states, checked_latents, contiguous, guided, row_of
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
-
-if triton is not None:
-    from spo_fast.ops.guidance import guided_kernel
+from spo_fast.ops.backend import Context, differentiate, implementations
+from spo_fast.ops.c_library import INT64, POINTER, call, check_tensor
+from spo_fast.ops.guidance import (
+    StepArguments,
+    check_shape,
+    check_states,
+    checked_latents,
+    contiguous,
+    guided,
+    guided_kernel,
+    row_of,
+)
+from spo_fast.ops.optional_triton import jit, launch, tl, two_floats
 
 backend.register(
-    backend.Op(
-        "log_ratio",
-        order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one pass over the inputs; the order on a GPU awaits a measurement",
-    )
+    "log_ratio",
+    cpu=("c", "eager"),
+    cuda=("triton", "c", "eager"),
+    why="one pass over the inputs; the order on a GPU awaits a measurement",
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -53,110 +53,110 @@ def log_ratio_ref(
     return (delta * to_child / (2 * std**2)).mean(dims), (delta**2 / (2 * std**2)).mean(dims)
 
 
-if triton is not None:
-
-    @triton.jit
-    def _log_ratio_kernel(
-        cond_ptr,
-        uncond_ptr,
-        frozen_cond_ptr,
-        frozen_uncond_ptr,
-        x_t_ptr,
-        x_prev_ptr,
-        states_ptr,
-        rows_ptr,
-        table_ptr,
-        out_ptr,
-        guidance,
-        guidance_low,
-        n,
-        num_blocks,
-        HAS_UNCOND: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """out[t, block] = partial sums of (log-ratio, KL) over one block of a sample: summed afterwards, in order."""
-        t = tl.program_id(0).to(tl.int64)
-        element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = element < n
-        dtype: tl.constexpr = x_t_ptr.dtype.element_ty
-        state = tl.load(states_ptr + t)
-        row = table_ptr + 5 * tl.load(rows_ptr + state)
-        a = tl.load(row).to(dtype)
-        b = tl.load(row + 1).to(dtype)
-        std = tl.load(row + 4)
-        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
-        at = state * n + element
-        m = guided_kernel(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        m_frozen = guided_kernel(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        x_t = tl.load(x_t_ptr + at, mask=mask, other=0.0)
-        x_prev = tl.load(x_prev_ptr + t * n + element, mask=mask, other=0.0)
-        delta = b * (m - m_frozen)
-        to_child = 2 * (x_prev - a * x_t) - b * (m + m_frozen)
-        scale = (1.0 / (2.0 * std * std * n)).to(dtype)
-        out = out_ptr + 2 * (t * num_blocks + tl.program_id(1))
-        tl.store(out, tl.sum(delta * to_child) * scale)
-        tl.store(out + 1, tl.sum(delta * delta) * scale)
-
-    @triton.jit
-    def _log_ratio_backward_kernel(
-        cond_ptr,
-        uncond_ptr,
-        frozen_cond_ptr,
-        frozen_uncond_ptr,
-        x_t_ptr,
-        x_prev_ptr,
-        states_ptr,
-        rows_ptr,
-        table_ptr,
-        grad_log_ratio_ptr,
-        grad_kl_ptr,
-        grad_cond_ptr,
-        grad_uncond_ptr,
-        guidance,
-        guidance_low,
-        n,
-        num_transitions,
-        HAS_UNCOND: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One block of one state: sums over its transitions in order, so nothing is atomic and bits are repeatable."""
-        state = tl.program_id(0).to(tl.int64)
-        element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = element < n
-        dtype: tl.constexpr = x_t_ptr.dtype.element_ty
-        row = table_ptr + 5 * tl.load(rows_ptr + state)
-        a = tl.load(row).to(dtype)
-        b64 = tl.load(row + 1)
-        std = tl.load(row + 4)
-        b = b64.to(dtype)
-        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
-        at = state * n + element
-        m = guided_kernel(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        m_frozen = guided_kernel(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
-        mean = a * tl.load(x_t_ptr + at, mask=mask, other=0.0) + b * m
-        delta = b * (m - m_frozen)
-        scale = (b64 / (std * std * n)).to(dtype)
-        grad = tl.zeros([BLOCK], dtype)
-        child = x_prev_ptr + element
-        for t in range(num_transitions):
-            if tl.load(states_ptr + t) == state:
-                x_prev = tl.load(child, mask=mask, other=0.0)
-                grad += tl.load(grad_log_ratio_ptr + t) * (x_prev - mean) + tl.load(grad_kl_ptr + t) * delta
-            child += n
-        grad = grad * scale
-        if HAS_UNCOND:
-            tl.store(grad_cond_ptr + at, (g * grad).to(grad_cond_ptr.dtype.element_ty), mask=mask)
-            tl.store(grad_uncond_ptr + at, ((1 - g) * grad).to(grad_cond_ptr.dtype.element_ty), mask=mask)
-        else:
-            tl.store(grad_cond_ptr + at, grad.to(grad_cond_ptr.dtype.element_ty), mask=mask)
-
 # ---------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit
+def _log_ratio_kernel(
+    cond_ptr,
+    uncond_ptr,
+    frozen_cond_ptr,
+    frozen_uncond_ptr,
+    x_t_ptr,
+    x_prev_ptr,
+    states_ptr,
+    rows_ptr,
+    table_ptr,
+    out_ptr,
+    guidance,
+    guidance_low,
+    n,
+    num_blocks,
+    HAS_UNCOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t, block] = partial sums of (log-ratio, KL) over one block of a sample: summed afterwards, in order."""
+    t = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < n
+    dtype: tl.constexpr = x_t_ptr.dtype.element_ty
+    state = tl.load(states_ptr + t)
+    row = table_ptr + 5 * tl.load(rows_ptr + state)
+    a = tl.load(row).to(dtype)
+    b = tl.load(row + 1).to(dtype)
+    std = tl.load(row + 4)
+    g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
+    at = state * n + element
+    m = guided_kernel(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
+    m_frozen = guided_kernel(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
+    x_t = tl.load(x_t_ptr + at, mask=mask, other=0.0)
+    x_prev = tl.load(x_prev_ptr + t * n + element, mask=mask, other=0.0)
+    delta = b * (m - m_frozen)
+    to_child = 2 * (x_prev - a * x_t) - b * (m + m_frozen)
+    scale = (1.0 / (2.0 * std * std * n)).to(dtype)
+    out = out_ptr + 2 * (t * num_blocks + tl.program_id(1))
+    tl.store(out, tl.sum(delta * to_child) * scale)
+    tl.store(out + 1, tl.sum(delta * delta) * scale)
+
+
+@jit
+def _log_ratio_backward_kernel(
+    cond_ptr,
+    uncond_ptr,
+    frozen_cond_ptr,
+    frozen_uncond_ptr,
+    x_t_ptr,
+    x_prev_ptr,
+    states_ptr,
+    rows_ptr,
+    table_ptr,
+    grad_log_ratio_ptr,
+    grad_kl_ptr,
+    grad_cond_ptr,
+    grad_uncond_ptr,
+    guidance,
+    guidance_low,
+    n,
+    num_transitions,
+    HAS_UNCOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one state: sums over its transitions in order, so nothing is atomic and bits are repeatable."""
+    state = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < n
+    dtype: tl.constexpr = x_t_ptr.dtype.element_ty
+    row = table_ptr + 5 * tl.load(rows_ptr + state)
+    a = tl.load(row).to(dtype)
+    b64 = tl.load(row + 1)
+    std = tl.load(row + 4)
+    b = b64.to(dtype)
+    g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
+    at = state * n + element
+    m = guided_kernel(cond_ptr, uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
+    m_frozen = guided_kernel(frozen_cond_ptr, frozen_uncond_ptr, at, mask, g, HAS_UNCOND, dtype)
+    mean = a * tl.load(x_t_ptr + at, mask=mask, other=0.0) + b * m
+    delta = b * (m - m_frozen)
+    scale = (b64 / (std * std * n)).to(dtype)
+    grad = tl.zeros([BLOCK], dtype)
+    child = x_prev_ptr + element
+    for t in range(num_transitions):
+        if tl.load(states_ptr + t) == state:
+            x_prev = tl.load(child, mask=mask, other=0.0)
+            grad += tl.load(grad_log_ratio_ptr + t) * (x_prev - mean) + tl.load(grad_kl_ptr + t) * delta
+        child += n
+    grad = grad * scale
+    if HAS_UNCOND:
+        tl.store(grad_cond_ptr + at, (g * grad).to(grad_cond_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_uncond_ptr + at, ((1 - g) * grad).to(grad_cond_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(grad_cond_ptr + at, grad.to(grad_cond_ptr.dtype.element_ty), mask=mask)
 
 
 BLOCK = 1024
 
 
-def _launch_log_ratio(
+def _launch(
     cond: Tensor,
     uncond: Tensor | None,
     frozen_cond: Tensor,
@@ -181,7 +181,7 @@ def _launch_log_ratio(
     return total[:, 0].clone(), total[:, 1].clone()
 
 
-def _launch_log_ratio_backward(
+def _launch_backward(
     cond: Tensor,
     uncond: Tensor | None,
     frozen_cond: Tensor,
@@ -208,67 +208,94 @@ def _launch_log_ratio_backward(
     return grad_cond, grad_uncond
 
 
+# ---------------------------------------------------------------------------------------------------- C library
+
+
+class LogRatioArguments(StepArguments):
+    """spo_log_ratio_args of csrc/spo_fast.h."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("frozen_cond", "frozen_uncond", "x_prev", "states")),
+        ("T", INT64),
+        *((name, POINTER) for name in ("log_ratio", "kl", "grad_log_ratio", "grad_kl", "grad_cond", "grad_uncond")),
+    ]
+
+    def __init__(
+        self, cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale, **more
+    ):
+        super().__init__(
+            *(cond, uncond, x_t, rows, table, guidance_scale),
+            frozen_cond=frozen_cond,
+            frozen_uncond=frozen_uncond,
+            x_prev=x_prev,
+            states=states,
+            T=x_prev.shape[0],
+            **more,
+        )
+        if (uncond is None) != (frozen_uncond is None):
+            raise ValueError("log_ratio: uncond and frozen_uncond must both be given or both be None")
+        check_tensor("frozen_cond", frozen_cond, x_t.shape, cond.dtype, x_t)
+        check_tensor("frozen_uncond", frozen_uncond, x_t.shape, cond.dtype, x_t)
+        check_tensor("x_prev", x_prev, (x_prev.shape[0], *x_t.shape[1:]), x_t.dtype, x_t)
+        check_tensor("states", states, x_prev.shape[:1], torch.int64, x_t)
+        for name in ("grad_log_ratio", "grad_kl"):
+            check_tensor(name, more.get(name), states.shape, x_t.dtype, x_t)
+
+
+def log_ratio_forward(*inputs):
+    """log_ratio (T,) and kl (T,) in x_t's dtype; inputs as log_ratio's, contiguous.
+
+    Raises ValueError for wrong shapes, dtypes, devices or strides, RuntimeError for an index out of range (CPU only).
+    """
+    log_ratio, kl = _fake(*inputs)
+    call("spo_log_ratio_forward", log_ratio.device, LogRatioArguments(*inputs, log_ratio=log_ratio, kl=kl))
+    return log_ratio, kl
+
+
+def log_ratio_backward(*inputs):
+    """Gradients of sum(grad_log_ratio log_ratio + grad_kl kl) by cond and uncond (empty if that is None).
+
+    inputs: log_ratio's, then grad_log_ratio (T,) and grad_kl (T,) in x_t's dtype; errors as forward's.
+    """
+    *inputs, grad_log_ratio, grad_kl = inputs
+    cond, uncond = inputs[:2]
+    grad_cond, grad_uncond = _backward_fake(cond, uncond)
+    outputs = {"grad_cond": grad_cond, "grad_uncond": None if uncond is None else grad_uncond}
+    arguments = LogRatioArguments(*inputs, grad_log_ratio=grad_log_ratio, grad_kl=grad_kl, **outputs)
+    call("spo_log_ratio_backward", cond.device, arguments)
+    return grad_cond, grad_uncond
+
+
 # ---------------------------------------------------------------------------------------------------- torch.library ops
-# One op a backend, all with the same arguments; `eager` needs none: PyTorch sees through it.
 
 
-_INPUTS = (
-    "Tensor cond, Tensor? uncond, Tensor frozen_cond, Tensor? frozen_uncond, Tensor x_t, Tensor x_prev, Tensor states, "
-    "Tensor rows, Tensor coefficients, float guidance_scale"
-)
-_LOG_RATIO = f"({_INPUTS}) -> (Tensor, Tensor)"
-_LOG_RATIO_BACKWARD = f"({_INPUTS}, Tensor grad_log_ratio, Tensor grad_kl) -> (Tensor, Tensor)"
-
-
-def _log_ratio_fake(cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, *_: Any):
+def _fake(cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, *_):
     return x_t.new_empty(x_prev.shape[0]), x_t.new_empty(x_prev.shape[0])
 
 
-def _log_ratio_backward_fake(cond, uncond, *_: Any):
+def _backward_fake(cond, uncond, *_):
     return torch.empty_like(cond), torch.empty_like(cond) if uncond is not None else cond.new_empty(0)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.guidance_scale = inputs
+LOG_RATIO = implementations("log_ratio", eager=log_ratio_ref, triton=_launch, c=log_ratio_forward, fake=_fake)
+GRADIENT = implementations("log_ratio_backward", triton=_launch_backward, c=log_ratio_backward, fake=_backward_fake)
+
+
+def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, guidance_scale = inputs
+    ctx.constants = (guidance_scale,)
     ctx.save_for_backward(*tensors)
 
 
-def _make_backward(backward_op: Any) -> Any:
-    def backward(ctx: Any, g_ratio: Tensor, g_kl: Tensor) -> tuple:
-        uncond = ctx.saved_tensors[1]
-        grad_cond, grad_uncond = backward_op(
-            *ctx.saved_tensors, ctx.guidance_scale, g_ratio.contiguous(), g_kl.contiguous()
-        )
-        return grad_cond, grad_uncond if uncond is not None else None, *[None] * 8
-
-    return backward
+def _backward(
+    gradient: Callable[..., tuple[Tensor, Tensor]], ctx: Context, grad_log_ratio: Tensor, grad_kl: Tensor
+) -> tuple[Tensor | None, ...]:
+    weights = (grad_log_ratio.contiguous(), grad_kl.contiguous())
+    grad_cond, grad_uncond = gradient(*ctx.saved_tensors, *ctx.constants, *weights)
+    return grad_cond, grad_uncond if ctx.saved_tensors[1] is not None else None, *[None] * 8
 
 
-def _c_log_ratio(*args):
-
-    return log_ratio_forward(*args)
-
-
-def _c_log_ratio_backward(*args):
-
-    grad_cond, grad_uncond = log_ratio_backward(*args)
-    return grad_cond, grad_cond.new_empty(0) if grad_uncond is None else grad_uncond
-
-
-LOG_RATIO = {
-    "eager": log_ratio_ref,
-    "triton": library_op("log_ratio_triton", _LOG_RATIO, _launch_log_ratio, _log_ratio_fake),
-    "c": library_op("log_ratio_c", _LOG_RATIO, _c_log_ratio, _log_ratio_fake),
-}
-_BACKWARD = {
-    "triton": library_op(
-        "log_ratio_backward_triton", _LOG_RATIO_BACKWARD, _launch_log_ratio_backward, _log_ratio_backward_fake
-    ),
-    "c": library_op("log_ratio_backward_c", _LOG_RATIO_BACKWARD, _c_log_ratio_backward, _log_ratio_backward_fake),
-}
-
-for _name, _backward in _BACKWARD.items():
-    LOG_RATIO[_name].register_autograd(_make_backward(_backward), setup_context=_setup_context)
+differentiate(LOG_RATIO, GRADIENT, _save, _backward)
 
 # ---------------------------------------------------------------------------------------------------- public functions
 
@@ -299,86 +326,6 @@ def log_ratio(
     implementation = LOG_RATIO[backend.choose("log_ratio", x_t)]
     return implementation(
         *(contiguous(cond), contiguous(uncond), contiguous(frozen_cond), contiguous(frozen_uncond)),
-        *(
-            checked_latents(x_t),
-            checked_latents(x_prev),
-            states.contiguous(),
-            rows.contiguous(),
-            coefficients,
-            float(guidance_scale),
-        ),
+        *(checked_latents(x_t), checked_latents(x_prev), states.contiguous(), rows.contiguous(), coefficients),
+        float(guidance_scale),
     )
-
-
-def log_ratio_forward(
-    cond: Tensor,  # (U, ...) policy, float32, float64, bfloat16 or float16
-    uncond: Tensor | None,  # (U, ...)
-    frozen_cond: Tensor,  # (U, ...) same dtype
-    frozen_uncond: Tensor | None,  # (U, ...), None exactly where uncond is
-    x_t: Tensor,  # (U, ...) float32 or float64
-    x_prev: Tensor,  # (T, ...) same dtype as x_t
-    states: Tensor,  # (T,) int64 in [0, U)
-    rows: Tensor,  # (U,) int64
-    table: Tensor,  # (R, 5) float64
-    guidance_scale: float,
-) -> tuple[Tensor, Tensor]:  # log_ratio (T,), kl (T,), dtype of x_t
-    """Log-ratio and KL of each transition, means over the elements of a sample.
-
-    Raises ValueError for wrong shapes, dtypes, devices or strides, RuntimeError for an index out of range (CPU only).
-    """
-    arguments = _log_ratio_arguments(
-        cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale
-    )
-    log_ratio, kl = x_t.new_empty(x_prev.shape[0]), x_t.new_empty(x_prev.shape[0])
-    call("spo_log_ratio_forward", x_t.device, *arguments, pointer(log_ratio), pointer(kl))
-    return log_ratio, kl
-
-
-def log_ratio_backward(
-    cond: Tensor,
-    uncond: Tensor | None,
-    frozen_cond: Tensor,
-    frozen_uncond: Tensor | None,
-    x_t: Tensor,
-    x_prev: Tensor,
-    states: Tensor,
-    rows: Tensor,
-    table: Tensor,
-    guidance_scale: float,
-    grad_log_ratio: Tensor,  # (T,) dtype of x_t
-    grad_kl: Tensor,  # (T,) dtype of x_t
-) -> tuple[Tensor, Tensor | None]:  # grad_cond, grad_uncond (U, ...), dtype of cond
-    """Gradients of sum(grad_log_ratio log_ratio + grad_kl kl) with respect to cond and uncond; errors as forward's."""
-    arguments = _log_ratio_arguments(
-        cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale
-    )
-    check_tensor("grad_log_ratio", grad_log_ratio, states.shape, x_t.dtype, x_t)
-    check_tensor("grad_kl", grad_kl, states.shape, x_t.dtype, x_t)
-    grad_cond = torch.empty_like(cond)
-    grad_uncond = None if uncond is None else torch.empty_like(uncond)
-    call(
-        "spo_log_ratio_backward",
-        x_t.device,
-        *arguments,
-        *(pointer(grad_log_ratio), pointer(grad_kl), pointer(grad_cond), pointer(grad_uncond)),
-    )
-    return grad_cond, grad_uncond
-
-
-def _log_ratio_arguments(
-    cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale
-) -> tuple:
-    """What forward and backward have in common, checked, in the order of the C interface."""
-    U, T, shape = x_t.shape[0], x_prev.shape[0], x_t.shape
-    m_dtype, x_dtype = dtype_codes(cond, x_t)
-    if (uncond is None) != (frozen_uncond is None):
-        raise ValueError("log_ratio: uncond and frozen_uncond must both be given or both be None")
-    for name, m in (("cond", cond), ("uncond", uncond), ("frozen_cond", frozen_cond), ("frozen_uncond", frozen_uncond)):
-        check_tensor(name, m, shape, cond.dtype, x_t)
-    check_tensor("x_t", x_t, shape, x_t.dtype, x_t)
-    check_tensor("x_prev", x_prev, (T, *shape[1:]), x_t.dtype, x_t)
-    check_tensor("states", states, (T,), torch.int64, x_t)
-    check_tensor("rows", rows, (U,), torch.int64, x_t)
-    check_tensor("table", table, (table.shape[0], 5), torch.float64, x_t)
-    pointers = (pointer(t) for t in (cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table))
-    return m_dtype, x_dtype, *pointers, table.shape[0], guidance_scale, U, T, sample_size(x_t)

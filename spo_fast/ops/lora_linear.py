@@ -19,7 +19,6 @@ sums dA = s u^T x and dB = s dy^T t in float32, over pieces of the M tokens, wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +26,16 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op
+from spo_fast.ops.backend import Context, implementations
+from spo_fast.ops.optional_triton import jit, launch, tl, triton
 from spo_fast.ops.quantised import Quantised, add_product, dense
 
 backend.register(
-    backend.Op(
-        "lora_linear",
-        order={"cpu": ("eager",), "cuda": ("eager", "triton")},
-        why="PyTorch's matrix products; Triton's kernels for the LoRA's part await measurement on a GPU",
-        absent={"c": "matrix products: the vendor's library, which PyTorch calls, is what C would have to beat"},
-    )
+    "lora_linear",
+    cpu=("eager",),
+    cuda=("eager", "triton"),
+    why="PyTorch's matrix products; Triton's kernels for the LoRA's part await measurement on a GPU",
+    absent={"c": "matrix products: the vendor's library, which PyTorch calls, is what C would have to beat"},
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -64,136 +63,129 @@ def _outer_ref(p, q, scale):
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
 
-if triton is not None:
+@jit
+def _down_up_kernel(
+    x_ptr,
+    down_ptr,
+    up_ptr,
+    bias_ptr,
+    y_ptr,
+    t_ptr,
+    scale,
+    M,
+    K,
+    N,
+    r,
+    down_r,
+    down_k,
+    up_n,
+    up_r,
+    y_m,
+    HAS_BIAS: tl.constexpr,
+    SAVE_T: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of tokens: t = x down^T stays in registers for y = s t up^T + bias."""
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank = tl.arange(0, R)
+    is_token = (token < M)[:, None]
+    is_rank = rank < r
+    token = token.to(tl.int64)[:, None]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    t = tl.zeros([BLOCK_M, R], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + token * K + k[None, :], mask=is_token & (k < K)[None, :], other=0.0)
+        at = rank[None, :] * down_r + k[:, None] * down_k
+        down = tl.load(down_ptr + at, mask=is_rank[None, :] & (k < K)[:, None], other=0.0)
+        t = tl.dot(x, down.to(dtype), t, input_precision="ieee")
+    t_rounded = t.to(dtype)
+    if SAVE_T:
+        tl.store(t_ptr + token * r + rank[None, :], t_rounded, mask=is_token & is_rank[None, :])
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        at = n[None, :] * up_n + rank[:, None] * up_r
+        up = tl.load(up_ptr + at, mask=is_rank[:, None] & (n < N)[None, :], other=0.0)
+        y = scale * tl.dot(t_rounded, up.to(dtype), input_precision="ieee")
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptr + token * y_m + n[None, :], y.to(dtype), mask=is_token & (n < N)[None, :])
 
-    @triton.jit
-    def _down_up_kernel(
-        x_ptr,
-        down_ptr,
-        up_ptr,
-        bias_ptr,
-        y_ptr,
-        t_ptr,
-        scale,
-        M,
-        K,
-        N,
-        r,
-        down_r,
-        down_k,
-        up_n,
-        up_r,
-        y_m,
-        HAS_BIAS: tl.constexpr,
-        SAVE_T: tl.constexpr,
-        R: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """One block of tokens: t = x down^T stays in registers for y = s t up^T + bias."""
-        token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        rank = tl.arange(0, R)
-        is_token = (token < M)[:, None]
-        is_rank = rank < r
-        token = token.to(tl.int64)[:, None]
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        t = tl.zeros([BLOCK_M, R], tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            x = tl.load(x_ptr + token * K + k[None, :], mask=is_token & (k < K)[None, :], other=0.0)
-            at = rank[None, :] * down_r + k[:, None] * down_k
-            down = tl.load(down_ptr + at, mask=is_rank[None, :] & (k < K)[:, None], other=0.0)
-            t = tl.dot(x, down.to(dtype), t, input_precision="ieee")
-        t_rounded = t.to(dtype)
-        if SAVE_T:
-            tl.store(t_ptr + token * r + rank[None, :], t_rounded, mask=is_token & is_rank[None, :])
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            at = n[None, :] * up_n + rank[:, None] * up_r
-            up = tl.load(up_ptr + at, mask=is_rank[:, None] & (n < N)[None, :], other=0.0)
-            y = scale * tl.dot(t_rounded, up.to(dtype), input_precision="ieee")
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            tl.store(y_ptr + token * y_m + n[None, :], y.to(dtype), mask=is_token & (n < N)[None, :])
 
-    @triton.jit
-    def _down_up_three_kernel(
-        x_ptr,
-        down_0_ptr,
-        down_1_ptr,
-        down_2_ptr,
-        up_0_ptr,
-        up_1_ptr,
-        up_2_ptr,
-        y_ptr,
-        scale,
-        M,
-        K,
-        N,
-        r,
-        R: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """Three layers of one x, side by side in the rows of y (M, 3 N): program (block of tokens, layer)."""
-        if tl.program_id(1) == 0:
-            down_ptr, up_ptr = down_0_ptr, up_0_ptr
-        elif tl.program_id(1) == 1:
-            down_ptr, up_ptr = down_1_ptr, up_1_ptr
-        else:
-            down_ptr, up_ptr = down_2_ptr, up_2_ptr
-        y_ptr += tl.program_id(1) * N
-        _down_up_kernel(
-            *(x_ptr, down_ptr, up_ptr, x_ptr, y_ptr, y_ptr, scale, M, K, N, r, K, 1, r, 1, 3 * N),
-            HAS_BIAS=False,
-            SAVE_T=False,
-            R=R,
-            BLOCK_M=BLOCK_M,
-            BLOCK_K=BLOCK_K,
-            BLOCK_N=BLOCK_N,
-        )
+@jit
+def _down_up_three_kernel(
+    x_ptr,
+    down_0_ptr,
+    down_1_ptr,
+    down_2_ptr,
+    up_0_ptr,
+    up_1_ptr,
+    up_2_ptr,
+    y_ptr,
+    scale,
+    M,
+    K,
+    N,
+    r,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Three layers of one x, side by side in the rows of y (M, 3 N): program (block of tokens, layer)."""
+    if tl.program_id(1) == 0:
+        down_ptr, up_ptr = down_0_ptr, up_0_ptr
+    elif tl.program_id(1) == 1:
+        down_ptr, up_ptr = down_1_ptr, up_1_ptr
+    else:
+        down_ptr, up_ptr = down_2_ptr, up_2_ptr
+    y_ptr += tl.program_id(1) * N
+    _down_up_kernel(
+        *(x_ptr, down_ptr, up_ptr, x_ptr, y_ptr, y_ptr, scale, M, K, N, r, K, 1, r, 1, 3 * N),
+        HAS_BIAS=False,
+        SAVE_T=False,
+        R=R,
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        BLOCK_N=BLOCK_N,
+    )
 
-    @triton.jit
-    def _outer_kernel(
-        p_ptr,
-        q_ptr,
-        partial_ptr,
-        scale,
-        M,
-        N,
-        r,
-        piece,
-        out_r,
-        out_n,
-        R: tl.constexpr,
-        BLOCK_M: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-    ):
-        """One piece of the tokens and one block of columns of s p^T q: summed over pieces afterwards, in order."""
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        rank = tl.arange(0, R)
-        first = tl.program_id(1) * piece
-        last = tl.minimum(first + piece, M)
-        total = tl.zeros([R, BLOCK_N], tl.float32)
-        for start in range(first, last, BLOCK_M):
-            token = start + tl.arange(0, BLOCK_M)
-            is_token = token < last
-            token = token.to(tl.int64)
-            p = tl.load(
-                p_ptr + token[None, :] * r + rank[:, None], mask=is_token[None, :] & (rank < r)[:, None], other=0.0
-            )
-            q = tl.load(q_ptr + token[:, None] * N + n[None, :], mask=is_token[:, None] & (n < N)[None, :], other=0.0)
-            total = tl.dot(p, q, total, input_precision="ieee")
-        at = tl.program_id(1).to(tl.int64) * (r * N) + rank[:, None] * out_r + n[None, :] * out_n
-        tl.store(partial_ptr + at, scale * total, mask=(rank < r)[:, None] & (n < N)[None, :])
+
+@jit
+def _outer_kernel(
+    p_ptr,
+    q_ptr,
+    partial_ptr,
+    scale,
+    M,
+    N,
+    r,
+    piece,
+    out_r,
+    out_n,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One piece of the tokens and one block of columns of s p^T q: summed over pieces afterwards, in order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank = tl.arange(0, R)
+    first = tl.program_id(1) * piece
+    last = tl.minimum(first + piece, M)
+    total = tl.zeros([R, BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_M):
+        token = start + tl.arange(0, BLOCK_M)
+        is_token = token < last
+        token = token.to(tl.int64)
+        p = tl.load(p_ptr + token[None, :] * r + rank[:, None], mask=is_token[None, :] & (rank < r)[:, None], other=0.0)
+        q = tl.load(q_ptr + token[:, None] * N + n[None, :], mask=is_token[:, None] & (n < N)[None, :], other=0.0)
+        total = tl.dot(p, q, total, input_precision="ieee")
+    at = tl.program_id(1).to(tl.int64) * (r * N) + rank[:, None] * out_r + n[None, :] * out_n
+    tl.store(partial_ptr + at, scale * total, mask=(rank < r)[:, None] & (n < N)[None, :])
 
 
 MAX_RANK = 128  # a wider LoRA does not fit into the registers of one program
@@ -282,50 +274,40 @@ def _outer_fake(p, q, scale):
     return p.new_empty(p.shape[1], q.shape[1], dtype=torch.float32)
 
 
-DOWN_UP = {
-    "eager": _down_up_ref,
-    "triton": library_op(
-        "lora_down_up_triton",
-        "(Tensor x, Tensor down, Tensor up, Tensor? bias, float scale) -> (Tensor, Tensor)",
-        *(_launch_down_up, _down_up_fake),
-    ),
-}
-DOWN_UP_THREE = {
-    "eager": _down_up_three_ref,
-    "triton": library_op(
-        "lora_down_up_three_triton",
-        "(Tensor x, Tensor[] downs, Tensor[] ups, float scale) -> Tensor",
-        *(_launch_down_up_three, _down_up_three_fake),
-    ),
-}
-OUTER = {
-    "eager": _outer_ref,
-    "triton": library_op(
-        "lora_outer_triton", "(Tensor p, Tensor q, float scale) -> Tensor", _launch_outer, _outer_fake
-    ),
-}
+DOWN_UP = implementations("lora_down_up", eager=_down_up_ref, triton=_launch_down_up, fake=_down_up_fake)
+DOWN_UP_THREE = implementations(
+    "lora_down_up_three", eager=_down_up_three_ref, triton=_launch_down_up_three, fake=_down_up_three_fake
+)
+OUTER = implementations("lora_outer", eager=_outer_ref, triton=_launch_outer, fake=_outer_fake)
 
 
 @register_flop_formula(torch.ops.spo_fast.lora_down_up_triton)
-def _down_up_flops(x: torch.Size, down: torch.Size, up: torch.Size, *_: Any, **__: Any) -> int:
+def _down_up_flops(x: torch.Size, down: torch.Size, up: torch.Size, *_: object, **__: object) -> int:
     return 2 * x[0] * down[0] * (x[1] + up[0])
 
 
 @register_flop_formula(torch.ops.spo_fast.lora_down_up_three_triton)
-def _down_up_three_flops(x: torch.Size, downs: Any, ups: Any, *_: Any, **__: Any) -> int:
+def _down_up_three_flops(
+    x: torch.Size, downs: Sequence[torch.Size], ups: Sequence[torch.Size], *_: object, **__: object
+) -> int:
     return sum(2 * x[0] * down[0] * (x[1] + up[0]) for down, up in zip(downs, ups, strict=True))
 
 
 @register_flop_formula(torch.ops.spo_fast.lora_outer_triton)
-def _outer_flops(p: torch.Size, q: torch.Size, *_: Any, **__: Any) -> int:
+def _outer_flops(p: torch.Size, q: torch.Size, *_: object, **__: object) -> int:
     return 2 * p[0] * p[1] * q[1]
+
+
+class _LoraContext(Context):
+    scale: float
+    name: str  # of the backend
 
 
 class _LoraLinear(torch.autograd.Function):
     """x (M, I) contiguous. The base's products stay PyTorch's, in the open, whatever computes the LoRA's part."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, weight_scale, bias, lora_A, lora_B, scale, name):
+    def forward(ctx: _LoraContext, x, weight, weight_scale, bias, lora_A, lora_B, scale, name):
         y, t = DOWN_UP[name](x, lora_A, lora_B, bias, scale)
         ctx.save_for_backward(x, t, weight, weight_scale, lora_A, lora_B)
         ctx.scale, ctx.name = scale, name
@@ -333,7 +315,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy):
+    def backward(ctx: _LoraContext, dy):
         x, t, weight, weight_scale, lora_A, lora_B = ctx.saved_tensors
         outer, dy, dx = OUTER[ctx.name], dy.contiguous(), None
         if ctx.needs_input_grad[0]:
@@ -350,7 +332,7 @@ class _LoraLinears(torch.autograd.Function):
     """Layers that read the same x (M, I) contiguous: their A's, stacked, make one product with x of all the t's."""
 
     @staticmethod
-    def forward(ctx: Any, x, scale, *parts):
+    def forward(ctx: _LoraContext, x, scale, *parts):
         layers = [parts[i : i + 5] for i in range(0, len(parts), 5)]
         down = torch.cat([lora_A for *_, lora_A, _ in layers]).to(x.dtype)
         t = x @ down.t()
@@ -364,7 +346,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads):
+    def backward(ctx: _LoraContext, *grads):
         x, t, *parts = ctx.saved_tensors
         layers = [parts[i : i + 5] for i in range(0, len(parts), 5)]
         grads = tuple(dy.contiguous() for dy in grads)

@@ -25,21 +25,15 @@ import torch
 from torch import Tensor
 
 from spo_fast.ops import backend, philox
-from spo_fast.ops.backend import launch, library_op
-from spo_fast.ops.c_library import DTYPE_CODES, call, check_tensor, pointer
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
+from spo_fast.ops.backend import implementations
+from spo_fast.ops.c_library import INT64, POINTER, Arguments, call, check_tensor
+from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
-    backend.Op(
-        "merge_lora",
-        order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one pass, where eager makes over a hundred; the order on a GPU awaits measurement",
-    )
+    "merge_lora",
+    cpu=("c", "eager"),
+    cuda=("triton", "c", "eager"),
+    why="one pass, where eager makes over a hundred; the order on a GPU awaits measurement",
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -76,61 +70,62 @@ def merge_ref(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
     out.copy_(value)
 
 
-if triton is not None:
-
-    @triton.jit
-    def _merge_lane(weight_ptr, delta_ptr, out_ptr, at, mask, random):
-        dtype: tl.constexpr = weight_ptr.dtype.element_ty
-        weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
-        if dtype == tl.bfloat16:  # by bits, which also the interpreter does exactly
-            value = (weight.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        else:
-            value = weight.to(tl.float32)
-        value += tl.load(delta_ptr + at, mask=mask, other=0.0)
-        if dtype == tl.float32:
-            tl.store(out_ptr + at, value, mask=mask)
-        else:
-            bits = value.to(tl.int32, bitcast=True)
-            magnitude = bits & 0x7FFFFFFF
-            random = random.to(tl.int32)
-            if dtype == tl.bfloat16:
-                rounded = (bits + random) >> 16
-                nan = 0x7FC0
-            else:
-                random = random >> 3
-                normal = (magnitude - 0x38000000 + random) >> 13
-                fixed = tl.minimum(tl.abs(value), 6.103515625e-05) * 137438953472.0
-                tiny = (fixed.to(tl.int32) + random) >> 13
-                half = tl.minimum(tl.where(magnitude < 0x38800000, tiny, normal), 0x7C00)
-                rounded = ((bits >> 16) & 0x8000) | half
-                nan = 0x7E00
-            rounded = tl.where(magnitude > 0x7F800000, nan, rounded).to(tl.int16)
-            tl.store(out_ptr + at, rounded.to(dtype, bitcast=True), mask=mask)
-
-    @triton.jit
-    def _merge_two(weight_ptr, delta_ptr, out_ptr, at, apart, mask, n, word):
-        """The lanes of a word's low and high half."""
-        _merge_lane(weight_ptr, delta_ptr, out_ptr, at, mask & (at < n), word & 0xFFFF)
-        at += apart
-        _merge_lane(weight_ptr, delta_ptr, out_ptr, at, mask & (at < n), word >> 16)
-
-    @triton.jit
-    def _merge_kernel(weight_ptr, delta_ptr, key_ptr, out_ptr, n, q, BLOCK: tl.constexpr):
-        group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        seed = (tl.load(key_ptr) & 0xFFFFFFFF) | (tl.load(key_ptr + 1) << 32)
-        module = tl.load(key_ptr + 2).to(tl.uint32)
-        use = tl.load(key_ptr + 3).to(tl.uint32)
-        which = tl.load(key_ptr + 4).to(tl.uint32)
-        zero = tl.zeros([BLOCK], tl.uint32)
-        w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), zero + which, zero + use, zero + module, n_rounds=10)
-        mask = group < q
-        at = group.to(tl.int64)
-        _merge_two(weight_ptr, delta_ptr, out_ptr, at, 4 * q, mask, n, w0)
-        _merge_two(weight_ptr, delta_ptr, out_ptr, at + q, 4 * q, mask, n, w1)
-        _merge_two(weight_ptr, delta_ptr, out_ptr, at + 2 * q, 4 * q, mask, n, w2)
-        _merge_two(weight_ptr, delta_ptr, out_ptr, at + 3 * q, 4 * q, mask, n, w3)
-
 # ---------------------------------------------------------------------------------------------------- Triton kernel
+
+
+@jit
+def _merge_lane(weight_ptr, delta_ptr, out_ptr, at, mask, random):
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+    if dtype == tl.bfloat16:  # by bits, which also the interpreter does exactly
+        value = (weight.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = weight.to(tl.float32)
+    value += tl.load(delta_ptr + at, mask=mask, other=0.0)
+    if dtype == tl.float32:
+        tl.store(out_ptr + at, value, mask=mask)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        random = random.to(tl.int32)
+        if dtype == tl.bfloat16:
+            rounded = (bits + random) >> 16
+            nan = 0x7FC0
+        else:
+            random = random >> 3
+            normal = (magnitude - 0x38000000 + random) >> 13
+            fixed = tl.minimum(tl.abs(value), 6.103515625e-05) * 137438953472.0
+            tiny = (fixed.to(tl.int32) + random) >> 13
+            half = tl.minimum(tl.where(magnitude < 0x38800000, tiny, normal), 0x7C00)
+            rounded = ((bits >> 16) & 0x8000) | half
+            nan = 0x7E00
+        rounded = tl.where(magnitude > 0x7F800000, nan, rounded).to(tl.int16)
+        tl.store(out_ptr + at, rounded.to(dtype, bitcast=True), mask=mask)
+
+
+@jit
+def _merge_two(weight_ptr, delta_ptr, out_ptr, at, apart, mask, n, word):
+    """The lanes of a word's low and high half."""
+    _merge_lane(weight_ptr, delta_ptr, out_ptr, at, mask & (at < n), word & 0xFFFF)
+    at += apart
+    _merge_lane(weight_ptr, delta_ptr, out_ptr, at, mask & (at < n), word >> 16)
+
+
+@jit
+def _merge_kernel(weight_ptr, delta_ptr, key_ptr, out_ptr, n, q, BLOCK: tl.constexpr):
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seed = (tl.load(key_ptr) & 0xFFFFFFFF) | (tl.load(key_ptr + 1) << 32)
+    module = tl.load(key_ptr + 2).to(tl.uint32)
+    use = tl.load(key_ptr + 3).to(tl.uint32)
+    which = tl.load(key_ptr + 4).to(tl.uint32)
+    zero = tl.zeros([BLOCK], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), zero + which, zero + use, zero + module, n_rounds=10)
+    mask = group < q
+    at = group.to(tl.int64)
+    _merge_two(weight_ptr, delta_ptr, out_ptr, at, 4 * q, mask, n, w0)
+    _merge_two(weight_ptr, delta_ptr, out_ptr, at + q, 4 * q, mask, n, w1)
+    _merge_two(weight_ptr, delta_ptr, out_ptr, at + 2 * q, 4 * q, mask, n, w2)
+    _merge_two(weight_ptr, delta_ptr, out_ptr, at + 3 * q, 4 * q, mask, n, w3)
 
 
 GROUPS = 256  # Philox groups of eight a program
@@ -142,20 +137,41 @@ def _launch(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
     launch(_merge_kernel)[(-(-q // GROUPS),)](weight, delta, key, out, n, q, BLOCK=GROUPS)
 
 
+# ---------------------------------------------------------------------------------------------------- C library
+
+
+class MergeArguments(Arguments):
+    """spo_merge_args of csrc/spo_fast.h."""
+
+    _fields_ = [
+        *(("dtype", INT64), ("weight", POINTER), ("delta", POINTER), ("key", POINTER), ("n", INT64), ("out", POINTER)),
+    ]
+
+
+def merge_c(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
+    """As merge_ref; ValueError for wrong shapes, dtypes, devices or strides."""
+    for name, tensor, dtype in (
+        ("weight", weight, weight.dtype),
+        ("delta", delta, torch.float32),
+        ("out", out, weight.dtype),
+    ):
+        check_tensor(name, tensor, weight.shape, dtype, weight)
+    check_tensor("key", key, (5,), torch.int64, weight)
+    tensors = {"weight": weight, "delta": delta, "key": key, "out": out}
+    call("spo_merge", weight.device, MergeArguments(dtype=weight.dtype, n=weight.numel(), **tensors))
+
+
 # ---------------------------------------------------------------------------------------------------- torch.library ops
 
-
-def _c_merge(weight, delta, key, out):
-
-    merge_c(weight, delta, key, out)
-
-
-_SCHEMA = "(Tensor weight, Tensor delta, Tensor key, Tensor(a!) out) -> ()"
-MERGE = {
-    "eager": merge_ref,
-    "triton": library_op("merge_lora_triton", _SCHEMA, _launch, lambda *_: None, mutates_args=("out",)),
-    "c": library_op("merge_lora_c", _SCHEMA, _c_merge, lambda *_: None, mutates_args=("out",)),
-}
+MERGE = implementations(
+    "merge_lora",
+    eager=merge_ref,
+    triton=_launch,
+    c=merge_c,
+    fake=lambda *_: None,
+    schema="(Tensor weight, Tensor delta, Tensor key, Tensor(a!) out) -> ()",
+    mutates_args=("out",),
+)
 
 # ---------------------------------------------------------------------------------------------------- public function
 
@@ -199,24 +215,3 @@ def merge_lora(
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def merge_c(
-    weight: Tensor,  # any shape, float32, bfloat16 or float16
-    delta: Tensor,  # same shape, float32
-    key: Tensor,  # (5,) int64
-    out: Tensor,  # same shape and dtype as weight: written
-) -> None:
-    """out = weight + delta, rounded stochastically; ValueError for wrong shapes, dtypes, devices or strides."""
-    for name, tensor, dtype in (
-        ("weight", weight, weight.dtype),
-        ("delta", delta, torch.float32),
-        ("out", out, weight.dtype),
-    ):
-        check_tensor(name, tensor, weight.shape, dtype, weight)
-    check_tensor("key", key, (5,), torch.int64, weight)
-    call(
-        "spo_merge",
-        weight.device,
-        *(DTYPE_CODES[weight.dtype], pointer(weight), pointer(delta), pointer(key), weight.numel(), pointer(out)),
-    )

@@ -14,21 +14,20 @@ gives inf * 0 = NaN. Its gradient is 0 outside the interval and 1 on its ends, a
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op, two_floats
+from spo_fast.ops.backend import Context, differentiate, implementations
+from spo_fast.ops.optional_triton import jit, launch, tl, triton, two_floats
 
 backend.register(
-    backend.Op(
-        "preference_loss",
-        order={"cpu": ("eager",), "cuda": ("triton", "eager")},
-        why="a few hundred numbers: eager on a CPU, one launch on a GPU (the order there awaits a measurement)",
-        absent={"c": "a few hundred numbers: a C call costs as much as the eager ops it would replace"},
-    )
+    "preference_loss",
+    cpu=("eager",),
+    cuda=("triton", "eager"),
+    why="a few hundred numbers: eager on a CPU, one launch on a GPU (the order there awaits a measurement)",
+    absent={"c": "a few hundred numbers: a C call costs as much as the eager ops it would replace"},
 )
 
 STATS = (
@@ -68,127 +67,126 @@ def preference_loss_ref(log_ratio: Tensor, weight: Tensor, beta: float, low: flo
 
 # ---------------------------------------------------------------------------------------------------- Triton kernel
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
-if triton is not None:
+@jit
+def _mean_clamped(ptr, mask, low, high, S: tl.constexpr):
+    """Means over S of the clamped and the raw log-ratio, and how many lie outside the clamp."""
+    kept = tl.zeros(mask.shape, ptr.dtype.element_ty)
+    raw = kept
+    outside = kept
+    for s in tl.static_range(S):
+        value = tl.load(ptr + s, mask=mask, other=0.0)
+        clamped = tl.where(value < low, low, tl.where(value > high, high, value))  # a NaN stays one
+        kept += clamped
+        raw += value
+        outside += tl.where(clamped != value, 1.0, 0.0)
+    return kept / S, raw / S, outside
 
-    @triton.jit
-    def _mean_clamped(ptr, mask, low, high, S: tl.constexpr):
-        """Means over S of the clamped and the raw log-ratio, and how many lie outside the clamp."""
-        kept = tl.zeros(mask.shape, ptr.dtype.element_ty)
-        raw = kept
-        outside = kept
+
+@jit
+def _softmax_from(term, mask, beta, low, high, i: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+    """Logit i, the largest of logits i..K-1, and the sum of their exponentials relative to it."""
+    kept, _, _ = _mean_clamped(term + i * S, mask, low, high, S)
+    first = beta * kept
+    top = first
+    for j in tl.static_range(i + 1, K):
+        kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
+        top = tl.maximum(top, beta * kept)
+    total = tl.exp(first - top)
+    for j in tl.static_range(i + 1, K):
+        kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
+        total += tl.exp(beta * kept - top)
+    return first, top, total
+
+
+@jit
+def _store_gradient(grad, term, mask, weight, beta, low, high, K: tl.constexpr, S: tl.constexpr):
+    """d loss / d log_ratio of every side's transitions, 0 outside the clamp."""
+    for j in tl.static_range(K):
+        kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
+        total_grad = tl.zeros(mask.shape, term.dtype.element_ty)
+        for i in tl.static_range(K - 1):
+            if i <= j:
+                _, top, total = _softmax_from(term, mask, beta, low, high, i, K, S)
+                total_grad += tl.exp(beta * kept - top) / total
+                if i == j:
+                    total_grad -= 1.0
+        total_grad = weight * total_grad * beta / S
         for s in tl.static_range(S):
-            value = tl.load(ptr + s, mask=mask, other=0.0)
-            clamped = tl.where(value < low, low, tl.where(value > high, high, value))  # a NaN stays one
-            kept += clamped
-            raw += value
-            outside += tl.where(clamped != value, 1.0, 0.0)
-        return kept / S, raw / S, outside
+            value = tl.load(term + j * S + s, mask=mask, other=0.0)
+            inside = (value >= low) & (value <= high)
+            tl.store(grad + j * S + s, tl.where(inside, total_grad, 0.0), mask=mask)
 
-    @triton.jit
-    def _softmax_from(term, mask, beta, low, high, i: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
-        """Logit i, the largest of logits i..K-1, and the sum of their exponentials relative to it."""
-        kept, _, _ = _mean_clamped(term + i * S, mask, low, high, S)
-        first = beta * kept
-        top = first
-        for j in tl.static_range(i + 1, K):
-            kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
-            top = tl.maximum(top, beta * kept)
-        total = tl.exp(first - top)
-        for j in tl.static_range(i + 1, K):
-            kept, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
-            total += tl.exp(beta * kept - top)
-        return first, top, total
 
-    @triton.jit
-    def _preference_loss_kernel(
-        log_ratio_ptr,
-        weight_ptr,
-        loss_ptr,
-        grad_ptr,
-        stats_ptr,
-        N,
-        beta,
-        beta_low,
-        low,
-        low_low,
-        high,
-        high_low,
-        K: tl.constexpr,
-        S: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One program: N terms in blocks, sums in registers, so the result does not depend on scheduling."""
-        dtype: tl.constexpr = log_ratio_ptr.dtype.element_ty
-        beta = tl.cast(beta, dtype) + tl.cast(beta_low, dtype)
-        low = tl.cast(low, dtype) + tl.cast(low_low, dtype)
-        high = tl.cast(high, dtype) + tl.cast(high_low, dtype)
-        zero = tl.zeros([BLOCK], dtype)
-        loss = zero
-        terms = zero
-        margin = zero
-        accuracy = zero
-        raw_best = zero
-        raw_worst = zero
-        ratio_best = zero
-        ratio_worst = zero
-        clamped = zero
-        dead = zero
-        for start in range(0, N, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            mask = n < N
-            term = log_ratio_ptr + n.to(tl.int64) * (K * S)
-            weight = tl.load(weight_ptr + n, mask=mask, other=0.0)
-            for i in tl.static_range(K - 1):
-                first, top, total = _softmax_from(term, mask, beta, low, high, i, K, S)
-                loss += weight * (tl.log(total) + (top - first))  # -log softmax of the best of those left
-            for j in tl.static_range(K):
-                kept_j, _, _ = _mean_clamped(term + j * S, mask, low, high, S)
-                grad = zero
-                for i in tl.static_range(K - 1):
-                    if i <= j:
-                        _, top, total = _softmax_from(term, mask, beta, low, high, i, K, S)
-                        grad += tl.exp(beta * kept_j - top) / total
-                        if i == j:
-                            grad -= 1.0
-                grad = weight * grad * beta / S
-                for s in tl.static_range(S):
-                    value = tl.load(term + j * S + s, mask=mask, other=0.0)
-                    inside = (value >= low) & (value <= high)
-                    at = n.to(tl.int64) * (K * S) + j * S + s
-                    tl.store(grad_ptr + at, tl.where(inside, grad, 0.0), mask=mask)
-            kept_0, raw_0, outside_0 = _mean_clamped(term, mask, low, high, S)
-            kept_z, raw_z, outside_z = _mean_clamped(term + (K - 1) * S, mask, low, high, S)
-            outside = outside_0
-            rival = beta * kept_z
-            for k in tl.static_range(1, K):
-                kept_k, _, outside_k = _mean_clamped(term + k * S, mask, low, high, S)
-                outside += outside_k
-                rival = tl.maximum(rival, beta * kept_k)
-            terms += tl.where(mask, 1.0, 0.0)
-            margin += tl.where(mask, beta * (kept_0 - kept_z), 0.0)
-            accuracy += tl.where(mask & (beta * kept_0 > rival), 1.0, 0.0)
-            raw_best += tl.where(mask, raw_0, 0.0)
-            raw_worst += tl.where(mask, raw_z, 0.0)
-            ratio_best += tl.where(mask, tl.exp(kept_0), 0.0)
-            ratio_worst += tl.where(mask, tl.exp(kept_z), 0.0)
-            clamped += tl.where(mask, outside / (K * S), 0.0)
-            dead += tl.where(mask & (outside == K * S), 1.0, 0.0)
-        tl.store(loss_ptr, tl.sum(loss))
-        tl.store(stats_ptr, tl.sum(terms))
-        tl.store(stats_ptr + 1, tl.sum(margin))
-        tl.store(stats_ptr + 2, tl.sum(accuracy))
-        tl.store(stats_ptr + 3, tl.sum(raw_best))
-        tl.store(stats_ptr + 4, tl.sum(raw_worst))
-        tl.store(stats_ptr + 5, tl.sum(ratio_best))
-        tl.store(stats_ptr + 6, tl.sum(ratio_worst))
-        tl.store(stats_ptr + 7, tl.sum(clamped))
-        tl.store(stats_ptr + 8, tl.sum(dead))
+@jit
+def _best_and_worst(term, mask, beta, low, high, K: tl.constexpr, S: tl.constexpr):
+    """Both sides' clamped and raw means, the largest logit but the best's, and all transitions outside the clamp."""
+    kept_best, raw_best, outside = _mean_clamped(term, mask, low, high, S)
+    kept_worst, raw_worst, _ = _mean_clamped(term + (K - 1) * S, mask, low, high, S)
+    rival = beta * kept_worst
+    for k in tl.static_range(1, K):
+        kept, _, outside_k = _mean_clamped(term + k * S, mask, low, high, S)
+        outside += outside_k
+        rival = tl.maximum(rival, beta * kept)
+    return kept_best, kept_worst, raw_best, raw_worst, rival, outside
+
+
+@jit
+def _preference_loss_kernel(
+    log_ratio_ptr,
+    weight_ptr,
+    loss_ptr,
+    grad_ptr,
+    stats_ptr,
+    N,
+    beta,
+    beta_low,
+    low,
+    low_low,
+    high,
+    high_low,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: N terms in blocks, sums in registers, so the result does not depend on scheduling."""
+    dtype: tl.constexpr = log_ratio_ptr.dtype.element_ty
+    beta = tl.cast(beta, dtype) + tl.cast(beta_low, dtype)
+    low = tl.cast(low, dtype) + tl.cast(low_low, dtype)
+    high = tl.cast(high, dtype) + tl.cast(high_low, dtype)
+    zero = tl.zeros([BLOCK], dtype)
+    loss, terms, margin, accuracy = zero, zero, zero, zero
+    raw_best, raw_worst, ratio_best, ratio_worst = zero, zero, zero, zero
+    clamped, dead = zero, zero
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        mask = n < N
+        term = log_ratio_ptr + n.to(tl.int64) * (K * S)
+        weight = tl.load(weight_ptr + n, mask=mask, other=0.0)
+        for i in tl.static_range(K - 1):
+            first, top, total = _softmax_from(term, mask, beta, low, high, i, K, S)
+            loss += weight * (tl.log(total) + (top - first))  # -log softmax of the best of those left
+        _store_gradient(grad_ptr + n.to(tl.int64) * (K * S), term, mask, weight, beta, low, high, K, S)
+        kept_0, kept_z, raw_0, raw_z, rival, outside = _best_and_worst(term, mask, beta, low, high, K, S)
+        terms += tl.where(mask, 1.0, 0.0)
+        margin += tl.where(mask, beta * (kept_0 - kept_z), 0.0)
+        accuracy += tl.where(mask & (beta * kept_0 > rival), 1.0, 0.0)
+        raw_best += tl.where(mask, raw_0, 0.0)
+        raw_worst += tl.where(mask, raw_z, 0.0)
+        ratio_best += tl.where(mask, tl.exp(kept_0), 0.0)
+        ratio_worst += tl.where(mask, tl.exp(kept_z), 0.0)
+        clamped += tl.where(mask, outside / (K * S), 0.0)
+        dead += tl.where(mask & (outside == K * S), 1.0, 0.0)
+    tl.store(loss_ptr, tl.sum(loss))
+    tl.store(stats_ptr, tl.sum(terms))
+    tl.store(stats_ptr + 1, tl.sum(margin))
+    tl.store(stats_ptr + 2, tl.sum(accuracy))
+    tl.store(stats_ptr + 3, tl.sum(raw_best))
+    tl.store(stats_ptr + 4, tl.sum(raw_worst))
+    tl.store(stats_ptr + 5, tl.sum(ratio_best))
+    tl.store(stats_ptr + 6, tl.sum(ratio_worst))
+    tl.store(stats_ptr + 7, tl.sum(clamped))
+    tl.store(stats_ptr + 8, tl.sum(dead))
 
 
 def _launch(log_ratio: Tensor, weight: Tensor, beta: float, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,25 +209,19 @@ def _fake(log_ratio, weight, beta, low, high):
     return log_ratio.new_empty(()), log_ratio.new_empty(len(STATS)), torch.empty_like(log_ratio)
 
 
-_triton = library_op(
-    "preference_loss_triton",
-    "(Tensor log_ratio, Tensor weight, float beta, float low, float high) -> (Tensor, Tensor, Tensor)",
-    _launch,
-    _fake,
-)
+PREFERENCE_LOSS = implementations("preference_loss", triton=_launch, fake=_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
-    (grad,) = ctx.saved_tensors
-    return grad_loss * grad, None, None, None, None
+def _backward(_: None, ctx: Context, grad_loss: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
+    return grad_loss * ctx.saved_tensors[0], None, None, None, None
 
 
-_triton.register_autograd(_backward, setup_context=_setup_context)
+differentiate(PREFERENCE_LOSS, {}, _save, _backward)
 
 # ---------------------------------------------------------------------------------------------------- public function
 
@@ -248,6 +240,6 @@ def preference_loss(
     low, high = (-math.inf, math.inf) if clip is None else (math.log1p(-clip), math.log1p(clip))
     weight = weight.to(log_ratio.dtype)
     if backend.choose("preference_loss", log_ratio) == "triton":
-        loss, stats, _ = _triton(log_ratio.contiguous(), weight.contiguous(), float(beta), low, high)
+        loss, stats, _ = PREFERENCE_LOSS["triton"](log_ratio.contiguous(), weight.contiguous(), float(beta), low, high)
         return loss, stats
     return preference_loss_ref(log_ratio, weight, beta, low, high)

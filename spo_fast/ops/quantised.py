@@ -12,13 +12,13 @@ Backward every one makes W whole: gradients have no bound that 8 bits could be s
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from spo_fast.ops.backend import library_op
+from spo_fast.ops.backend import Context, library_op
 
 BLOCK = 64  # weights that share a scale in NF4
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -90,19 +90,19 @@ FP8_PRODUCT = library_op(
 
 
 @register_flop_formula(torch.ops.spo_fast.fp8_product)
-def _fp8_flops(q: torch.Size, values: torch.Size, *_: Any, **__: Any) -> int:
+def _fp8_flops(q: torch.Size, values: torch.Size, *_: object, **__: object) -> int:
     return 2 * q[0] * q[1] * values[0]
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, values, scale, bias):
+    def forward(ctx: Context, x, values, scale, bias):
         ctx.save_for_backward(values, scale)
         return add_product(x.new_zeros(()) if bias is None else bias, x, values, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy):
+    def backward(ctx: Context, dy):
         values, scale = ctx.saved_tensors
         return dy @ dense(values, scale, dy.dtype), None, None, None
 

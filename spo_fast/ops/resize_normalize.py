@@ -16,28 +16,20 @@ definition.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast.ops import backend
-from spo_fast.ops.backend import launch, library_op
-from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, call, pointer
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from spo_fast.ops.backend import implementations
+from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, POINTER, Arguments, call
+from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
-    backend.Op(
-        "resize_normalize",
-        order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one read; measured on a CPU (benchmarks/LOG.md), the order on a GPU awaits a measurement",
-    )
+    "resize_normalize",
+    cpu=("c", "eager"),
+    cuda=("triton", "c", "eager"),
+    why="one read; measured on a CPU (benchmarks/LOG.md), the order on a GPU awaits a measurement",
 )
 
 OUTPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -72,94 +64,99 @@ def resize_normalize_ref(pixels, size, mean, std, dtype):
     return normalise_channels((x / 2 + 0.5).clamp(0, 1).float(), mean, std).to(dtype)
 
 
-if triton is not None:
-
-    @triton.jit
-    def _cubic_near(t):
-        """Keys' kernel at t, 0 <= t <= 1; `_cubic_far`: at 1 + t."""
-        return 1.0 - t * t * (2.25 - 1.25 * t)
-
-    @triton.jit
-    def _cubic_far(t):
-        return -0.75 * t * (1.0 - t) * (1.0 - t)
-
-    @triton.jit
-    def _position(o, source, target):
-        """First of four taps and the fraction of output position o, exactly: (o + 1/2) source / target - 1/2."""
-        numerator = (2 * o + 1) * source + target  # plus one pixel, so that it is never negative
-        fraction = (numerator % (2 * target)).to(tl.float32) / (2 * target)
-        return numerator // (2 * target) - 2, fraction
-
-    @triton.jit
-    def _tap(first, k, source):
-        return tl.minimum(tl.maximum(first + k, 0), source - 1).to(tl.int64)
-
-    @triton.jit
-    def _line(line, x0, x1, x2, x3, t, mask):
-        """Four columns of one source row, mixed."""
-        value = _cubic_far(t) * tl.load(line + x0, mask=mask, other=0.0).to(tl.float32)
-        value += _cubic_near(t) * tl.load(line + x1, mask=mask, other=0.0).to(tl.float32)
-        value += _cubic_near(1.0 - t) * tl.load(line + x2, mask=mask, other=0.0).to(tl.float32)
-        return value + _cubic_far(1.0 - t) * tl.load(line + x3, mask=mask, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean, std, mask):
-        value = _cubic_far(y_t) * _line(plane + y0, x0, x1, x2, x3, x_t, mask)
-        value += _cubic_near(y_t) * _line(plane + y1, x0, x1, x2, x3, x_t, mask)
-        value += _cubic_near(1.0 - y_t) * _line(plane + y2, x0, x1, x2, x3, x_t, mask)
-        value += _cubic_far(1.0 - y_t) * _line(plane + y3, x0, x1, x2, x3, x_t, mask)
-        value = value / 2 + 0.5
-        value = tl.where(value < 0.0, 0.0, tl.where(value > 1.0, 1.0, value))  # a NaN stays one
-        tl.store(out, ((value - mean) / std).to(out.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _resize_normalize_kernel(
-        pixels_ptr,
-        out_ptr,
-        H,
-        W,
-        resized_h,
-        resized_w,
-        top,
-        left,
-        size,
-        stride_n,
-        stride_c,
-        stride_h,
-        stride_w,
-        mean_r,
-        mean_g,
-        mean_b,
-        std_r,
-        std_g,
-        std_b,
-        BLOCK: tl.constexpr,
-    ):
-        """BLOCK neighbouring pixels of one output image, three channels each: taps are placed once."""
-        image = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size * size
-        y, y_t = _position(at // size + top, H, resized_h)
-        x, x_t = _position(at % size + left, W, resized_w)
-        y0 = _tap(y, 0, H) * stride_h
-        y1 = _tap(y, 1, H) * stride_h
-        y2 = _tap(y, 2, H) * stride_h
-        y3 = _tap(y, 3, H) * stride_h
-        x0 = _tap(x, 0, W) * stride_w
-        x1 = _tap(x, 1, W) * stride_w
-        x2 = _tap(x, 2, W) * stride_w
-        x3 = _tap(x, 3, W) * stride_w
-        plane = pixels_ptr + image * stride_n
-        out = out_ptr + image * 3 * size * size + at
-        _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_r, std_r, mask)
-        plane += stride_c
-        out += size * size
-        _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_g, std_g, mask)
-        plane += stride_c
-        out += size * size
-        _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_b, std_b, mask)
-
 # ---------------------------------------------------------------------------------------------------- Triton kernel
+
+
+@jit
+def _cubic_near(t):
+    """Keys' kernel at t, 0 <= t <= 1; `_cubic_far`: at 1 + t."""
+    return 1.0 - t * t * (2.25 - 1.25 * t)
+
+
+@jit
+def _cubic_far(t):
+    return -0.75 * t * (1.0 - t) * (1.0 - t)
+
+
+@jit
+def _position(o, source, target):
+    """First of four taps and the fraction of output position o, exactly: (o + 1/2) source / target - 1/2."""
+    numerator = (2 * o + 1) * source + target  # plus one pixel, so that it is never negative
+    fraction = (numerator % (2 * target)).to(tl.float32) / (2 * target)
+    return numerator // (2 * target) - 2, fraction
+
+
+@jit
+def _tap(first, k, source):
+    return tl.minimum(tl.maximum(first + k, 0), source - 1).to(tl.int64)
+
+
+@jit
+def _line(line, x0, x1, x2, x3, t, mask):
+    """Four columns of one source row, mixed."""
+    value = _cubic_far(t) * tl.load(line + x0, mask=mask, other=0.0).to(tl.float32)
+    value += _cubic_near(t) * tl.load(line + x1, mask=mask, other=0.0).to(tl.float32)
+    value += _cubic_near(1.0 - t) * tl.load(line + x2, mask=mask, other=0.0).to(tl.float32)
+    return value + _cubic_far(1.0 - t) * tl.load(line + x3, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean, std, mask):
+    value = _cubic_far(y_t) * _line(plane + y0, x0, x1, x2, x3, x_t, mask)
+    value += _cubic_near(y_t) * _line(plane + y1, x0, x1, x2, x3, x_t, mask)
+    value += _cubic_near(1.0 - y_t) * _line(plane + y2, x0, x1, x2, x3, x_t, mask)
+    value += _cubic_far(1.0 - y_t) * _line(plane + y3, x0, x1, x2, x3, x_t, mask)
+    value = value / 2 + 0.5
+    value = tl.where(value < 0.0, 0.0, tl.where(value > 1.0, 1.0, value))  # a NaN stays one
+    tl.store(out, ((value - mean) / std).to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _resize_normalize_kernel(
+    pixels_ptr,
+    out_ptr,
+    H,
+    W,
+    resized_h,
+    resized_w,
+    top,
+    left,
+    size,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    mean_r,
+    mean_g,
+    mean_b,
+    std_r,
+    std_g,
+    std_b,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK neighbouring pixels of one output image, three channels each: taps are placed once."""
+    image = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size * size
+    y, y_t = _position(at // size + top, H, resized_h)
+    x, x_t = _position(at % size + left, W, resized_w)
+    y0 = _tap(y, 0, H) * stride_h
+    y1 = _tap(y, 1, H) * stride_h
+    y2 = _tap(y, 2, H) * stride_h
+    y3 = _tap(y, 3, H) * stride_h
+    x0 = _tap(x, 0, W) * stride_w
+    x1 = _tap(x, 1, W) * stride_w
+    x2 = _tap(x, 2, W) * stride_w
+    x3 = _tap(x, 3, W) * stride_w
+    plane = pixels_ptr + image * stride_n
+    out = out_ptr + image * 3 * size * size + at
+    _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_r, std_r, mask)
+    plane += stride_c
+    out += size * size
+    _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_g, std_g, mask)
+    plane += stride_c
+    out += size * size
+    _channel(plane, out, y0, y1, y2, y3, x0, x1, x2, x3, y_t, x_t, mean_b, std_b, mask)
 
 
 BLOCK = 128  # one output pixel a thread: two take 128 registers
@@ -170,33 +167,64 @@ def _launch(pixels: Tensor, size: int, mean: list[float], std: list[float], dtyp
     if len(pixels) == 0:
         return out
     H, W = pixels.shape[-2:]
-    launch(_resize_normalize_kernel)[(len(pixels), triton.cdiv(size * size, BLOCK))](
+    launch(_resize_normalize_kernel)[(len(pixels), -(-size * size // BLOCK))](
         *(pixels, out, H, W, *resized_and_crop(H, W, size), size, *pixels.stride(), *mean, *std),
         BLOCK=BLOCK,
     )
     return out
 
 
+# ---------------------------------------------------------------------------------------------------- C library
+
+
+class ResizeNormalizeArguments(Arguments):
+    """spo_resize_normalize_args of csrc/spo_fast.h."""
+
+    _fields_ = [
+        *(("pixel_dtype", INT64), ("out_dtype", INT64), ("pixels", POINTER), ("strides", INT64 * 4)),
+        *((name, INT64) for name in ("N", "H", "W", "resized_h", "resized_w", "top", "left", "size")),
+        *(("mean", DOUBLE * 3), ("std_dev", DOUBLE * 3), ("out", POINTER)),
+    ]
+
+
+def resize_normalize_c(pixels, size, mean, std, dtype):
+    """As resize_normalize_ref. Raises ValueError for wrong shapes or dtypes."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in DTYPE_CODES:
+        raise ValueError(f"pixels are {tuple(pixels.shape)} {pixels.dtype}, expected (N, 3, H, W) of a float type")
+    N, _, H, W = pixels.shape
+    out = _fake(pixels, size, mean, std, dtype)
+    resized_h, resized_w, top, left = resized_and_crop(H, W, size)
+    arguments = ResizeNormalizeArguments(
+        pixel_dtype=pixels.dtype,
+        out_dtype=dtype,
+        pixels=pixels,
+        strides=pixels.stride(),
+        N=N,
+        H=H,
+        W=W,
+        resized_h=resized_h,
+        resized_w=resized_w,
+        top=top,
+        left=left,
+        size=size,
+        mean=tuple(mean),
+        std_dev=tuple(std),
+        out=out,
+    )
+    call("spo_resize_normalize", pixels.device, arguments)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------- torch.library ops
-
-
-_SCHEMA = "(Tensor pixels, int size, float[] mean, float[] std, ScalarType dtype) -> Tensor"
 
 
 def _fake(pixels, size, mean, std, dtype):
     return pixels.new_empty((pixels.shape[0], 3, size, size), dtype=dtype)
 
 
-def _c(*args: Any) -> Tensor:
-
-    return resize_normalize_c(*args)
-
-
-RESIZE_NORMALIZE = {
-    "eager": resize_normalize_ref,
-    "triton": library_op("resize_normalize_triton", _SCHEMA, _launch, _fake),
-    "c": library_op("resize_normalize_c", _SCHEMA, _c, _fake),
-}
+RESIZE_NORMALIZE = implementations(
+    "resize_normalize", eager=resize_normalize_ref, triton=_launch, c=resize_normalize_c, fake=_fake
+)
 
 # ---------------------------------------------------------------------------------------------------- public function
 
@@ -224,26 +252,3 @@ def resize_normalize(
     with_gradient = torch.is_grad_enabled() and pixels.requires_grad
     chosen = "eager" if with_gradient else backend.choose("resize_normalize", pixels)
     return RESIZE_NORMALIZE[chosen](pixels, size, list(mean), list(std), dtype)
-
-
-def resize_normalize_c(
-    pixels: Tensor,  # (N, 3, H, W) float32, float64, bfloat16 or float16, any strides
-    size: int,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-) -> Tensor:  # (N, 3, size, size) dtype
-    """The scorer's input (resize_normalize.py). Raises ValueError for wrong shapes or dtypes."""
-
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype not in DTYPE_CODES:
-        raise ValueError(f"pixels are {tuple(pixels.shape)} {pixels.dtype}, expected (N, 3, H, W) of a float type")
-    H, W = pixels.shape[-2:]
-    out = pixels.new_empty((len(pixels), 3, size, size), dtype=dtype)
-    call(
-        "spo_resize_normalize",
-        pixels.device,
-        *(DTYPE_CODES[pixels.dtype], DTYPE_CODES[dtype], pointer(pixels), (INT64 * 4)(*pixels.stride())),
-        *(len(pixels), H, W, *resized_and_crop(H, W, size), size),
-        *((DOUBLE * 3)(*mean), (DOUBLE * 3)(*std), pointer(out)),
-    )
-    return out

@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from spo_fast.ops import backend, philox
-from spo_fast.ops.backend import launch, library_op, two_floats
-from spo_fast.ops.c_library import call, check_tensor, dtype_codes, pointer, sample_size
-from spo_fast.ops.guidance import check_shape, check_states, checked_latents, contiguous, guided, row_of
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the table of `python -m spo_fast.ops` says so; nothing below is reached without Triton
-    triton = None
-
-if triton is not None:
-    from spo_fast.ops.guidance import guided_kernel
+from spo_fast.ops.backend import implementations
+from spo_fast.ops.c_library import INT64, POINTER, call, check_tensor
+from spo_fast.ops.guidance import (
+    StepArguments,
+    check_shape,
+    check_states,
+    checked_latents,
+    contiguous,
+    guided,
+    guided_kernel,
+    row_of,
+)
+from spo_fast.ops.optional_triton import jit, launch, tl, two_floats
 
 backend.register(
-    backend.Op(
-        "transition",
-        order={"cpu": ("c", "eager"), "cuda": ("triton", "c", "eager")},
-        why="one pass over the inputs; the order on a GPU awaits a measurement",
-    )
+    "transition",
+    cpu=("c", "eager"),
+    cuda=("triton", "c", "eager"),
+    why="one pass over the inputs; the order on a GPU awaits a measurement",
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -52,127 +52,133 @@ def transition_ref(cond, uncond, x_t, rows, coefficients, guidance_scale, num_ch
     return x0, a * x_t + b * m + std * noise
 
 
-if triton is not None:
-
-    @triton.jit
-    def _box_muller(word_a, word_b):
-        """tl.cos and tl.sin hold a table for huge angles on the stack under some Tritons (32 bytes with 3.6 and 3.8).
-        Less than a turn needs none: the nearest quarter turn, and Taylor series to x^9 and x^10 of |x| <= pi / 4."""
-        u = word_a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        v = word_b.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        radius = tl.sqrt(-2.0 * tl.log(u))
-        quarters = (v * 4.0 + 0.5).to(tl.int32)
-        x = 6.283185307179586 * (v - 0.25 * quarters.to(tl.float32))
-        y = x * x
-        sin = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880))))
-        cos = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800)))))
-        odd = (quarters & 1) == 1
-        turned_cos = tl.where(odd, sin, cos)
-        turned_sin = tl.where(odd, cos, sin)
-        turned_cos = tl.where(((quarters + 1) & 2) == 2, -turned_cos, turned_cos)
-        turned_sin = tl.where((quarters & 2) == 2, -turned_sin, turned_sin)
-        return radius * turned_cos, radius * turned_sin
-
-    @triton.jit
-    def _child(child_ptr, noise_ptr, offsets, mask, mean, std, z, HAS_NOISE: tl.constexpr):
-        if HAS_NOISE:
-            z = tl.load(noise_ptr + offsets, mask=mask, other=0.0)
-        tl.store(child_ptr + offsets, mean + std * z.to(mean.dtype), mask=mask)
-
-    @triton.jit
-    def _transition_kernel(
-        cond_ptr,
-        uncond_ptr,
-        x_t_ptr,
-        rows_ptr,
-        table_ptr,
-        keys_ptr,
-        noise_ptr,
-        x0_ptr,
-        child_ptr,
-        guidance,
-        guidance_low,
-        n,
-        num_children,
-        child_stride,
-        HAS_UNCOND: tl.constexpr,
-        HAS_NOISE: tl.constexpr,
-        WANT_X0: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        sample = tl.program_id(0).to(tl.int64)
-        group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        quarter = (n + 3) // 4
-        dtype: tl.constexpr = x_t_ptr.dtype.element_ty
-        row = table_ptr + 5 * tl.load(rows_ptr + sample)
-        a = tl.load(row).to(dtype)
-        b = tl.load(row + 1).to(dtype)
-        c = tl.load(row + 2).to(dtype)
-        d = tl.load(row + 3).to(dtype)
-        std = tl.load(row + 4).to(dtype)
-        g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
-
-        # The four lanes of a Philox group are four contiguous quarters of the sample: all accesses are coalesced.
-        at0 = sample * n + group
-        at1 = at0 + quarter
-        at2 = at1 + quarter
-        at3 = at2 + quarter
-        in0 = group < quarter
-        in1 = in0 & (group + quarter < n)
-        in2 = in0 & (group + 2 * quarter < n)
-        in3 = in0 & (group + 3 * quarter < n)
-        m0 = guided_kernel(cond_ptr, uncond_ptr, at0, in0, g, HAS_UNCOND, dtype)
-        m1 = guided_kernel(cond_ptr, uncond_ptr, at1, in1, g, HAS_UNCOND, dtype)
-        m2 = guided_kernel(cond_ptr, uncond_ptr, at2, in2, g, HAS_UNCOND, dtype)
-        m3 = guided_kernel(cond_ptr, uncond_ptr, at3, in3, g, HAS_UNCOND, dtype)
-        x0_ = tl.load(x_t_ptr + at0, mask=in0, other=0.0)
-        x1_ = tl.load(x_t_ptr + at1, mask=in1, other=0.0)
-        x2_ = tl.load(x_t_ptr + at2, mask=in2, other=0.0)
-        x3_ = tl.load(x_t_ptr + at3, mask=in3, other=0.0)
-        if WANT_X0:
-            tl.store(x0_ptr + at0, c * x0_ + d * m0, mask=in0)
-            tl.store(x0_ptr + at1, c * x1_ + d * m1, mask=in1)
-            tl.store(x0_ptr + at2, c * x2_ + d * m2, mask=in2)
-            tl.store(x0_ptr + at3, c * x3_ + d * m3, mask=in3)
-        mean0 = a * x0_ + b * m0
-        mean1 = a * x1_ + b * m1
-        mean2 = a * x2_ + b * m2
-        mean3 = a * x3_ + b * m3
-        shift = tl.zeros([], tl.int64)
-        for k in range(num_children):
-            z0 = mean0
-            z1 = mean1
-            z2 = mean2
-            z3 = mean3
-            if not HAS_NOISE:
-                key = keys_ptr + 5 * sample
-                seed = (tl.load(key) & 0xFFFFFFFF) | (tl.load(key + 1) << 32)
-                prompt = tl.load(key + 2).to(tl.uint32)
-                step = tl.load(key + 3).to(tl.uint32)
-                candidate = (tl.load(key + 4) + k).to(tl.uint32)
-                zero = tl.zeros([BLOCK], tl.uint32)
-                w0, w1, w2, w3 = tl.philox(
-                    seed, group.to(tl.uint32), zero + candidate, zero + step, zero + prompt, n_rounds=10
-                )
-                n0, n1 = _box_muller(w0, w1)
-                n2, n3 = _box_muller(w2, w3)
-                z0 = n0.to(dtype)
-                z1 = n1.to(dtype)
-                z2 = n2.to(dtype)
-                z3 = n3.to(dtype)
-            _child(child_ptr, noise_ptr, shift + at0, in0, mean0, std, z0, HAS_NOISE)
-            _child(child_ptr, noise_ptr, shift + at1, in1, mean1, std, z1, HAS_NOISE)
-            _child(child_ptr, noise_ptr, shift + at2, in2, mean2, std, z2, HAS_NOISE)
-            _child(child_ptr, noise_ptr, shift + at3, in3, mean3, std, z3, HAS_NOISE)
-            shift += child_stride
-
 # ---------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit
+def _box_muller(word_a, word_b):
+    """tl.cos and tl.sin hold a table for huge angles on the stack under some Tritons (32 bytes with 3.6 and 3.8).
+    Less than a turn needs none: the nearest quarter turn, and Taylor series to x^9 and x^10 of |x| <= pi / 4."""
+    u = word_a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    v = word_b.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt(-2.0 * tl.log(u))
+    quarters = (v * 4.0 + 0.5).to(tl.int32)
+    x = 6.283185307179586 * (v - 0.25 * quarters.to(tl.float32))
+    y = x * x
+    sin = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880))))
+    cos = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800)))))
+    odd = (quarters & 1) == 1
+    turned_cos = tl.where(odd, sin, cos)
+    turned_sin = tl.where(odd, cos, sin)
+    turned_cos = tl.where(((quarters + 1) & 2) == 2, -turned_cos, turned_cos)
+    turned_sin = tl.where((quarters & 2) == 2, -turned_sin, turned_sin)
+    return radius * turned_cos, radius * turned_sin
+
+
+@jit
+def _row(row, dtype: tl.constexpr):
+    """a, b, c, d, std."""
+    a = tl.load(row).to(dtype)
+    b = tl.load(row + 1).to(dtype)
+    c = tl.load(row + 2).to(dtype)
+    d = tl.load(row + 3).to(dtype)
+    std = tl.load(row + 4).to(dtype)
+    return a, b, c, d, std
+
+
+@jit
+def _lane(lane, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND: tl.constexpr):
+    """Where a quarter of the sample lies, and its m and x_t."""
+    quarter = (n + 3) // 4
+    element = lane * quarter + group
+    inside = (group < quarter) & (element < n)
+    at = sample * n + element
+    m = guided_kernel(cond_ptr, uncond_ptr, at, inside, g, HAS_UNCOND, x_t_ptr.dtype.element_ty)
+    return at, inside, m, tl.load(x_t_ptr + at, mask=inside, other=0.0)
+
+
+@jit
+def _normals(key, k, group, dtype: tl.constexpr):
+    """The four lanes' standard normals of child k, for the Philox key that starts at `key`."""
+    seed = (tl.load(key) & 0xFFFFFFFF) | (tl.load(key + 1) << 32)
+    prompt = tl.load(key + 2).to(tl.uint32)
+    step = tl.load(key + 3).to(tl.uint32)
+    candidate = (tl.load(key + 4) + k).to(tl.uint32)
+    zero = tl.zeros(group.shape, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), zero + candidate, zero + step, zero + prompt, n_rounds=10)
+    z0, z1 = _box_muller(w0, w1)
+    z2, z3 = _box_muller(w2, w3)
+    return z0.to(dtype), z1.to(dtype), z2.to(dtype), z3.to(dtype)
+
+
+@jit
+def _store_child(child_ptr, noise_ptr, offsets, mask, mean, std, z, HAS_NOISE: tl.constexpr):
+    if HAS_NOISE:
+        z = tl.load(noise_ptr + offsets, mask=mask, other=0.0)
+    tl.store(child_ptr + offsets, mean + std * z.to(mean.dtype), mask=mask)
+
+
+@jit
+def _transition_kernel(
+    cond_ptr,
+    uncond_ptr,
+    x_t_ptr,
+    rows_ptr,
+    table_ptr,
+    keys_ptr,
+    noise_ptr,
+    x0_ptr,
+    child_ptr,
+    guidance,
+    guidance_low,
+    n,
+    num_children,
+    child_stride,
+    HAS_UNCOND: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    WANT_X0: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The four lanes of a Philox group are four contiguous quarters of the sample: all accesses are coalesced."""
+    sample = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = x_t_ptr.dtype.element_ty
+    a, b, c, d, std = _row(table_ptr + 5 * tl.load(rows_ptr + sample), dtype)
+    g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
+    at0, in0, m0, x0 = _lane(0, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
+    at1, in1, m1, x1 = _lane(1, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
+    at2, in2, m2, x2 = _lane(2, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
+    at3, in3, m3, x3 = _lane(3, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
+    if WANT_X0:
+        tl.store(x0_ptr + at0, c * x0 + d * m0, mask=in0)
+        tl.store(x0_ptr + at1, c * x1 + d * m1, mask=in1)
+        tl.store(x0_ptr + at2, c * x2 + d * m2, mask=in2)
+        tl.store(x0_ptr + at3, c * x3 + d * m3, mask=in3)
+    mean0 = a * x0 + b * m0
+    mean1 = a * x1 + b * m1
+    mean2 = a * x2 + b * m2
+    mean3 = a * x3 + b * m3
+    shift = tl.zeros([], tl.int64)
+    for k in range(num_children):
+        z0, z1, z2, z3 = mean0, mean1, mean2, mean3  # where noise is supplied: loaded below
+        if not HAS_NOISE:
+            z0, z1, z2, z3 = _normals(keys_ptr + 5 * sample, k, group, dtype)
+        _store_child(child_ptr, noise_ptr, shift + at0, in0, mean0, std, z0, HAS_NOISE)
+        _store_child(child_ptr, noise_ptr, shift + at1, in1, mean1, std, z1, HAS_NOISE)
+        _store_child(child_ptr, noise_ptr, shift + at2, in2, mean2, std, z2, HAS_NOISE)
+        _store_child(child_ptr, noise_ptr, shift + at3, in3, mean3, std, z3, HAS_NOISE)
+        shift += child_stride
+
+
+def _outputs(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
+    """x0 and children to be filled."""
+    return x_t.new_empty(x_t.shape if want_x0 else (0, *x_t.shape[1:])), x_t.new_empty((num_children, *x_t.shape))
 
 
 GROUPS = 128  # Philox groups of four a program: one a thread; two make ptxas spill at its limit of 64 registers
 
 
-def _launch_transition(
+def _launch(
     cond: Tensor,
     uncond: Tensor | None,
     x_t: Tensor,
@@ -185,8 +191,7 @@ def _launch_transition(
     want_x0: bool,
 ) -> tuple[Tensor, Tensor]:
     B, n = x_t.shape[0], x_t.shape[1:].numel()
-    x0 = torch.empty_like(x_t) if want_x0 else x_t.new_empty((0, *x_t.shape[1:]))
-    children = x_t.new_empty((num_children, *x_t.shape))
+    x0, children = _outputs(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0)
     grid = (B, -(-((n + 3) // 4) // GROUPS))
     launch(_transition_kernel)[grid](
         *(cond, cond if uncond is None else uncond, x_t, rows, coefficients),
@@ -200,32 +205,38 @@ def _launch_transition(
     return x0, children
 
 
+# ---------------------------------------------------------------------------------------------------- C library
+
+
+class TransitionArguments(StepArguments):
+    """spo_transition_args of csrc/spo_fast.h."""
+
+    _fields_ = [
+        *(("keys", POINTER), ("noise", POINTER), ("num_children", INT64), ("x0", POINTER), ("children", POINTER)),
+    ]
+
+
+def transition_c(cond, uncond, x_t, rows, table, guidance_scale, num_children, keys, noise, want_x0=True):
+    """x0 = c x_t + d m and children a x_t + b m + std z, in one pass; arguments as transition's, contiguous.
+
+    Raises ValueError for wrong shapes, dtypes, devices or strides, RuntimeError for a row outside the table (CPU only).
+    """
+    if num_children > 0 and keys is None and noise is None:
+        raise ValueError(f"transition: {num_children} children need keys (B, 5) or noise (K, B, ...)")
+    x0, children = _outputs(cond, uncond, x_t, rows, table, guidance_scale, num_children, keys, noise, want_x0)
+    step = (cond, uncond, x_t, rows, table, guidance_scale)
+    outputs = {"x0": x0 if want_x0 else None, "children": children}
+    arguments = TransitionArguments(*step, keys=keys, noise=noise, num_children=num_children, **outputs)
+    check_tensor("keys", keys, (x_t.shape[0], 5), torch.int64, x_t)
+    check_tensor("noise", noise, (num_children, *x_t.shape), x_t.dtype, x_t)
+    call("spo_transition", x_t.device, arguments)
+    return x0, children
+
+
 # ---------------------------------------------------------------------------------------------------- torch.library ops
-# One op a backend, all with the same arguments; `eager` needs none: PyTorch sees through it.
 
 
-_TRANSITION = (
-    "(Tensor cond, Tensor? uncond, Tensor x_t, Tensor rows, Tensor coefficients, float guidance_scale, "
-    "int num_children, Tensor? keys, Tensor? noise, bool want_x0) -> (Tensor, Tensor)"
-)
-
-
-def _transition_fake(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
-    return x_t.new_empty(x_t.shape if want_x0 else (0, *x_t.shape[1:])), x_t.new_empty((num_children, *x_t.shape))
-
-
-def _c_transition(cond, uncond, x_t, rows, coefficients, guidance_scale, num_children, keys, noise, want_x0):
-
-    return transition_c(
-        cond, uncond, x_t, rows, coefficients, guidance_scale, keys, noise, num_children, want_x0=want_x0
-    )
-
-
-TRANSITION = {
-    "eager": transition_ref,
-    "triton": library_op("transition_triton", _TRANSITION, _launch_transition, _transition_fake),
-    "c": library_op("transition_c", _TRANSITION, _c_transition, _transition_fake),
-}
+TRANSITION = implementations("transition", eager=transition_ref, triton=_launch, c=transition_c, fake=_outputs)
 
 # ---------------------------------------------------------------------------------------------------- public functions
 
@@ -260,52 +271,6 @@ def transition(
     implementation = TRANSITION[backend.choose("transition", x_t)]
     with torch.no_grad():
         return implementation(
-            *(
-                contiguous(cond),
-                contiguous(uncond),
-                checked_latents(x_t),
-                rows.contiguous(),
-                coefficients,
-                float(guidance_scale),
-            ),
-            *(num_children, None if noise is not None else keys, noise, want_x0),
+            *(contiguous(cond), contiguous(uncond), checked_latents(x_t), rows.contiguous(), coefficients),
+            *(float(guidance_scale), num_children, None if noise is not None else keys, noise, want_x0),
         )
-
-
-def transition_c(
-    cond: Tensor,  # (B, ...) float32, float64, bfloat16 or float16
-    uncond: Tensor | None,  # (B, ...) same dtype; None: m = cond
-    x_t: Tensor,  # (B, ...) float32 or float64
-    rows: Tensor,  # (B,) int64
-    table: Tensor,  # (R, 5) float64
-    guidance_scale: float,
-    keys: Tensor | None,  # (B, 5) int64: seed, iteration, prompt, step, candidate
-    noise: Tensor | None,  # (K, B, ...) same dtype as x_t; goes before keys
-    num_children: int,  # K, may be 0
-    want_x0: bool = True,
-) -> tuple[Tensor, Tensor]:  # x0 (B, ...), or (0, ...) if not wanted; children (K, B, ...)
-    """x0 = c x_t + d m and children a x_t + b m + std z, in one pass.
-
-    Raises ValueError for wrong shapes, dtypes, devices or strides, RuntimeError for a row outside the table (CPU only).
-    """
-    B, shape = x_t.shape[0], x_t.shape
-    m_dtype, x_dtype = dtype_codes(cond, x_t)
-    check_tensor("cond", cond, shape, cond.dtype, x_t)
-    check_tensor("uncond", uncond, shape, cond.dtype, x_t)
-    check_tensor("x_t", x_t, shape, x_t.dtype, x_t)
-    check_tensor("rows", rows, (B,), torch.int64, x_t)
-    check_tensor("table", table, (table.shape[0], 5), torch.float64, x_t)
-    check_tensor("keys", keys, (B, 5), torch.int64, x_t)
-    check_tensor("noise", noise, (num_children, *shape), x_t.dtype, x_t)
-    if num_children > 0 and keys is None and noise is None:
-        raise ValueError(f"transition: {num_children} children need keys (B, 5) or noise (K, B, ...)")
-    x0 = torch.empty_like(x_t) if want_x0 else x_t.new_empty((0, *shape[1:]))
-    children = x_t.new_empty((num_children, *shape))
-    call(
-        "spo_transition",
-        x_t.device,
-        *(m_dtype, x_dtype, pointer(cond), pointer(uncond), pointer(x_t), pointer(rows)),
-        *(pointer(table), table.shape[0], guidance_scale, pointer(keys), pointer(noise)),
-        *(num_children, B, sample_size(x_t), pointer(x0 if want_x0 else None), pointer(children)),
-    )
-    return x0, children
