@@ -23,22 +23,27 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 INT64, DOUBLE, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
+def fields(**kinds: type) -> list[tuple[str, type]]:
+    """A struct's fields in order, by name."""
+    return list(kinds.items())
+
+
 class Arguments(ctypes.Structure):
     """Mirror of a struct of csrc/spo_fast.h: a subclass adds the fields behind the first, which is the struct's size.
 
     Fields are given by name, tensors and types as they are; those left out are 0. The caller keeps the tensors alive.
     """
 
-    _fields_ = [("bytes", INT64)]
+    _fields_ = fields(bytes=INT64)
 
     def __init__(self, **values: Tensor | torch.dtype | float | tuple[float, ...] | None) -> None:
         super().__init__(bytes=ctypes.sizeof(self), **{name: _as_c(value) for name, value in values.items()})
 
 
 def _as_c(value: Tensor | torch.dtype | float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:
-    if isinstance(value, torch.dtype):
-        return DTYPE_CODES[value]
-    return value.data_ptr() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return DTYPE_CODES[value] if isinstance(value, torch.dtype) else value
 
 
 def load(device_type: str) -> ctypes.CDLL | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import Context, differentiate, implementations
-from spo_fast.ops.c_library import DOUBLE, INT64, POINTER, Arguments, call
+from spo_fast.ops.c_library import DOUBLE, INT64, POINTER, Arguments, call, fields
 from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
@@ -344,33 +344,45 @@ def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 class GroupNormSiluArguments(Arguments):
     """spo_group_norm_silu_args of csrc/spo_fast.h."""
 
-    _fields_ = [
-        *(("dtype", INT64), ("x", POINTER), ("weight", POINTER), ("bias", POINTER)),
-        *((name, INT64) for name in ("N", "C", "S", "num_groups", "channels_last", "silu")),
-        *(("eps", DOUBLE), ("mean", POINTER), ("rstd", POINTER)),
-        *(("y", POINTER), ("grad_y", POINTER), ("grad_x", POINTER)),
-    ]
+    _fields_ = fields(
+        dtype=INT64,
+        x=POINTER,
+        weight=POINTER,
+        bias=POINTER,
+        N=INT64,
+        C=INT64,
+        S=INT64,
+        num_groups=INT64,
+        channels_last=INT64,
+        silu=INT64,
+        eps=DOUBLE,
+        mean=POINTER,
+        rstd=POINTER,
+        y=POINTER,
+        grad_y=POINTER,
+        grad_x=POINTER,
+    )
 
-    def __init__(self, x, weight, bias, num_groups, silu, channels_last, **more: Tensor | float) -> None:
-        N, C, S = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-        tensors = {"x": x, "weight": weight, "bias": bias}
-        layout = {"num_groups": num_groups, "silu": silu, "channels_last": channels_last}
-        super().__init__(dtype=x.dtype, N=N, C=C, S=S, **tensors, **layout, **more)
+    def __init__(self, x, mean, rstd, **more):
+        N, C, S, groups = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]
+        super().__init__(dtype=x.dtype, x=x, N=N, C=C, S=S, num_groups=groups, mean=mean, rstd=rstd, **more)
 
 
 def _forward_c(x, weight, bias, num_groups, eps, silu, channels_last):
     y, mean, rstd = _fake(x, weight, bias, num_groups, eps, silu, channels_last)
-    arguments = (x, weight, bias, num_groups, silu, channels_last)
-    results = {"y": y, "mean": mean, "rstd": rstd}
-    call("spo_group_norm_silu_forward", x.device, GroupNormSiluArguments(*arguments, eps=eps, **results))
+    arguments = GroupNormSiluArguments(
+        x, mean, rstd, weight=weight, bias=bias, silu=silu, channels_last=channels_last, eps=eps, y=y
+    )
+    call("spo_group_norm_silu_forward", x.device, arguments)
     return y, mean, rstd
 
 
 def _backward_c(x, weight, bias, mean, rstd, grad_y, num_groups, silu, channels_last):
     grad_x = torch.empty_like(x)
-    arguments = (x, weight, bias, num_groups, silu, channels_last)
-    more = {"mean": mean, "rstd": rstd, "grad_y": grad_y, "grad_x": grad_x}
-    call("spo_group_norm_silu_backward", x.device, GroupNormSiluArguments(*arguments, **more))
+    arguments = GroupNormSiluArguments(
+        x, mean, rstd, weight=weight, bias=bias, silu=silu, channels_last=channels_last, grad_y=grad_y, grad_x=grad_x
+    )
+    call("spo_group_norm_silu_backward", x.device, arguments)
     return grad_x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, POINTER, Arguments, check_tensor
+from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, POINTER, Arguments, check_tensor, fields
 from spo_fast.ops.optional_triton import jit, tl
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -44,10 +44,19 @@ def guided_kernel(cond_ptr, uncond_ptr, offsets, mask, g, HAS_UNCOND: tl.constex
 class StepArguments(Arguments):
     """spo_step of csrc/spo_fast.h, and what a subclass adds. Raises ValueError for what the library cannot read."""
 
-    _fields_ = [
-        *(("m_dtype", INT64), ("x_dtype", INT64), ("cond", POINTER), ("uncond", POINTER), ("x_t", POINTER)),
-        *(("rows", POINTER), ("table", POINTER), ("num_rows", INT64), ("guidance", DOUBLE), ("B", INT64), ("n", INT64)),
-    ]
+    _fields_ = fields(
+        m_dtype=INT64,
+        x_dtype=INT64,
+        cond=POINTER,
+        uncond=POINTER,
+        x_t=POINTER,
+        rows=POINTER,
+        table=POINTER,
+        num_rows=INT64,
+        guidance=DOUBLE,
+        B=INT64,
+        n=INT64,
+    )
 
     def __init__(
         self,
@@ -88,13 +97,6 @@ class StepArguments(Arguments):
 # ---------------------------------------------------------------------------------------------------- public functions
 
 
-def checked_latents(x: Tensor) -> Tensor:
-    """Latents are float32 or float64, contiguous: std is 0.02 at the last step and bf16 resolves only 0.008 near 1."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"latents must be float32 or float64, got {x.dtype}: convert them with .float() first")
-    return x.contiguous()
-
-
 def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Shapes and types only: they cost no wait for the device, and a kernel would read out of bounds."""
     if value is not None and (value.shape != shape or (dtype is not None and value.dtype != dtype)):
@@ -102,15 +104,19 @@ def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: 
         raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, expected {wanted}")
 
 
-def check_states(cond: Tensor, uncond: Tensor | None, x_t: Tensor, rows: Tensor, coefficients: Tensor) -> None:
-    """Raises ValueError for shapes and types that do not belong together."""
+def checked_states(
+    cond: Tensor, uncond: Tensor | None, x_t: Tensor, rows: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """The arguments as kernels read them: contiguous. Raises ValueError for shapes and types that do not fit.
+
+    Latents are float32 or float64, else TypeError: std is 0.02 at the last step and bf16 resolves only 0.008 near 1.
+    """
     check_shape("cond", cond, x_t.shape)
     check_shape("uncond", uncond, x_t.shape, cond.dtype)
     check_shape("rows", rows, x_t.shape[:1], torch.int64)
     check_shape("coefficients", coefficients, (coefficients.shape[0], 5), torch.float64)
-
-
-def contiguous(m: Tensor | None) -> Tensor | None:
-    """The output as kernels read it."""
+    if x_t.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"latents must be float32 or float64, got {x_t.dtype}: convert them with .float() first")
     # UNets in channels_last give channels_last outputs; they are 4 channels wide, so a copy costs nothing.
-    return None if m is None else m.contiguous()
+    uncond = None if uncond is None else uncond.contiguous()
+    return cond.contiguous(), uncond, x_t.contiguous(), rows.contiguous(), coefficients

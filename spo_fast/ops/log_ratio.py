@@ -17,17 +17,8 @@ from torch import Tensor
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import Context, differentiate, implementations
-from spo_fast.ops.c_library import INT64, POINTER, call, check_tensor
-from spo_fast.ops.guidance import (
-    StepArguments,
-    check_shape,
-    check_states,
-    checked_latents,
-    contiguous,
-    guided,
-    guided_kernel,
-    row_of,
-)
+from spo_fast.ops.c_library import INT64, POINTER, call, check_tensor, fields
+from spo_fast.ops.guidance import StepArguments, check_shape, checked_states, guided, guided_kernel, row_of
 from spo_fast.ops.optional_triton import jit, launch, tl, two_floats
 
 backend.register(
@@ -214,11 +205,19 @@ def _launch_backward(
 class LogRatioArguments(StepArguments):
     """spo_log_ratio_args of csrc/spo_fast.h."""
 
-    _fields_ = [
-        *((name, POINTER) for name in ("frozen_cond", "frozen_uncond", "x_prev", "states")),
-        ("T", INT64),
-        *((name, POINTER) for name in ("log_ratio", "kl", "grad_log_ratio", "grad_kl", "grad_cond", "grad_uncond")),
-    ]
+    _fields_ = fields(
+        frozen_cond=POINTER,
+        frozen_uncond=POINTER,
+        x_prev=POINTER,
+        states=POINTER,
+        T=INT64,
+        log_ratio=POINTER,
+        kl=POINTER,
+        grad_log_ratio=POINTER,
+        grad_kl=POINTER,
+        grad_cond=POINTER,
+        grad_uncond=POINTER,
+    )
 
     def __init__(
         self, cond, uncond, frozen_cond, frozen_uncond, x_t, x_prev, states, rows, table, guidance_scale, **more
@@ -258,11 +257,15 @@ def log_ratio_backward(*inputs):
     inputs: log_ratio's, then grad_log_ratio (T,) and grad_kl (T,) in x_t's dtype; errors as forward's.
     """
     *inputs, grad_log_ratio, grad_kl = inputs
-    cond, uncond = inputs[:2]
-    grad_cond, grad_uncond = _backward_fake(cond, uncond)
-    outputs = {"grad_cond": grad_cond, "grad_uncond": None if uncond is None else grad_uncond}
-    arguments = LogRatioArguments(*inputs, grad_log_ratio=grad_log_ratio, grad_kl=grad_kl, **outputs)
-    call("spo_log_ratio_backward", cond.device, arguments)
+    grad_cond, grad_uncond = _backward_fake(*inputs)
+    arguments = LogRatioArguments(
+        *inputs,
+        grad_log_ratio=grad_log_ratio,
+        grad_kl=grad_kl,
+        grad_cond=grad_cond,
+        grad_uncond=None if inputs[1] is None else grad_uncond,
+    )
+    call("spo_log_ratio_backward", grad_cond.device, arguments)
     return grad_cond, grad_uncond
 
 
@@ -316,16 +319,16 @@ def log_ratio(
 
     Raises ValueError for shapes or types that do not fit, TypeError for 16-bit latents.
     """
-    check_states(cond, uncond, x_t, rows, coefficients)
+    cond, uncond, x_t, rows, coefficients = checked_states(cond, uncond, x_t, rows, coefficients)
     check_shape("frozen_cond", frozen_cond, x_t.shape, cond.dtype)
     check_shape("frozen_uncond", frozen_uncond, x_t.shape, cond.dtype)
     check_shape("x_prev", x_prev, (states.shape[0], *x_t.shape[1:]), x_t.dtype)
     check_shape("states", states, (states.shape[0],), torch.int64)
     if (uncond is None) != (frozen_uncond is None):
         raise ValueError("uncond and frozen_uncond must both be given (guidance) or both be None")
-    implementation = LOG_RATIO[backend.choose("log_ratio", x_t)]
-    return implementation(
-        *(contiguous(cond), contiguous(uncond), contiguous(frozen_cond), contiguous(frozen_uncond)),
-        *(checked_latents(x_t), checked_latents(x_prev), states.contiguous(), rows.contiguous(), coefficients),
-        float(guidance_scale),
+    if frozen_uncond is not None:
+        frozen_uncond = frozen_uncond.contiguous()
+    return LOG_RATIO[backend.choose("log_ratio", x_t)](
+        *(cond, uncond, frozen_cond.contiguous(), frozen_uncond, x_t, x_prev.contiguous(), states.contiguous()),
+        *(rows, coefficients, float(guidance_scale)),
     )

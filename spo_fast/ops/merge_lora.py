@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spo_fast.ops import backend, philox
 from spo_fast.ops.backend import implementations
-from spo_fast.ops.c_library import INT64, POINTER, Arguments, call, check_tensor
+from spo_fast.ops.c_library import INT64, POINTER, Arguments, call, check_tensor, fields
 from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
@@ -143,9 +143,7 @@ def _launch(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
 class MergeArguments(Arguments):
     """spo_merge_args of csrc/spo_fast.h."""
 
-    _fields_ = [
-        *(("dtype", INT64), ("weight", POINTER), ("delta", POINTER), ("key", POINTER), ("n", INT64), ("out", POINTER)),
-    ]
+    _fields_ = fields(dtype=INT64, weight=POINTER, delta=POINTER, key=POINTER, n=INT64, out=POINTER)
 
 
 def merge_c(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
@@ -157,8 +155,9 @@ def merge_c(weight: Tensor, delta: Tensor, key: Tensor, out: Tensor) -> None:
     ):
         check_tensor(name, tensor, weight.shape, dtype, weight)
     check_tensor("key", key, (5,), torch.int64, weight)
-    tensors = {"weight": weight, "delta": delta, "key": key, "out": out}
-    call("spo_merge", weight.device, MergeArguments(dtype=weight.dtype, n=weight.numel(), **tensors))
+    n = weight.numel()
+    arguments = MergeArguments(dtype=weight.dtype, weight=weight, delta=delta, key=key, n=n, out=out)
+    call("spo_merge", weight.device, arguments)
 
 
 # ---------------------------------------------------------------------------------------------------- torch.library ops

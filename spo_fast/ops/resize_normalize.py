@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import implementations
-from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, POINTER, Arguments, call
+from spo_fast.ops.c_library import DOUBLE, DTYPE_CODES, INT64, POINTER, Arguments, call, fields
 from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
@@ -180,11 +180,23 @@ def _launch(pixels: Tensor, size: int, mean: list[float], std: list[float], dtyp
 class ResizeNormalizeArguments(Arguments):
     """spo_resize_normalize_args of csrc/spo_fast.h."""
 
-    _fields_ = [
-        *(("pixel_dtype", INT64), ("out_dtype", INT64), ("pixels", POINTER), ("strides", INT64 * 4)),
-        *((name, INT64) for name in ("N", "H", "W", "resized_h", "resized_w", "top", "left", "size")),
-        *(("mean", DOUBLE * 3), ("std_dev", DOUBLE * 3), ("out", POINTER)),
-    ]
+    _fields_ = fields(
+        pixel_dtype=INT64,
+        out_dtype=INT64,
+        pixels=POINTER,
+        strides=INT64 * 4,
+        N=INT64,
+        H=INT64,
+        W=INT64,
+        resized_h=INT64,
+        resized_w=INT64,
+        top=INT64,
+        left=INT64,
+        size=INT64,
+        mean=DOUBLE * 3,
+        std_dev=DOUBLE * 3,
+        out=POINTER,
+    )
 
 
 def resize_normalize_c(pixels, size, mean, std, dtype):

@@ -14,17 +14,8 @@ from torch import Tensor
 
 from spo_fast.ops import backend, philox
 from spo_fast.ops.backend import implementations
-from spo_fast.ops.c_library import INT64, POINTER, call, check_tensor
-from spo_fast.ops.guidance import (
-    StepArguments,
-    check_shape,
-    check_states,
-    checked_latents,
-    contiguous,
-    guided,
-    guided_kernel,
-    row_of,
-)
+from spo_fast.ops.c_library import INT64, POINTER, call, check_tensor, fields
+from spo_fast.ops.guidance import StepArguments, check_shape, checked_states, guided, guided_kernel, row_of
 from spo_fast.ops.optional_triton import jit, launch, tl, two_floats
 
 backend.register(
@@ -87,14 +78,10 @@ def _row(row, dtype: tl.constexpr):
 
 
 @jit
-def _lane(lane, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND: tl.constexpr):
-    """Where a quarter of the sample lies, and its m and x_t."""
-    quarter = (n + 3) // 4
-    element = lane * quarter + group
-    inside = (group < quarter) & (element < n)
-    at = sample * n + element
-    m = guided_kernel(cond_ptr, uncond_ptr, at, inside, g, HAS_UNCOND, x_t_ptr.dtype.element_ty)
-    return at, inside, m, tl.load(x_t_ptr + at, mask=inside, other=0.0)
+def _inside(group, quarter, n):
+    """Which elements of each lane there are."""
+    first = group < quarter
+    return first, first & (group + quarter < n), first & (group + 2 * quarter < n), first & (group + 3 * quarter < n)
 
 
 @jit
@@ -145,10 +132,20 @@ def _transition_kernel(
     dtype: tl.constexpr = x_t_ptr.dtype.element_ty
     a, b, c, d, std = _row(table_ptr + 5 * tl.load(rows_ptr + sample), dtype)
     g = tl.cast(guidance, dtype) + tl.cast(guidance_low, dtype)
-    at0, in0, m0, x0 = _lane(0, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
-    at1, in1, m1, x1 = _lane(1, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
-    at2, in2, m2, x2 = _lane(2, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
-    at3, in3, m3, x3 = _lane(3, cond_ptr, uncond_ptr, x_t_ptr, sample, group, n, g, HAS_UNCOND)
+    quarter = (n + 3) // 4
+    at0 = sample * n + group
+    at1 = at0 + quarter
+    at2 = at1 + quarter
+    at3 = at2 + quarter
+    in0, in1, in2, in3 = _inside(group, quarter, n)
+    m0 = guided_kernel(cond_ptr, uncond_ptr, at0, in0, g, HAS_UNCOND, dtype)
+    m1 = guided_kernel(cond_ptr, uncond_ptr, at1, in1, g, HAS_UNCOND, dtype)
+    m2 = guided_kernel(cond_ptr, uncond_ptr, at2, in2, g, HAS_UNCOND, dtype)
+    m3 = guided_kernel(cond_ptr, uncond_ptr, at3, in3, g, HAS_UNCOND, dtype)
+    x0 = tl.load(x_t_ptr + at0, mask=in0, other=0.0)
+    x1 = tl.load(x_t_ptr + at1, mask=in1, other=0.0)
+    x2 = tl.load(x_t_ptr + at2, mask=in2, other=0.0)
+    x3 = tl.load(x_t_ptr + at3, mask=in3, other=0.0)
     if WANT_X0:
         tl.store(x0_ptr + at0, c * x0 + d * m0, mask=in0)
         tl.store(x0_ptr + at1, c * x1 + d * m1, mask=in1)
@@ -211,9 +208,7 @@ def _launch(
 class TransitionArguments(StepArguments):
     """spo_transition_args of csrc/spo_fast.h."""
 
-    _fields_ = [
-        *(("keys", POINTER), ("noise", POINTER), ("num_children", INT64), ("x0", POINTER), ("children", POINTER)),
-    ]
+    _fields_ = fields(keys=POINTER, noise=POINTER, num_children=INT64, x0=POINTER, children=POINTER)
 
 
 def transition_c(cond, uncond, x_t, rows, table, guidance_scale, num_children, keys, noise, want_x0=True):
@@ -224,9 +219,14 @@ def transition_c(cond, uncond, x_t, rows, table, guidance_scale, num_children, k
     if num_children > 0 and keys is None and noise is None:
         raise ValueError(f"transition: {num_children} children need keys (B, 5) or noise (K, B, ...)")
     x0, children = _outputs(cond, uncond, x_t, rows, table, guidance_scale, num_children, keys, noise, want_x0)
-    step = (cond, uncond, x_t, rows, table, guidance_scale)
-    outputs = {"x0": x0 if want_x0 else None, "children": children}
-    arguments = TransitionArguments(*step, keys=keys, noise=noise, num_children=num_children, **outputs)
+    arguments = TransitionArguments(
+        *(cond, uncond, x_t, rows, table, guidance_scale),
+        keys=keys,
+        noise=noise,
+        num_children=num_children,
+        x0=x0 if want_x0 else None,
+        children=children,
+    )
     check_tensor("keys", keys, (x_t.shape[0], 5), torch.int64, x_t)
     check_tensor("noise", noise, (num_children, *x_t.shape), x_t.dtype, x_t)
     call("spo_transition", x_t.device, arguments)
@@ -258,7 +258,7 @@ def transition(
 
     Raises ValueError unless exactly one of `keys` and `noise` is given (none is needed for num_children=0).
     """
-    check_states(cond, uncond, x_t, rows, coefficients)
+    states = checked_states(cond, uncond, x_t, rows, coefficients)
     check_shape("keys", keys, (x_t.shape[0], 5), torch.int64)
     if num_children > 0 and (keys is None) == (noise is None):
         raise ValueError("transition draws children from exactly one of keys=(B, 5) int64 or noise=(K, B, C, H, W)")
@@ -270,7 +270,5 @@ def transition(
         keys = keys.contiguous()
     implementation = TRANSITION[backend.choose("transition", x_t)]
     with torch.no_grad():
-        return implementation(
-            *(contiguous(cond), contiguous(uncond), checked_latents(x_t), rows.contiguous(), coefficients),
-            *(float(guidance_scale), num_children, None if noise is not None else keys, noise, want_x0),
-        )
+        keys = None if noise is not None else keys
+        return implementation(*states, float(guidance_scale), num_children, keys, noise, want_x0)
