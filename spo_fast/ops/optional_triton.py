@@ -1,7 +1,4 @@
-"""Triton, which need not be there: kernels are decorated and launched alike with it, without it and in its interpreter.
-
-from spo_fast.ops.optional_triton import jit, launch, tl
-"""
+"""Triton, which need not be there: kernels are decorated and launched alike with it, without it, in its interpreter."""
 
 from __future__ import annotations
 
