@@ -13,9 +13,7 @@ from spo_fast.config import command, flags
 from spo_fast.config.errors import RunError
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.presets import EVALUATION_PRESETS
-from spo_fast.evaluation.contenders import named, resolve_settings
-from spo_fast.evaluation.pages.comparison import Comparison, spread, write_comparison
-from spo_fast.evaluation.results import evaluate
+from spo_fast.evaluation.contenders import find_files, named, resolve_settings
 
 ABOUT = "One page that compares pictures of up to six models: pairs, win rates, blind votes, signs of reward hacking."
 EXAMPLES = [
@@ -61,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         cfg, names, mine = parse(arguments)
         if not cfg.metric.metric_names:
             raise RunError("no metric: give one or more by --metrics.")
-        evaluation = evaluate(cfg)
+        found = find_files(cfg)  # all of them, before anything heavy is imported
+        from spo_fast.evaluation.evaluate import evaluate
+        from spo_fast.evaluation.pages.comparison import Comparison, spread, write_comparison
+
+        evaluation = evaluate(cfg, *found)
         by_name = {g.contender.name: g for g in evaluation.galleries}
         sides = [by_name[name] for name in names]
         print(write_comparison(Comparison(evaluation, sides, spread(len(sides[0].files), mine.num_shown)), mine.votes))

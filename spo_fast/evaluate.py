@@ -13,8 +13,7 @@ from pathlib import Path
 from spo_fast.config import command, flags
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.presets import EVALUATION_PRESETS
-from spo_fast.evaluation.contenders import resolve_settings
-from spo_fast.evaluation.results import evaluate
+from spo_fast.evaluation.contenders import find_files, resolve_settings
 
 ABOUT = "Scores of pictures drawn by a model and by what was trained of it, from the same noise."
 EXAMPLES = [
@@ -33,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
 
     def work() -> None:
-        evaluation = evaluate(parse(arguments))
-        out = Path(evaluation.cfg.pictures.output_dir)
+        cfg = parse(arguments)
+        found = find_files(cfg)  # all of them, before anything heavy is imported
+        from spo_fast.evaluation.evaluate import evaluate
+
+        evaluate(cfg, *found)
+        out = Path(cfg.pictures.output_dir)
         print((out / "results.md").read_text(encoding="utf-8"))
         print(f"{out / 'results.json'}")
 

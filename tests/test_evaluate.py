@@ -20,7 +20,7 @@ from spo_fast.data import prompt_sets, toy_world
 from spo_fast.data.prompt_sets import PROMPT_SETS
 from spo_fast.evaluation import contenders, draw, results, score
 from spo_fast.evaluation import pictures as evaluation_pictures
-from spo_fast.evaluation.looks import hacking_signs, looks
+from spo_fast.evaluation.image_statistics import hacking_signs, image_statistics
 from spo_fast.evaluation.published import PUBLISHED
 from spo_fast.evaluation.statistics import bootstrap, win_rate
 from spo_fast.models.files.toy import WEIGHTS
@@ -541,7 +541,7 @@ def test_looks_by_hand() -> None:
     x = torch.full((3, 3, 8, 8), 0.0)  # mid grey
     x[1, :, :, 4:] = 1.0  # a white half
     x[2, 0], x[2, 1], x[2, 2] = 1.0, -1.0, -1.0  # pure red
-    found = {name: values.tolist() for name, values in looks(x).items()}
+    found = {name: values.tolist() for name, values in image_statistics(x).items()}
     assert found["saturation"] == pytest.approx([0, 0, 1])
     assert found["contrast"] == pytest.approx([0, 0.25, 0], abs=1e-6)
     assert found["edges"] == pytest.approx([0, 2 / 8, 0])  # the two columns along the step change by 0.25 a pixel

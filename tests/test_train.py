@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from spo_fast import report, train
 from spo_fast.data import toy_world
 from spo_fast.evaluation import metrics, pictures
-from spo_fast.evaluation.looks import looks
+from spo_fast.evaluation.image_statistics import image_statistics
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method.objectives import predict_states
 from spo_fast.models.device import found_device
@@ -232,7 +232,7 @@ def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.C
                 assert expected[f"held_out_{name}"] == pytest.approx(float(values.mean()), rel=1e-6)
             else:
                 assert expected[name] == pytest.approx(values.tolist(), rel=1e-6)
-        saturation = float(looks(pixels)["saturation"].mean())
+        saturation = float(image_statistics(pixels)["saturation"].mean())
         if where:
             ratio = saturation / (sum(start["values"]["saturation"]) / len(texts))
             assert expected["look_saturation"] == pytest.approx(ratio, rel=1e-6) and "hacking" in expected

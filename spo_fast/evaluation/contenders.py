@@ -15,11 +15,12 @@ from spo_fast.config import flags
 from spo_fast.config.errors import Missing, MissingFilesError
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.presets import EVALUATION_PRESETS
-from spo_fast.config.scorers import SCORERS, TRUE_SCORES
-from spo_fast.data.files import read_json
+from spo_fast.config.scorers import TRUE_SCORES
+from spo_fast.data.files import read_json, write_atomically
 from spo_fast.data.prompt_sets import prompts_of
 from spo_fast.evaluation.required_files import metric_scorers, resolve
 from spo_fast.models.files.find import find_contender
+from spo_fast.models.files.sources import Resolved
 
 OF_THE_RUN = (  # settings that a run's directory brings along, unless they are given
     *("model", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"),
@@ -56,10 +57,9 @@ def check_metrics(cfg: EvaluationConfig) -> list[str]:
     return metric_scorers(names, cfg.model.model, "--metrics")
 
 
-def find_files(cfg: EvaluationConfig) -> tuple[Any, list[Contender]]:
+def find_files(cfg: EvaluationConfig) -> tuple[Resolved, list[Contender]]:
     """(paths of the model and the metrics, contenders), base first. Raises MissingFilesError naming all that lack."""
     missing: list[Missing] = []
-    resolved = None
     try:
         resolved = resolve(cfg.model, cfg.metric.paths_of(check_metrics(cfg)))
     except MissingFilesError as error:
@@ -97,8 +97,6 @@ class Gallery:
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises ValueError if the pictures that are there were drawn otherwise."""
-        from spo_fast.data.files import write_atomically
-
         file = self.folder / "settings.json"
         if file.is_file():
             was = read_json(file)
@@ -145,7 +143,7 @@ def settings_of_run(sources: list[str]) -> dict[str, Any]:
     return {}
 
 
-def resolve_settings(parser: Any, arguments: list[str] | None) -> EvaluationConfig:
+def resolve_settings(parser: flags.Parser, arguments: list[str] | None) -> EvaluationConfig:
     """Flags over file over what the first run given by --lora brings along, over the preset."""
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
@@ -168,15 +166,3 @@ def why_no_true_scores(cfg: EvaluationConfig, prompts: list[str]) -> str:
     if any(side not in (None, toy_world.SIZE) for side in (cfg.model.height, cfg.model.width)):
         return f"are of pictures of {toy_world.SIZE} pixels"
     return ""
-
-
-def check_scores(cfg: EvaluationConfig, prompts: list[str], device: Any) -> None:
-    """Raises ValueError, before anything is drawn, for a metric that cannot judge these pictures."""
-    asked = [name for name in cfg.metric.metric_names if name in TRUE_SCORES]
-    if asked and (why := why_no_true_scores(cfg, prompts)):
-        raise ValueError(f"--metrics {' '.join(asked)}: true scores {why}. Leave them out.")
-    from spo_fast.scorers.function import FunctionScorer
-
-    for name in cfg.metric.metric_names:
-        if name in SCORERS and (function := SCORERS[name].function) is not None:
-            FunctionScorer(name, function, device).check(prompts)

@@ -1,4 +1,4 @@
-"""A metric by name: a scorer of pictures, a true score of the toy's world, or the looks."""
+"""A metric by name: a scorer of pictures, a true score of the toy's world, or the image statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.scorers import TRUE_SCORES
-from spo_fast.evaluation.looks import looks
+from spo_fast.evaluation.image_statistics import image_statistics
 from spo_fast.scorers.registry import load_metric
 from spo_fast.scorers.spm import Tokenize
 
@@ -19,7 +19,7 @@ Metric = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
 
 def make_metric(
-    name: str,  # a scorer, one of TRUE_SCORES, or looks
+    name: str,  # a scorer, one of TRUE_SCORES, or looks: the image statistics
     paths: Mapping[str, str | Path],  # of scorers' weights
     tokenize: Tokenize,
     device: torch.device,
@@ -28,7 +28,7 @@ def make_metric(
 ) -> Metric:
     """Pictures and prompts -> scores by name. Loads what the metric needs."""
     if name == "looks":
-        return lambda pixels, prompts: looks(pixels)
+        return lambda pixels, prompts: image_statistics(pixels)
     if name in TRUE_SCORES:
         from spo_fast.data import toy_world
 

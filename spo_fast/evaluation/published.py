@@ -19,3 +19,9 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "SPO": dict(zip(COLUMNS, (21.43, 26.45, 0.171, 5.887), strict=True)),
     },
 }
+
+
+def published_cells(model: str, metrics: list[str]) -> list[tuple[str, list[str]]]:
+    """(row, a cell a metric) of a model's published rows that have one of the metrics."""
+    rows = {name: known for name, known in PUBLISHED.get(model, {}).items() if set(known) & set(metrics)}
+    return [(name, [f"{known[m]:.4g}" if m in known else "" for m in metrics]) for name, known in rows.items()]

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from spo_fast.config.evaluation import EvaluationConfig
-from spo_fast.config.scorers import SCORERS
-from spo_fast.data.files import read_json, weight_files
+from spo_fast.config.scorers import SCORERS, TRUE_SCORES
+from spo_fast.data.files import read_json, weight_files, without_nan, write_atomically
 from spo_fast.data.prompt_sets import geneval_records, prompt_files
-from spo_fast.evaluation.contenders import Gallery
+from spo_fast.evaluation.contenders import Gallery, why_no_true_scores
+from spo_fast.evaluation.metrics import Metric, make_metric
 from spo_fast.evaluation.pictures import read_picture
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
+from spo_fast.models.diffusion import DTYPES
+from spo_fast.models.files.load import load_tokenizers
+from spo_fast.models.files.sources import Resolved
+from spo_fast.models.tensor_cache import fingerprint_files
+from spo_fast.scorers.function import FunctionScorer
 
 
 def wanted(cfg: EvaluationConfig) -> dict[str, dict[str, Any]]:
@@ -27,16 +31,18 @@ def wanted(cfg: EvaluationConfig) -> dict[str, dict[str, Any]]:
     return geneval_records(prompt_files(cfg.pictures.prompts or "geneval")[1][0])
 
 
-def metric_of(
-    name: str, cfg: EvaluationConfig, resolved: Any, device: torch.device
-) -> Callable[[Tensor, list[str]], dict[str, Tensor]]:
-    """See metrics.Metric."""
-    import torch
+def check_scores(cfg: EvaluationConfig, prompts: list[str], device: torch.device) -> None:
+    """Raises ValueError, before anything is drawn, for a metric that cannot judge these pictures."""
+    asked = [name for name in cfg.metric.metric_names if name in TRUE_SCORES]
+    if asked and (why := why_no_true_scores(cfg, prompts)):
+        raise ValueError(f"--metrics {' '.join(asked)}: true scores {why}. Leave them out.")
+    for name in cfg.metric.metric_names:
+        if name in SCORERS and (function := SCORERS[name].function) is not None:
+            FunctionScorer(name, function, device).check(prompts)
 
-    from spo_fast.evaluation.metrics import make_metric
-    from spo_fast.models.diffusion import DTYPES
-    from spo_fast.models.files.load import load_tokenizers
 
+def metric_of(name: str, cfg: EvaluationConfig, resolved: Resolved, device: torch.device) -> Metric:
+    """A metric with its weights."""
     tokenizer = load_tokenizers(resolved)[0]
 
     def tokenize(texts: list[str]) -> Tensor:
@@ -48,15 +54,9 @@ def metric_of(
 
 
 def score_all(
-    cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], prompts: list[str], device: torch.device
+    cfg: EvaluationConfig, resolved: Resolved, galleries: list[Gallery], prompts: list[str], device: torch.device
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Contender -> metric (or look) -> (P,) means over each prompt's pictures. Kept per contender and metric."""
-    import numpy as np
-    import torch
-
-    from spo_fast.data.files import without_nan, write_atomically
-    from spo_fast.models.tensor_cache import fingerprint_files
-
+    """Contender -> metric or image statistic -> (P,) means over a prompt's pictures. Kept per contender and metric."""
     per, size = cfg.pictures.images_per_prompt, cfg.pictures.images_at_once
     found: dict[str, dict[str, np.ndarray]] = {g.contender.name: {} for g in galleries}
     asked = ""
@@ -98,8 +98,6 @@ def own_code(name: str) -> list[Path]:
 
 def prompt_weights(cfg: EvaluationConfig, prompts: list[str]) -> dict[str, np.ndarray]:
     """Metric -> (P,) what a prompt counts in its mean, where not all count alike: GenEval means its tasks' means."""
-    import numpy as np
-
     if "geneval" not in cfg.metric.metric_names:
         return {}
     from spo_fast.scorers.geneval import task_weights

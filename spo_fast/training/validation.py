@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spo_fast.config.training import Config
 from spo_fast.data.files import read_json, set_aside, without_nan, write_atomically
-from spo_fast.evaluation.looks import LOOKS, hacking_signs
+from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
 from spo_fast.evaluation.metrics import make_metric
 from spo_fast.evaluation.pictures import write_grid
 from spo_fast.method.experience import Candidates
@@ -46,11 +46,13 @@ class Validation(NamedTuple):
         return cls(kept["score"], values, kept.get("of", {}))
 
     def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, Any]:
-        """As it is logged. Looks are logged against those before training, with the signs of reward hacking there."""
+        """As it is logged. Image statistics stand against those before training, with signs of reward hacking there."""
         found: dict[str, Any] = {"validation_score": self.score}
         found |= {f"held_out_{name}": self.mean(name) for name in metrics}
         if before is not None:
-            found |= {f"look_{name}": self.mean(name) / mean for name in LOOKS if (mean := before.mean(name)) > 0}
+            found |= {
+                f"look_{name}": self.mean(name) / mean for name in IMAGE_STATISTICS if (mean := before.mean(name)) > 0
+            }
             found["hacking"] = "; ".join(hacking_signs(before.by_prompt(), self.by_prompt(), seed).values())
         return found
 
@@ -72,7 +74,7 @@ class Validation(NamedTuple):
     def by_prompt(self) -> dict[str, np.ndarray]:
         """Look -> its mean over each prompt's pictures, which are no independent samples."""
         count = len(self.of["prompts"])
-        return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in LOOKS}
+        return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in IMAGE_STATISTICS}
 
 
 @dataclass
@@ -151,8 +153,8 @@ class Validator:
 
     @torch.no_grad()
     def measured(self, images: list[list[Tensor]]) -> dict[str, list[float]]:
-        """Held-out metrics and looks of the pictures, prompt after prompt. A metric's weights are loaded for it and
-        dropped again: training has the memory."""
+        """Held-out metrics and image statistics of the pictures, prompt after prompt. A metric's weights are loaded for
+        it and dropped again: training has the memory."""
         found: dict[str, list[float]] = {}
         pictures = torch.stack([image for row in images for image in row]).clamp(-1, 1)
         texts = [prompt for prompt, row in zip(self.prompts, images, strict=True) for _ in row]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spo_fast.config.methods import Method
-from spo_fast.evaluation.looks import RISE
+from spo_fast.evaluation.image_statistics import RISE
 from spo_fast.evaluation.pages.run_record import RunRecord
 
 MAX_POINTS = 300  # of a curve; more records are drawn as means of equal parts and a band from least to greatest
@@ -34,7 +34,7 @@ class Chart:
 CHARTS = (
     Chart("Validation score", ("validation_score",), "of the validation prompts, always from the same noise"),
     Chart(
-        "Looks of the validation pictures",
+        "Image statistics of the validation pictures",
         ("look_*",),
         "1: before training; above the dotted line: reward hacking?",
         level=1 + RISE,

@@ -16,7 +16,7 @@ from spo_fast.config.methods import find_method
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.training import DECIDES
 from spo_fast.data.files import read_json
-from spo_fast.evaluation.looks import LOOKS
+from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS
 from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import DEFAULTS, Resolved
 
@@ -30,7 +30,7 @@ class RunRecord:
     run_dir: Path
     settings: dict[str, Any]  # config.yaml
     records: list[dict[str, Any]]  # metrics.jsonl
-    start: dict[str, float]  # field -> its value before training: validation score, held-out metrics, looks
+    start: dict[str, float]  # field -> its value before training: validation score, held-out metrics, image statistics
 
     @classmethod
     def read(cls, run_dir: str | Path) -> RunRecord:
@@ -152,28 +152,29 @@ class RunRecord:
     def loading(self, weights: str) -> str:
         """Python that draws with what was trained; `weights`: the run directory or a hub repository."""
         s = self.settings
-        base = f'"{self.base_model}"' if self.base_model else 'toy_files()["model"]'
+        base, weights = (
+            json.dumps(name, ensure_ascii=False) for name in (self.base_model, weights)
+        )  # as Python has it
         pipeline = "StableDiffusionPipeline" if s["model"] == "sd15" else "StableDiffusionXLPipeline"
         load = "from_single_file" if base.endswith('.safetensors"') else "from_pretrained"
         unet = s["full_finetune"]
         lines = ["import torch", f"from diffusers import {pipeline}" + (", UNet2DConditionModel" if unet else "")]
         if not self.base_model:
-            lines += ["from spo_fast.models.files.toy import toy_files"]
+            base, lines = 'toy_files()["model"]', [*lines, "from spo_fast.models.files.toy import toy_files"]
         lines += ["", 'settings = {"torch_dtype": torch.float16}']
         if unet:
-            source = f'"{weights}", subfolder="unet", torch_dtype=torch.float16'
+            source = f'{weights}, subfolder="unet", torch_dtype=torch.float16'
             lines += [f'settings["unet"] = UNet2DConditionModel.from_pretrained({source})']
         lines += [f'pipe = {pipeline}.{load}({base}, **settings).to("cuda")']
-        if (
-            load == "from_single_file" and (told := self._file_prediction()) != "epsilon"
-        ):  # which diffusers takes it for
+        # a file's prediction type is taken for epsilon by diffusers
+        if load == "from_single_file" and (predicted := self._file_prediction()) != "epsilon":
             lines += [
                 "pipe.scheduler = type(pipe.scheduler).from_config(",
-                f'    pipe.scheduler.config, prediction_type="{told}"',
+                f'    pipe.scheduler.config, prediction_type="{predicted}"',
                 ")",
             ]
         if not unet:
-            lines += [f'pipe.load_lora_weights("{weights}")']
+            lines += [f"pipe.load_lora_weights({weights})"]
         draw = f"num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
         lines += [f'image = pipe("a prompt", {draw}).images[0]']
         return "\n".join(lines)
@@ -182,8 +183,8 @@ class RunRecord:
         """What a single file's network predicts."""
         source = DEFAULTS.get(self.settings["model"], DEFAULTS["sdxl"])
         path = Path(str(self.base_model)).expanduser()
-        told = scheduler_config(Resolved(source, path, None)) if path.is_file() else {}
-        return told.get("prediction_type", "epsilon")
+        config = scheduler_config(Resolved(source, path, None)) if path.is_file() else {}
+        return config.get("prediction_type", "epsilon")
 
 
 def count_text(n: int, what: str) -> str:
@@ -201,23 +202,14 @@ def duration(seconds: float) -> str:
 def started(before: dict[str, Any]) -> dict[str, float]:
     """samples/before.json as fields of the log."""
     means = {name: np.mean([np.nan if v is None else v for v in values]) for name, values in before["values"].items()}
-    found = {f"held_out_{name}": float(mean) for name, mean in means.items() if name not in LOOKS}
-    found |= {f"look_{name}": 1.0 for name, mean in means.items() if name in LOOKS and mean > 0}
+    found = {f"held_out_{name}": float(mean) for name, mean in means.items() if name not in IMAGE_STATISTICS}
+    found |= {f"look_{name}": 1.0 for name, mean in means.items() if name in IMAGE_STATISTICS and mean > 0}
     return {k: v for k, v in {"validation_score": before["score"], **found}.items() if v is not None}
 
 
 def finite(value: float) -> float | None:
     """The value, or None of NaN and infinity."""
     return value if math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------------------------------------------- the page
-
-
-def value(setting: Any) -> str:
-    """A setting as people read it."""
-    text = ", ".join(map(str, setting)) if isinstance(setting, list) else setting
-    return "none" if text in (None, "") else str(text)
 
 
 # ---- metrics.jsonl ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spo_fast.data.files import read_json
+from spo_fast.evaluation.statistics import Interval, bootstrap
 
 # as the user study of the SPO paper asks: (name, question, title of the table)
 QUESTIONS = (
@@ -60,16 +63,12 @@ def is_vote(found: Any, sides: Sequence[str]) -> bool:
     return found["choice"] in ("a", "b", "tie") and found["question"] in {name for name, *_ in QUESTIONS}
 
 
-def user_study(votes: Sequence[Vote], seed: int) -> dict[tuple[str, str], dict[str, Any]]:
+def user_study(votes: Sequence[Vote], seed: int) -> dict[tuple[str, str], dict[str, tuple[Interval, int]]]:
     """(a, b) -> question -> (share of the votes for b, a tie being half, with its interval over votes; their number).
 
     With several votes on a pair the interval is over pairs: two people's votes on one pair are no two pairs.
     """
-    import numpy as np
-
-    from spo_fast.evaluation.statistics import bootstrap
-
-    table: dict[tuple[str, str], dict[str, Any]] = {}
+    table: dict[tuple[str, str], dict[str, tuple[Interval, int]]] = {}
     worth = {"a": 0.0, "b": 1.0, "tie": 0.5}
     for pair in dict.fromkeys((v.a, v.b) for v in votes):
         for question, _, _ in QUESTIONS:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from spo_fast.evaluation.statistics import bootstrap
 
-RISE = 0.25  # of a look against the base model's, above which it is called a sign of reward hacking
+RISE = 0.25  # of a statistic against the base model's, above which it is called a sign of reward hacking
 
 
-def looks(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [-1, 1] -> (B,) each
+def image_statistics(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [-1, 1] -> (B,) each
     """saturation: mean of max - min of R, G, B in [0, 1]; contrast: standard deviation of luma (BT.601); edges: share
     of pixels whose luma changes by more than 0.1 a pixel (Sobel); colourfulness: Hasler and Suesstrunk 2003, of 0..255.
     """
@@ -31,13 +31,13 @@ def looks(pixels: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [-1, 1] -> (B
     }
 
 
-LOOKS = ("saturation", "contrast", "edges", "colourfulness")
+IMAGE_STATISTICS = ("saturation", "contrast", "edges", "colourfulness")
 
 
 def hacking_signs(base: dict[str, np.ndarray], ours: dict[str, np.ndarray], seed: int) -> dict[str, str]:
-    """Look -> a sentence, for looks that have risen by more than RISE, and not by chance."""
+    """Statistic -> a sentence, for those that have risen by more than RISE, and not by chance."""
     signs = {}
-    for name in LOOKS:
+    for name in IMAGE_STATISTICS:
         before, gain = float(base[name].mean()), bootstrap(ours[name] - base[name], seed)
         if before > 0 and gain.mean > RISE * before and gain.low > 0:
             signs[name] = f"{name} is {gain.mean / before:.0%} above the base model's"
