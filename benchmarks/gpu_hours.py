@@ -28,8 +28,8 @@ from spo_fast import train
 from spo_fast.config.preference import PreferenceConfig
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.config.recipes import latent_recipe
+from spo_fast.config.tables import markdown
 from spo_fast.config.training import Config
-from spo_fast.evaluation.tables import markdown
 from spo_fast.method.rollout import segments
 from spo_fast.models.diffusion import DTYPES, decode, embeddings
 from spo_fast.scorers.latent import LatentScorer

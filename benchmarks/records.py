@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spo_fast.config.tables import columns
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "xformers")
 RESULTS = Path(__file__).parent / "results"
@@ -173,5 +175,4 @@ def read(path: Path) -> list[dict[str, Any]]:
 def table(rows: Sequence[Sequence[Any]]) -> str:
     """Aligned columns, the first row a heading."""
     cells = [[f"{c:.4g}" if isinstance(c, float) else str("" if c is None else c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return columns(cells)

@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.records import RESULTS, software
 from spo_fast import train, train_spm
+from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
 from spo_fast.evaluation.pages.run_record import read_metrics
-from spo_fast.evaluation.tables import markdown
 from spo_fast.toy import build, evaluate
 from spo_fast.training.loop import Run
 

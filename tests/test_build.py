@@ -353,11 +353,14 @@ def test_pip_install_needs_neither_torch_nor_nvcc(way, tmp_path):
         f"assert not {HEAVY!r} & set(sys.modules); "
         "lib = pathlib.Path(spo_fast.__file__).parent / 'lib'; "
         "ctypes.CDLL(str(lib / 'libspo_fast_cpu.so')); "
-        "print(sorted(p.name for p in lib.iterdir()), lib)"
+        "print(sorted(p.name for p in lib.iterdir()), lib); "
+        "print(*sorted(p.name for p in (lib.parent / 'evaluation/pages/templates').iterdir()))"
     )
     printed = in_subprocess(code, python, PYTHONPATH="")
     assert printed.startswith("['libspo_fast_cpu.so']")
     assert (str(source) in printed) == (way == "editable")
+    templates = ROOT / "spo_fast/evaluation/pages/templates"
+    assert printed.splitlines()[-1].split() == sorted(file.name for file in templates.iterdir())
 
 
 def build_py(source: Path, target: Path, **environment: str) -> subprocess.CompletedProcess:

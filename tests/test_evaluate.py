@@ -209,7 +209,8 @@ def test_compiled_networks_see_one_batch_size(
     )
     monkeypatch.setattr("spo_fast.training.accelerate.compile_network", models_compile.compile_network)
     monkeypatch.setattr("spo_fast.models.accelerate.compile_network", models_compile.compile_network)
-    monkeypatch.setattr(policy, "denoise", lambda *a: sizes.add(len(a[1])) or whole_call(*a))
+    monkeypatch.setattr("spo_fast.evaluation.draw.compile_network", models_compile.compile_network)
+    monkeypatch.setattr("spo_fast.evaluation.sampling.denoise", lambda *a: sizes.add(len(a[1])) or whole_call(*a))
     done(tmp_path, lora=[run_dir], compile="regional")
     assert sizes == {4} and [how for _, how in compiled_parts] == ["regional"] * 3  # decoder, base, LoRA
     for name in ("base", "mine"):
@@ -537,7 +538,7 @@ def test_win_rate_counts_ties_half() -> None:
     assert win_rate(ours, theirs, 0).mean == (1 + 0.5 + 0 + 1) / 4
 
 
-def test_looks_by_hand() -> None:
+def test_image_statistics_by_hand() -> None:
     x = torch.full((3, 3, 8, 8), 0.0)  # mid grey
     x[1, :, :, 4:] = 1.0  # a white half
     x[2, 0], x[2, 1], x[2, 2] = 1.0, -1.0, -1.0  # pure red
@@ -549,7 +550,7 @@ def test_looks_by_hand() -> None:
     assert found["colourfulness"] == pytest.approx([0, 0, 0.3 * (255**2 + 127.5**2) ** 0.5], abs=1e-3)
 
 
-def test_hacking_is_flagged_when_looks_rise_beyond_chance() -> None:
+def test_hacking_is_flagged_when_image_statistics_rise_beyond_chance() -> None:
     random = np.random.default_rng(0)
     base = {name: 1 + 0.1 * random.random(50) for name in ("saturation", "contrast", "edges", "colourfulness")}
     vivid = {**base, "saturation": base["saturation"] * 1.4, "edges": base["edges"] * 1.2}

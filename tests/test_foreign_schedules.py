@@ -18,8 +18,8 @@ from runs import facts, flags, run_toy
 from spo_fast import train
 from spo_fast.config.sections import ModelConfig
 from spo_fast.config.training import SampleConfig
-from spo_fast.evaluation.draw import Drawn
 from spo_fast.evaluation.required_files import resolve
+from spo_fast.evaluation.sampling import Drawn
 from spo_fast.method.objectives import D3PO
 from spo_fast.method.rollout import last_noisy_step, sample_latents, segments, threshold_at
 from spo_fast.method.schedule import ddim_scheduler, ddim_table, full_table, schedule_notes, table_of

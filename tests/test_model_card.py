@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,19 @@ def test_directory_that_looks_like_an_id(tmp_path: Path, monkeypatch: pytest.Mon
     assert card_of(run).data.base_model == "some/model"
     (tmp_path / "some" / "model").mkdir(parents=True)
     assert card_of(run).data.base_model is None
+
+
+def test_names_cannot_leave_their_place_in_the_card(tmp_path: Path) -> None:
+    """HTML, a heading, a link and a table's bar in a run's name, a path or a setting stay text."""
+    bad = '<script>x</script> "a" & [b](c) | `d`'
+    quoted = r'&lt;script&gt;x&lt;/script&gt; "a" &amp; \[b\](c) \| \`d\`'
+    settings = {"model": "sdxl", "pretrained_model_name_or_path": bad, "validation_prompt": (bad,)}
+    card = card_of(leave_run(tmp_path / bad.replace("/", "|"), [], **settings))
+    text, code = card.text.replace("\\|script", "/script"), card.text.split("```")[1]
+    assert f"# {quoted}\n" in text and f"trained on {quoted} by" in text
+    assert f"| validation_prompt | {quoted} | none |" in text
+    assert "<script>" not in card.text.replace(code, "")
+    assert [line for line in code.splitlines() if "from_pretrained" in line and json.dumps(bad) in line]
 
 
 def test_card_of_a_run_without_samples_or_lora(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from jinja2 import UndefinedError
 from PIL import Image
 from runs import leave_grid, leave_run
 
 from spo_fast import report
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.evaluation.pages import charts, run_record, run_report
+from spo_fast.evaluation.pages.render import environment, render
 
 
 class Page(HTMLParser):
@@ -238,6 +241,32 @@ def test_loading_is_python(tmp_path: Path, settings: dict[str, Any], line: str) 
     compile(code, "snippet", "exec")
     assert line in code
     assert ('pipe.load_lora_weights("W")' in code) != settings.get("full_finetune", False)
+
+
+def test_names_cannot_leave_their_strings(tmp_path: Path) -> None:
+    """Quotes, backslashes and calls in a path or a directory are part of the name in the Python that loads it."""
+    base, weights = '/m/"+exit()+"\\.safetensors', 'runs/"); exit("\\n'
+    run = leave_run(tmp_path / "run", [], model="sdxl", pretrained_model_name_or_path=base)
+    tree = ast.parse(run_record.RunRecord.read(run).loading(weights))
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert base in texts and weights in texts
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "exit"]
+
+
+def test_a_name_that_no_page_is_given_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'title' is undefined"):
+        render("page.html")
+    assert "<b>&lt;i&gt;</b>" in environment().from_string("<b>{{ x }}</b>").render(x="<i>")
+
+
+def test_a_power_of_ten_stands_within_the_chart(tmp_path: Path) -> None:
+    """A policy gradient's loss: matplotlib writes 1e-7 above the axis, which the picture's edge cut through."""
+    html, page = written(leave_run(tmp_path / "run", [{"loss": 1e-7 * v} for v in (2, 6, 5)]))
+    assert "1e\N{MINUS SIGN}7" in page.text
+    place = re.search(
+        r'transform="translate\(\S+ (\S+)\)"[^>]*>1e\N{MINUS SIGN}7<|y="(\S+)"[^>]*>1e\N{MINUS SIGN}7<', html
+    )
+    assert place is not None and float(place[1] or place[2]) > 8.5  # its base line is a letter's height below the edge
 
 
 # ------------------------------------------------------------------------------------------------------- command line

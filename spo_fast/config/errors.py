@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from spo_fast.config.tables import columns
 
 
 class RunError(ValueError):
@@ -56,7 +59,11 @@ def missing_table(missing: list[Missing]) -> str:
     """The message of MissingFilesError: one line for each thing, with the flag that takes a local path."""
     rows = [("what", "from", "file", "flag for a local path", "why")]
     rows += [(m.what, m.source, m.file or "-", m.flag, m.why) for m in missing]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = f"this run needs what is missing here ({len(missing)}):"
-    return "\n".join([head, *lines, "Connect to the hub, or copy the files here and give their paths by the flags."])
+    return "\n".join(
+        [
+            head,
+            textwrap.indent(columns(rows), "  "),
+            "Connect to the hub, or copy the files here and give their paths by the flags.",
+        ]
+    )

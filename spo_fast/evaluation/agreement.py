@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_fast.config.tables import markdown
 from spo_fast.data.files import without_nan, write_atomically
 from spo_fast.evaluation.statistics import Estimate, estimate, shown
-from spo_fast.evaluation.tables import markdown
 
 BINS = 10
 SHOWN = 10  # pairs a bin must have to be drawn

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.config.training import Config, EngineConfig
 from spo_fast.evaluation.contenders import Gallery
 from spo_fast.evaluation.pictures import write_picture
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from spo_fast.evaluation.sampling import Drawn, draw_latents
+from spo_fast.models.accelerate import prepare_drawing
+from spo_fast.models.compile import compile_network, keep_cache_in
+from spo_fast.models.device import Choice, found_device, how_computed
+from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.files.load import load_unet, load_unet_from
+from spo_fast.models.files.lora import apply_lora, read_file
+from spo_fast.models.files.sources import Resolved
+from spo_fast.models.fuse import fuse
 
 NOISE = 2**32 - 3  # the iteration whose noise the pictures start from: no other use gets there
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-class Drawn:
-    """What sample_latents asks of a policy."""
-
-    def __init__(self, unet: Any, fused: bool) -> None:
-        self.unet, self.fused = unet, fused
-
-    def precompute_text(self, cond: Any, guided: bool) -> Any:
-        """As Policy's."""
-        from spo_fast.models.fuse import text_of
-        from spo_fast.models.policy import inputs_of
-
-        if not self.fused:
-            return cond
-        return replace(cond, text=text_of(self.unet, *inputs_of(self.unet, len(cond), cond, guided)))
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Any, guided: bool) -> Any:
-        """As Policy's."""
-        from spo_fast.models.policy import denoise
-
-        return denoise(self.unet, x_t, t, cond, guided)
-
-
-def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], prompts: list[str], device: Any) -> None:
+def draw_all(
+    cfg: EvaluationConfig, resolved: Resolved, galleries: list[Gallery], prompts: list[str], device: torch.device
+) -> None:
     """Make the pictures that are not there yet. The model is loaded only if one is missing."""
     todo = [g for g in galleries if not all(file.is_file() for file in g.files)]
     if not todo:
         return
-    from spo_fast.models.accelerate import prepare_drawing
-    from spo_fast.models.compile import compile_network, keep_cache_in
-    from spo_fast.models.diffusion import DiffusionModel
-    from spo_fast.models.files.load import load_unet, load_unet_from
-    from spo_fast.models.files.lora import apply_lora, read_file
-    from spo_fast.models.fuse import fuse
-
     out, c, engine = Path(cfg.pictures.output_dir), cfg.pictures, cfg.engine
     model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
     for contender in (gallery.contender for gallery in todo if gallery.contender.kind == "lora"):
@@ -87,13 +67,8 @@ def draw_all(cfg: EvaluationConfig, resolved: Any, galleries: list[Gallery], pro
             model.unet = None  # fused with what it wore, or changed for good: the next one starts from the file
 
 
-def draw(cfg: EvaluationConfig, model: Any, gallery: Gallery, prompts: list[str]) -> None:
+def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts: list[str]) -> None:
     """Plain DDIM (eta 0). A batch that lacks a picture is drawn whole: its numbers depend on its company."""
-    import torch
-
-    from spo_fast.method.noise import KeyedDraws
-    from spo_fast.method.rollout import sample_latents
-
     c, files = cfg.pictures, gallery.files
     table, policy = model.table(c.num_steps, 0.0), Drawn(model.unet, bool(cfg.engine.fuse))
     for start in range(0, len(files), c.images_at_once):
@@ -104,9 +79,7 @@ def draw(cfg: EvaluationConfig, model: Any, gallery: Gallery, prompts: list[str]
         if cfg.engine.compile != "off":  # a graph is for one size: a short last batch is filled up
             drawn += [start] * (c.images_at_once - len(drawn))
         part = [prompts[n // c.images_per_prompt] for n in drawn]
-        draws = KeyedDraws(c.seed, NOISE, torch.tensor(drawn, device=model.device))
-        x = draws.latents(model.latent_shape, model.latent_dtype)
-        latents = sample_latents(policy, table, model.cond(part), c.guidance_scale, x)
+        latents = draw_latents(policy, model, table, part, drawn, c.guidance_scale, (c.seed, NOISE))
         for at in range(0, len(drawn), cfg.model.images_per_decode):
             chunk = slice(at, at + cfg.model.images_per_decode)
             for n, pixels in zip(drawn[chunk], model.decode(latents[chunk]).float().cpu(), strict=True):
@@ -118,11 +91,8 @@ def draw(cfg: EvaluationConfig, model: Any, gallery: Gallery, prompts: list[str]
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def decided(cfg: EvaluationConfig, device: torch.device) -> tuple[EvaluationConfig, list[Any]]:
+def decided(cfg: EvaluationConfig, device: torch.device) -> tuple[EvaluationConfig, list[Choice]]:
     """cfg with what it leaves to the device filled in as a training fills it in, and why."""
-    from spo_fast.config.training import Config, EngineConfig
-    from spo_fast.models.device import found_device, how_computed
-
     asked = {f.name: getattr(cfg.engine, f.name) for f in fields(cfg.engine)}
     training = Config(model=cfg.model, engine=EngineConfig(**asked))
     resolved, choices = how_computed(training, found_device(device))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -92,7 +93,7 @@ def sheet_prompts(path: Path) -> list[str]:
         return json.loads(getattr(image, "text", {}).get("prompts", "[]"))
 
 
-def cut_rows(path: Path, rows: int) -> list[Any]:
+def cut_rows(path: Path, rows: int) -> list[Image.Image]:
     """A grid's first MAX_PROMPTS of `rows` rows as images, at most STRIP_WIDTHS[0] pixels wide."""
     from PIL import Image
 
@@ -104,13 +105,13 @@ def cut_rows(path: Path, rows: int) -> list[Any]:
     ]
 
 
-def narrowed(image: Any, width: int) -> Any:
+def narrowed(image: Image.Image, width: int) -> Image.Image:
     """The image at this width, if it is wider."""
     size = (width, max(1, round(image.height * width / image.width)))
     return image if image.width <= width else image.resize(size, reducing_gap=3.0)
 
 
-def encoded(image: Any) -> tuple[str, bytes]:
+def encoded(image: Image.Image) -> tuple[str, bytes]:
     """(media type, bytes) as JPEG, or as PNG where that is smaller, as for the toy's enlarged pixels."""
     files = {}
     # PNGs of large photographs are slow to make and never the smaller ones

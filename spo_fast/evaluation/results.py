@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.config.tables import markdown
 from spo_fast.data.files import without_nan, write_atomically
 from spo_fast.evaluation.contenders import Gallery
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
 from spo_fast.evaluation.published import published_cells
 from spo_fast.evaluation.statistics import Interval, bootstrap, win_rate
-from spo_fast.evaluation.tables import markdown
 
 Values = dict[str, dict[str, np.ndarray]]
 """Contender -> metric or image statistic -> (P,) a value a prompt."""

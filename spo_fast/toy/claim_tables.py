@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
-from spo_fast.evaluation.tables import markdown
 from spo_fast.toy import evaluate
 from spo_fast.toy.contenders import ABLATIONS, CONTENDERS, MAIN, REST
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from spo_fast import train
 from spo_fast.config import command, flags
+from spo_fast.config.tables import markdown
 from spo_fast.data import files, toy_world
 from spo_fast.evaluation.pictures import write_grid
+from spo_fast.evaluation.sampling import draw_latents
 from spo_fast.evaluation.statistics import Estimate, estimate
-from spo_fast.evaluation.tables import markdown
 from spo_fast.method.experience import Candidates
 from spo_fast.method.noise import KeyedDraws
-from spo_fast.method.rollout import RolloutBatch, rollout_segments, sample_latents
+from spo_fast.method.rollout import RolloutBatch, rollout_segments
 from spo_fast.training import run_directory
 from spo_fast.training.loop import Run
 
@@ -53,9 +54,8 @@ def pictures(run: Run, prompts: list[str], guidance_scale: float, seed: int) -> 
     made = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        draws = KeyedDraws(seed, NOISE, torch.arange(start, start + len(part), device=run.device))
-        x = draws.latents(run.model.latent_shape, run.model.latent_dtype)
-        latents = sample_latents(run.policy, table, run.model.cond(part), guidance_scale, x)
+        numbers = range(start, start + len(part))
+        latents = draw_latents(run.policy, run.model, table, part, numbers, guidance_scale, (seed, NOISE))
         made.append(run.model.decode(latents).float().cpu())
     return torch.cat(made)
 

@@ -20,9 +20,8 @@ from spo_fast.data.files import read_json, set_aside, without_nan, write_atomica
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
 from spo_fast.evaluation.metrics import make_metric
 from spo_fast.evaluation.pictures import write_grid
+from spo_fast.evaluation.sampling import draw_latents
 from spo_fast.method.experience import Candidates
-from spo_fast.method.noise import KeyedDraws
-from spo_fast.method.rollout import sample_latents
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import Policy
@@ -122,10 +121,9 @@ class Validator:
     def _draw(self, table: StepTable, prompts: list[str], first: int) -> tuple[Tensor, Tensor]:
         """Images of the prompts from the noise of validation image `first` on, and their scores at timestep 0."""
         model, sample, count = self.model, self.cfg.sample, len(prompts)
-        draws = KeyedDraws(self.cfg.run.seed, EVALUATION, torch.arange(first, first + count, device=model.device))
-        x = draws.latents(model.latent_shape, model.latent_dtype)
-        cond = model.cond(prompts)
-        latents = sample_latents(self.policy, table, cond, sample.guidance_scale, x, sample.rows_per_forward)
+        numbers, noise = range(first, first + count), (self.cfg.run.seed, EVALUATION)
+        most_rows = sample.rows_per_forward
+        latents = draw_latents(self.policy, model, table, prompts, numbers, sample.guidance_scale, noise, most_rows)
         pixels = model.decode(latents)
         now = torch.zeros((), dtype=torch.int64, device=model.device)
         text = self.scorer.encode(prompts)

@@ -8,13 +8,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spo_fast.config.methods import Method
 from spo_fast.evaluation.image_statistics import RISE
 from spo_fast.evaluation.pages.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_POINTS = 300  # of a curve; more records are drawn as means of equal parts and a band from least to greatest
 MAX_EPOCH_MARKS = 12
@@ -34,7 +37,7 @@ class Chart:
 CHARTS = (
     Chart("Validation score", ("validation_score",), "of the validation prompts, always from the same noise"),
     Chart(
-        "Image statistics of the validation pictures",
+        "Image statistics",
         ("look_*",),
         "1: before training; above the dotted line: reward hacking?",
         level=1 + RISE,
@@ -109,7 +112,7 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.4))
-        axes = figure.add_axes((0.13, 0.12, 0.85, 0.83 if len(curves) == 1 else 0.72))
+        axes = figure.add_axes((0.13, 0.12, 0.85, 0.8 if len(curves) == 1 else 0.72))  # a power of ten stands above
         if chart.stacked:
             stack(axes, run, list(curves))
         else:
@@ -128,6 +131,7 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
             keep_readable(axes, [band for _, *bands in curves.values() for band in bands])
         if chart.level is not None:
             mark_level(axes, chart.level)
+        axes.locator_params(axis="x", integer=True)
         for start in epoch_starts(run):
             axes.axvline(start, color=INK, lw=0.5, alpha=0.35, gid="epoch")
         if len(curves) > 1:
@@ -139,7 +143,7 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1)
 
 
-def stack(axes: Any, run: RunRecord, names: list[str]) -> None:
+def stack(axes: Axes, run: RunRecord, names: list[str]) -> None:
     """Phases on top of each other; one that an iteration lacks took no time."""
     x = np.array([r["iteration"] + 1.0 for r in run.records])
     values = {n: np.array([(r.get(n) or 0.0) / 1000 for r in run.records]) for n in names}
@@ -151,7 +155,7 @@ def stack(axes: Any, run: RunRecord, names: list[str]) -> None:
         area.set_gid(f"curve-{name}")
 
 
-def keep_readable(axes: Any, values: list[np.ndarray]) -> None:
+def keep_readable(axes: Axes, values: list[np.ndarray]) -> None:
     """A few spikes may leave the picture rather than flatten the rest of the curve."""
     drawn = np.concatenate(values)
     drawn = drawn[np.isfinite(drawn)]
@@ -163,7 +167,7 @@ def keep_readable(axes: Any, values: list[np.ndarray]) -> None:
         axes.text(1, 1, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5)
 
 
-def mark_level(axes: Any, level: float) -> None:
+def mark_level(axes: Axes, level: float) -> None:
     """A dotted line where it is no further from the curve than the curve is high: the axis is the curve's."""
     low, high = axes.get_ylim()
     if low - (high - low) <= level <= high + (high - low):

@@ -11,11 +11,11 @@ import yaml
 
 from spo_fast.config.errors import Missing
 from spo_fast.config.methods import find_method
+from spo_fast.config.tables import columns, size_text
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.run_record import duration, read_metrics
 from spo_fast.evaluation.required_files import look_for, resolve, run_paths
-from spo_fast.evaluation.tables import columns, size_text
 from spo_fast.method.objectives import make_objective
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
 from spo_fast.models.files.load import check_weights

@@ -1,0 +1,51 @@
+"""Pictures from noise that depends on their number alone: the same for every policy, in validations and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from spo_fast.method.experience import Cond, Prediction
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.protocols import Denoiser
+from spo_fast.method.rollout import sample_latents
+from spo_fast.method.schedule import StepTable
+from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.fuse import text_of
+from spo_fast.models.policy import denoise, inputs_of
+
+
+def draw_latents(
+    policy: Denoiser,
+    model: DiffusionModel,
+    table: StepTable,  # of eta 0
+    prompts: Sequence[str],
+    numbers: Sequence[int],  # of the pictures, one a prompt
+    guidance_scale: float,
+    noise: tuple[int, int],  # seed and iteration, which with the number decide what a picture starts from
+    most_rows: int | None = None,  # UNet rows in one forward
+) -> Tensor:  # (B, C, h, w)
+    """Final latents of plain DDIM: what every picture of an evaluation or a validation is decoded from."""
+    draws = KeyedDraws(*noise, torch.tensor(numbers, device=model.device))
+    x = draws.latents(model.latent_shape, model.latent_dtype)
+    return sample_latents(policy, table, model.cond(prompts), guidance_scale, x, most_rows)
+
+
+class Drawn:
+    """What sample_latents asks of a policy."""
+
+    def __init__(self, unet: nn.Module, fused: bool) -> None:
+        self.unet, self.fused = unet, fused
+
+    def precompute_text(self, cond: Cond, guided: bool) -> Cond:
+        """As Policy's."""
+        if not self.fused:
+            return cond
+        return replace(cond, text=text_of(self.unet, *inputs_of(self.unet, len(cond), cond, guided)))
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guided: bool) -> Prediction:
+        """As Policy's."""
+        return denoise(self.unet, x_t, t, cond, guided)
