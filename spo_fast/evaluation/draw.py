@@ -50,7 +50,7 @@ def draw_all(
         contender = gallery.contender
         if contender.kind == "unet":
             assert contender.path is not None
-            model.unet = None
+            model.unet = None  # type: ignore[assignment]  # its memory goes first
             model.unet = load_unet_from(contender.path, model.dtype).to(device)
         elif model.unet is None:
             model.unet = load_unet(resolved, model.dtype).to(device)
@@ -64,7 +64,8 @@ def draw_all(
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
         if engine.fuse or contender.kind == "lora":
-            model.unet = None  # fused with what it wore, or changed for good: the next one starts from the file
+            # fused with what it wore, or changed for good: the next one starts from the file
+            model.unet = None  # type: ignore[assignment]
 
 
 def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts: list[str]) -> None:

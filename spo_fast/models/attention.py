@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, L', H, D) -> (B, L, H, D)
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  # of q, of k and v
@@ -119,7 +123,7 @@ def time_on_gpu(attend: Attend, shape: Shape, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def shapes_of(unet: Any, rows: int, latent_shape: tuple[int, ...], num_tokens: int) -> Counter[Shape]:
+def shapes_of(unet: UNet2DConditionModel, rows: int, latent_shape: tuple[int, ...], num_tokens: int) -> Counter[Shape]:
     """The attentions of one forward of a fused UNet; the forward runs, on fake tensors if the UNet's are."""
     seen: Counter[Shape] = Counter()
 
@@ -127,19 +131,18 @@ def shapes_of(unet: Any, rows: int, latent_shape: tuple[int, ...], num_tokens: i
         seen[tuple(q.shape), tuple(k.shape)] += 1
         return sdpa(q, k, v)
 
-    config, options = unet.config, {"dtype": unet.dtype, "device": unet.device}
-    added = None
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": torch.zeros(rows, width, **options), "time_ids": torch.zeros(rows, 6, **options)}
+    zeros = functools.partial(torch.zeros, dtype=unet.dtype, device=unet.device)
+    config, added = unet.config, None
+    if config["addition_embed_type"] == "text_time":
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        added = {"text_embeds": zeros(rows, width), "time_ids": zeros(rows, 6)}
     layers = [m for m in unet.modules() if hasattr(m, "attend")]
     before = [layer.attend for layer in layers]
-    for layer in layers:
-        layer.attend = record
+    attend_with(unet, record)
     try:
-        text = torch.zeros(rows, num_tokens, config.cross_attention_dim, **options)
+        text = zeros(rows, num_tokens, config["cross_attention_dim"])
         t = torch.zeros((), dtype=torch.int64, device=unet.device)
-        unet(torch.zeros(rows, *latent_shape, **options), t, encoder_hidden_states=text, added_cond_kwargs=added)
+        unet(zeros(rows, *latent_shape), t, encoder_hidden_states=text, added_cond_kwargs=added)
     finally:
         for layer, attend in zip(layers, before, strict=True):
             layer.attend = attend

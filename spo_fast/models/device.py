@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ class Choice:
     """A setting that was chosen for the device, and why."""
 
     flag: str
-    value: Any
+    value: str | int | float | bool | None
     reason: str
 
     @property
@@ -96,7 +95,7 @@ def how_computed(cfg: Config, device: Device) -> tuple[Config, list[Choice]]:
         inexact = "as given. Inexact: policy and reference share a rounded base; its error is printed in iteration 0"
         choices.append(Choice("base_weights", rounded, inexact))
 
-    def take(flag: str, value: Any, reason: str) -> None:
+    def take(flag: str, value: str | bool, reason: str) -> None:
         nonlocal cfg
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,8 +17,13 @@ from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, sche
 from spo_fast.models.files import layout, load, sources
 from spo_fast.models.files.lora import written_settings
 from spo_fast.models.policy import Policy
-from spo_fast.models.prompt_cache import PromptCache
+from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.tensor_cache import fingerprint_files
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from spo_fast.models.files.load import VAE
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -42,17 +47,16 @@ class DiffusionModel:
         self.zero_uncond = self.kind == "sdxl" and sources.forces_zeros(resolved.config_dir)
 
         dtype = vae_dtype(self.kind, self.dtype, read_json(layout.vae_config_file(resolved)))
-        vae: Any = load.load_vae(resolved, dtype)
-        self.vae: Any = vae.to(device)
-        unet: Any = load.load_unet(resolved, self.dtype)
-        self.unet: Any = unet.to(device)
+        self.vae, self.unet = load.load_vae(resolved, dtype), load.load_unet(resolved, self.dtype)
+        for network in (self.vae, self.unet):
+            network.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides what `to` takes
 
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        default: int = self.unet.config.sample_size * factor
+        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        default: int = self.unet.config["sample_size"] * factor
         self.height, self.width = cfg.height or default, cfg.width or default
         check_size(self.height, self.width, factor)
         self.size_told = (default, default) if cfg.size_told == "native" else (self.height, self.width)
-        self.latent_shape = (self.unet.config.in_channels, self.height // factor, self.width // factor)
+        self.latent_shape = (self.unet.config["in_channels"], self.height // factor, self.width // factor)
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -74,8 +78,10 @@ class DiffusionModel:
         """Ids of the first tokenizer: what the CLIP scorers read (all share CLIP's vocabulary)."""
         return self.token_ids(prompts)[0]
 
-    def _load_encoder(self) -> Any:
-        encoders = [e.to(self.device) for e in load.load_text_encoders(self.resolved, self.dtype)]
+    def _load_encoder(self) -> Encoder:
+        encoders = load.load_text_encoders(self.resolved, self.dtype)
+        for encoder in encoders:
+            encoder.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
 
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -116,7 +122,7 @@ class DiffusionModel:
     @property
     def scaling_factor(self) -> float:
         """Of the VAE's latents."""
-        return self.vae.config.scaling_factor
+        return self.vae.config["scaling_factor"]
 
     def vae_fingerprint(self) -> str:
         """Names the VAE's weights, for what is kept of its outputs."""
@@ -163,7 +169,7 @@ class DiffusionModel:
             return [directory / "unet"]
         state = {name.replace(".default.", "."): value for name, value in weights.items()}
         writers = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}
-        writer: Any = writers[self.kind]
+        writer = writers[self.kind]
         published = convert_state_dict_to_diffusers(state)  # ...lora.down.weight, which it knows for attention only
         # a file that mixes the two ways of naming is read in part, without a word
         layers = state if any(".lora_A." in name for name in published) else published
@@ -191,7 +197,9 @@ class DiffusionModel:
         return [directory / "pytorch_lora_weights.safetensors", directory / "lora_kohya.safetensors"]
 
 
-def embeddings(kind: str, encoders: Sequence[Any], ids: Iterable[Tensor]) -> dict[str, Tensor]:
+def embeddings(
+    kind: str, encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection], ids: Iterable[Tensor]
+) -> dict[str, Tensor]:
     """What the UNet is told of P prompts: (P, L, D) prompt_embeds, and SDXL's (P, D') text_embeds."""
     with _default_dtype(encoders[0].dtype):
         hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]
@@ -213,12 +221,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
+def decode(vae: VAE, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
     """The VAE's pictures of scaled latents."""
-    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[0]
 
 
-def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.dtype:
+def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, object]) -> torch.dtype:
     """The VAE computes in the run's type, but SDXL's own VAE, which overflows in float16, in float32."""
     upcast = config.get("force_upcast", config.get("_class_name") != "AutoencoderTiny")  # the classes' own defaults
     return torch.float32 if kind == "sdxl" and dtype == torch.float16 and upcast else dtype

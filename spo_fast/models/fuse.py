@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from spo_fast.models.attention import Attend, sdpa
 from spo_fast.models.quantised import QuantisedLinear
@@ -74,18 +76,18 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
     for module in network.modules():
         if isinstance(module, FusedAttention):
             module.stack()
-    if cross:
+    if cross and isinstance(network, UNet2DConditionModel):
         _fuse_embeddings(network)
 
 
-def _fuse_embeddings(unet: Any) -> None:
+def _fuse_embeddings(unet: UNet2DConditionModel) -> None:
     resnets = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
     if unet.time_embed_act is None and all(type(m) is FusedResnet for m in resnets):
         unet.time_embed_act = nn.SiLU()
         for resnet in resnets:
             resnet.skip_time_act = True
     if not isinstance(unet.get_aug_embed, functools.partial):
-        unet.get_aug_embed = functools.partial(_added, unet.get_aug_embed)
+        unet.get_aug_embed = functools.partial(_added, unet.get_aug_embed)  # type: ignore[method-assign]
     embedding = unet.time_embedding
     if type(embedding) is TimestepEmbedding and not any(p.requires_grad for p in embedding.parameters()):
         with torch.no_grad():
@@ -93,43 +95,55 @@ def _fuse_embeddings(unet: Any) -> None:
             table = embedding(unet.time_proj(timesteps).to(unet.dtype))
         embedding.register_buffer("table", table, persistent=False)
         embedding.__class__ = FusedTimeEmbedding
-        unet.get_time_embed = _timesteps
+        unet.get_time_embed = _timesteps  # type: ignore[method-assign, assignment]
 
 
 def _timesteps(sample: Tensor, timestep: Tensor) -> Tensor:
     return timestep.expand(len(sample))
 
 
-def _added(compute: Callable[..., Any], *, added_cond_kwargs: Any, **inputs: Any) -> Any:
+def _added(
+    compute: Callable[..., Tensor | None],
+    *,
+    added_cond_kwargs: Tensor | dict[str, Tensor] | None,  # Text.added, or what it is computed of
+    **inputs: Tensor | None,
+) -> Tensor | None:
     if isinstance(added_cond_kwargs, Tensor):
         return added_cond_kwargs
     return compute(added_cond_kwargs=added_cond_kwargs, **inputs)
 
 
 @torch.no_grad()
-def text_of(unet: Any, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
+def text_of(unet: UNet2DConditionModel, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
     """What a fused UNet computes of the prompts of B rows: for steps without gradient, until its weights change."""
     blocks = [block for m in unet.modules() if isinstance(m, FusedTransformer) for block in m.transformer_blocks]
     pairs = [block.attn2.keys_values(prompt_embeds) for block in blocks]
     like = prompt_embeds.new_empty(0)  # of the time embedding only the type is asked
-    return Text(pairs, unet.get_aug_embed(emb=like, encoder_hidden_states=None, added_cond_kwargs=added_cond_kwargs))
+    # what diffusers annotates too narrowly: SD-1.5 adds nothing, and neither adds an image
+    added = unet.get_aug_embed(emb=like, encoder_hidden_states=None, added_cond_kwargs=added_cond_kwargs)  # type: ignore[arg-type]
+    return Text(pairs, added)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
+
+
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    function: Callable[[Tensor], Tensor]
 
 
 class _Recomputed(torch.autograd.Function):
     """function(x) that saves x alone and runs again in the backward; the function's weights are frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function = function
         return function(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             return torch.autograd.grad(ctx.function(x), x, grad)[0], None
@@ -142,7 +156,7 @@ def _saving_input(op: str, function: Callable[[Tensor], Tensor], x: Tensor) -> T
     return function(x)
 
 
-def _group_norm(module: Any, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
+def _group_norm(module: nn.Module, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
     if norm.weight.requires_grad and torch.is_grad_enabled():  # a full fine-tuning: the op has no gradient for it
         x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.silu(x) if silu else x
@@ -154,7 +168,7 @@ def _group_norm(module: Any, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -
 
 
 @contextlib.contextmanager
-def _normed(module: Any, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def _normed(module: nn.Module, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """norm(x); if the module is to recompute, what the graph inside saves of the result is made again from x."""
     y = norm(x)
     if not module.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -162,10 +176,10 @@ def _normed(module: Any, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
         return
     mine, numel, source = y.untyped_storage()._cdata, y.numel(), x.detach()
 
-    def pack(t: Tensor) -> Any:
+    def pack(t: Tensor) -> Tensor | torch.Size:
         return t.shape if t.untyped_storage()._cdata == mine and t.numel() == numel else t
 
-    def unpack(saved: Any) -> Tensor:
+    def unpack(saved: Tensor | torch.Size) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         with torch.no_grad():
@@ -189,7 +203,7 @@ class FusedGroupNormSiLU(nn.GroupNorm):
 class FusedResnet(ResnetBlock2D):
     """A ResNet block whose norms and SiLUs are one op each."""
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:  # (N, C, H, W), (N, D)
+    def forward(self, x: Tensor, temb: Tensor | None = None, *_: object) -> Tensor:  # (N, C, H, W), (N, D)
         """As ResnetBlock2D's."""
         h = self.conv1(_group_norm(self, self.norm1, x))
         if self.time_emb_proj is not None:
@@ -202,7 +216,7 @@ class FusedResnet(ResnetBlock2D):
 class FusedGEGLU(GEGLU):
     """The gate of a feed-forward as one op."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (N, L, I) -> (N, L, D)
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:  # (N, L, I) -> (N, L, D)
         """As GEGLU's."""
         return _saving_input("geglu", geglu, self.proj(hidden_states))
 
@@ -212,7 +226,7 @@ class FusedTimeEmbedding(TimestepEmbedding):
 
     table: Tensor
 
-    def forward(self, sample: Tensor, condition: Any = None) -> Tensor:  # (N,) int64 timesteps -> (N, D)
+    def forward(self, sample: Tensor, condition: object = None) -> Tensor:  # (N,) int64 timesteps -> (N, D)
         """The timesteps' embeddings."""
         return self.table[sample]
 
@@ -225,18 +239,19 @@ class FusedLora(lora.Linear):
         """weight, bias, A, B; None while the LoRA is off."""
         if self.disable_adapters or self.merged:
             return None
-        base: Any = self.base_layer
+        base = self.base_layer
+        assert isinstance(base, nn.Linear)  # as _plain_lora has it
         down, up = (loras["default"].weight for loras in (self.lora_A, self.lora_B))
         weight = base.frozen_weight if isinstance(base, QuantisedLinear) else base.weight
         return weight, base.bias, down, up  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         """W x + scale B A x; W x while the LoRA is off."""
         parts = self.parts
         return self.base_layer(x) if parts is None else lora_linear(x, *parts, self.scaling["default"])
 
 
-def _linears(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+def _linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Each layer of the same x."""
     fused = [layer for layer in layers if isinstance(layer, FusedLora)]
     parts = [layer.parts for layer in fused]
@@ -252,17 +267,21 @@ class FusedAttention(Attention):
     stacked: Tensor | None = None
     """(3 D, D') the frozen weights of queries, keys and values: the layers' own are views of it."""
 
+    @property
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Of queries, keys and values."""
+        return self.to_q, self.to_k, self.to_v
+
     def stack(self) -> None:
         """Put the three weights one below the other, if they share x and nothing else is to be computed of it."""
-        layers: list[Any] = [self.to_q, self.to_k, self.to_v]
-        if self.stacked is not None or not all(isinstance(layer, FusedLora) for layer in layers):
-            return
-        if any(type(layer.base_layer) is not nn.Linear for layer in layers):
+        layers = [layer for layer in self.projections if isinstance(layer, FusedLora)]
+        bases = [layer.base_layer for layer in layers if type(layer.base_layer) is nn.Linear]
+        if self.stacked is not None or len(bases) < len(self.projections):
             return
         if len({(layer.r["default"], layer.scaling["default"]) for layer in layers}) > 1:
             return  # a LoRA file may have a rank and an alpha for each layer
-        weights = [layer.base_layer.weight for layer in layers]
-        if len({w.shape for w in weights}) == 1 and all(layer.base_layer.bias is None for layer in layers):
+        weights = [base.weight for base in bases]
+        if len({w.shape for w in weights}) == 1 and all(base.bias is None for base in bases):
             self.stacked = torch.cat([w.data for w in weights])
             for w, place in zip(weights, self.stacked.split(len(weights[0])), strict=True):
                 w.data = place
@@ -274,14 +293,19 @@ class FusedAttention(Attention):
 
     def queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:  # (N, L, D') -> (N, L, D) each
         """Of the picture itself."""
-        layers: list[Any] = [self.to_q, self.to_k, self.to_v]
-        if self.stacked is None or torch.is_grad_enabled() or layers[0].parts is None:
-            return _linears(x, layers)
-        downs, ups = zip(*(layer.parts[2:] for layer in layers), strict=True)
+        layers = [layer for layer in self.projections if isinstance(layer, FusedLora)]
+        parts = [layer.parts for layer in layers]
+        if self.stacked is None or torch.is_grad_enabled() or any(p is None for p in parts):
+            return _linears(x, self.projections)
+        downs, ups = zip(*(p[2:] for p in parts if p is not None), strict=True)
         return lora_three(x, self.stacked, downs, ups, layers[0].scaling["default"])
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **_: Any
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **_: object,
     ) -> Tensor:
         """hidden_states (N, L, D); encoder_hidden_states the text (N, L', D'), its keys and values, or None."""
         assert attention_mask is None
@@ -298,7 +322,12 @@ class FusedBlock(BasicTransformerBlock):
     """A transformer block whose normed inputs are made again in the backward if it is to recompute."""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Any = None, *_: Any, **__: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | tuple[Tensor, Tensor] | None = None,
+        *_: object,
+        **__: object,
     ) -> Tensor:
         """As BasicTransformerBlock's; the text may be its keys and values."""
         h = hidden_states  # (N, L, D)
@@ -317,7 +346,12 @@ class FusedTransformer(Transformer2DModel):
     """Of the keys and values in Text.pairs: this transformer's first."""
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Any = None, *_: Any, return_dict: bool = False, **__: Any
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Text | None = None,
+        *_: object,
+        return_dict: bool = False,
+        **__: object,
     ) -> tuple[Tensor]:
         """As Transformer2DModel's."""
         N, _C, H, W = hidden_states.shape
@@ -329,12 +363,11 @@ class FusedTransformer(Transformer2DModel):
             h = self.proj_in(h)
         for i, block in enumerate(self.transformer_blocks):
             text = encoder_hidden_states
-            if isinstance(text, Text):
-                text = text.pairs[self.first_pair + i]
+            pair = text.pairs[self.first_pair + i] if isinstance(text, Text) else text
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = self._gradient_checkpointing_func(block, h, None, text)
+                h = self._gradient_checkpointing_func(block, h, None, pair)
             else:
-                h = block(h, None, text)
+                h = block(h, None, pair)
         if self.use_linear_projection:
             h = self.proj_out(h)
         h = h.reshape(N, H, W, -1).permute(0, 3, 1, 2)
@@ -343,7 +376,7 @@ class FusedTransformer(Transformer2DModel):
         return (h + hidden_states,)
 
 
-def _plain_resnet(m: Any) -> bool:
+def _plain_resnet(m: ResnetBlock2D) -> bool:
     silu = isinstance(m.nonlinearity, nn.SiLU)
     resized = m.upsample is not None or m.downsample is not None
     added = m.time_embedding_norm == "default" or (m.time_embedding_norm == "group" and m.time_emb_proj is None)
@@ -351,24 +384,24 @@ def _plain_resnet(m: Any) -> bool:
     return silu and norms and not resized and m.output_scale_factor == 1 and m.dropout.p == 0
 
 
-def _plain_attention(m: Any) -> bool:
+def _plain_attention(m: Attention) -> bool:
     extra = (m.group_norm, m.spatial_norm, m.norm_q, m.norm_k, m.norm_cross, m.added_kv_proj_dim)
     plain = not any(extra) and not m.residual_connection and m.rescale_output_factor == 1 and m.scale_qk
-    return plain and m.to_k is not None and m.to_out[1].p == 0
+    return plain and m.to_k is not None and bool(m.to_out[1].p == 0)
 
 
-def _plain_block(m: Any) -> bool:
+def _plain_block(m: BasicTransformerBlock) -> bool:
     norms = m.norm_type == "layer_norm" and m.pos_embed is None and not hasattr(m, "fuser")
     return norms and m.attn2 is not None and not m.only_cross_attention and m._chunk_size is None
 
 
-def _plain_lora(m: Any) -> bool:
+def _plain_lora(m: lora.Linear) -> bool:
     adapter = list(m.lora_A) == ["default"] and not m.lora_variant and not m.lora_bias["default"]
     frozen = type(m.base_layer) in (nn.Linear, QuantisedLinear) and not m.base_layer.weight.requires_grad
     return adapter and frozen and not m.fan_in_fan_out and isinstance(m.lora_dropout["default"], nn.Identity)
 
 
-FUSED: dict[type, tuple[type, Callable[[Any], bool]]] = {
+FUSED: dict[type, tuple[type, Callable[..., bool]]] = {
     lora.Linear: (FusedLora, _plain_lora),
     GEGLU: (FusedGEGLU, lambda m: True),
     ResnetBlock2D: (FusedResnet, _plain_resnet),

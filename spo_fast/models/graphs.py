@@ -9,15 +9,17 @@ inputs (method/noise.py).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Capture = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
+P = ParamSpec("P")
+R = TypeVar("R")
+Capture = Callable[[Callable[[], object]], tuple[Callable[[], object], object]]
 """A call without arguments -> what replays it, and what it returned, which every replay rewrites."""
 
 
@@ -25,7 +27,7 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
 class _Captured:
     inputs: list[Tensor]  # refilled before each replay
     replay: Callable[[], object]
-    outputs: Any  # rewritten by each replay
+    outputs: object  # rewritten by each replay
     filled: list[tuple[weakref.ref[Tensor], int]]  # what each input was last filled with: the tensor and its version
 
     def fill(self, tensors: list[Tensor]) -> None:
@@ -46,13 +48,13 @@ class Graphs:
 
     def __init__(self, capture: Capture | None):
         self.capture = capture
-        self._seen: set[Any] = set()
-        self._captured: dict[Any, _Captured] = {}
+        self._seen: set[Hashable] = set()
+        self._captured: dict[Hashable, _Captured] = {}
 
     def __len__(self) -> int:
         return len(self._captured)
 
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
         """A function of tensors (in tuples and dicts, with constants among them) -> the same function, replayed.
 
         Without gradient. It must not read from the device or change its inputs. Outputs are copies: no later call
@@ -62,15 +64,15 @@ class Graphs:
             return function
 
         @torch.no_grad()
-        def call(*args: Any) -> Any:
-            leaves, spec = pytree.tree_flatten(args)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             # strides too: kernels were chosen for them
             key = (name, spec, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in leaves))
             if key not in self._captured:
                 if key not in self._seen:
                     self._seen.add(key)
-                    return function(*args)
+                    return function(*args, **kwargs)
                 self._captured[key] = self._record(function, leaves, spec)
             captured = self._captured[key]
             captured.fill(tensors)
@@ -79,11 +81,11 @@ class Graphs:
 
         return call
 
-    def _record(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> _Captured:
+    def _record(self, function: Callable[..., object], leaves: list[object], spec: pytree.TreeSpec) -> _Captured:
         assert self.capture is not None
         static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args = pytree.tree_unflatten(static, spec)
-        replay, outputs = self.capture(lambda: function(*args))
+        args, kwargs = pytree.tree_unflatten(static, spec)
+        replay, outputs = self.capture(lambda: function(*args, **kwargs))
         inputs = [leaf for leaf in static if isinstance(leaf, Tensor)]
         return _Captured(inputs, replay, outputs, [(weakref.ref(v), -1) for v in inputs])
 
@@ -95,7 +97,7 @@ class CudaCapture:
         self.device, self.warmups = device, warmups
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    def __call__(self, function: Callable[[], object]) -> tuple[Callable[[], object], object]:
         """(what replays the call, what it returned)."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):

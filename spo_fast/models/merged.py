@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -18,21 +17,28 @@ from spo_fast.method.noise import MERGE
 from spo_fast.ops.merge_lora import merge_lora
 
 
-def lora_layers(unet: Any) -> Iterator[tuple[str, Any]]:
+def lora_layers(unet: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """(name, PEFT layer) of every layer with a LoRA."""
     for name, layer in unet.named_modules():
         if isinstance(layer, LoraLayer) and "default" in layer.scaling:
             yield name, layer
 
 
+def base_weight(layer: LoraLayer) -> Tensor:
+    """The frozen weight that a LoRA is added to."""
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 class MergedWeights:
     """Storages for the merged weights of a network's LoRA layers."""
 
-    def __init__(self, unet: Any, masters: Mapping[str, Tensor]):
+    def __init__(self, unet: nn.Module, masters: Mapping[str, Tensor]):
         """masters: float32 LoRA matrices by name in the network. ValueError for types it cannot round to."""
-        self.layers: list[tuple[nn.Parameter, Tensor, Tensor, float, Tensor]] = []
+        self.layers: list[tuple[Tensor, Tensor, Tensor, float, Tensor]] = []
         for name, layer in lora_layers(unet):
-            weight = layer.get_base_layer().weight
+            weight = base_weight(layer)
             if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{name} is {weight.dtype}: merged weights need --mixed_precision no, bf16 or fp16.")
             lora_A, lora_B = (masters[f"{name}.{part}.default.weight"] for part in ("lora_A", "lora_B"))

@@ -11,9 +11,9 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
@@ -23,19 +23,19 @@ from spo_fast.models.attention import Attend, attend_with
 from spo_fast.models.files.lora import read_lora
 from spo_fast.models.fuse import Text, fuse, text_of
 from spo_fast.models.graphs import Graphs
-from spo_fast.models.merged import MergedWeights
-from spo_fast.models.quantised import import_for, in_full, quantise_base
+from spo_fast.models.merged import MergedWeights, base_weight, lora_layers
+from spo_fast.models.quantised import QuantisedLinear, import_for, in_full, quantise_base
 from spo_fast.models.trained_weights import TrainedWeights
 
 
 class Policy(TrainedWeights):
     """UNet + trained weights. `predict` is the only way to evaluate the network."""
 
-    def __init__(self, unet: Any, adapter: AdapterConfig, seed: int):
+    def __init__(self, unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int):
         self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
-        self._frozen_copy: Any = None
+        self._frozen_copy: UNet2DConditionModel | None = None
         self.fused = False
-        self._full: dict[Any, Tensor] = {}  # the base's weights before they were rounded
+        self._full: dict[QuantisedLinear, Tensor] = {}  # the base's weights before they were rounded
         self.batch_sizes: tuple[int, ...] = ()
         """Rising. Compiled, the network sees batches of these sizes only: `predict` fills up with its first row."""
         if adapter.full_finetune:
@@ -207,7 +207,7 @@ class Policy(TrainedWeights):
             self.unet.enable_adapters()
 
 
-def _add_lora(unet: Any, adapter: AdapterConfig) -> None:
+def _add_lora(unet: UNet2DConditionModel, adapter: AdapterConfig) -> None:
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
@@ -222,15 +222,15 @@ def _add_lora(unet: Any, adapter: AdapterConfig) -> None:
 
 
 @torch.no_grad()
-def base_norm(unet: Any) -> Tensor:  # () float32 or wider
+def base_norm(unet: UNet2DConditionModel) -> Tensor:  # () float32 or wider
     """Norm of all frozen weights that wear a LoRA."""
-    layers = [m.base_layer.weight for m in unet.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
-    wide = torch.promote_types(layers[0].dtype, torch.float32)
-    return torch.stack([torch.linalg.vector_norm(w, dtype=wide) for w in layers]).norm()
+    weights = [base_weight(layer) for _, layer in lora_layers(unet)]
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    return torch.stack([torch.linalg.vector_norm(w, dtype=wide) for w in weights]).norm()
 
 
 def denoise(
-    unet: Any,
+    unet: UNet2DConditionModel,
     x_t: Tensor,  # (B, C, H, W) latents
     t: Tensor,  # () or (B,) int64 timesteps
     cond: Cond,  # of the B rows
@@ -247,7 +247,7 @@ def denoise(
     return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
 
 
-def inputs_of(unet: Any, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
+def inputs_of(unet: UNet2DConditionModel, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
     """encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
     dtype, inputs = unet.dtype, cond.cond
     if guided:

@@ -10,12 +10,15 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spo_fast.models.tensor_cache import Row, RowCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +121,7 @@ def encode_rows(encoder: Encoder, prompts: list[str]) -> list[Row]:
     return [{name: values[i].contiguous().clone() for name, values in host.items()} for i in range(len(prompts))]
 
 
-def count_truncated(tokenizer: Any, prompts: Sequence[str]) -> int:
+def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77 for CLIP): their ends are cut off."""
     # verbose=False: transformers would print its own warning about indexing errors, which truncation prevents
     if not prompts:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +53,7 @@ def import_for(how: str) -> None:
 
 
 @torch.no_grad()
-def quantise_base(unet: Any, how: str) -> dict[QuantisedLinear, Tensor]:
+def quantise_base(unet: nn.Module, how: str) -> dict[QuantisedLinear, Tensor]:
     """In place, before `fuse` and after the LoRA is on; returns the layers and their weights, on the CPU."""
     transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
     full = {}

@@ -11,11 +11,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 BUCKET = 2**26  # weights that travel at a time: 256 MiB
 
@@ -32,7 +32,7 @@ class Shards:
         self.host = init_device_mesh("cpu", (dist.get_world_size(),))  # of what is saved and loaded
         self.buckets = [_Bucket(masters[part], part) for part in _cut([m.numel() for m in masters])]
         for bucket in self.buckets:
-            module: Any = fully_shard(bucket, mesh=self.mesh, reshard_after_forward=True)
+            module = fully_shard(bucket, mesh=self.mesh, reshard_after_forward=True)
             module.set_gradient_divide_factor(1.0)  # a sum: a slot's weight is in its loss
             module.set_unshard_in_backward(False)
         # plain tensors: the optimizer, clipping and the loss scaler need not know that they are parts
@@ -93,11 +93,11 @@ def load(directory: Path, kind: str, shards: Shards | None) -> dict[str, Tensor]
     from torch.distributed.tensor import DTensor
 
     reader = dcp.HuggingFaceStorageReader(str(directory))
-    found: dict[str, Any] = {}
-    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    found: dict[str, Tensor] = {}
+    entries = reader.read_metadata().state_dict_metadata
     for key, entry in entries.items():
         group, name = key.split("/", 1)
-        if group == kind:
+        if group == kind and isinstance(entry, dcp.metadata.TensorStorageMetadata):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             if shards is not None and tensor.shape == shards.shapes[shards.index(kind, name)]:
                 tensor = shards.as_distributed(
@@ -145,15 +145,20 @@ class _Bucket(nn.Module):
         return _Handing.apply(self, *self.masters)
 
 
+class _Context(FunctionCtx):
+    bucket: _Bucket
+
+
 class _Handing(torch.autograd.Function):
     """A zero whose gradient with respect to the masters is what the bucket was given."""
 
     @staticmethod
-    def forward(ctx: Any, bucket: _Bucket, *masters: Tensor) -> Tensor:
+    def forward(ctx: _Context, bucket: _Bucket, *masters: Tensor) -> Tensor:
         ctx.bucket = bucket
         return masters[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        bucket = ctx.bucket
-        return None, *(bucket.gradients(i) for i in range(bucket.part.start, bucket.part.stop))
+    def backward(ctx: _Context, _: Tensor) -> tuple[Tensor | None, ...]:
+        bucket, gradients = ctx.bucket, ctx.bucket.gradients
+        assert gradients is not None
+        return None, *(gradients(i) for i in range(bucket.part.start, bucket.part.stop))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from spo_fast.models.sharded import Shards
+
+
+@dataclass
+class _Sum:
+    """A whole gradient, of weights whose masters are kept in parts."""
+
+    grad: Tensor | None = None
 
 
 class TrainedWeights:
@@ -39,9 +45,9 @@ class TrainedWeights:
         """Keep this process's part of the masters only. Call it before averages and an optimizer are made."""
         for hook in self._hooks:
             hook.remove()
-        self._sums: list[Any] = []
+        self._sums: list[Tensor | _Sum] = []
         for p, master in zip(self._weights, self.masters, strict=True):
-            self._sums.append(p if p is master else SimpleNamespace(grad=None))
+            self._sums.append(p if p is master else _Sum())
             if p is not master:
                 p.register_post_accumulate_grad_hook(_add_to(self._sums[-1]))
         self.shards = Shards(self.names, self.masters)
@@ -144,7 +150,7 @@ class TrainedWeights:
             value.copy_(state[name])
 
 
-def _add_to(master: Any) -> Callable[[Tensor], None]:
+def _add_to(master: Tensor | _Sum) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         assert p.grad is not None
         grad = p.grad.float()

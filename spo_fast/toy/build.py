@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
 from spo_fast.scorers.clip_files import load_any_clip, save_clip
 from spo_fast.toy import evaluate
 from spo_fast.training.monitor.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 BATCH = 64
 STEPS = 7_850  # 502,400 pictures
@@ -61,12 +64,12 @@ def precision(size: Size) -> list[str]:
     return ["--mixed_precision", "bf16"] if device_of(size) == "cuda" else []
 
 
-def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf) -> Any | None:
+def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf) -> AutoencoderKL | None:
     """The large toy's VAE from pictures, or as it lies there; None if time (monotonic seconds) ran out.
 
     Squared error, a trace of KL so that the posterior is no point; scaled so that latents have a deviation of 1.
     """
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     if (directory / "config.json").is_file():
         return AutoencoderKL.from_pretrained(directory, local_files_only=True)
@@ -102,7 +105,7 @@ def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf
 class Pretraining:
     """The base model being trained, its average, and its optimizer. The large one computes in bf16 on a GPU."""
 
-    def __init__(self, seed: int, steps: int, size: Size = SMALL, vae: Any = None):
+    def __init__(self, seed: int, steps: int, size: Size = SMALL, vae: AutoencoderKL | None = None):
         self.seed, self.steps, self.step, self.cpu_s = seed, steps, 0, 0.0
         self.size, self.device, self.batch = size, device_of(size), size.batch or BATCH
         self.parts = toy_parts(seed, size) | ({} if vae is None else {"vae": vae})

@@ -38,7 +38,7 @@ def make_policy(model: DiffusionModel, cfg: Config, processes: int) -> tuple[Pol
     rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
     tokens = model.tokenizers[0].model_max_length
     choice = pick_attention(policy.unet, cfg.engine, rows, model.latent_shape, tokens)
-    policy.attend_with(KERNELS[choice.value])
+    policy.attend_with(KERNELS[str(choice.value)])
     return policy, [choice]
 
 

@@ -37,8 +37,9 @@ class Rewards:
             path = self.resolved.scorer_paths.get("text_projection")
             projection = None if path is None else read_projection(path)
             wide = torch.float32  # masters begin with what the files hold, not with its rounding
-            parts = load_unet(self.resolved, wide).to(self.device), load_text_encoders(self.resolved, wide)
-            network = init_latent_reward(*parts, text_projection=projection, seed=self.cfg.run.seed)
+            unet, encoders = load_unet(self.resolved, wide), load_text_encoders(self.resolved, wide)
+            unet.to(self.device)  # type: ignore[arg-type]  # diffusers' decorator hides what `to` takes
+            network = init_latent_reward(unet, encoders, text_projection=projection, seed=self.cfg.run.seed)
         start = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
         for name, p in network.named_parameters():
             p.data = p.data.to(torch.float32 if name == "logit_scale" else DTYPES[cfg.reward_dtype])

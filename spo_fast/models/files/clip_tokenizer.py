@@ -8,7 +8,10 @@ import json
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MERGES = Path(__file__).parent / "configs" / "clip_bpe" / "merges.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -16,7 +19,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def clip_tokenizer(
     pad_token: str = END, max_length: int = 77, merges: Collection[tuple[str, str]] | None = None
-) -> Any:
+) -> PreTrainedTokenizerBase:
     """The published CLIP tokenizer (49,408 tokens), from the merges shipped with this package.
 
     pad_token is the end token for CLIP ViT-L and "!" (id 0) for the second encoder of SDXL.

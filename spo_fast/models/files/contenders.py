@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spo_fast.data.files import read_json
 from spo_fast.models.files import prediction
@@ -76,23 +76,24 @@ def check_unet(folder: Path, resolved: Resolved) -> Differences:
     )
 
 
-def _setting(config: dict[str, Any], name: str) -> Any:
+def _setting(config: dict[str, object], name: str) -> object:
     from diffusers import UNet2DConditionModel
 
     value = config.get(name, inspect.signature(UNet2DConditionModel.__init__).parameters[name].default)
     return value[0] if isinstance(value, list) and value and len(set(map(str, value))) == 1 else value
 
 
-def _has(index: dict[str, Any], part: str) -> bool:
+def _has(index: dict[str, object], part: str) -> bool:
     """model_index.json names a part's library and class, or [null, null]."""
-    return isinstance(index.get(part), list) and None not in index[part]
+    found = index.get(part)
+    return isinstance(found, list) and None not in found
 
 
-def _scheduler(pipeline: Path) -> dict[str, Any]:
+def _scheduler(pipeline: Path) -> dict[str, object]:
     return read_json(pipeline / "scheduler" / "scheduler_config.json")
 
 
-def _check_noise(shown: str, mine: dict[str, Any], base: dict[str, Any]) -> None:
+def _check_noise(shown: str, mine: dict[str, object], base: dict[str, object]) -> None:
     """Pictures are drawn on the base's noise schedule: a UNet of another one draws garbage on it."""
     from diffusers import DDIMScheduler
 
@@ -126,7 +127,7 @@ def _same(part: str, pipeline: Path, resolved: Resolved) -> bool:
     return bool(needed) and all(prints[0][name] == prints[1][name] for name in needed)
 
 
-def _computes(part: str, folder: Path) -> dict[str, Any]:
+def _computes(part: str, folder: Path) -> dict[str, object]:
     """What a network's config.json says of its numbers; what it leaves out is the class's default, as other versions
     write it."""
     if not (folder / "config.json").is_file():
@@ -148,6 +149,6 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain(config: dict[str, object]) -> dict[str, object]:
     """Without what says which version wrote it."""
     return {name: value for name, value in config.items() if name != "_diffusers_version"}

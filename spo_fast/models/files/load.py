@@ -6,7 +6,7 @@ Each alone, so that the text encoders can be loaded, used and dropped before the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from spo_fast.data.files import DAMAGED, read_json, shown
 from spo_fast.models.files import kinds
@@ -17,7 +17,16 @@ from spo_fast.models.files.sources import TEXT_PARTS, Resolved, settings_directo
 
 if TYPE_CHECKING:
     import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+
+    VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
+    TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+
+Network = TypeVar("Network", bound="nn.Module")
 
 
 def check_weights(resolved: Resolved) -> None:
@@ -28,9 +37,9 @@ def check_weights(resolved: Resolved) -> None:
     load_tokenizers(resolved)
 
 
-def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
+def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> UNet2DConditionModel:
     """The UNet2DConditionModel in dtype on the CPU, in eval mode, frozen (requires_grad False)."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     from spo_fast.models.files.networks import unet_from_file
 
@@ -39,15 +48,15 @@ def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
     return _from_directory(UNet2DConditionModel, resolved.model_path / "unet", dtype, resolved.source.variant)
 
 
-def load_unet_from(directory: Path, dtype: torch.dtype | None) -> nn.Module:
+def load_unet_from(directory: Path, dtype: torch.dtype | None) -> UNet2DConditionModel:
     """Another UNet2DConditionModel, such as what full fine-tuning left."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     kinds.check_unet(read_json(directory / "config.json"), directory / "config.json")
     return _from_directory(UNet2DConditionModel, directory, dtype, None)
 
 
-def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
+def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> VAE:
     """The AutoencoderKL or AutoencoderTiny in dtype on the CPU, in eval mode, frozen."""
     import diffusers
 
@@ -61,12 +70,12 @@ def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> nn.Module:
     return _from_directory(cls, folder, dtype, None if resolved.vae_path else resolved.source.variant)
 
 
-def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[Any], list[nn.Module]]:
+def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[PreTrainedTokenizerBase], list[TextEncoder]]:
     """(tokenizers, text encoders): one of each for SD1.5, two for SDXL; encoders in dtype, eval mode, frozen."""
     return load_tokenizers(resolved), load_text_encoders(resolved, dtype)
 
 
-def load_tokenizers(resolved: Resolved) -> list[Any]:
+def load_tokenizers(resolved: Resolved) -> list[PreTrainedTokenizerBase]:
     """One CLIPTokenizer for SD1.5, two for SDXL. A single file has none: they are built from the shipped merges."""
     found = []
     for name, encoder in TEXT_PARTS[resolved.source.kind]:
@@ -86,7 +95,7 @@ def load_tokenizers(resolved: Resolved) -> list[Any]:
     return found
 
 
-def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[nn.Module]:
+def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[TextEncoder]:
     """CLIPTextModel, and for SDXL CLIPTextModelWithProjection as well."""
     from spo_fast.models.files.networks import text_encoder_from_file
 
@@ -100,7 +109,7 @@ def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[nn
     return encoders
 
 
-def _tokenizer(directory: Path) -> Any:
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
     if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -109,7 +118,7 @@ def _tokenizer(directory: Path) -> Any:
     return clip_tokenizer(pad_token=settings["pad_token"], max_length=settings["model_max_length"])
 
 
-def _from_directory(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
+def _from_directory(cls: type[Network], folder: Path, dtype: torch.dtype | None, variant: str | None) -> Network:
     from spo_fast.models.files.networks import load_part
 
     stem = "model" if cls.__module__.startswith("transformers") else "diffusion_pytorch_model"
@@ -122,5 +131,5 @@ def _from_directory(cls: Any, folder: Path, dtype: torch.dtype | None, variant: 
     return _frozen(load_part(cls, folder / chosen[0], folder, dtype))
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _frozen(model: Network) -> Network:
     return model.requires_grad_(False).eval()

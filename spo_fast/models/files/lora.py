@@ -12,11 +12,12 @@ and styles may mix. What of a file is not used is an error: other loaders skip i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from spo_fast.data.files import read_header, read_json, read_metadata, read_tensors
 
 if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from peft import LoraConfig
     from torch import Tensor
 
     from spo_fast.config.training import AdapterConfig
@@ -121,7 +124,7 @@ def find_lora(path: str | Path, flag: str = "--lora_path") -> Path:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def ldm_names(unet: Any) -> dict[str, str]:
+def ldm_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """Blocks and single layers of a UNet2DConditionModel -> their names in the original (LDM, SGM) network."""
     found = {
         "conv_in": "input_blocks.0.0",
@@ -137,7 +140,7 @@ def ldm_names(unet: Any) -> dict[str, str]:
     }
     number = 1  # of LDM's block: conv_in is the first one
     for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
+        for j, _ in enumerate(block.get_submodule("resnets").children()):
             found[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
             found[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
             number += 1
@@ -147,7 +150,7 @@ def ldm_names(unet: Any) -> dict[str, str]:
     number = 0
     for i, block in enumerate(unet.up_blocks):
         has_attention = hasattr(block, "attentions")
-        for j in range(len(block.resnets)):
+        for j, _ in enumerate(block.get_submodule("resnets").children()):
             found[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
             found[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
@@ -165,7 +168,7 @@ IN_A_RESNET = {
 }
 
 
-def _weights(unet: Any) -> dict[str, Any]:
+def _weights(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
     """Layer -> its weight's shape; a UNet may wear an adapter already."""
     ends = ".weight"
     return {
@@ -175,7 +178,7 @@ def _weights(unet: Any) -> dict[str, Any]:
     }
 
 
-def layer_names(unet: Any) -> dict[str, str]:
+def layer_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """Every name of a layer that files use, with underscores for dots -> its name in the UNet."""
     ldm, found = ldm_names(unet), {}
     for name in _weights(unet):
@@ -191,7 +194,7 @@ def layer_names(unet: Any) -> dict[str, str]:
     return {name.replace(".", "_"): layer for name, layer in found.items()}
 
 
-def read_file(file: Path, unet: Any) -> Lora:
+def read_file(file: Path, unet: UNet2DConditionModel) -> Lora:
     """All of a LoRA file, as the UNet's layers have it. Raises ValueError for what cannot be read, by name.
 
     The truth is W + alpha / rank * up @ down (alpha / sqrt(rank) of an rsLoRA), alpha from a tensor beside the matrices
@@ -232,12 +235,8 @@ def read_file(file: Path, unet: Any) -> Lora:
                 given = tuple(change.shape)
                 refuse(f"belongs to another base model: its {layer}.{what} is {given}, here it is {tuple(shape)}.")
     has_alpha = told.alpha is not None or any("alpha" in names for names in parts.values())
-    kohya = read_metadata(file).get("ss_network_alpha", "")
-    if (
-        not has_alpha
-        and re.fullmatch(r"\d+(\.\d+)?", kohya)
-        and {len(x.down) for x in layers.values()} - {float(kohya)}
-    ):
+    kohya, ranks = read_metadata(file).get("ss_network_alpha", ""), {len(x.down) for x in layers.values()}
+    if not has_alpha and re.fullmatch(r"\d+(\.\d+)?", kohya) and ranks - {float(kohya)}:
         refuse(
             f"lost its alphas: its metadata says {kohya:.20} (ss_network_alpha), its tensors none. Download it again."
         )
@@ -295,7 +294,7 @@ def _place(name: str, known: dict[str, str], refuse: Refuse) -> tuple[str, str]:
     return refuse(f"holds more than a LoRA of a UNet: {name:.100}, whose meaning is not known here. Leave it out.")
 
 
-def _layer(layer: str, found: dict[str, Tensor], weight: Any, told: Told, refuse: Refuse) -> Layer:
+def _layer(layer: str, found: dict[str, Tensor], weight: tuple[int, ...], told: Told, refuse: Refuse) -> Layer:
     """Its matrices in the weight's own number of dimensions; weight: its shape."""
     import torch
 
@@ -327,7 +326,7 @@ def _layer(layer: str, found: dict[str, Tensor], weight: Any, told: Told, refuse
     return Layer(down.reshape(down_shape), up.reshape(up_shape), told.scale(layer, rank, alpha, refuse))
 
 
-def _alike(shape: Any, wanted: tuple[int, ...]) -> bool:
+def _alike(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """The same but for ones at the end."""
     longest = max(len(shape), len(wanted))
     return [*shape, *[1] * (longest - len(shape))] == [*wanted, *[1] * (longest - len(wanted))]
@@ -351,16 +350,15 @@ class Told:
         with safe_open(file, framework="pt") as f:
             text = (f.metadata() or {}).get("lora_adapter_metadata")
         beside = file.with_name(PEFT_CONFIG)
-        config: Any = {}
+        config: dict[str, Any] = {}  # JSON, checked below
         if text is not None:
-            try:
-                config = json.loads(text)
-            except (ValueError, RecursionError):
-                config = None
-            if not isinstance(config, dict):
+            written = None
+            with contextlib.suppress(ValueError, RecursionError):
+                written = json.loads(text)
+            if not isinstance(written, dict):
                 refuse("is damaged: its lora_adapter_metadata is no JSON object. Save it again.")
-            of_unet = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
-            config = of_unet or {key: value for key, value in config.items() if "." not in key}
+            of_unet = {key.removeprefix("unet."): value for key, value in written.items() if key.startswith("unet.")}
+            config = of_unet or {key: value for key, value in written.items() if "." not in key}
         elif file.name == PEFT_FILE or (beside.is_file() and any(map(PEFT_NAME.match, read_header(file)))):
             if not beside.is_file():
                 refuse(
@@ -408,25 +406,27 @@ class Told:
         return scale
 
 
-def _says_nothing(key: str, value: Any) -> bool:
+def _says_nothing(key: str, value: object) -> bool:
     """A setting of a LoraConfig that is off."""
     if key == "init_lora_weights":
         return not value or value in PLAIN_STARTS
     return not value or (key, value) == ("bias", "none")
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 # -------------------------------------------------------------------------------------------------------- to be used
 
 
-def apply_lora(file: Path, unet: Any) -> Lora:
+def apply_lora(file: Path, unet: UNet2DConditionModel) -> Lora:
     """Put a LoRA of any rank, alpha and layers on a UNet, for good; returns what it was. Raises as `read_file` does."""
     import torch
     from peft import LoraConfig
     from torch import nn
+
+    from spo_fast.models.merged import lora_layers
 
     lora = read_file(file, unet)
     for name, change in lora.changes.items():
@@ -434,7 +434,7 @@ def apply_lora(file: Path, unet: Any) -> Lora:
         module = unet.get_submodule(layer)
         now = getattr(module, what)
         if now is None:
-            module.bias = nn.Parameter(change.to(module.weight))
+            module.bias = nn.Parameter(change.to(module.get_parameter("weight")))
         else:
             now.data = (now.data + change.to(now.device)).to(now.dtype)
     if lora.layers:
@@ -442,19 +442,18 @@ def apply_lora(file: Path, unet: Any) -> Lora:
         config = LoraConfig(r=1, rank_pattern=ranks, target_modules=list(lora.layers), init_lora_weights=False)
         with torch.random.fork_rng(devices=[]):  # PEFT draws the matrices that are replaced here
             unet.add_adapter(config)
-        worn = {name: m for name, m in unet.named_modules() if "default" in getattr(m, "lora_A", ())}
+        worn = dict(lora_layers(unet))
         if worn.keys() != lora.layers.keys():  # PEFT matches names by their ends
             raise ValueError(f"{file}: {len(worn)} layers would take its LoRA, but it names {len(lora.layers)}.")
         for name, (down, up, scale) in lora.layers.items():
-            wearer: Any = worn[name]
-            for matrix, value in ((wearer.lora_A, down), (wearer.lora_B, up)):
-                matrix["default"].weight.data = value.to(wearer.weight.device, unet.dtype)
-            wearer.scaling["default"] = scale
+            for matrix, value in ((worn[name].lora_A, down), (worn[name].lora_B, up)):
+                matrix["default"].weight.data = value.to(unet.device, unet.dtype)
+            worn[name].scaling["default"] = scale
     unet.requires_grad_(False).eval()
     return lora
 
 
-def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, Tensor]:
+def read_lora(path: str | Path, unet: UNet2DConditionModel, adapter: AdapterConfig) -> dict[str, Tensor]:
     """The file's tensors by the names of the UNet's own LoRA, which it fits. Raises ValueError saying what differs."""
     file = find_lora(path)
     lora = read_file(file, unet)
@@ -485,7 +484,7 @@ def read_lora(path: str | Path, unet: Any, adapter: AdapterConfig) -> dict[str, 
     return found
 
 
-def written_settings(config: Any) -> dict[str, Any]:
+def written_settings(config: LoraConfig) -> dict[str, object]:
     """A LoraConfig for a file's metadata: what every loader asks for, and what differs from PEFT's defaults.
 
     Not all of it: a loader hands the fields to its own PEFT, and an older one raises on a field that it does not know.

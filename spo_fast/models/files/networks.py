@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo_fast.data.files import DAMAGED, read_header, read_json, shown, some
 from spo_fast.data.files import read_tensors as read_safetensors
-from spo_fast.data.weights import fill, read_tensors, renamed
+from spo_fast.data.weights import Network, fill, read_tensors, renamed
 from spo_fast.models.files.single_file import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -25,8 +25,13 @@ from spo_fast.models.files.single_file import (
     vae_settings_of_file,
 )
 
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+    from spo_fast.models.files.load import VAE, TextEncoder
+
+
+def load_part(cls: type[Network], file: Path, config_dir: Path, dtype: torch.dtype | None) -> Network:
     """The network of a folder: its class, its file of weights or their index, the folder of its config.json."""
     tensors = read_tensors(file)
     if cls.__module__.startswith("transformers"):
@@ -34,10 +39,10 @@ def load_part(cls: Any, file: Path, config_dir: Path, dtype: torch.dtype | None)
     return diffusers_network(cls, read_json(config_dir / "config.json"), tensors, file, dtype)
 
 
-def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> UNet2DConditionModel:
     """A UNet out of a single file in the original layout."""
-    from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return convert_ldm_unet_checkpoint({UNET_PREFIX + n: t for n, t in tensors.items()}, config)
@@ -50,7 +55,7 @@ def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> n
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
 
 
-def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+def vae_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> VAE:
     """A VAE out of a single file, a model's or its own, in the original layout or in diffusers'."""
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
@@ -91,14 +96,18 @@ def _modern_attention(name: str) -> str:
 
 
 def diffusers_network(
-    cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
-) -> nn.Module:
+    cls: type[Network],
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    name: Path | str,
+    dtype: torch.dtype | None,
+) -> Network:
     """A UNet or VAE of these settings with these tensors (diffusers' names, old ones too). Strict: see weights.fill."""
-    network = _built(lambda: cls.from_config(config), cls, name)
+    network = _built(lambda: cls.from_config(config), cls, name)  # type: ignore[attr-defined]  # a ConfigMixin too
     return fill(network, renamed(tensors, _modern_attention, name), name, dtype)
 
 
-def _built(make: Callable[[], Any], cls: Any, name: Path | str) -> Any:
+def _built(make: Callable[[], Network], cls: type[Network], name: Path | str) -> Network:
     """A network on the meta device. Raises ValueError for settings that describe none."""
     try:
         with torch.device("meta"):
@@ -114,8 +123,8 @@ REST_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logi
 
 
 def text_encoder(
-    cls: Any, config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
-) -> nn.Module:
+    cls: type[Network], config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
+) -> Network:
     """A CLIP text encoder of transformers. Strict: see weights.fill.
 
     transformers names CLIPTextModel's tensors without `text_model.` since 5.6, older ones and the projected class with
@@ -136,7 +145,7 @@ def text_encoder(
     return fill(network, renamed(ours, rename, name), name, dtype)
 
 
-def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype | None) -> nn.Module:
+def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype | None) -> TextEncoder:
     """Own mapping: diffusers' picks the encoder by its width, which two encoders of one width defeat."""
     tensors = read_safetensors(path, prefix)
     tensors = openclip_to_transformers(tensors) if prefix.endswith(".model.") else tensors

@@ -114,7 +114,7 @@ def _params(file: Path) -> Mapping[str, Any]:
     return _inside(tree, "model", "params")
 
 
-def _inside(tree: Any, *keys: str) -> Mapping[str, Any]:
+def _inside(tree: object, *keys: str) -> Mapping[str, Any]:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree if isinstance(tree, Mapping) else {}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spo_fast.data.files import read_header, shown
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -82,7 +85,7 @@ def vae_settings_of_file(path: Path, config_dir: Path) -> Path:
     return beside if beside.is_file() and not ldm else config_dir / "vae" / "config.json"
 
 
-def vae_class(config: Mapping[str, Any], path: Path) -> str:
+def vae_class(config: Mapping[str, object], path: Path) -> str:
     """The diffusers class of a VAE's settings. Raises ValueError for one that is not known here."""
     name = config.get("_class_name", "AutoencoderKL")
     if name not in VAE_CLASSES:
@@ -90,7 +93,7 @@ def vae_class(config: Mapping[str, Any], path: Path) -> str:
     return name
 
 
-def text_class(config_dir: Path) -> Any:
+def text_class(config_dir: Path) -> type[CLIPTextModel | CLIPTextModelWithProjection]:
     """transformers' class of a text encoder's folder."""
     import transformers
 

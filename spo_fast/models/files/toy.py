@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from spo_fast.data.toy_world import COLOURS, SHAPES, SIZE
 
 if TYPE_CHECKING:
-    from torch import nn
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 WEIGHTS = Path(__file__).parents[2] / "toy" / "weights"
 """The shipped pipeline; its step-aware preference model lies in spm/, the record of the build in build.json."""
@@ -107,7 +108,7 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     """Each part in its folder and model_index.json, as the pipeline's own save_pretrained would."""
     from spo_fast.models.files.single_file import no_progress_bar
 
-    index: dict[str, Any] = {"_class_name": pipeline}
+    index: dict[str, str | bool | list[str] | list[None]] = {"_class_name": pipeline}
     for name, part in parts.items():
         with no_progress_bar():
             part.save_pretrained(str(path / name))
@@ -152,7 +153,8 @@ def toy_parts(seed: int, size: Size = SIZES["small"]) -> dict[str, Any]:
     The global RNG is left as it was.
     """
     import torch
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
 
@@ -196,7 +198,9 @@ def toy_parts(seed: int, size: Size = SIZES["small"]) -> dict[str, Any]:
         }
 
 
-def tiny_text_encoder(tokenizer: Any, width: int, projected: bool, num_layers: int = 2) -> nn.Module:
+def tiny_text_encoder(
+    tokenizer: PreTrainedTokenizerBase, width: int, projected: bool, num_layers: int = 2
+) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A small CLIP text encoder for this tokenizer; projected adds the pooled projection of SDXL's second one."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -222,9 +226,9 @@ def tiny_text_encoder(tokenizer: Any, width: int, projected: bool, num_layers: i
     return encoder
 
 
-def untrained_vae(size: Size) -> Any:
+def untrained_vae(size: Size) -> AutoencoderKL:
     """An AutoencoderKL of SDXL's kind, each of its levels after the first half as large."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     levels = len(size.vae_channels)
     return AutoencoderKL(
@@ -240,16 +244,16 @@ def untrained_vae(size: Size) -> Any:
     )
 
 
-def identity_vae(large: float = 64.0) -> Any:
+def identity_vae(large: float = 64.0) -> AutoencoderKL:
     """An AutoencoderKL whose latents are the pixels times SCALING: exact to 1e-4, with nothing to train.
 
     Its ResNets add zero. What is left in the way, a group norm and a SiLU, is made linear: each group of channels holds
     x, -x, L and -L, so its mean is 0 and its deviation L / sqrt(2) up to x^2 / L^2, and silu(y) - silu(-y) = y.
     """
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae: Any = AutoencoderKL(
+    vae = AutoencoderKL(
         sample_size=SIZE,
         block_out_channels=(12,),  # one entry: latents are as large as the image
         layers_per_block=1,

@@ -40,7 +40,7 @@ from spo_fast.models.files.lora import read_lora
 from spo_fast.models.files.single_file import text_class
 from spo_fast.models.files.sources import CONFIGS, MODELS, TEXT_PARTS, Resolved
 from spo_fast.models.fuse import fuse
-from spo_fast.models.merged import lora_layers
+from spo_fast.models.merged import base_weight, lora_layers
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import ENCODE_BATCH
 from spo_fast.models.quantised import import_for
@@ -447,7 +447,7 @@ class Networks:
         sharded = processes(cfg) > 1
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharded or m is not p]
         rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
-        merged = [layer.get_base_layer().weight for _, layer in lora_layers(policy.unet)]
+        merged = [base_weight(layer) for _, layer in lora_layers(policy.unet)]
         held = {
             "UNet": self._bytes(rest),
             "LoRA": 0 if full else self._bytes(policy._weights),
@@ -455,7 +455,9 @@ class Networks:
             "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self._bytes(merged),
             "optimizer state": sum(map(self._rounded, optimizer_state(self._parts(cfg, policy.masters), cfg.optim))),
             "moving averages": self._bytes(policy.averages or ()),
-            "reference copy": self._bytes(policy._frozen_copy.parameters() if full else policy._start or ()),
+            "reference copy": self._bytes(
+                policy._frozen_copy.parameters() if policy._frozen_copy else policy._start or ()
+            ),
             "VAE": self._bytes(self.vae.parameters()),
             **{f"scorer {name}": self._bytes(weights_of(scorer)) for name, scorer in self.scorers.items()},
         }

@@ -50,7 +50,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]
     if not open_settings:
         return cfg, choices
-    whole = {
+    whole: dict[str, int | bool | str] = {
         "rows_per_forward": rows_of_a_step(cfg),
         "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
         "states_per_forward": cfg.optim.states_at_once,
