@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from spo_fast.config.errors import did_you_mean
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.data.hub import offline_reason
 from spo_fast.data.prompts import READERS, load_prompts, parse_json, read_lines
+
+Clause = TypedDict(
+    "Clause",
+    {"class": str, "count": int, "color": str, "position": tuple[str, int]},  # in JSON a list: relation, whose number
+    total=False,
+)
+"""What must be, or must not be, in a picture."""
+
+
+class Wanted(TypedDict, total=False):
+    """A line of GenEval's evaluation_metadata.jsonl."""
+
+    tag: str  # the task
+    include: list[Clause]
+    exclude: list[Clause]
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -110,18 +126,19 @@ def read_prompts(prompts: PromptSet | None, files: list[Path], column: str | Non
     return texts
 
 
-def geneval_records(file: str | Path | None) -> dict[str, dict[str, Any]]:
+def geneval_records(file: str | Path | None) -> dict[str, Wanted]:
     """Prompt -> what GenEval looks for in its pictures, in the file's order. Raises ValueError naming the line."""
     if file is None or Path(file).suffix.lower() != ".jsonl":
         raise ValueError("geneval has to know what to look for: give --prompts evaluation_metadata.jsonl, GenEval's.")
 
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Wanted] = {}
     for number, line in enumerate(read_lines(Path(file)), 1):
         if not line.strip():
             continue
-        record, where = parse_json(Path(file), line, number), f"{file}, line {number}:"
-        if not isinstance(record, dict) or not {"tag", "include", "prompt"} <= record.keys():
+        parsed, where = parse_json(Path(file), line, number), f"{file}, line {number}:"
+        if not isinstance(parsed, dict) or not {"tag", "include", "prompt"} <= parsed.keys():
             raise ValueError(f"{where} lacks tag and include, by which GenEval judges. Get evaluation_metadata.jsonl.")
+        record = cast(Wanted, parsed)
         clauses = [*record["include"], *record.get("exclude", ())]
         if odd := next((c for c in clauses if c.get("class") not in CLASSES or not c.get("count")), None):
             raise ValueError(f"{where} {odd!s:.80} needs a count and one of COCO's 80 classes, as GenEval calls them.")

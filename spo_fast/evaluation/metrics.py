@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo_fast.config.scorers import TRUE_SCORES
+from spo_fast.data.prompt_sets import Wanted
 from spo_fast.evaluation.image_statistics import image_statistics
 from spo_fast.scorers.registry import load_metric
 from spo_fast.scorers.spm import Tokenize
@@ -24,7 +24,7 @@ def make_metric(
     tokenize: Tokenize,
     device: torch.device,
     dtype: torch.dtype,
-    wanted: Mapping[str, Mapping[str, Any]] | None = None,  # of geneval: see load_scorer
+    wanted: Mapping[str, Wanted] | None = None,  # of geneval: see load_scorer
 ) -> Metric:
     """Pictures and prompts -> scores by name. Loads what the metric needs."""
     if name == "looks":

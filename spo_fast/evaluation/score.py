@@ -15,7 +15,7 @@ from torch import Tensor
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.scorers import SCORERS, TRUE_SCORES
 from spo_fast.data.files import read_json, weight_files, without_nan, write_atomically
-from spo_fast.data.prompt_sets import geneval_records, prompt_files
+from spo_fast.data.prompt_sets import Wanted, geneval_records, prompt_files
 from spo_fast.evaluation.contenders import Gallery, why_no_true_scores
 from spo_fast.evaluation.metrics import Metric, make_metric
 from spo_fast.evaluation.pictures import read_picture
@@ -26,7 +26,7 @@ from spo_fast.models.tensor_cache import fingerprint_files
 from spo_fast.scorers.function import FunctionScorer
 
 
-def wanted(cfg: EvaluationConfig) -> dict[str, dict[str, Any]]:
+def wanted(cfg: EvaluationConfig) -> dict[str, Wanted]:
     """What GenEval looks for in the prompts' pictures."""
     return geneval_records(prompt_files(cfg.pictures.prompts or "geneval")[1][0])
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Index: TypeAlias = Tensor | slice
+Rows: TypeAlias = "slice[int, int, int]"
+"""Consecutive ones, by start and stop."""
+Index: TypeAlias = "Tensor | Rows"
 Text: TypeAlias = "Tensor | tuple[Text, ...]"
 """Of a scorer: rows of features, or several scorers' such."""
 
@@ -25,14 +27,17 @@ class Prediction(NamedTuple):
     uncond: Tensor | None  # (B, C, H, W); None when guidance_scale <= 1, then m = cond
 
     def select(self, index: Index) -> Prediction:
+        """Of some of the states, in the index's order."""
         return Prediction(self.cond[index], None if self.uncond is None else self.uncond[index])
 
     @staticmethod
     def cat(parts: list[Prediction]) -> Prediction:
+        """Of all parts' states; all or none have an uncond."""
         uncond = [part.uncond for part in parts if part.uncond is not None]
         return Prediction(torch.cat([part.cond for part in parts]), torch.cat(uncond) if uncond else None)
 
     def detach(self) -> Prediction:
+        """The same values without their graph."""
         return Prediction(self.cond.detach(), None if self.uncond is None else self.uncond.detach())
 
 
@@ -56,7 +61,8 @@ class Cond:
     def __len__(self) -> int:
         return next(iter(self.cond.values())).shape[0]
 
-    def select(self, index: Tensor) -> Cond:
+    def select(self, index: Tensor) -> Cond:  # (B,) int64 -> of B prompts
+        """Prompts by number, repeated as the index repeats them; what was precomputed is left behind."""
         return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)
 
 
@@ -75,6 +81,7 @@ class States:
         return self.x_t.shape[0]
 
     def select(self, index: Index) -> States:
+        """Some of the states; their prompts' numbers stay."""
         return States(self.x_t[index], self.rows[index], self.prompts[index])
 
 
@@ -90,7 +97,7 @@ class Candidates:
     decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
     decode_chunk: int = 8
 
-    def pixel_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def pixel_chunks(self) -> Iterator[tuple[Rows, Tensor]]:
         """Decodes a few images at a time, and only if asked: a latent scorer never pays for the VAE."""
         for start in range(0, self.x0.shape[0], self.decode_chunk):
             chunk = slice(start, min(start + self.decode_chunk, self.x0.shape[0]))
@@ -116,7 +123,7 @@ class Experience:
     def __len__(self) -> int:
         return self.x_prev.shape[0]
 
-    def select(self, terms: Tensor | slice) -> Experience:
+    def select(self, terms: Index) -> Experience:
         """Some of the terms, with only the states they use. The order of terms is kept; indices are renumbered."""
         x_prev, index = self.x_prev[terms], self.index[terms]
         used, renumbered = torch.unique(index, return_inverse=True)
@@ -136,7 +143,7 @@ class Experience:
         yield from ([self] if max_states is None and len(self) else map(self.select, batches(self.index, max_states)))
 
 
-def batches(index: Tensor, max_states: int | None) -> Iterator[slice]:  # index (N, K, S)
+def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (N, K, S)
     """The terms of each micro-batch."""
     if max_states is None or len(index) == 0:
         yield from [slice(0, len(index))] if len(index) else []

@@ -77,13 +77,16 @@ class KeyedDraws:
         return philox.integer(self._keys(use, count), high)
 
     def latents(self, shape: tuple[int, ...], dtype: torch.dtype, num_starts: int = 1) -> Tensor:
+        """(num_starts * B, *shape) standard normals, drawn in float32: where trajectories start."""
         keys = self._keys(LATENTS, num_starts)
         return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape).to(dtype)
 
     def children(self, step: int, num_children: int, num_parents: int) -> Drawn:
+        """The keys of the noise that step's children of each parent get; the op draws it."""
         return {"keys": self._keys(CHILDREN + step, num_parents)}
 
     def pick(self, step: int, num_candidates: int) -> Tensor:
+        """(B,) int64: the candidate of each prompt that the next segment starts from."""
         return self.integer(PICK + step, num_candidates)
 
 

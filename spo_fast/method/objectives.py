@@ -12,14 +12,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spo_fast.config.methods import find_method
 from spo_fast.config.training import ObjectiveConfig, SampleConfig
-from spo_fast.method.experience import Experience, Prediction, States
+from spo_fast.method.experience import Experience, Prediction, Rows, States
 from spo_fast.method.noise import SIDES, STEPS
 from spo_fast.method.protocols import Policy
 from spo_fast.method.renoise import PairInputs, renoised_pairs
@@ -38,9 +38,9 @@ from spo_fast.ops.guidance import guided
 from spo_fast.ops.log_ratio import log_ratio
 from spo_fast.ops.preference_loss import STATS, preference_loss
 
-Batches = Callable[[], Sequence[slice]]
+Batches = Callable[[], Sequence[Rows]]
 Outputs = Callable[[], Prediction]
-Scored = Segments | Trajectories
+ScoredRollout = Callable[[Sampler, RolloutBatch], Segments | Trajectories]
 
 # ---------------------------------------------------------------------------------------------------- what all share
 
@@ -60,10 +60,8 @@ def frozen_predictions(
     """The network's outputs on every state of the experience, in batches without gradient."""
     states = experience.states
     size = states_per_forward or max(len(states), 1)
-    parts = [
-        predict_states(policy, table, experience, states.select(slice(i, i + size)), guided)
-        for i in range(0, len(states), size)
-    ]
+    cut = (states.select(slice(i, i + size)) for i in range(0, len(states), size))
+    parts = [predict_states(policy, table, experience, some, guided) for some in cut]
     if not parts:
         empty = states.x_t.to(policy.dtype)
         return Prediction(empty, empty if guided else None)
@@ -72,7 +70,7 @@ def frozen_predictions(
 
 @torch.no_grad()
 def predictions_by_term(
-    policy: Policy, table: StepTable, experience: Experience, guided: bool, batches: Sequence[slice]
+    policy: Policy, table: StepTable, experience: Experience, guided: bool, batches: Sequence[Rows]
 ) -> Prediction:
     """The same, in the very batches of terms that will be trained: then nothing differs, not even by rounding."""
     if not batches:
@@ -91,6 +89,7 @@ def error_drop(m: Tensor, reference: Tensor, y: Tensor) -> Tensor:  # (T, C, H, 
 
 
 def uniform_weights(like: Tensor, count: int, weight: float) -> Tensor:  # (N,)
+    """Each of `count` terms' weight in the loss, in the terms' own dtype."""
     return torch.full((count,), weight, device=like.device, dtype=like.dtype)
 
 
@@ -111,8 +110,7 @@ class Objective:
     """Half the width of the ratio's clamp; None: no clamp."""
     num_baselines: ClassVar[int] = 1
     """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and second_reference)."""
-    rollout: ClassVar[Any]  # a staticmethod, (Sampler, RolloutBatch) -> Segments or Trajectories, or None
-    rollout = staticmethod(rollout_segments)
+    rollout: ScoredRollout | None = staticmethod(rollout_segments)
     """The part of `collect` that costs something; None without a rollout."""
 
     def guided(self, cfg: SampleConfig) -> bool:
@@ -163,17 +161,16 @@ class Objective:
         e: Experience,  # N terms
         cfg: SampleConfig,
         weight: float,  # of each term
-    ) -> tuple[Tensor, Tensor]:  # the weighted sum of the terms' losses (), statistics (len(self.stats),)
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the terms' losses (), and sums of the statistics over the terms (len(self.stats),)."""
         raise NotImplementedError
 
 
 def log_ratios(m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig) -> Tensor:  # (N, K, S)
     """log p(x_{t-1} | x_t) of the policy minus that of the frozen network, means over C, H, W."""
     assert e.frozen is not None, "prepare the experience first"
-    ratio, _ = log_ratio(
-        *(*m, *e.frozen, e.states.x_t, e.x_prev.flatten(0, 2), e.index.flatten(), e.states.rows),
-        *(table.coefficients, cfg.guidance_scale),
-    )
+    states = (e.states.x_t, e.x_prev.flatten(0, 2), e.index.flatten(), e.states.rows)
+    ratio, _ = log_ratio(*m, *e.frozen, *states, table.coefficients, cfg.guidance_scale)
     return ratio.view(e.index.shape)
 
 
@@ -193,12 +190,14 @@ class SPO(Objective):
     clip: float | None
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """Terms of the pairs that a branching rollout kept."""
         assert isinstance(batch, RolloutBatch)
         return branching_rollout(replace(sampler, cfg=self.sampling(sampler.cfg)), batch)
 
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
+        """As `Objective.loss`, of the clamped ratios."""
         ratios = log_ratios(m, table, e, cfg)
         return preference_loss(ratios, uniform_weights(ratios, len(e), weight), self.beta, self.clip)
 
@@ -218,6 +217,7 @@ class D3PO(SPO):
     """
 
     def sampling(self, cfg: SampleConfig) -> SampleConfig:
+        """One segment: all steps are inner ones."""
         return replace(cfg, num_inner_steps=cfg.num_steps)
 
 
@@ -248,26 +248,28 @@ class GradSPO(SPO):
     num_baselines = 2
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """SPO's, by the moving average."""
         with sampler.policy.ema():
             return super().collect(sampler, batch)
 
     def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        """The reference, and the moving average as second_reference."""
         with policy.ema():
-            second_reference = outputs()
-        return {**super().baselines(policy, outputs, own), "second_reference": second_reference}
+            second = outputs()
+        return {**super().baselines(policy, outputs, own), "second_reference": second}
 
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
+        """As `Objective.loss`, of differences of squared errors."""
         assert e.frozen is not None and e.second_reference is not None and table.alphas_cumprod is not None
         dtype, index = e.states.x_t.dtype, e.index[:, 0, 0]
         rows = e.states.rows[index]
         alpha, (d, std) = table.alphas_cumprod[rows], table.coefficients[rows, 3:].T
         # as noise, up to a term in x_t that all three share: d m = dx0 = -sqrt((1 - alphabar) / alphabar) depsilon
         to_noise = (-d * (alpha / (1 - alpha)).sqrt()).to(dtype).view(-1, 1, 1, 1)
-        policy, reference, ema = (
-            to_noise * guided(*p, cfg.guidance_scale, dtype)[index] for p in (m, e.frozen, e.second_reference)
-        )
+        outputs = (guided(*p, cfg.guidance_scale, dtype) for p in (m, e.frozen, e.second_reference))
+        policy, reference, ema = (to_noise * output[index] for output in outputs)
         reach = (self.guidance_step * (1 - alpha).sqrt() / std / 2).to(dtype).view(-1, 1, 1, 1)
         shift = reach * (e.x_prev[:, 0, 0] - e.x_prev[:, 1, 0])
         r = torch.stack([error_drop(policy, reference, ema - sign * shift) for sign in (1, -1)], dim=1)
@@ -280,8 +282,7 @@ class GradSPO(SPO):
 def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch) -> Experience:
     """Each transition of the trained steps as a term of its own (K = S = 1): term and state (s K + k) B + b."""
     first, end = cfg.branch_start, cfg.last_branch
-    S, (_, K, B) = end - first, walk.x.shape[:3]
-    device = walk.x.device
+    S, (_, K, B), device = end - first, walk.x.shape[:3], walk.x.device
     rows = torch.arange(first, end, device=device).repeat_interleave(K * B)
     states = States(walk.x[first:end].flatten(0, 2), rows, torch.arange(B, device=device).repeat(S * K))
     x_prev = walk.x[first + 1 : end + 1].flatten(0, 2)[:, None, None]
@@ -307,9 +308,11 @@ class DDPO(Objective):
     rollout = staticmethod(trajectory_rollout)
 
     def term_states(self, cfg: SampleConfig) -> list[int]:
+        """One state a transition; K trajectories."""
         return [1] * (cfg.num_candidates * cfg.branching_steps)
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """Every transition of K trajectories of a prompt, with its trajectory's advantage."""
         assert isinstance(batch, RolloutBatch)
         walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
         std, mean = torch.std_mean(walk.scores, dim=0, correction=0)
@@ -330,6 +333,7 @@ class DDPO(Objective):
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
+        """As `Objective.loss`: the clipped surrogate, plus the regulariser."""
         assert e.advantage is not None, "collect the experience first"
         log_r = log_ratios(m, table, e, cfg).flatten()
         ratio, advantage = log_r.exp(), e.advantage.clamp(-self.advantage_clip, self.advantage_clip)
@@ -354,11 +358,13 @@ class DPOK(DDPO):
     num_baselines = 2
 
     def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        """DDPO's, and the reference as second_reference."""
         with policy.reference():
             second_reference = outputs()
         return {**super().baselines(policy, outputs, own), "second_reference": second_reference}
 
     def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
+        """The KL to the reference."""
         assert e.second_reference is not None, "prepare the experience first"
         g, dtype, index = cfg.guidance_scale, e.states.x_t.dtype, e.index.flatten()
         difference = guided(*m, g, dtype)[index] - guided(*e.second_reference, g, dtype)[index]
@@ -383,17 +389,19 @@ class DenseReward(SPO):
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """num_ranked sides, num_sampled_steps transitions."""
         return self.num_ranked, self.num_sampled_steps
 
     def term_states(self, cfg: SampleConfig) -> list[int]:
+        """No two transitions of a term share a state."""
         return [self.num_ranked * self.num_sampled_steps] * self.terms_per_prompt
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """Terms drawn among all trajectories of a prompt and their steps, best trajectory first."""
         assert isinstance(batch, RolloutBatch)
         walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
         every, (K, B) = trajectory_terms(walk, cfg, batch), walk.scores.shape
-        D, (_, S) = self.terms_per_prompt, self.shape
-        device = walk.x.device
+        D, (_, S), device = self.terms_per_prompt, self.shape, walk.x.device
         # a random subset: the first of a random order, then the best of it first
         order = batch.draws.integer(SIDES, 2**30, D * K).view(D, K, B).argsort(1)[:, : self.num_ranked]
         scores = walk.scores.expand(D, K, B).gather(1, order)
@@ -424,12 +432,15 @@ class DiffusionDPO(Objective):
     rollout = None
 
     def guided(self, cfg: SampleConfig) -> bool:
+        """Never: the prompt's half alone."""
         return False
 
     def term_states(self, cfg: SampleConfig) -> list[int]:
+        """Both images of a pair."""
         return [2]
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """The pairs re-noised, a term each; nothing is drawn or scored."""
         assert isinstance(batch, PairInputs)
         return renoised_pairs(sampler.table, batch)
 
@@ -443,6 +454,7 @@ class DiffusionDPO(Objective):
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
+        """As `Objective.loss`, of the two sides at beta / 2."""
         sides = self.sides(m, e)
         return preference_loss(sides.unsqueeze(-1), uniform_weights(sides, len(e), weight), self.beta / 2, None)
 
@@ -457,19 +469,23 @@ class MaPO(DiffusionDPO):
     num_baselines = 0
 
     def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
+        """None."""
         return {}
 
     def errors(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2) l
+        """The denoising errors, means over C, H, W."""
         difference = m.cond.to(e.x_prev.dtype)[e.index.flatten()] - e.x_prev.flatten(0, 2)
         return difference.square().flatten(1).mean(1).view(-1, 2)
 
     def sides(self, m: Prediction, e: Experience) -> Tensor:  # (N, 2) f(l)
+        """What is compared."""
         half = self.errors(m, e) / 2
         return half / torch.expm1(half)
 
     def loss(
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
+        """As `Objective.loss`; the margin has weight beta beside the winner's error."""
         sides = self.sides(m, e)
         weights = uniform_weights(sides, len(e), self.beta * weight)
         margin, stats = preference_loss(sides.unsqueeze(-1), weights, self.scale, None)

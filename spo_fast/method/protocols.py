@@ -32,17 +32,23 @@ class Denoiser(Protocol):
 class Replays(Protocol):
     """What may record calls whose shapes repeat, and play them again."""
 
-    def wrap(self, name: str, function: Callable[P, R]) -> Callable[P, R]: ...
+    def wrap(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
+        """The same function; name tells apart functions of equal shapes."""
+        ...
 
 
 class Policy(Denoiser, Protocol):
     """The trained network, with those it is compared with."""
 
     @property
-    def graphs(self) -> Replays: ...
+    def graphs(self) -> Replays:
+        """Of a rollout's calls."""
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        ...
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, `predict` is the network that training started from."""

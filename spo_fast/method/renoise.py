@@ -32,6 +32,7 @@ def noised(
     noise: Tensor,  # (2, B, C, h, w) or (B, C, h, w)
     alphas_cumprod: Tensor,  # (T,)
 ) -> Tensor:  # (2, B, C, h, w)
+    """x_t = sqrt(alphabar_t) x0 + sqrt(1 - alphabar_t) noise, one t for both images of a pair."""
     alpha = alphas_cumprod[t].to(latents.dtype).view(-1, 1, 1, 1)
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 

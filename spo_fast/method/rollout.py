@@ -172,6 +172,7 @@ class Rollout:
         return self.cond if len(x) == self.B else self.branched_cond
 
     def predict(self, x: Tensor, i: int) -> Prediction:  # x (B, C, H, W) or (K B, C, H, W)
+        """The policy's outputs at step i, rows_per_forward rows a forward."""
         guided, most = self.cfg.guidance_scale > 1, self.cfg.rows_per_forward
         return self._predict(self.policy, x, self.table.timesteps[i], self._cond(x), guided, most)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a network's output may mean
 
@@ -27,9 +30,11 @@ class StepTable:
 
     @property
     def num_steps(self) -> int:
+        """R, the rows."""
         return self.timesteps.shape[0]
 
     def to(self, device: torch.device | str) -> StepTable:
+        """The same rows on a device, still in float64."""
         alphas = None if self.alphas_cumprod is None else self.alphas_cumprod.to(device)
         return StepTable(self.timesteps.to(device), self.coefficients.to(device), alphas)
 
@@ -97,7 +102,7 @@ PUBLISHED = {"prediction_type": "epsilon", "clip_sample": False, "thresholding":
 # diffusers shows the arguments of these only where scipy and torchsde are installed
 HIDDEN = dict.fromkeys(("LMSDiscreteScheduler", "DPMSolverSDEScheduler"), {"timestep_spacing": "linspace"})
 # of a process, or a network that is told or predicts something else
-ANOTHER: dict[str, list[Any]] = {
+ANOTHER: dict[str, list[object]] = {
     "use_flow_sigmas": [True],
     "timestep_type": ["continuous"],
     "variance_type": ["learned", "learned_range"],
@@ -105,13 +110,14 @@ ANOTHER: dict[str, list[Any]] = {
 NOT_DONE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
-def ddim_scheduler(config: Mapping[str, Any]) -> Any:
+def ddim_scheduler(config: Mapping[str, object]) -> DDIMScheduler:
     """diffusers' DDIMScheduler on the noise schedule of a scheduler_config.json, whichever sampler that names.
 
     What the file leaves out has the default of the class it names, as the model's own pipeline reads it (Euler's
     spacing is linspace, DDIM clips). Raises ValueError for a schedule that is not trained here.
     """
     import diffusers
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     name = str(config.get("_class_name"))
     if not ({"beta_start", "beta_end"} <= config.keys() or config.get("trained_betas")):
@@ -119,8 +125,8 @@ def ddim_scheduler(config: Mapping[str, Any]) -> Any:
             f"the model's scheduler ({name}) has no betas: the model belongs to another noise "
             "schedule than the discrete one of SD-1.5 and SDXL, which is the only one that is trained here."
         )
-    own = inspect.signature(getattr(diffusers, name, diffusers.DDIMScheduler).__init__).parameters
-    known = [key for key in inspect.signature(diffusers.DDIMScheduler.__init__).parameters if key != "self"]
+    own = inspect.signature(getattr(diffusers, name, DDIMScheduler).__init__).parameters
+    known = [key for key in inspect.signature(DDIMScheduler.__init__).parameters if key != "self"]
     settings = PUBLISHED | HIDDEN.get(name, {}) | {key: own[key].default for key in known if key in own}
     settings |= {key: config[key] for key in known if key in config}
     where = f"the model's scheduler ({name})"
@@ -136,11 +142,11 @@ def ddim_scheduler(config: Mapping[str, Any]) -> Any:
         what = f"{odd[0]}={config[odd[0]]}" if odd else f"prediction_type={prediction_type!r:.40}"
         raise ValueError(f"{where} has {what}. Only {', '.join(PREDICTIONS)} of a diffusion are trained here.")
     try:
-        scheduler: Any = diffusers.DDIMScheduler(**settings)
+        scheduler: DDIMScheduler = DDIMScheduler(**settings)
         scheduler.set_timesteps(2)  # looks at spacing and offset
     except (NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{where} is damaged or of another kind: {' '.join(str(error).split()):.150}.") from error
-    alphas, T = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    alphas, T = scheduler.alphas_cumprod, scheduler.config["num_train_timesteps"]
     if T != NUM_TIMESTEPS or alphas.shape != (T,):
         raise ValueError(
             f"{where} counts {T} timesteps, {alphas.numel()} betas. SD-1.5, SDXL and the scorers that are told the "
@@ -156,7 +162,7 @@ def ddim_scheduler(config: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-def schedule_notes(config: Mapping[str, Any]) -> list[str]:
+def schedule_notes(config: Mapping[str, object]) -> list[str]:
     """What a scheduler_config.json asks for that is done otherwise here, a line each."""
     name, dropped = config.get("_class_name"), [key for key in NOT_DONE if config.get(key)]
     notes = [f"the model's scheduler ({name}) has {', '.join(dropped)}: not done here"] if dropped else []
@@ -165,7 +171,7 @@ def schedule_notes(config: Mapping[str, Any]) -> list[str]:
     return [f"{note}; pictures and training take DDIM's steps" for note in notes]
 
 
-def table_of(scheduler: Any, num_steps: int, eta: float) -> StepTable:
+def table_of(scheduler: DDIMScheduler, num_steps: int, eta: float) -> StepTable:
     """`ddim_table` of a DDIMScheduler with its own spacing. Raises ValueError for steps that its settings do not allow.
 
     set_alpha_to_one holds as in diffusers: the last step then ends at x0 and adds no noise. (The published code ignores
@@ -175,11 +181,11 @@ def table_of(scheduler: Any, num_steps: int, eta: float) -> StepTable:
     timesteps = scheduler.timesteps[:num_steps]  # of 61 trailing ones diffusers makes 62, the last of them -1
     T, first, last = len(scheduler.alphas_cumprod), int(timesteps[0]), int(timesteps[-1])
     if not 0 < first < T or last < 0:
-        config = scheduler.config
+        spacing, offset = scheduler.config["timestep_spacing"], scheduler.config["steps_offset"]
         raise ValueError(
-            f"num_steps={num_steps} with the model's timestep_spacing={config.timestep_spacing} and "
-            f"steps_offset={config.steps_offset} goes from t = {first} to {last}: it must begin within 1 to {T - 1}. "
+            f"num_steps={num_steps} with the model's timestep_spacing={spacing} and "
+            f"steps_offset={offset} goes from t = {first} to {last}: it must begin within 1 to {T - 1}. "
             "Use another --num_steps, or mend scheduler/scheduler_config.json."
         )
     alphas, final = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
-    return ddim_table(alphas, timesteps, eta, scheduler.config.prediction_type, final)
+    return ddim_table(alphas, timesteps, eta, scheduler.config["prediction_type"], final)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from spo_fast.config.sections import ComputeConfig
 from spo_fast.models import attention
 from spo_fast.models.compile import compile_network
 from spo_fast.models.device import Choice
 from spo_fast.models.fuse import fuse
-
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 def pick_attention(

@@ -21,9 +21,9 @@ from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.tensor_cache import fingerprint_files
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    from spo_fast.models.files.load import VAE
+    from spo_fast.models.files.load import VAE, TextEncoder
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -47,9 +47,9 @@ class DiffusionModel:
         self.zero_uncond = self.kind == "sdxl" and sources.forces_zeros(resolved.config_dir)
 
         dtype = vae_dtype(self.kind, self.dtype, read_json(layout.vae_config_file(resolved)))
-        self.vae, self.unet = load.load_vae(resolved, dtype), load.load_unet(resolved, self.dtype)
-        for network in (self.vae, self.unet):
-            network.to(device)  # type: ignore[arg-type]  # diffusers' decorator hides what `to` takes
+        # diffusers' decorator hides what `to` takes
+        self.vae: VAE = load.load_vae(resolved, dtype).to(device)  # type: ignore[arg-type]
+        self.unet: UNet2DConditionModel = load.load_unet(resolved, self.dtype).to(device)  # type: ignore[arg-type]
 
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         default: int = self.unet.config["sample_size"] * factor
@@ -79,9 +79,10 @@ class DiffusionModel:
         return self.token_ids(prompts)[0]
 
     def _load_encoder(self) -> Encoder:
-        encoders = load.load_text_encoders(self.resolved, self.dtype)
-        for encoder in encoders:
-            encoder.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
+        encoders: list[TextEncoder] = [
+            e.to(self.device)  # type: ignore[arg-type]  # as diffusers'
+            for e in load.load_text_encoders(self.resolved, self.dtype)
+        ]
 
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:
@@ -136,7 +137,7 @@ class DiffusionModel:
     @property
     def prediction_type(self) -> str:
         """What the UNet's output means: epsilon, v_prediction or sample."""
-        return self._ddim.config.prediction_type
+        return self._ddim.config["prediction_type"]
 
     def table(self, num_steps: int, eta: float) -> StepTable:
         """DDIM steps of the model's own noise schedule, on the device."""
@@ -197,9 +198,7 @@ class DiffusionModel:
         return [directory / "pytorch_lora_weights.safetensors", directory / "lora_kohya.safetensors"]
 
 
-def embeddings(
-    kind: str, encoders: Sequence[CLIPTextModel | CLIPTextModelWithProjection], ids: Iterable[Tensor]
-) -> dict[str, Tensor]:
+def embeddings(kind: str, encoders: Sequence[TextEncoder], ids: Iterable[Tensor]) -> dict[str, Tensor]:
     """What the UNet is told of P prompts: (P, L, D) prompt_embeds, and SDXL's (P, D') text_embeds."""
     with _default_dtype(encoders[0].dtype):
         hidden = [encoder(row, output_hidden_states=True) for encoder, row in zip(encoders, ids, strict=True)]

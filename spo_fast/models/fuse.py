@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,10 @@ class Text(NamedTuple):
 
     pairs: list[tuple[Tensor, Tensor]]  # keys, values (B, L, D) of each cross-attention in the network's order
     added: Tensor | None  # (B, D') SDXL's pooled text and sizes, embedded
+
+
+Words: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
+"""The text's embeddings, or one cross-attention's keys and values of them."""
 
 
 def fuse(network: nn.Module, recompute: bool = False) -> None:
@@ -103,10 +107,7 @@ def _timesteps(sample: Tensor, timestep: Tensor) -> Tensor:
 
 
 def _added(
-    compute: Callable[..., Tensor | None],
-    *,
-    added_cond_kwargs: Tensor | dict[str, Tensor] | None,  # Text.added, or what it is computed of
-    **inputs: Tensor | None,
+    compute: Callable[..., Tensor | None], *, added_cond_kwargs: Tensor | dict[str, Tensor] | None, **inputs: object
 ) -> Tensor | None:
     if isinstance(added_cond_kwargs, Tensor):
         return added_cond_kwargs
@@ -301,11 +302,7 @@ class FusedAttention(Attention):
         return lora_three(x, self.stacked, downs, ups, layers[0].scaling["default"])
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        **_: object,
+        self, hidden_states: Tensor, encoder_hidden_states: Words = None, attention_mask: object = None, **_: object
     ) -> Tensor:
         """hidden_states (N, L, D); encoder_hidden_states the text (N, L', D'), its keys and values, or None."""
         assert attention_mask is None
@@ -324,8 +321,8 @@ class FusedBlock(BasicTransformerBlock):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | tuple[Tensor, Tensor] | None = None,
+        attention_mask: object = None,
+        encoder_hidden_states: Words = None,
         *_: object,
         **__: object,
     ) -> Tensor:
@@ -346,12 +343,7 @@ class FusedTransformer(Transformer2DModel):
     """Of the keys and values in Text.pairs: this transformer's first."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | Text | None = None,
-        *_: object,
-        return_dict: bool = False,
-        **__: object,
+        self, hidden_states: Tensor, encoder_hidden_states: Words | Text = None, *_: object, **__: object
     ) -> tuple[Tensor]:
         """As Transformer2DModel's."""
         N, _C, H, W = hidden_states.shape

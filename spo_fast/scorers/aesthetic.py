@@ -21,9 +21,11 @@ class AestheticScorer(PictureScorer):
         self.head = head.to(clip.logit_scale.device).requires_grad_(False).eval()
 
     def encode(self, prompts: list[str]) -> Tensor:  # (P, 0)
+        """Nothing: no prompt is read."""
         return self.clip.logit_scale.new_empty(len(prompts), 0)
 
     def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:  # (N, 3, H, W) -> (N,) float32
+        """The head's score of CLIP's unit embedding."""
         x = cropped(pixels, self.clip.config.image_size, self.dtype)
         return self.head(unit(self.clip.get_image_features(x)))[:, 0]
 

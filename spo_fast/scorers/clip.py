@@ -111,6 +111,8 @@ def _tower_to_hf(tower: TowerConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class KnownClip:
+    """A published model: its name, attention heads of both towers, activation."""
+
     name: str
     vision_heads: int
     text_heads: int
@@ -157,11 +159,14 @@ def timestep_embedding(
 
 
 class TimestepEmbedder(nn.Module):
+    """MLP of the timestep's sinusoids, under the SPM's names."""
+
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, width)
+        """In the towers' dtype; the sinusoids are float32."""
         return self.mlp(timestep_embedding(t).to(next(self.parameters()).dtype))
 
 
@@ -171,6 +176,8 @@ def modulation(width: int, num_parts: int) -> nn.Sequential:
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention of transformers' CLIP, with four projections."""
+
     def __init__(self, tower: TowerConfig, causal: bool):
         super().__init__()
         self.num_heads, self.causal = tower.num_heads, causal
@@ -180,6 +187,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(tower.width, tower.width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, width) -> same
+        """Scaled dot products; causal in the text tower."""
         q, k, v = (
             p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -188,6 +196,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a layer."""
+
     def __init__(self, tower: TowerConfig):
         super().__init__()
         self.activation = ACTIVATIONS[tower.activation]
@@ -195,10 +205,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(tower.mlp_width, tower.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, L, width) -> same."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):
+    """A transformer layer; time-conditioned, both halves are shifted, scaled and gated by the timestep."""
+
     def __init__(self, tower: TowerConfig, causal: bool, time_conditioned: bool):
         super().__init__()
         self.self_attn = Attention(tower, causal)
@@ -213,6 +226,7 @@ class Layer(nn.Module):
         x: Tensor,  # (B, L, width)
         time: Tensor | None,  # (B, width) or, one timestep for all, (1, width)
     ) -> Tensor:  # (B, L, width)
+        """Pre-norm attention and MLP with residuals; without time no modulation."""
         if time is None:
             x = x + self.self_attn(self.layer_norm1(x))
             return x + self.mlp(self.layer_norm2(x))
@@ -222,28 +236,36 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers of a tower."""
+
     def __init__(self, tower: TowerConfig, causal: bool, time_conditioned: bool = False):
         super().__init__()
         self.layers = nn.ModuleList(Layer(tower, causal, time_conditioned) for _ in range(tower.num_layers))
         self.recompute = False  # in the backward pass, instead of keeping activations
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """(B, L, width) -> same, through all layers."""
         for layer in self.layers:
             x = checkpoint(layer, x, time, use_reentrant=False) if self.recompute else layer(x, time)
         return x
 
 
 class TextEmbeddings(nn.Module):
+    """Tokens and positions."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text.width)
         self.position_embedding = nn.Embedding(config.max_length, config.text.width)
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, width)
+        """Their sum; L at most the number of positions."""
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class TextTower(nn.Module):
+    """Causal, pooled at the end token."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
@@ -262,6 +284,8 @@ class TextTower(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+    """A class token and patches, with positions."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         width, patch = config.vision.width, config.patch_size
@@ -270,12 +294,15 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, 1 + patches, width)
+        """The class token first; S must be the size of the positions."""
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         cls = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
 
 class VisionTower(nn.Module):
+    """Pooled at the class token; time-conditioned, that is shifted and scaled by the timestep."""
+
     def __init__(self, config: ClipConfig):
         super().__init__()
         vision = config.vision
@@ -291,6 +318,7 @@ class VisionTower(nn.Module):
         pixels: Tensor,  # (B, 3, S, S) normalised
         time: Tensor | None,  # (B, width) or (1, width)
     ) -> Tensor:  # (B, width)
+        """The class token's last state, normed."""
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), time)
         x = self.post_layernorm(x[:, 0])
         if time is None:
@@ -314,6 +342,7 @@ class Clip(nn.Module):
             self.t_embedder = TimestepEmbedder(config.vision.width)
 
     def get_text_features(self, ids: Tensor) -> Tensor:  # (P, L) int64 -> (P, D), not normalised
+        """Of the end token, projected."""
         return self.text_projection(self.text_model(ids))
 
     def get_image_features(
@@ -321,6 +350,7 @@ class Clip(nn.Module):
         pixels: Tensor,  # (B, 3, S, S) normalised
         timesteps: Tensor | None = None,  # (B,), or (1,) for all images: then the modulation is computed once
     ) -> Tensor:  # (B, D), not normalised
+        """Of the class token, projected. Raises ValueError if a step-aware CLIP gets no timesteps."""
         if self.config.time_conditioned and timesteps is None:
             raise ValueError("A step-aware CLIP needs timesteps: (B,) or (1,), 0 for clean images.")
         time = self.t_embedder(timesteps) if self.config.time_conditioned else None
@@ -332,6 +362,7 @@ class Clip(nn.Module):
         ids: Tensor,  # (P, L)
         timesteps: Tensor | None = None,  # (B,) or (1,)
     ) -> tuple[Tensor, Tensor]:  # (B, D), (P, D) float32 unit vectors of images and texts
+        """Both features."""
         return unit(self.get_image_features(pixels, timesteps)), unit(self.get_text_features(ids))
 
     def set_compute_dtype(self, dtype: torch.dtype) -> Clip:
@@ -347,5 +378,6 @@ class Clip(nn.Module):
 
 
 def unit(features: Tensor) -> Tensor:  # (..., D) any dtype -> float32 of length 1
+    """Divided by its norm; a zero vector becomes NaN."""
     features = features.float()
     return features / features.norm(dim=-1, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 from spo_fast.config.errors import RunError
 from spo_fast.scorers.preprocess import PictureScorer
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+PictureFunction: TypeAlias = "Callable[[Tensor, list[str]], Tensor | ArrayLike]"
 TRIED_SIZE = 64  # pixels of the pictures that a function is tried on
 
 
@@ -22,15 +26,17 @@ class FunctionScorer(PictureScorer):
 
     reads_device = True
 
-    def __init__(self, name: str, function: Callable[..., Any], device: str | torch.device = "cpu"):
+    def __init__(self, name: str, function: PictureFunction, device: str | torch.device = "cpu"):
         self.name, self.function, self.device = name, function, device
         self._numbers: dict[str, int] = {}
 
     def encode(self, prompts: list[str]) -> Tensor:  # (P,) int64: a prompt's number
+        """Numbers under which `score_pixels` finds the prompts again."""
         return torch.tensor([self._numbers.setdefault(prompt, len(self._numbers)) for prompt in prompts])
 
     @torch.no_grad()
     def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:  # (N, 3, H, W) -> (N,) float32
+        """The function's numbers. Raises RunError if it fails or gives another count."""
         known = list(self._numbers)
         return self._called((pixels.float() / 2 + 0.5).clamp(0, 1), [known[n] for n in text.tolist()])
 

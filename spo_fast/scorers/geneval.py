@@ -6,9 +6,9 @@ ViT-L/14 on each object, cut out along its mask. A picture is right or wrong; ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast.data.files import DAMAGED, shown, some
-from spo_fast.data.prompt_sets import CLASSES
+from spo_fast.data.prompt_sets import CLASSES, Wanted
 from spo_fast.data.weights import check_finite
-from spo_fast.scorers.clip import unit
+from spo_fast.scorers.clip import Clip, unit
 from spo_fast.scorers.clip_files import load_clip
 from spo_fast.scorers.preprocess import PictureScorer, cropped
 from spo_fast.scorers.spm import Tokenize, check_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's score
 MAX_OBJECTS = 16  # of a class
@@ -36,6 +39,8 @@ TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 
 
 class Found(NamedTuple):
+    """A detection."""
+
     box: tuple[int, int, int, int]  # left, top, right, bottom; the latter two outside
     score: float
     mask: Tensor  # (H, W) bool
@@ -50,15 +55,15 @@ def instances(class_logits: Tensor, mask_logits: Tensor, threshold: float) -> di
     probabilities = class_logits.float().softmax(-1)[:, :-1]  # the last is no object
     scores, places = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
     found: dict[str, list[Found]] = {}
-    for score, place in zip(scores.tolist(), places.tolist(), strict=True):
-        if score <= threshold:  # the mask's part only lowers it
+    for probability, place in zip(scores.tolist(), places.tolist(), strict=True):
+        if probability <= threshold:  # the mask's part only lowers it
             continue
         query, number = divmod(place, probabilities.shape[1])
         logits = mask_logits[query].float()
         mask = logits > 0
         if not mask.any():
             continue
-        score *= float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
+        score = probability * float((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
         rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         if score > threshold:
@@ -86,7 +91,7 @@ def relations(a: Found, b: Found) -> set[str]:
 
 def is_right(
     objects: Objects,
-    wanted: Mapping[str, Any],  # a line of evaluation_metadata.jsonl: include, exclude
+    wanted: Wanted,
     colours_of: Callable[[Sequence[Found], str], list[str]],  # (detections, class) -> a colour each
 ) -> bool:
     """Every include clause holds on the surest detections of its class, and no exclude clause does."""
@@ -115,38 +120,49 @@ class GenEval(PictureScorer):
 
     reads_device = True
 
-    def __init__(self, detector: Any, clip: Any, tokenize: Tokenize, wanted: Mapping[str, Mapping[str, Any]]):
+    def __init__(
+        self,
+        detector: Mask2FormerForUniversalSegmentation,
+        clip: Clip,
+        tokenize: Tokenize,
+        wanted: Mapping[str, Wanted],
+    ):
         self.detector, self.clip, self.tokenize = detector.eval().requires_grad_(False), clip, tokenize
         self.wanted = wanted  # prompt -> its line of evaluation_metadata.jsonl
         self._records, self._numbers = list(wanted.values()), {prompt: n for n, prompt in enumerate(wanted)}
         self._classifiers: dict[str, Tensor] = {}
 
     def encode(self, prompts: list[str]) -> Tensor:  # (P,) int64 numbers of their lines
+        """Raises ValueError for a prompt of which it is not known what should be in the picture."""
         check_wanted(prompts, self.wanted)
         return torch.tensor([self._numbers[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:  # (N, 3, H, W) -> (N,) float32
+        """Picture by picture: 1 or 0."""
         shown = pixels.float().clamp(-1, 1)
         right = [self._right(x[None], self._records[n]) for x, n in zip(shown, text.tolist(), strict=True)]
         return torch.tensor(right, dtype=torch.float32, device=pixels.device)
 
-    def _right(self, pixels: Tensor, wanted: Mapping[str, Any]) -> bool:
+    def _right(self, pixels: Tensor, wanted: Wanted) -> bool:
         threshold = COUNTING_THRESHOLD if wanted["tag"] == "counting" else THRESHOLD
         objects = instances(*self.logits(pixels), threshold)
         return is_right(objects, wanted, lambda found, name: self.colours(pixels, found, name))
 
     def logits(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # (1, 3, H, W) -> (Q, 81) classes, (Q, H, W) masks
+        """The detector's, masks at the picture's own size."""
         out = self.detector(pixel_values=self.prepared(pixels))
         return out.class_queries_logits[0], self._at_size(out.masks_queries_logits, pixels)[0]
 
     @staticmethod
     def input_size(pixels: Tensor) -> tuple[int, int]:
+        """Height and width that the detector sees: short side SHORT_SIDE unless the long one exceeds LONG_SIDE."""
         h, w = pixels.shape[-2:]
         scale = min(SHORT_SIDE / min(h, w), LONG_SIDE / max(h, w))
         return round(h * scale), round(w * scale)
 
     def prepared(self, pixels: Tensor) -> Tensor:  # (1, 3, H, W) in [-1, 1] -> padded to a multiple of DIVISOR
+        """Resized without antialias and normalised by ImageNet's statistics; padding is 0."""
         mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         h, w = self.input_size(pixels)
         x = F.interpolate(pixels / 2 + 0.5, size=(h, w), mode="bilinear", antialias=False)
@@ -173,7 +189,7 @@ class GenEval(PictureScorer):
         return seen
 
 
-def check_wanted(prompts: Sequence[str], wanted: Mapping[str, Any]) -> None:
+def check_wanted(prompts: Sequence[str], wanted: Collection[str]) -> None:
     """Raises ValueError for a prompt of which it is not known what should be in the picture."""
     if odd := next((prompt for prompt in prompts if prompt not in wanted), None):
         raise ValueError(
@@ -185,19 +201,21 @@ def check_wanted(prompts: Sequence[str], wanted: Mapping[str, Any]) -> None:
 class NoLoss(torch.nn.Module):
     """In the place of Mask2Former's training loss, which a network is built with and which needs scipy."""
 
-    def __init__(self, config: Any, weight_dict: Any = None):
+    def __init__(self, config: Mask2FormerConfig, weight_dict: Mapping[str, float] | None = None):
         super().__init__()
+        assert config.num_labels is not None
         self.num_labels, self.eos_coef = config.num_labels, config.no_object_weight
         self.register_buffer("empty_weight", torch.ones(config.num_labels + 1))
 
 
-def fake_detector(path: str | Path | None) -> Any:
+def fake_detector(path: str | Path | None) -> Mask2FormerForUniversalSegmentation:
     """The detector without weights, on the meta device: a directory's, or the published one's (Swin-S)."""
     from transformers import Mask2FormerConfig
     from transformers.models.mask2former import modeling_mask2former as mask2former
 
-    kind: Any = Mask2FormerConfig
-    config = kind(num_labels=len(CLASSES)) if path is None else kind.from_pretrained(path)
+    config = Mask2FormerConfig(num_labels=len(CLASSES))  # type: ignore[call-arg]  # its base class takes it
+    if path is not None:
+        config = Mask2FormerConfig.from_pretrained(path)
     with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss), torch.device("meta"):
         return mask2former.Mask2FormerForUniversalSegmentation(config)
 
@@ -209,15 +227,17 @@ def load_geneval(
     dtype: torch.dtype = torch.float32,  # of other scorers: detections are made in float32
     *,
     clip: str | Path,
-    wanted: Mapping[str, Mapping[str, Any]],
+    wanted: Mapping[str, Wanted],
 ) -> GenEval:
     """facebook/mask2former-swin-small-coco-instance and CLIP ViT-L/14."""
     from transformers.models.mask2former import modeling_mask2former as mask2former
 
     with mock.patch.object(mask2former, "Mask2FormerLoss", NoLoss):
         try:
-            network: Any = mask2former.Mask2FormerForUniversalSegmentation
-            detector, told = network.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+            # annotated without the report that output_loading_info adds
+            load: Callable[..., tuple[Mask2FormerForUniversalSegmentation, dict[str, list[object]]]]
+            load = mask2former.Mask2FormerForUniversalSegmentation.from_pretrained  # type: ignore[assignment]
+            detector, told = load(str(path), local_files_only=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             what = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is no Mask2Former ({what}). Give its directory (--geneval_path).") from error
@@ -227,4 +247,5 @@ def load_geneval(
     if detector.config.num_labels != len(CLASSES):
         raise ValueError(f"{path} knows {detector.config.num_labels} classes, not COCO's 80 (--geneval_path).")
     towers = check_vocabulary(load_clip(clip, time_conditioned=False, device=device), tokenize, clip)
-    return GenEval(detector.to(device), towers.requires_grad_(False), tokenize, wanted)
+    detector = detector.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
+    return GenEval(detector, towers.requires_grad_(False), tokenize, wanted)

@@ -69,6 +69,7 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mended_text(prompt: str) -> str:
+    """Straight quotes, and HTML entities resolved twice, as ftfy and open_clip do."""
     return html.unescape(html.unescape(prompt.translate(STRAIGHT)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from spo_fast.data.weights import fill, read_tensors
 from spo_fast.scorers.clip_files import find_weights
 from spo_fast.scorers.preprocess import PictureScorer, cropped, score_head
+
+if TYPE_CHECKING:
+    from tokenizers.implementations import BertWordPieceTokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward, in the published code
 MAX_TOKENS = 35
@@ -34,6 +37,7 @@ VISION = (  # BLIP's names -> transformers'
 
 
 def vision_name(key: str) -> str:
+    """A tensor of BLIP's vision tower, timm's names -> transformers'."""
     if key.startswith("norm."):
         return f"post_layernorm.{key.removeprefix('norm.')}"
     for old, new in VISION:
@@ -117,6 +121,7 @@ class ImageReward(nn.Module):
         return found
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # (N, 3, S, S) normalised, (N, L) -> (N,) float32
+        """The MLP of the words' first state, which has attended to the picture, standardised."""
         seen = self.vision(pixel_values=x).last_hidden_state
         everywhere = torch.ones(seen.shape[:2], dtype=torch.long, device=x.device)
         read = self.text(
@@ -145,16 +150,22 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ImageRewardScorer(PictureScorer):
-    def __init__(self, model: ImageReward, tokenizer: Any, device: str | torch.device, dtype: torch.dtype):
+    """Standardised over the authors' data: mean 0, deviation 1."""
+
+    def __init__(
+        self, model: ImageReward, tokenizer: BertWordPieceTokenizer, device: str | torch.device, dtype: torch.dtype
+    ):
         self.model = model.to(device, dtype).requires_grad_(False).eval()
         self.model.head.float()
         self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
 
     def encode(self, prompts: list[str]) -> Tensor:  # (P, 35) int64 ids
+        """BERT's ids, cut and padded to 35."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))]
         return torch.tensor(ids, dtype=torch.long, device=self.device)
 
     def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:  # (N, 3, H, W) -> (N,) float32
+        """Cropped to the network's size, in its dtype."""
         return self.model(cropped(pixels, self.model.image_size, self.dtype), text)
 
 

@@ -42,11 +42,13 @@ class LatentScorer:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Text:
+        """Context (P, L, C) and feature (P, D) of the model's own text encoders."""
         device = self.model.logit_scale.device
         return self.model.encode([ids.to(device) for ids in self.token_ids(prompts)])
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
+        """Of the noisy latents; of final ones, where there are none, at timestep 0."""
         x = candidates.x0 if candidates.x_t is None else candidates.x_t
         rows = torch.arange(len(x), device=x.device).split(candidates.decode_chunk)
         context, feature = candidates.text

@@ -6,15 +6,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo_fast.data.files import DAMAGED, WEIGHT_NAMES, read_json, shown
 from spo_fast.data.weights import fill, read_tensors, renamed
 from spo_fast.scorers.clip_files import write_model
 from spo_fast.scorers.latent_network import LOGIT_SCALE, Configs, LatentReward
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    from spo_fast.models.files.load import TextEncoder
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 UNUSED_KEYS = ("unet.up_blocks.", "unet.conv_norm_out.", "unet.conv_out.", "vae.")
@@ -25,8 +30,8 @@ LRM_FILES = (
 
 
 def init_latent_reward(
-    unet: Any,  # diffusers' UNet2DConditionModel
-    text_encoders: Sequence[nn.Module],  # transformers' CLIPTextModel; SDXL's CLIPTextModelWithProjection after it
+    unet: UNet2DConditionModel,
+    text_encoders: Sequence[TextEncoder],  # SDXL's CLIPTextModelWithProjection second
     *,
     text_projection: Tensor | None = None,  # (D, width): text_projection.weight of openai/clip-vit-large-patch14
     seed: int = 0,
@@ -38,7 +43,7 @@ def init_latent_reward(
     N(0, 1 / width), for text encoders that never had one.
     Raises ValueError for a text_projection given with SDXL, or weights that do not fit together.
     """
-    parts: dict[str, Any] = dict(zip(PARTS, (unet, *text_encoders), strict=False))
+    parts = dict(zip(PARTS, (unet, *text_encoders), strict=False))
     configs = {name: json.loads(_config_json(part)) for name, part in parts.items()}
     tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
@@ -60,9 +65,11 @@ def init_latent_reward(
     return load_latent_reward(copies, configs=configs, device=unet.device, dtype=dtype).train()
 
 
-def _config_json(part: Any) -> str:
+def _config_json(part: UNet2DConditionModel | TextEncoder) -> str:
+    if isinstance(part.config, dict):  # diffusers'
+        return part.to_json_string()
     # transformers would leave out what equals its defaults of the day
-    return part.to_json_string() if hasattr(part, "to_json_string") else part.config.to_json_string(use_diff=False)
+    return part.config.to_json_string(use_diff=False)
 
 
 def load_latent_reward(

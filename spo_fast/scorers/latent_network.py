@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from spo_fast.scorers.clip import ClipConfig, TextTower, TowerConfig, unit
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 GUIDANCE_SCALE = 7.5  # of the published models, in their training and in LPO; no checkpoint holds it
 LOGIT_SCALE = 2.6592  # ln(1 / 0.07), where CLIP and the published training start
@@ -28,7 +31,8 @@ class TextEncoder(nn.Module):
         from transformers import CLIPTextConfig
 
         super().__init__()
-        hf: Any = CLIPTextConfig(**config)  # fills in what a config.json leaves out
+        hf = CLIPTextConfig(**config)  # fills in what a config.json leaves out
+        assert hf.layer_norm_eps is not None and hf.projection_dim is not None
         tower = TowerConfig(
             width=hf.hidden_size,
             mlp_width=hf.intermediate_size,
@@ -52,12 +56,14 @@ class TextEncoder(nn.Module):
             self.text_projection = nn.Linear(tower.width, hf.projection_dim, bias=False)
 
     def penultimate(self, ids: Tensor) -> Tensor:  # (P, L) -> (P, L, width), which no LayerNorm follows
+        """States of the layer before the last."""
         x = self.text_model.embeddings(ids)
         for layer in self.text_model.encoder.layers[:-1]:
             x = layer(x, None)
         return x
 
     def last(self, x: Tensor, ids: Tensor) -> Text:  # penultimate (P, L, width) -> states (P, L, width), pooled (P, D)
+        """Through the last layer and the final norm; pooled at the end token and projected, if it projects."""
         states = self.text_model.final_layer_norm(self.text_model.encoder.layers[-1](x, None))
         # the end token is the largest id, and padding comes after the first of them
         pooled = states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
@@ -108,6 +114,7 @@ class LatentReward(nn.Module):
         empty: Text,  # 1 row
         guidance_scale: float = GUIDANCE_SCALE,
     ) -> Tensor:  # (B, D), not normalised
+        """Of the noisy latents at their timestep; the mid block's guided away from the empty prompt."""
         num_images = len(x_t)
         if guidance_scale != 1:  # prompts first, then as many empty ones, in one pass
             x_t, t = x_t.repeat(2, 1, 1, 1), t.repeat(2)
@@ -134,7 +141,9 @@ class LatentReward(nn.Module):
         x, outputs = unet.conv_in(x_t.to(dtype)), []
         for block in unet.down_blocks:
             x, states = block(x, emb, **_attended(block, context))
-            outputs.append(states[len(block.resnets) - 1])  # one state a ResNet; a downsampled one may follow
+            resnets = block.resnets
+            assert isinstance(resnets, nn.ModuleList)
+            outputs.append(states[len(resnets) - 1])  # one state a ResNet; a downsampled one may follow
         return [*outputs, unet.mid_block(x, emb, **_attended(unet.mid_block, context))]
 
     def score(
@@ -171,11 +180,11 @@ def _attended(block: nn.Module, context: Tensor) -> dict[str, Tensor]:
     return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
 
 
-def _headless_unet(config: Mapping[str, Any], is_sdxl: bool) -> Any:
+def _headless_unet(config: Mapping[str, Any], is_sdxl: bool) -> UNet2DConditionModel:
     """diffusers' UNet without what follows its mid block; its other parts, and so their keys, stay where they are."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    unet: Any = UNet2DConditionModel.from_config(dict(config))
+    unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(config))
     plain = {
         "addition_embed_type": "text_time" if is_sdxl else None,
         "class_embed_type": None,

@@ -5,7 +5,7 @@ Their resize is bicubic (a = -0.5) with antialias; here it runs on floating pixe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,23 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class PictureScorer:
     """Judges candidates by their decoded pictures, a few at a time."""
 
-    score_pixels: Any  # (pixels, t, text) -> (N,): see PixelScorer
+    def score_pixels(self, pixels: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """As PixelScorer's."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
-        x0 = candidates.x0
+        """Of the decoded x0, a chunk at a time."""
+        x0, text = candidates.x0, candidates.text
+        assert isinstance(text, Tensor)
         scores = torch.empty(len(x0), dtype=torch.float32, device=x0.device)
         for rows, pixels in candidates.pixel_chunks():
-            scores[rows] = self.score_pixels(pixels, candidates.t, candidates.text[rows])
+            scores[rows] = self.score_pixels(pixels, candidates.t, text[rows])
         return scores
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:  # (B, 3, H, W) about [-1, 1] -> float32 in [0, 1]
+    """Bicubic with antialias, clamped before and after."""
     x = (pixels.float() / 2 + 0.5).clamp(0, 1)
     return F.interpolate(x, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from spo_fast.config.scorers import find_scorer, scorer_names
-from spo_fast.scorers.base import Scorer
+from spo_fast.data.prompt_sets import Wanted
+from spo_fast.scorers.base import PixelScorer, Scorer, sees_pixels
 from spo_fast.scorers.function import FunctionScorer
 from spo_fast.scorers.latent import TokenIds
 from spo_fast.scorers.preprocess import cropped
-from spo_fast.scorers.spm import Tokenize
+from spo_fast.scorers.spm import ClipScorer, Tokenize
 from spo_fast.scorers.weighted import WeightedSum
 
 
@@ -27,7 +28,7 @@ def load_scorer(
     *,
     token_ids: TokenIds | None = None,  # for lrm, which has all of the diffusion model's text encoders
     time_conditioned: bool = True,  # False: the SPM is one that does not know the timestep
-    wanted: Mapping[str, Mapping[str, Any]] | None = None,  # for geneval: prompt -> line of evaluation_metadata.jsonl
+    wanted: Mapping[str, Wanted] | None = None,  # for geneval: prompt -> line of evaluation_metadata.jsonl
     prompts: Sequence[str] = (),  # a function of the user's own is tried on two of them
 ) -> Scorer:
     """One scorer, or the weighted sum of several. Raises ValueError for an unknown name or one without a path."""
@@ -35,7 +36,7 @@ def load_scorer(
         raise ValueError(f"No scorer given. Known: {', '.join(scorer_names())}.")
     told = {"time_conditioned": time_conditioned, "wanted": wanted or {}}
 
-    def load(name: str) -> Any:
+    def load(name: str) -> Scorer:
         record = find_scorer(name)
         if record.function is not None:
             scorer = FunctionScorer(name, record.function, device)
@@ -63,10 +64,12 @@ def load_metric(
     tokenize: Tokenize,
     device: str | torch.device,
     dtype: torch.dtype,
-    wanted: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Any:
+    wanted: Mapping[str, Wanted] | None = None,
+) -> PixelScorer:
     """The scorer as published tables have it: PickScore's own processor resizes with antialias, the trainer's not."""
-    scorer: Any = load_scorer([(name, 1)], paths, tokenize, device, dtype, wanted=wanted)
+    scorer = load_scorer([(name, 1)], paths, tokenize, device, dtype, wanted=wanted)
     if name == "pickscore":
+        assert isinstance(scorer, ClipScorer)
         scorer.preprocess = partial(cropped, to_even=False)
+    assert sees_pixels(scorer)
     return scorer

@@ -94,10 +94,12 @@ class ClipScorer(PictureScorer):
 
     @property
     def device(self) -> torch.device:
+        """The model's."""
         return self.model.logit_scale.device
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:  # (P, D) float32 unit text features
+        """Unit features; those of prompts seen before come from a cache of MAX_CACHED_PROMPTS."""
         cache = self._text_features
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
         for start in range(0, len(new), TEXT_BATCH):
@@ -111,6 +113,7 @@ class ClipScorer(PictureScorer):
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> Tensor:  # (P, L) int64 -> (P, D) float32 unit text features
+        """Raises ValueError for more tokens than the text tower has positions."""
         limit = self.model.config.max_length
         if ids.shape[1] > limit:
             raise ValueError(

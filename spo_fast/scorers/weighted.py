@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from spo_fast.scorers.base import Scorer, sees_pixels
+
 if TYPE_CHECKING:
-    from spo_fast.method.experience import Candidates
-    from spo_fast.scorers.base import Scorer
+    from spo_fast.method.experience import Candidates, Text
 
 
 class WeightedSum:
@@ -35,19 +36,21 @@ class WeightedSum:
             )
         self.judges = kinds.pop()
 
-    def encode(self, prompts: list[str]) -> tuple[Any, ...]:  # one entry a scorer: what its own encode returned
+    def encode(self, prompts: list[str]) -> Text:
+        """A tuple with what each scorer's own encode returned."""
         return tuple(scorer.encode(prompts) for scorer in self.scorers)
 
     @torch.no_grad()
     def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
+        """The sum in float32; every latent is decoded once at most."""
         x0 = candidates.x0
         total = torch.zeros(len(x0), dtype=torch.float32, device=x0.device)
-        parts: list[tuple[float, Any, Any]] = list(zip(self.weights, self.scorers, candidates.text, strict=True))
-        of_pixels = [part for part in parts if hasattr(part[1], "score_pixels")]
-        of_latents = [part for part in parts if not hasattr(part[1], "score_pixels")]
+        parts = list(zip(self.weights, self.scorers, candidates.text, strict=True))
+        of_pixels = [(weight, scorer, text) for weight, scorer, text in parts if sees_pixels(scorer)]
+        of_latents = [(weight, scorer, text) for weight, scorer, text in parts if not sees_pixels(scorer)]
         for rows, pixels in candidates.pixel_chunks() if of_pixels else ():
             for weight, scorer, text in of_pixels:
                 total[rows] += weight * scorer.score_pixels(pixels, candidates.t, text[rows])
-        for weight, scorer, text in of_latents:
-            total += weight * scorer(replace(candidates, text=text))
+        for weight, judge, text in of_latents:
+            total += weight * judge(replace(candidates, text=text))
         return total

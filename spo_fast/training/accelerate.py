@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo_fast.config.training import Config
 from spo_fast.models.accelerate import pick_attention
 from spo_fast.models.attention import KERNELS
-from spo_fast.models.compile import compile_network, keep_cache_in
+from spo_fast.models.compile import Backend, compile_network, keep_cache_in
 from spo_fast.models.device import Choice
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
+from spo_fast.scorers.base import Scorer, sees_pixels
 from spo_fast.scorers.clip import Layer
 from spo_fast.training.plan.fit_memory import rows_of_a_step
+
+if TYPE_CHECKING:
+    from spo_fast.models.files.load import VAE
 
 
 def make_policy(model: DiffusionModel, cfg: Config, processes: int) -> tuple[Policy, list[Choice]]:
@@ -48,7 +52,12 @@ def capture_for(cfg: Config, device: torch.device) -> Capture | None:
 
 
 def compile_networks(
-    policy: Policy, vae: Any, scorer: Any, cfg: Config, backend: Any = "inductor", cache: Path | None = None
+    policy: Policy,
+    vae: VAE,
+    scorer: Scorer,
+    cfg: Config,
+    backend: str | Backend = "inductor",
+    cache: Path | None = None,
 ) -> None:
     """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes. cache: keep it here."""
     if cache is not None:
@@ -62,22 +71,22 @@ def compile_networks(
     if hasattr(vae, "decoder"):
         compile_network(vae.decoder, how, backend=backend)
     for part in parts_of(scorer):
-        towers: Any = getattr(part, "model", getattr(part, "clip", None))
-        if hasattr(towers, "vision_model"):
-            compile_network(towers.vision_model, how, (Layer,), backend)
+        towers = getattr(part, "model", getattr(part, "clip", None))
+        if isinstance(vision := getattr(towers, "vision_model", None), nn.Module):
+            compile_network(vision, how, (Layer,), backend)
 
 
 def replayed(
-    policy: Policy, decode: Callable[[Tensor], Tensor], scorer: Any, capture: Capture | None
+    policy: Policy, decode: Callable[[Tensor], Tensor], scorer: Scorer, capture: Capture | None
 ) -> Callable[[Tensor], Tensor]:
     """From now on calls of a rollout whose shapes came before are replayed; returns the decoder to use."""
     policy.graphs = graphs = Graphs(capture)
     for number, part in enumerate(parts_of(scorer)):
-        if hasattr(part, "score_pixels") and not getattr(part, "reads_device", False):
-            part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))
+        if sees_pixels(part) and not getattr(part, "reads_device", False):
+            part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))  # type: ignore[method-assign]
     return graphs.wrap("decode", decode)
 
 
-def parts_of(scorer: Any) -> tuple[Any, ...]:
+def parts_of(scorer: Scorer) -> tuple[Scorer, ...]:
     """The scorers of a weighted sum, or the only one."""
     return getattr(scorer, "scorers", (scorer,))

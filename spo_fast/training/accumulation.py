@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spo_fast.config.training import OptimConfig
+from spo_fast.method.experience import Rows
 
 
 @dataclass(frozen=True)
 class Slot:
     """Consecutive terms that share one weight in the loss, and whether an optimizer step follows."""
 
-    terms: slice
+    terms: Rows
     weight: float
     step: bool
 

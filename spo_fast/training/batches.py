@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.method import skipped_segments
-from spo_fast.method.experience import judges
+from spo_fast.method.experience import Rows, judges
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
     """What an iteration learns from."""
 
     batch: RolloutBatch | PairInputs  # of this process
-    prompts: slice  # which of the global batch it is; empty if nothing of it is kept
+    prompts: Rows  # which of the global batch it is; empty if nothing of it is kept
     total: int  # prompts of the global batch
     epoch: int
 

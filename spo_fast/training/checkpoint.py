@@ -15,10 +15,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +28,8 @@ from spo_fast.models import sharded
 from spo_fast.training.optimizer import WeightUpdates, flatten_optimizer, unflatten_optimizer
 from spo_fast.training.processes import ALONE, Group
 from spo_fast.training.run_directory import MismatchError, checkpoints, number, to_disk, write_sums
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -59,7 +61,7 @@ def save(
     state: TrainState,
     learner: WeightUpdates,
     export: Callable[[Path], object],
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     limit: int | None,
     group: Group = ALONE,  # with sharded masters all its processes call this
 ) -> Path:
@@ -88,8 +90,11 @@ def save(
         if not main:
             return final
         record = {
-            **{"state": asdict(state), "optimizer": rest, "scaler": learner.scaler.state_dict()},
-            **{"settings": settings, "versions": versions()},
+            "state": asdict(state),
+            "optimizer": rest,
+            "scaler": learner.scaler.state_dict(),
+            "settings": settings,
+            "versions": versions(),
         }
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
         write_sums(temporary)
@@ -129,7 +134,7 @@ REORDERS = ("seed", "global_batch", "shuffle", "prompts", "max_prompts", "pairs"
 
 
 def load(
-    path: Path, learner: WeightUpdates, settings: dict[str, Any], main: bool = True
+    path: Path, learner: WeightUpdates, settings: Mapping[str, object], main: bool = True
 ) -> tuple[TrainState, list[str]]:
     """Put a checkpoint's weights, optimizer state and gradients into the learner; returns the counters and what to say.
 
@@ -161,7 +166,7 @@ def load(
         for name, p in zip(learner.policy.names, learner.policy.masters, strict=True):
             p.grad = gradients[name].to(p.device) if name in gradients else None
     # what was saved after it belongs to another continuation: out of the way of "latest", but kept
-    run_dir = Path(settings["output_dir"])
+    run_dir = Path(str(settings["output_dir"]))
     for later in checkpoints(run_dir) if main and path.parent.resolve() == run_dir.resolve() else []:
         if number(later) > state.iteration:
             set_aside(later)
@@ -185,7 +190,7 @@ def _tensors(path: Path, kind: str, learner: WeightUpdates) -> dict[str, Tensor]
     return {name: shards.part(value) if whole[name] else value for name, value in tensors.items()}
 
 
-def _read(path: Path, reader: Callable[[Path], Any], name: str) -> Any:
+def _read(path: Path, reader: Callable[[Path], T], name: str) -> T:
     try:
         return reader(path / name)
     except (ValueError, OSError) as error:
@@ -194,7 +199,7 @@ def _read(path: Path, reader: Callable[[Path], Any], name: str) -> Any:
         raise MismatchError(f"{path} is damaged: {error} {instead}.") from error
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+def differences(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, str]:
     """Settings that changed between the saved run and this one: name -> "name: old -> new"."""
     skip = ("resume_from_checkpoint", "output_dir", "device", "report_to", "prompt_cache_dir", "stop_seconds")
     return {k: f"{k}: {old[k]} -> {new[k]}" for k in new if k in old and k not in skip and old[k] != new[k]}

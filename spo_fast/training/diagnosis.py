@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def ratio_deviations(m: Prediction, table: StepTable, e: Experience, cfg: Sample
 
 
 def start_text(deviations: dict[int, float]) -> str:
+    """A line for what `ratio_deviations` found, noisiest timestep first."""
     if not any(deviations.values()):
         return "probability ratio of policy to reference at the start: exactly 1"
     by_step = ", ".join(f"{value:.1e} at {t}" for t, value in sorted(deviations.items(), reverse=True))
@@ -75,6 +76,7 @@ def base_errors(
 
 
 def base_text(how: str, errors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """What `base_errors` found of a base kept as `how`, a line each."""
     told = {"base_error": "relative error of the prediction", "base_log_ratio": "size of the log-ratio to it"}
     lines = [
         f"  {told[name]}: " + ", ".join(f"{values[t == at].mean():.1e} at {at}" for at in t.unique().tolist()[::-1])
@@ -112,10 +114,10 @@ def check_agreement(run: Parts) -> None:
             )
 
 
-def raise_if_nonfinite(run: Parts, pairs: int) -> None:
+def raise_if_nonfinite(run: Parts, pairs: bool) -> None:
     """Raises RunError, its diagnosis written, once too many optimizer steps in a row were dropped, or all of the run.
 
-    pairs: the last iteration's.
+    pairs: whether the last iteration had any.
     """
     unfit, most = run.state.nonfinite_in_a_row, run.cfg.optim.max_nonfinite_steps
     # in fp16 the first steps overflow while a scale is looked for
@@ -139,7 +141,7 @@ def write_nonfinite(run: Parts) -> Path:
     from safetensors.torch import save_file
 
     weights = run.policy.network()
-    found: dict[str, Any] = {"state": dataclasses.asdict(run.state), "gradients": run.learner.broken}
+    found: dict[str, object] = {"state": dataclasses.asdict(run.state), "gradients": run.learner.broken}
     found["weights"] = [name for name, value in weights.items() if not value.isfinite().all()]
     if run.learner.scaler.is_enabled():
         found["loss_scale"] = run.learner.scaler.get_scale()

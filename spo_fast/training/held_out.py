@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from spo_fast.config.fields import parted
 from spo_fast.config.scorers import TRUE_SCORES, scorer_specs
 from spo_fast.config.training import Config
-from spo_fast.data.prompt_sets import geneval_records
+from spo_fast.data.prompt_sets import Wanted, geneval_records
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.geneval import check_wanted
@@ -22,6 +20,7 @@ def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
 
 
 def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
+    """Names of the metrics asked for; of the toy, on captions that its world can draw, the true scores by itself."""
     if cfg.run.validation_metrics or cfg.model.model != "toy":
         return parted(cfg.run.validation_metrics)
     from spo_fast.data import toy_world
@@ -30,7 +29,7 @@ def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
     return list(TRUE_SCORES) if whole and set(prompts) <= set(toy_world.CAPTIONS) else []
 
 
-def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, dict[str, Any]] | None:
+def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, Wanted] | None:
     """What GenEval looks for, if it judges. Raises ValueError for a prompt of which that is not known."""
     in_training = "geneval" in dict(scorer_specs(cfg.scorer.scorer))
     if not in_training and "geneval" not in parted(cfg.run.validation_metrics):

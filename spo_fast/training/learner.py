@@ -8,13 +8,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spo_fast.config.training import Config
-from spo_fast.method.experience import Experience, Prediction, batches
+from spo_fast.method.experience import Experience, Prediction, Rows, batches
 from spo_fast.method.objectives import Objective, predict_states
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.policy import Policy
@@ -74,18 +74,18 @@ class Learner(WeightUpdates):
         """Those of `total` terms of all processes."""
         return list(slots(total, self.cfg.optim, state.slots, self.group.size))
 
-    def slot_terms(self, total: int, state: TrainState) -> list[slice]:
+    def slot_terms(self, total: int, state: TrainState) -> list[Rows]:
         """The terms of each of them."""
         return [slot.terms for slot in self.slots(total, state)]
 
-    def own(self, total: int, state: TrainState) -> Iterator[tuple[Slot, slice]]:
+    def own(self, total: int, state: TrainState) -> Iterator[tuple[Slot, Rows]]:
         """Each slot, and which of this process's terms are in it."""
         start = 0
         for slot in self.slots(total, state):
             part = self.group.share(slot.terms)
             yield slot, slice(start, start := start + part.stop - part.start)
 
-    def batches(self, experience: Experience, total: int, state: TrainState) -> list[slice]:
+    def batches(self, experience: Experience, total: int, state: TrainState) -> list[Rows]:
         """The terms of each micro-batch of `update`."""
         most, found = self.cfg.optim.states_at_once, []
         for _, own in self.own(total, state):
@@ -99,7 +99,7 @@ class Learner(WeightUpdates):
         state: TrainState,
         timer: Callable[[str], AbstractContextManager[None]] = lambda phase: contextlib.nullcontext(),
         total: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """One pass over prepared experience in the order given, with its optimizer steps. Returns what to log.
 
         total: terms of all processes, of which `experience` has this one's share of each slot.
@@ -231,8 +231,8 @@ class Learner(WeightUpdates):
         """Raises RunError if the last optimizer step broke the weights. All processes call it; waits for the device."""
         self.sizes.look(float(self._over_shards(self.policy.size())))
 
-    def _log(self, terms: int, sums: Sums) -> dict[str, Any]:
-        record: dict[str, Any] = {"lr": self.lr}
+    def _log(self, terms: int, sums: Sums) -> dict[str, object]:
+        record: dict[str, object] = {"lr": self.lr}
         if sums.stats is not None:
             record["loss"] = sums.loss / terms
             names = enumerate(self.objective.stats)

@@ -8,11 +8,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from spo_fast.config.errors import RunError
 from spo_fast.config.training import Config, SampleConfig
 from spo_fast.scorers.base import InPhase
+from spo_fast.scorers.function import PictureFunction
 from spo_fast.training import batches, diagnosis, outputs
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.monitor.warnings import Watch
@@ -74,7 +74,7 @@ class Run(Parts):
             self.state.iteration += 1
             self.learner.check_weights()
             monitor.write(iteration, record)
-            diagnosis.raise_if_nonfinite(self, record["pairs"])
+            diagnosis.raise_if_nonfinite(self, bool(record["pairs"]))
             if self.due(self.cfg.run.checkpointing_steps):
                 diagnosis.check_agreement(self)
                 with timer("save"):
@@ -83,7 +83,7 @@ class Run(Parts):
                 return self.done
         return True
 
-    def iterate(self, iteration: int, timer: Timer) -> dict[str, Any] | None:
+    def iterate(self, iteration: int, timer: Timer) -> dict[str, object] | None:
         """One iteration: experience, frozen networks, updates. Returns what to log; None if the run is to stop."""
         cfg, sample, objective, state = self.cfg, self.cfg.sample, self.objective, self.state
         decode = Saturation(self.decode)
@@ -135,7 +135,7 @@ class Run(Parts):
         return timer("score")
 
 
-def train(cfg: Config, scorer: Callable[..., Any] | None = None) -> Path:
+def train(cfg: Config, scorer: PictureFunction | None = None) -> Path:
     """Train as cfg says; returns the run directory, which holds the LoRA, checkpoints, metrics and sample grids.
 
     scorer: a function of your own, pictures (N, 3, H, W) in [0, 1] and N prompts -> N numbers, in place of cfg's.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from spo_fast.models.trained_weights import TrainedWeights
 from spo_fast.training.step_sizes import StepSizes
 
 
-def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten_optimizer(state: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
     """An optimizer's state_dict -> tensors by "param.name" and the rest, which JSON can hold.
 
     bitsandbytes nests its quantised state one level deeper; it also loads the flat form, so the nesting is dropped.
     """
     tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for index, entries in state["state"].items():
+    rest, moments = {}, state["state"]
+    assert isinstance(moments, dict)
+    for index, entries in moments.items():
         nested = {k: v for value in entries.values() if isinstance(value, dict) for k, v in value.items()}
         for name, value in {**entries, **nested}.items():
             if isinstance(value, Tensor):
@@ -33,10 +34,12 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def unflatten_optimizer(
-    tensors: dict[str, Tensor], rest: dict[str, Any], param_groups: list[dict[str, Any]]
-) -> dict[str, Any]:
+    tensors: Mapping[str, Tensor],
+    rest: Mapping[str, Mapping[str, object]],
+    param_groups: Sequence[Mapping[str, object]],
+) -> dict[str, object]:
     """The inverse of `flatten_optimizer`, with the given parameter groups (this run's settings, not the saved ones)."""
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, object]] = {}
     for key, value in [*tensors.items(), *rest["entries"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
@@ -45,18 +48,16 @@ def unflatten_optimizer(
 
 def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Optimizer:
     """AdamW on the float32 masters, by torch or by bitsandbytes (8-bit state)."""
-    settings: dict[str, Any] = {
-        **{"lr": cfg.learning_rate, "betas": (cfg.adam_beta1, cfg.adam_beta2)},
-        **{"weight_decay": cfg.adam_weight_decay, "eps": cfg.adam_epsilon},
-    }
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError(missing_extra("optimizer", cfg.optimizer)) from error
-    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-    return kinds[cfg.optimizer](parameters, min_8bit_size=cfg.min_8bit_size, **settings)
+    make = functools.partial[torch.optim.Optimizer](torch.optim.AdamW)
+    if cfg.optimizer != "adamw":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ImportError(missing_extra("optimizer", cfg.optimizer)) from error
+        kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+        make = functools.partial[torch.optim.Optimizer](kinds[cfg.optimizer], min_8bit_size=cfg.min_8bit_size)
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    return make(parameters, lr=cfg.learning_rate, betas=betas, weight_decay=cfg.adam_weight_decay, eps=cfg.adam_epsilon)
 
 
 class WeightUpdates:
@@ -84,6 +85,7 @@ class WeightUpdates:
 
     @property
     def lr(self) -> float:
+        """The next step's."""
         return self.optimizer.param_groups[0]["lr"]
 
     def go_to(self, step: int) -> None:
@@ -95,6 +97,7 @@ class WeightUpdates:
             group["lr"] = base * factor(step)
 
     def gradient_norm(self) -> Tensor:  # ()
+        """Of all gradients that are there, or of this process's parts. Nothing is read from the device."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def clip(self, norm: Tensor) -> None:

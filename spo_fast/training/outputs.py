@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
@@ -60,10 +60,11 @@ class Monitor:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.progress.__exit__(*error)
 
-    def write(self, iteration: int, record: dict[str, Any]) -> None:
+    def write(self, iteration: int, record: dict[str, object]) -> None:
+        """Log, warn, show; with the validation's results where it is due. Process 0's timer alone is read."""
         run, log = self.run, self.log
         if log is not None:
             if run.due(run.cfg.run.validation_steps or run.cfg.run.checkpointing_steps):
@@ -73,7 +74,8 @@ class Monitor:
             record |= gpu_stats(run.device.index or 0) if run.device.type == "cuda" else {}
             # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
             record = log.log(iteration, record)
-            for warning in record.get("warnings", ()):
+            warnings = record.get("warnings")
+            for warning in warnings if isinstance(warnings, list) else ():
                 print(f"warning: iteration {iteration}: {warning}.")
             self.progress.update(record)
             if "validation_score" in record and not run.done:

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +21,7 @@ from spo_fast.config.sections import PairSourceConfig
 from spo_fast.config.training import Config
 from spo_fast.data import files
 from spo_fast.data.images import decode_image, to_square
-from spo_fast.data.pair_rows import BadRows
+from spo_fast.data.pair_rows import BadRows, PairSource
 from spo_fast.data.pair_rows import Row as PairRow
 from spo_fast.data.pair_sources import open_pairs
 from spo_fast.data.pair_stream import PairBatch, PairStream, split_by_prompt
@@ -82,6 +82,7 @@ class ImageLoader:
 
     @property
     def needs_row(self) -> bool:
+        """Whether anything that is kept of an image is used."""
         return self.noise or self.labeller is not None
 
     def load(self, row: PairRow, pixels: bool = False) -> list[LoadedImage]:
@@ -119,7 +120,8 @@ class ImageLoader:
             decoded = torch.stack([i.pixels for i in loaded if i.pixels is not None]).to(device).unflatten(0, (2, B))
         return Images(batch.prompts, latents, decoded)
 
-    def labels(self, batch: PairBatch) -> Tensor:  # (B,) to train on: people's, or PickScore's
+    def labels(self, batch: PairBatch) -> Tensor:  # (B,)
+        """Preferences for the first image to train on: people's, or PickScore's."""
         if self.labeller is None:
             return batch.labels.to(self.model.device)
         return self._relabel(batch.prompts, [pair[j] for j in range(2) for pair in batch.loaded])
@@ -228,16 +230,24 @@ class PairReader:
         self.alphas_cumprod = model.alphas_cumprod.to(model.device)
         self._stream: PairStream[list[LoadedImage]] | None = None
 
-    def _open(self, source: Any, rows: np.ndarray, batch_size: int, **options: Any) -> PairStream[list[LoadedImage]]:
-        workers = self.cfg.pairs.num_workers
-        return PairStream(source, rows, batch_size, self.images.load, self.split.bad, workers=workers, **options)
+    def _open(
+        self, source: PairSource, rows: npt.NDArray[np.int64], batch_size: int, position: int, epochs: int | None
+    ) -> PairStream[list[LoadedImage]]:
+        """To train on again and again, or for so many epochs as they lie."""
+        return PairStream(
+            *(source, rows, batch_size, self.images.load, self.split.bad),
+            seed=self.seed,
+            position=position,
+            epochs=epochs,
+            shuffle=epochs is None and self.cfg.data.shuffle,
+            workers=self.cfg.pairs.num_workers,
+        )
 
     def batch(self, iteration: int, position: int) -> tuple[PairInputs, int]:
         """The pairs of an iteration, and the position after them; position: rows read by the iterations before."""
         part = next(n for n in range(min(READ_BATCH, self.batch_size), 0, -1) if self.batch_size % n == 0)
         if self._stream is None:
-            options: dict[str, Any] = {"seed": self.seed, "shuffle": self.cfg.data.shuffle}
-            self._stream = self._open(self.split.source, self.train_rows, part, position=position, **options)
+            self._stream = self._open(self.split.source, self.train_rows, part, position, None)
         parts = itertools.islice(self._stream, self.batch_size // part)
         return self._inputs(parts, iteration, self.cfg.objective.prompt_dropout)
 
@@ -245,8 +255,7 @@ class PairReader:
         """The held-out pairs, at the same noise each time."""
         if not len(self.valid_rows):
             return None
-        options: dict[str, Any] = {"seed": self.seed, "epochs": 1, "shuffle": False}
-        with self._open(self.split.valid_source, self.valid_rows, READ_BATCH, **options) as stream:
+        with self._open(self.split.valid_source, self.valid_rows, READ_BATCH, 0, 1) as stream:
             return self._inputs(stream, EVALUATION, 0.0)[0]
 
     def _inputs(
@@ -272,6 +281,7 @@ class PairReader:
         return PairInputs(self.model.cond(prompts), torch.cat(latents, 1), draws, self.alphas_cumprod), position
 
     def close(self) -> None:
+        """Stop reading; `batch` begins again at the position it is given."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from spo_fast.method.experience import Cond
@@ -54,7 +55,8 @@ def pair_loss(
 LOG_2 = 0.693147182464599609375  # rounded to float32, as the published code has it whatever it computes in
 
 
-def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,) log 2 for ties, else 0
+def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,)
+    """log 2 for ties, whose loss has its least there, else 0."""
     return (labels[0] == labels[1]) * LOG_2
 
 
@@ -63,7 +65,7 @@ def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,) log 2 for ties, else 0
 
 @torch.no_grad()
 def predicted_x0(
-    unet: Any,
+    unet: UNet2DConditionModel,
     table: StepTable,  # of all T timesteps, noisiest first
     x_t: Tensor,  # (2, B, C, h, w)
     t: Tensor,  # (B,) int64
@@ -99,7 +101,9 @@ class Reward(Protocol):
         """(text (B, D), images (2, B, D), scale ()), float32 unit vectors; both images in one forward."""
         ...
 
-    def save(self, directory: Path) -> None: ...
+    def save(self, directory: Path) -> None:
+        """The float32 masters in the published key layout."""
+        ...
 
 
 class PixelReward:
@@ -113,6 +117,7 @@ class PixelReward:
 
     @torch.no_grad()
     def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, 3, S, S)
+        """The images, or what the diffusion model predicts of them noised to t, at the CLIP's size."""
         size = self.clip.config.image_size
         if noise is None:
             assert images.pixels is not None
@@ -125,11 +130,13 @@ class PixelReward:
         return torch.cat([preprocess_for_spm_training(self.model.decode(x), size) for x in chunks])
 
     def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the CLIP, told t if it is time-conditioned."""
         ids = self.model.tokenize(prompts).to(seen.device)
         image, text = self.clip(seen, ids, t.repeat(2) if self.clip.config.time_conditioned else None)
         return text, image.unflatten(0, (2, len(prompts))), self.clip.logit_scale.exp()
 
     def save(self, directory: Path) -> None:
+        """As transformers' CLIPModel has it; time conditioning under the SPM's names."""
         save_clip(self.clip, directory, self.weights.state_dict())
 
 
@@ -143,10 +150,12 @@ class NoisyLatentReward:
 
     @torch.no_grad()
     def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, C, h, w)
+        """The latents noised to t."""
         assert images.latents is not None and noise is not None
         return noised(images.latents, t, noise, self.alphas_cumprod).flatten(0, 1)
 
     def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Guided by the empty prompt, as the scorer is."""
         ids = [rows.to(seen.device) for rows in self.model.token_ids([*prompts, ""])]
         context, feature = self.network.encode(ids)
         both = context[:-1].repeat(2, 1, 1), feature[:-1].repeat(2, 1)
@@ -155,4 +164,5 @@ class NoisyLatentReward:
         return unit(feature[:-1]), unit(visual).unflatten(0, (2, len(prompts))), self.network.logit_scale.exp()
 
     def save(self, directory: Path) -> None:
+        """As LPO's repository has it."""
         save_latent_reward(self.network, directory, self.weights.state_dict())

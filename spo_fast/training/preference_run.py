@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +40,8 @@ from spo_fast.training.run import TrainingRun
 
 class PreferenceRun(TrainingRun[PreferenceConfig]):
     """One training run of a preference model: its parts, built from a PreferenceConfig with pairs."""
+
+    learner: RewardLearner
 
     def __init__(self, cfg: PreferenceConfig, resolved: Resolved):
         super().__init__(cfg)
@@ -75,6 +76,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
     # ------------------------------------------------------------------------------------------------ steps
 
     def draws(self, iteration: int, first: int, count: int) -> KeyedDraws:
+        """Random numbers of an iteration's pairs `first` to first + count - 1."""
         return KeyedDraws(self.cfg.run.seed, iteration, torch.arange(first, first + count, device=self.device))
 
     def timesteps(self, draws: KeyedDraws) -> Tensor:  # (B,) int64
@@ -86,12 +88,13 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         return draws.integer(TIMESTEPS, len(self.model.alphas_cumprod))
 
     def noise(self, images: Images, draws: KeyedDraws) -> Tensor | None:  # (2, B, C, h, w)
+        """For both images of each pair, one or two by --shared_noise; None where there are no latents."""
         if images.latents is None:
             return None
         shape = tuple(images.latents.shape[2:])
         return torch.stack([draws.normal(RENOISE, shape, 0 if self.cfg.reward.shared_noise else j) for j in range(2)])
 
-    def iterate(self, stream: Iterator[PairBatch], timer: Timer) -> dict[str, Any]:
+    def iterate(self, stream: Iterator[PairBatch], timer: Timer) -> dict[str, object]:
         """One optimizer step. Returns what to log."""
         cfg = self.cfg
         with timer("data"):
@@ -122,16 +125,17 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         self.state.pairs = batches[-1].position
         self.learner.go_to(self.state.iteration + 1)
         return {
-            **{
-                "epoch": self.state.pairs // max(1, len(self.train_rows)),
-                "loss": loss_sum,
-                "grad_norm": norm,
-                "lr": lr,
-            },
-            **{"accuracy": right / decided, "logit_scale": scale.detach(), "bad_rows": len(self.bad)},
+            "epoch": self.state.pairs // max(1, len(self.train_rows)),
+            "loss": loss_sum,
+            "grad_norm": norm,
+            "lr": lr,
+            "accuracy": right / decided,
+            "logit_scale": scale.detach(),
+            "bad_rows": len(self.bad),
         }
 
     def stream(self) -> PairStream[list[LoadedImage]]:
+        """The training pairs from where the run stands on, without end."""
         cfg = self.cfg
         return PairStream(
             self.source,
@@ -187,7 +191,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             return  # a run without noise knows clean images only
         if timestep == 0 and self.cfg.reward.parameterisation == "pixel":
             noise = None  # as published: at 0 the images themselves are judged
-        shared: dict[Any, Tensor] = {}  # CLIPs of one size see the same pixels
+        shared: dict[int | str, Tensor] = {}  # CLIPs of one size see the same pixels
         for name, reward in contenders.items():
             kind = reward.clip.config.image_size if isinstance(reward, PixelReward) else name
             if kind not in shared:
@@ -196,6 +200,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             judgements.add(name, timestep, (scale * (features * text).sum(-1)).cpu(), labels.cpu())
 
     def log_evaluation(self, judgements: Judgements) -> dict[str, float]:
+        """The trained model's agreement with people at each timestep, as it is logged."""
         return {f"accuracy_t{t}": judgements.accuracy("trained", t)[0] for t in judgements.measured("trained")}
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -206,6 +211,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         return [directory / "preference_model"]
 
     def announce(self) -> None:
+        """What the run is about to do, in a few lines."""
         cfg = self.cfg
         trained = sum(p.numel() for p in self.reward.weights.masters)
         print(f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device}")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spo_fast.config.errors import RunError
+from spo_fast.method.experience import Rows
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate launch set
 
@@ -41,7 +42,7 @@ class Group:
         """Process 0, which alone writes files and prints."""
         return self.rank == 0
 
-    def share(self, whole: slice, rank: int | None = None) -> slice:
+    def share(self, whole: Rows, rank: int | None = None) -> Rows:
         """A process's part of some consecutive things; parts differ by one at most and may be empty."""
         rank, n = self.rank if rank is None else rank, whole.stop - whole.start
         return slice(whole.start + rank * n // self.size, whole.start + (rank + 1) * n // self.size)
@@ -72,6 +73,7 @@ class Group:
         return [part[: int(n)] for part, n in zip(found, counts, strict=True)]
 
     def exchange(self, parts: list[Tensor]) -> list[Tensor]:  # (n_r, ...) for each process r -> (m_r, ...) from each
+        """Everybody's part for each process goes there, in host memory and any dtype. Alone: what was given."""
         if self.size == 1:
             return parts
         like, sent = parts[0], torch.tensor([[len(part) for part in parts]])
@@ -106,6 +108,7 @@ class Group:
         return box[0]
 
     def leave(self) -> None:
+        """The end of the group; what is sent after it raises."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -125,6 +128,7 @@ def _peers() -> Iterator[None]:
 
 
 def world_size() -> int:
+    """Processes that were launched together; 1 alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

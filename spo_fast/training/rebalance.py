@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spo_fast.method.experience import Cond, Experience, States
+from spo_fast.method.experience import Cond, Experience, Rows, States
 from spo_fast.method.noise import permutation
 from spo_fast.training.processes import Group
 
@@ -24,11 +24,11 @@ class Rebalanced(NamedTuple):
 
 def rebalance(
     e: Experience,  # of this process's rollout
-    prompts: slice,  # which of the global batch's prompts it rolled out; of an empty part nothing is kept
+    prompts: Rows,  # which of the global batch's prompts it rolled out; of an empty part nothing is kept
     group: Group,
     seed: int,
     iteration: int,
-    cut: Callable[[int], Iterable[slice]],  # number of terms -> those of each accumulation slot
+    cut: Callable[[int], Iterable[Rows]],  # number of terms -> those of each accumulation slot
 ) -> Rebalanced:
     """Permute the terms of all processes once, and deal each slot's out evenly."""
     if group.size == 1:
@@ -59,7 +59,7 @@ def rebalance(
     return Rebalanced(received.select(position.argsort().to(device)), len(trained), rows[trained])
 
 
-def whole_scores(scores: Tensor, prompts: slice, group: Group) -> Tensor:
+def whole_scores(scores: Tensor, prompts: Rows, group: Group) -> Tensor:
     """Everybody's scores in the order of one process. scores: (J K B,), b fastest, of a rollout of `prompts`."""
     count = prompts.stop - prompts.start
     if group.size == 1 or not len(scores):

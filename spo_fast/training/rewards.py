@@ -27,6 +27,7 @@ class Rewards:
         self.start_path = cfg.reward.init_path or self.resolved.scorer_paths.get("pickscore")
 
     def initial(self) -> Reward:
+        """What training starts from: --init_path, PickScore, or for latents the diffusion model's own encoders."""
         cfg = self.cfg.reward
         if cfg.parameterisation == "pixel":
             assert self.start_path is not None

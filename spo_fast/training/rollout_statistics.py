@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spo_fast.method.experience import Rows
 from spo_fast.method.protocols import Decode
 from spo_fast.training.processes import Group
 
@@ -31,12 +32,13 @@ class Saturation:
         self._means: list[Tensor] = []
 
     def __call__(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> pixels (N, 3, H, W) as the decoder has them."""
         pixels = self.decode(latents)
         shown = (pixels.float() / 2 + 0.5).clamp(0, 1)
         self._means.append((shown.amax(1) - shown.amin(1)).mean((1, 2)))
         return pixels
 
-    def record(self, group: Group, prompts: slice) -> dict[str, Tensor]:
+    def record(self, group: Group, prompts: Rows) -> dict[str, Tensor]:
         """Of everybody's images; prompts: those of this process's that count, none or all."""
         if not self._means:
             return {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import yaml
@@ -18,7 +18,8 @@ from spo_fast.models.device import pick_device
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.training import checkpoint, processes, run_directory
 from spo_fast.training.checkpoint import TrainState
-from spo_fast.training.monitor.log import MetricsLog
+from spo_fast.training.monitor.log import MetricsLog, Record
+from spo_fast.training.optimizer import WeightUpdates
 from spo_fast.training.signals import StopRequest
 
 C = TypeVar("C", Config, PreferenceConfig)
@@ -28,8 +29,7 @@ class TrainingRun(Generic[C]):
     """What every trainer's run does with its settings, its directory, its checkpoints and its log."""
 
     model: DiffusionModel
-    # policy (names, masters, state_dict, load_state_dict), optimizer, scaler, go_to(iteration), check_weights()
-    learner: Any
+    learner: WeightUpdates
     total: int  # iterations
 
     def __init__(self, cfg: C):
@@ -43,7 +43,7 @@ class TrainingRun(Generic[C]):
         self.resume: Path | None = self.group.from_main(found)
         self.state = TrainState()
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """As a checkpoint keeps them; prompt_cache names what the prompts' embeddings come from."""
         return {**self.cfg.flat(), "prompt_cache": self.model.prompt_cache.fingerprint}
 
@@ -53,6 +53,7 @@ class TrainingRun(Generic[C]):
 
     @property
     def done(self) -> bool:
+        """Whether all iterations have been trained."""
         return self.state.iteration >= self.total
 
     def due(self, every: int) -> bool:
@@ -60,7 +61,7 @@ class TrainingRun(Generic[C]):
         return self.state.iteration % every == 0 or self.done
 
     def start(
-        self, watch: Callable[[Mapping[str, Any]], list[str]] = lambda record: []
+        self, watch: Callable[[Record], list[str]] = lambda record: []
     ) -> contextlib.AbstractContextManager[MetricsLog | None]:
         """Resume, or set aside what an earlier run left, and open the log: process 0's, others have none.
 

@@ -60,6 +60,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def number(path: Path) -> int:
+    """The iteration of a checkpoint's directory."""
     return int(path.name.removeprefix("checkpoint-"))
 
 

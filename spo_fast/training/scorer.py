@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 from spo_fast.config.outside import is_outside
 from spo_fast.config.scorers import name_and_weight, register_scorer, scorer_specs
 from spo_fast.config.training import Config
+from spo_fast.data.prompt_sets import Wanted
 from spo_fast.method.experience import judges
 from spo_fast.method.objectives import Objective
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.scorers.base import Scorer
+from spo_fast.scorers.function import PictureFunction
 from spo_fast.scorers.registry import load_scorer
 
 
@@ -19,7 +20,7 @@ def make_scorer(
     cfg: Config,
     model: DiffusionModel,
     objective: Objective,
-    wanted: dict[str, dict[str, Any]] | None,
+    wanted: Mapping[str, Wanted] | None,
     prompts: list[str],
 ) -> Scorer:
     """One scorer, or the weighted sum of several. Raises ValueError for one that the method cannot use.
@@ -42,7 +43,7 @@ def make_scorer(
     return scorer
 
 
-def with_scorer(cfg: Config, function: Callable[..., Any]) -> Config:
+def with_scorer(cfg: Config, function: PictureFunction) -> Config:
     """cfg whose scorer is a function of the caller's own, by its name; if cfg names that already it stays as it is."""
     name = f"{function.__module__}:{getattr(function, '__name__', type(function).__name__)}"
     name = register_scorer(name if is_outside(name) else "own:scorer", function)

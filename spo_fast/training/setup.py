@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_order import training_prompts
@@ -25,6 +24,8 @@ from spo_fast.training.validation import Validator
 
 class Parts(TrainingRun[Config]):
     """What a run of preference optimisation is made of."""
+
+    learner: Learner
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
@@ -66,7 +67,7 @@ class Parts(TrainingRun[Config]):
             *(shown, metrics, wanted, accuracy),
         )
 
-    def compile(self, backend: Any = "inductor") -> None:
+    def compile(self, backend: str | accelerate.Backend = "inductor") -> None:
         """torch.compile of all networks, its cache in the run's directory."""
         accelerate.compile_networks(self.policy, self.model.vae, self.scorer, self.cfg, backend, self.run_dir)
 
@@ -80,7 +81,8 @@ class Parts(TrainingRun[Config]):
         cfg = self.cfg
         return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, cfg.model.images_per_decode)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
+        """With how many processes share an iteration."""
         size = self.group.size
         return {**super().settings(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
 
@@ -89,6 +91,7 @@ class Parts(TrainingRun[Config]):
         return self.model.save(self.policy, directory)
 
     def export_beside(self, checkpoint_dir: Path) -> None:
+        """The trained weights as `export` has them."""
         self.export(checkpoint_dir)
 
 

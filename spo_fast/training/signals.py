@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 
 class Stopped(Exception):
@@ -25,7 +25,7 @@ class StopRequest:
         self.limit_s = limit_s
         self.signal = ""
         """Name of the signal that asked; empty if none did."""
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:

@@ -9,16 +9,17 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spo_fast.config.training import Config
 from spo_fast.data.files import read_json, set_aside, without_nan, write_atomically
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
-from spo_fast.evaluation.metrics import make_metric
+from spo_fast.evaluation.metrics import Wanted, make_metric
 from spo_fast.evaluation.pictures import write_grid
 from spo_fast.evaluation.sampling import draw_latents
 from spo_fast.method.experience import Candidates
@@ -31,22 +32,35 @@ from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.pair_batches import EVALUATION
 
 
+class Shown(TypedDict, total=False):
+    """What validation pictures and their score depend on beside the weights, as JSON has it."""
+
+    prompts: list[str]
+    num_validation_images: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    latents: list[int]
+    scorer: list[str]
+
+
 class Validation(NamedTuple):
     """What the validation pictures of some weights were measured at."""
 
     score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
     values: dict[str, list[float]]  # held-out metric or look -> of each picture, prompt after prompt
-    of: dict[str, Any]  # shown_settings: only validations of the same can be compared
+    of: Shown  # only validations of the same can be compared
 
     @classmethod
     def read(cls, file: Path) -> Validation:
+        """One that was kept as JSON, where None stands for NaN."""
         kept = read_json(file)
         values = {name: [math.nan if v is None else v for v in them] for name, them in kept["values"].items()}
         return cls(kept["score"], values, kept.get("of", {}))
 
-    def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, Any]:
+    def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, object]:
         """As it is logged. Image statistics stand against those before training, with signs of reward hacking there."""
-        found: dict[str, Any] = {"validation_score": self.score}
+        found: dict[str, object] = {"validation_score": self.score}
         found |= {f"held_out_{name}": self.mean(name) for name in metrics}
         if before is not None:
             found |= {
@@ -68,9 +82,10 @@ class Validation(NamedTuple):
         return ", ".join([text("score", self.score, old.score), *held_out])
 
     def mean(self, name: str) -> float:
+        """Of a metric or look over all pictures; NaN if one is."""
         return statistics.fmean(self.values[name])
 
-    def by_prompt(self) -> dict[str, np.ndarray]:
+    def by_prompt(self) -> dict[str, npt.NDArray[np.float64]]:
         """Look -> its mean over each prompt's pictures, which are no independent samples."""
         count = len(self.of["prompts"])
         return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in IMAGE_STATISTICS}
@@ -87,13 +102,14 @@ class Validator:
     scorer: Scorer
     prompts: list[str]
     metrics: list[str]
-    wanted: dict[str, dict[str, Any]] | None  # by geneval
+    wanted: dict[str, Wanted] | None  # by geneval
     held_out_accuracy: Callable[[], float | None]
     before: Validation | None = None
     last: tuple[int, Validation] | None = None  # of this process: iterations done, and what it found
 
     @property
     def samples(self) -> Path:
+        """Where grids and the pictures' measurements are kept."""
         return self.run_dir / "samples"
 
     @torch.no_grad()
@@ -139,14 +155,11 @@ class Validator:
         write_grid(self.samples / f"{name}.png", images, self.prompts)
         return Validation(score, self.measured(images), self.settings())
 
-    def settings(self) -> dict[str, Any]:
-        """What validation pictures and their score depend on beside the weights, as JSON gives it back."""
+    def settings(self) -> Shown:
+        """What the pictures drawn now depend on."""
         flat = self.cfg.flat()
-        found = {
-            "prompts": self.prompts,
-            **{name: flat[name] for name in ("num_validation_images", "seed", "num_steps", "guidance_scale")},
-            **{"latents": list(self.model.latent_shape), "scorer": list(flat["scorer"])},
-        }
+        found = {name: flat[name] for name in ("num_validation_images", "seed", "num_steps", "guidance_scale")}
+        found |= {"prompts": self.prompts, "latents": self.model.latent_shape, "scorer": flat["scorer"]}
         return json.loads(json.dumps(found))
 
     @torch.no_grad()
@@ -194,11 +207,11 @@ class Validator:
             set_aside(old)
         return None
 
-    def look(self, log: MetricsLog, timer: Timer, done: int) -> dict[str, Any]:
+    def look(self, log: MetricsLog, timer: Timer, done: int) -> dict[str, object]:
         """The grid and scores of the weights after so many iterations: what to log."""
         with timer("validate"):
             shown, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
-        found: dict[str, Any] = {} if accuracy is None else {"validation_accuracy": accuracy}
+        found: dict[str, object] = {} if accuracy is None else {"validation_accuracy": accuracy}
         if shown is None:
             return found
         self.last = done, shown

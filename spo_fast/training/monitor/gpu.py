@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -49,8 +48,10 @@ def nvml_energy_j(device_index: int = 0) -> float | None:
         return None
 
 
-def nvml_handle(device_index: int) -> Any | None:
-    """NVML's handle of a torch device, found by its UUID: NVML counts all cards, torch only the visible ones."""
+def nvml_handle(device_index: int) -> object | None:
+    """NVML's handle of a torch device, found by its UUID: NVML counts all cards, torch only the visible ones.
+
+    What it is only NVML knows. None: nvml_missing says why."""
     return _nvml(device_index)[0]
 
 
@@ -60,7 +61,7 @@ def nvml_missing(device_index: int) -> str | None:
 
 
 @functools.lru_cache
-def _nvml(device_index: int) -> tuple[Any | None, str | None]:
+def _nvml(device_index: int) -> tuple[object | None, str | None]:
     try:
         import pynvml
     except ImportError:

@@ -15,7 +15,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from spo_fast.training.monitor.reporters import make_reporter
 
 logger = logging.getLogger(__name__)
 
+Record: TypeAlias = Mapping[str, object]
+"""What is logged of an iteration, by name."""
 RESERVED = ("iteration", "time", "nonfinite", "warnings")  # fields the log itself writes
 
 
@@ -40,9 +42,9 @@ class MetricsLog:
         self,
         run_dir: str | Path,
         report_to: str = "none",
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.time,
-        watch: Callable[[Mapping[str, Any]], list[str]] = lambda record: [],
+        watch: Callable[[Record], list[str]] = lambda record: [],
     ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ class MetricsLog:
         cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def log(self, iteration: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    def log(self, iteration: int, values: Record) -> dict[str, object]:
         """Write one record; returns it as written.
 
         values: numbers, booleans, strings, None, or tensors of one element, which are fetched in one copy. A NaN or an
@@ -62,7 +64,7 @@ class MetricsLog:
             raise ValueError(f"metrics may not be named {', '.join(taken)}: the log writes these itself. Rename them.")
         fetched = fetch_scalars(values)
         finite, nonfinite = split_nonfinite(fetched)
-        record: dict[str, Any] = {"iteration": iteration, "time": round(self.clock(), 3), **finite}
+        record: dict[str, object] = {"iteration": iteration, "time": round(self.clock(), 3), **finite}
         if nonfinite:
             record["nonfinite"] = nonfinite
         if warnings := self.watch(record):
@@ -93,6 +95,7 @@ class MetricsLog:
         return len(lines) - len(kept) - damaged
 
     def close(self) -> None:
+        """Close the file and the reporter; every record is on disk already."""
         self._file.close()
         self.reporter.close()
 
@@ -101,6 +104,12 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def number(record: Record, name: str) -> float | None:
+    """A record's number of this name; None if it has none, or one that was not finite."""
+    value = record.get(name)
+    return value if isinstance(value, (int, float)) else None
 
 
 def parsed_iteration(line: bytes) -> int | None:
@@ -122,7 +131,7 @@ def cut_torn_line(path: Path) -> None:
         logger.warning(f"{path}: dropped a torn last line of {len(content) - whole} bytes")
 
 
-def fetch_scalars(values: Mapping[str, Any]) -> dict[str, Any]:
+def fetch_scalars(values: Record) -> dict[str, object]:
     """The same values with tensors as Python numbers, by one device-to-host copy for all of a device's tensors.
 
     `.item()` on each would wait for the GPU once a metric. They travel as float64, which holds float32, bfloat16 and
@@ -137,7 +146,7 @@ def fetch_scalars(values: Mapping[str, Any]) -> dict[str, Any]:
                     "Log its mean, or its parts under names of their own."
                 )
             by_device[value.device][name] = value.detach().reshape(())
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, object] = {}
     for tensors in by_device.values():
         host = torch.stack([value.double() for value in tensors.values()]).tolist()
         for (name, tensor), number in zip(tensors.items(), host, strict=True):
@@ -145,11 +154,12 @@ def fetch_scalars(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: numbers[name] if name in numbers else plain_value(name, value) for name, value in values.items()}
 
 
-def plain_type(dtype: torch.dtype) -> type:
+def plain_type(dtype: torch.dtype) -> type[int]:
+    """Python's type of a tensor's values that are no floating-point numbers."""
     return bool if dtype == torch.bool else int
 
 
-def plain_value(name: str, value: Any) -> Any:
+def plain_value(name: str, value: object) -> object:
     """A JSON value; numpy's scalars through their own item()."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -158,7 +168,7 @@ def plain_value(name: str, value: Any) -> Any:
     raise TypeError(f"metric {name} is a {type(value).__name__}; log a number, a string or a tensor of one element.")
 
 
-def split_nonfinite(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def split_nonfinite(values: Record) -> tuple[dict[str, object], dict[str, str]]:
     """(values with None for what is not finite, {name: "nan", "inf" or "-inf"})."""
     bad = {name: repr(v) for name, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     return {name: None if name in bad else value for name, value in values.items()}, bad

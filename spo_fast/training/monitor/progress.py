@@ -11,7 +11,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,14 @@ class ProgressLine:
         self._last_update_s, self._last_print_s = clock(), -math.inf
         self._live = LiveLine(self.stream) if (is_terminal(self.stream) if live is None else live) else None
 
-    def update(self, record: Mapping[str, Any]) -> None:
+    def update(self, record: Mapping[str, object]) -> None:
         """Show a record that MetricsLog.log returned: iteration (from 0) and whatever of PROGRESS_FIELDS and *_ms."""
         now = self.clock()
         self._durations_s.append(now - self._last_update_s)
         self._last_update_s = now
-        done = int(record["iteration"]) + 1
+        iteration = record["iteration"]
+        assert isinstance(iteration, int)
+        done = iteration + 1
         text = progress_text(record, done, self.total, statistics.median(self._durations_s))
         if self._live is not None:
             self._live.show(done, self.total, text)
@@ -75,7 +77,7 @@ class ProgressLine:
         self.close()
 
 
-def progress_text(record: Mapping[str, Any], done: int, total: int, iteration_s: float) -> str:
+def progress_text(record: Mapping[str, object], done: int, total: int, iteration_s: float) -> str:
     """One line: 120/4000  epoch 1  score 0.21  valid 43%  loss 0.6931  rollout 812 ms  0.81 it/s  ETA 1:19:51"""
     parts = [f"{done}/{total}"]
     parts += [
@@ -84,7 +86,7 @@ def progress_text(record: Mapping[str, Any], done: int, total: int, iteration_s:
         if field in record
     ]
     phases = {name[: -len("_ms")]: value for name, value in record.items() if name.endswith("_ms")}
-    parts += [f"{phase} {duration_text(value)}" for phase, value in phases.items() if value is not None]
+    parts += [f"{phase} {duration_text(value)}" for phase, value in phases.items() if isinstance(value, (int, float))]
     if iteration_s > 0:
         parts.append(f"{1 / iteration_s:.2f} it/s" if iteration_s < 1 else f"{iteration_s:.2f} s/it")
         parts.append(f"ETA {clock_text((total - done) * iteration_s)}")
@@ -92,6 +94,7 @@ def progress_text(record: Mapping[str, Any], done: int, total: int, iteration_s:
 
 
 def duration_text(ms: float) -> str:
+    """812 ms, and from ten seconds on 10.0 s."""
     return f"{ms:.0f} ms" if ms < 10_000 else f"{ms / 1000:.1f} s"
 
 
@@ -106,6 +109,7 @@ def clock_text(seconds: float) -> str:
 
 
 def is_terminal(stream: TextIO) -> bool:
+    """Whether a line can be redrawn on it."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -124,6 +128,7 @@ class LiveLine:
         self._handlers = [(handler, handler.setStream(sys.stderr)) for handler in stream_handlers(terminal)]
 
     def show(self, done: int, total: int, text: str) -> None:
+        """Redraw: the bar at done of total, and the text, broken between its fields."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -134,6 +139,7 @@ class LiveLine:
         self._live.update(grid)
 
     def stop(self) -> None:
+        """Leave the last line standing; the log handlers write where they did before."""
         self._live.stop()
         for handler, stream in self._handlers:
             handler.setStream(stream)

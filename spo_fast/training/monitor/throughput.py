@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
 from spo_fast.training.monitor.gpu import nvml_energy_j, nvml_missing
+from spo_fast.training.monitor.log import Record, number
 from spo_fast.training.plan.costs import WORK, Costs
 
 PEAK_TFLOPS = {  # dense 16-bit tensor-core products with float32 accumulation, from the makers' data sheets
-    **{"A100": 312, "A10": 125, "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165},
-    **{"RTX 5090": 210, "RTX A6000": 155, "RTX 6000 Ada": 364, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
-    **{"H200 NVL": 835, "H200": 989, "B200": 2250},
-}
+    "A100": 312, "A10": 125, "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165,
+    "RTX 5090": 210, "RTX A6000": 155, "RTX 6000 Ada": 364, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "H200 NVL": 835, "H200": 989, "B200": 2250,
+}  # fmt: skip
 
 
 def peak_tflops(name: str) -> float | None:
@@ -38,12 +38,12 @@ class Telemetry:
         device: torch.device,
         name: str,
         costs: Costs | None,
-        records: Iterable[Mapping[str, Any]] = (),
+        records: Iterable[Record] = (),
         devices: int = 1,
     ) -> None:
         self.device, self.costs, self.peak, self.devices = device, costs, peak_tflops(name), devices
         self.on_gpu = device.type == "cuda"
-        self.gpu_hours = max((r.get("gpu_hours") or 0.0 for r in records), default=0.0)
+        self.gpu_hours = max((number(r, "gpu_hours") or 0.0 for r in records), default=0.0)
         self.energy_j = nvml_energy_j(device.index or 0) if self.on_gpu else None
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -56,7 +56,7 @@ class Telemetry:
         notes = [f"GPU load and energy are not logged: {why}"] if why else []
         return notes + ([] if self.peak else ["this card's peak FLOP/s is not known here: mfu is not logged"])
 
-    def read(self, record: Mapping[str, Any], times_ms: Mapping[str, float]) -> dict[str, float]:
+    def read(self, record: Record, times_ms: Mapping[str, float]) -> dict[str, float]:
         """Of one iteration: record has pairs, valid_share and images; times_ms is the timer's reading.
 
         tflop: model FLOPs counted from the shapes for this share of valid pairs, in 10^12; recomputed ones not counted.
@@ -66,9 +66,11 @@ class Telemetry:
         seconds = sum(times_ms.get(f"{phase}_ms", 0.0) for phase in WORK) / 1000
         if seconds <= 0:
             return {}
-        values = {"images_per_s": record["images"] / seconds, "pairs_per_s": record["pairs"] / seconds}
+        images, pairs, share = (number(record, name) for name in ("images", "pairs", "valid_share"))
+        assert images is not None and pairs is not None
+        values = {"images_per_s": images / seconds, "pairs_per_s": pairs / seconds}
         if self.costs is not None:
-            values["tflop"] = sum(self.costs.flops(record.get("valid_share", 1.0)).values()) / 1e12
+            values["tflop"] = sum(self.costs.flops(1.0 if share is None else share).values()) / 1e12
             values["tflop_per_s"] = values["tflop"] / seconds
             if self.peak is not None:
                 values["mfu"] = values["tflop_per_s"] / self.peak

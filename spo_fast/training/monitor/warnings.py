@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
 
 from spo_fast.config.methods import LN2, find_method
 from spo_fast.config.training import Config
+from spo_fast.training.monitor.log import Record, number
 
 STILL_ITERATIONS, STILL = 50, 5e-4 / LN2  # the loss sits still: the mean of so many iterations is so near, relatively
 REJECTED_ITERATIONS = 3
@@ -33,7 +33,7 @@ class Watch:
         self._next_rise = SATURATION_RISE
         self._signs: dict[str, str] = {}  # of reward hacking in the last validation, by look
 
-    def look(self, record: Mapping[str, Any]) -> list[str]:
+    def look(self, record: Record) -> list[str]:
         """The new warnings of a record as MetricsLog writes it (None for what is not finite)."""
         found = {
             "scores": self._scores(record),
@@ -48,32 +48,33 @@ class Watch:
         rise = self._saturation_climbs(record)  # told at every further rise
         return [*new, rise] if rise else new
 
-    def _scores(self, record: Mapping[str, Any]) -> str:
-        if "score_mean" not in record.get("nonfinite", {}):
+    def _scores(self, record: Record) -> str:
+        if not _scores_are_lost(record):
             return ""
         return (
             "the scores are not finite, so no pair can be judged: the decoded images are broken, or the scorer is. An "
             "SDXL VAE that overflows in fp16 does this: try --mixed_precision bf16, or --scorer_dtype no"
         )
 
-    def _every_pair_rejected(self, record: Mapping[str, Any]) -> str:
+    def _every_pair_rejected(self, record: Record) -> str:
         self._rejected = self._rejected + 1 if record.get("pairs") == 0 else 0
-        if self._rejected < REJECTED_ITERATIONS or "score_mean" in record.get("nonfinite", {}):
+        if self._rejected < REJECTED_ITERATIONS or _scores_are_lost(record):
             return ""
         text = f"every pair was rejected {REJECTED_ITERATIONS} iterations in a row: nothing is trained."
-        if record.get("third_threshold") is not None:
+        gap, third = number(record, "score_gap"), number(record, "third_threshold")
+        if gap is not None and third is not None:
             text += (
                 f" The scores of the best and the worst of {self.cfg.sample.num_candidates} candidates differ by "
-                f"{record['score_gap']:.3g} on average; --threshold {record['third_threshold']:.2g} would keep a third "
+                f"{gap:.3g} on average; --threshold {third:.2g} would keep a third "
                 f"of the pairs (now {self.cfg.sample.threshold:g})"
             )
         return text
 
-    def _loss_sits_still(self, record: Mapping[str, Any]) -> str:
+    def _loss_sits_still(self, record: Record) -> str:
         if self._start is None:
             return ""
-        if record.get("loss") is not None:
-            self._losses.append(record["loss"])
+        if (loss := number(record, "loss")) is not None:
+            self._losses.append(loss)
         mean = sum(self._losses) / STILL_ITERATIONS
         if len(self._losses) < STILL_ITERATIONS or abs(mean - self._start) > STILL * abs(self._start):
             return ""
@@ -83,8 +84,8 @@ class Watch:
             f"(now {self.cfg.optim.learning_rate:g}), or give it more pairs a step (--gradient_accumulation_steps)"
         )
 
-    def _all_clamped(self, record: Mapping[str, Any]) -> str:
-        share = record.get("dead")
+    def _all_clamped(self, record: Record) -> str:
+        share = number(record, "dead")
         if share is not None:
             self._clamped = self._clamped + 1 if share >= CLAMPED else 0
         if self._clamped < CLAMPED_ITERATIONS:
@@ -95,18 +96,19 @@ class Watch:
             f"{self.cfg.optim.learning_rate:g}), or widen --clip (now {self.cfg.objective.clip})"
         )
 
-    def _step_skipped(self, record: Mapping[str, Any]) -> str:
+    def _step_skipped(self, record: Record) -> str:
         normal = 5 if "loss_scale" in record else 0  # fp16 finds its loss scale by overflowing
-        if record.get("nonfinite_steps", 0) <= normal:
+        steps = number(record, "nonfinite_steps") or 0
+        if steps <= normal:
             return ""
         return (
-            f"{record['nonfinite_steps']} optimizer steps of this iteration had a gradient that was not finite and "
+            f"{steps} optimizer steps of this iteration had a gradient that was not finite and "
             f"were skipped. The run stops after {self.cfg.optim.max_nonfinite_steps} in a row"
         )
 
-    def _signs_of_hacking(self, record: Mapping[str, Any]) -> dict[str, str]:
+    def _signs_of_hacking(self, record: Record) -> dict[str, str]:
         if "hacking" in record:  # a validation: sentences that begin with the look
-            self._signs = {text.split()[0]: text for text in record["hacking"].split("; ") if text}
+            self._signs = {text.split()[0]: text for text in str(record["hacking"]).split("; ") if text}
         return {
             f"look {name}": f"in the validation pictures {text}, and not by chance: a sign of reward hacking. Compare "
             "the sample grids and what was not trained on (--validation_metrics); stop earlier, or lower "
@@ -114,8 +116,8 @@ class Watch:
             for name, text in self._signs.items()
         }
 
-    def _saturation_climbs(self, record: Mapping[str, Any]) -> str:
-        value = record.get("saturation")
+    def _saturation_climbs(self, record: Record) -> str:
+        value = number(record, "saturation")
         if value is None:
             return ""
         if len(self._first) < SATURATION_WINDOW:
@@ -132,3 +134,8 @@ class Watch:
             f"{now:.3f}): the scorer may like vivid colours more than people do (reward hacking). Look at the sample "
             "grids; stop earlier, lower --learning_rate, or mix scorers"
         )
+
+
+def _scores_are_lost(record: Record) -> bool:
+    lost = record.get("nonfinite")
+    return isinstance(lost, Mapping) and "score_mean" in lost

@@ -111,7 +111,7 @@ def _aesthetic(path: Path | None, beside: Path | None, dtype: torch.dtype, aware
 def _image_reward(path: Path | None, beside: Path | None, dtype: torch.dtype, aware: bool) -> FakeScorer:
     sizes = Sizes() if path is None else Sizes.of(shapes_of(find_weights(path)))
     with torch.device("meta"):
-        model = ImageRewardScorer(ImageReward(sizes), None, "meta", dtype).model
+        model = ImageRewardScorer(ImageReward(sizes), None, "meta", dtype).model  # type: ignore[arg-type]  # reads none
 
     def score(pixels: Tensor, text: Tensor) -> Tensor:
         return model(cropped(pixels, model.image_size, dtype), text)
