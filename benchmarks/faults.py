@@ -33,7 +33,7 @@ from spo_fast.data.prompts import load_prompts
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method import objectives
 from spo_fast.training import checkpoint, loop, run_directory
-from spo_fast.training import learner as training_learner
+from spo_fast.training.learner import Learner
 
 ITERATIONS = 4
 LINE = shlex.split(
@@ -153,13 +153,13 @@ class Faults:
         self.row("disk full (simulated: mounting a tmpfs is not allowed here)", run, status, seen)
 
     def signalled(self) -> None:
-        run, whole = self.copy("SIGTERM", 1), training_learner.Learner.update
+        run, whole = self.copy("SIGTERM", 1), Learner.update
 
         def signals(learner: Any, *args: Any) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
             return whole(learner, *args)
 
-        with mock.patch.object(training_learner.Learner, "update", signals):
+        with mock.patch.object(Learner, "update", signals):
             status, seen = self.run(run)
         self.row("SIGTERM in an update", run, status, seen)
 
@@ -185,7 +185,7 @@ class Faults:
             return m._replace(cond=m.cond * float("nan"))
 
         with (
-            mock.patch.object(training_learner, "predict_states", broken),
+            mock.patch("spo_fast.training.learner.predict_states", broken),
             mock.patch.object(loop, "predict_states", broken),
         ):
             status, seen = self.run(run, "--max_nonfinite_steps", "1")

@@ -6,10 +6,9 @@ Nothing heavy is imported before the files of the run are known to be there.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from spo_fast.config import command, errors
-from spo_fast.config import flags as config_flags
+from spo_fast.config import command, errors, flags
 from spo_fast.config.errors import RunError
 from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
@@ -18,6 +17,9 @@ from spo_fast.config.recipes import MEMORY, RECIPES
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.models.files.lora import find_lora
+
+if TYPE_CHECKING:
+    from spo_fast.training.loop import Run
 
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
 EXAMPLES = [
@@ -30,8 +32,8 @@ EXAMPLES = [
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The resolved Config of a command line. Raises ValueError for settings that do not fit together."""
-    config_flags.first(arguments, "method", find_method)  # one of the user's own has flags of its own
-    parser = config_flags.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
+    flags.first(arguments, "method", find_method)  # one of the user's own has flags of its own
+    parser = flags.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
     parser.add_argument(
         "--dry_run", action="store_true", help="Print what the run would need and cost; load and write nothing."
     )
@@ -41,8 +43,8 @@ def parse(arguments: list[str] | None = None) -> Config:
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
         return method | RECIPES[source.get("recipe", "default")](given) | less_memory
 
-    cfg, given, flags = config_flags.parse(parser, PRESETS, arguments, recipe)
-    check_read(cfg.objective.method, flags)
+    cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)
+    check_read(cfg.objective.method, named)
     if find_method(cfg.objective.method).on_pairs and cfg.pairs.pairs is None:
         raise errors.UsageError(
             f"--method {cfg.objective.method} trains on --pairs: a parquet file or directory, a folder "
@@ -53,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     return cfg
 
 
-def build(cfg: Config) -> Any:
+def build(cfg: Config) -> Run:
     """The run, once every file of it is there. Raises MissingFilesError, UsageError, RunError."""
     check_extras(cfg.flat())
     if cfg.adapter.lora_path is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spo_fast.config import command, errors, flags
 from spo_fast.config.optional_packages import check_extras
@@ -15,6 +15,9 @@ from spo_fast.config.preference import PreferenceConfig
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.config.recipes import latent_recipe
 from spo_fast.evaluation.required_files import resolve
+
+if TYPE_CHECKING:
+    from spo_fast.training.preference_run import PreferenceRun
 
 ABOUT = "Train a (step-aware) preference model on pairs of images."
 EXAMPLES = [
@@ -45,7 +48,7 @@ def needed_scorers(cfg: PreferenceConfig) -> dict[str, str | None]:
     return needed
 
 
-def build(cfg: PreferenceConfig) -> Any:
+def build(cfg: PreferenceConfig) -> PreferenceRun:
     """The run, once every file of it is there. Raises UsageError, FileNotFoundError, MissingFilesError."""
     if cfg.pairs.pairs is None:
         raise errors.UsageError("--pairs is needed: a parquet file or directory, a folder with a table, or a hub id.")

@@ -25,8 +25,8 @@ from spo_fast.method.experience import Cond, Experience, States
 from spo_fast.models import sharded
 from spo_fast.models.diffusion import DTYPES
 from spo_fast.models.trained_weights import TrainedWeights
-from spo_fast.training import optimizer as training_optimizer
 from spo_fast.training.accumulation import slots
+from spo_fast.training.optimizer import flatten_optimizer
 from spo_fast.training.processes import Group
 from spo_fast.training.rebalance import rebalance, whole_scores
 
@@ -278,7 +278,7 @@ def test_sharded_weights_do_what_whole_ones_do(
         assert torch.equal(a, b)
     exported = parts.whole()
     assert all(torch.equal(value, exported[name]) for name, value in whole.state_dict().items())
-    moments, _ = training_optimizer.flatten_optimizer(optimizer.state_dict())
+    moments, _ = flatten_optimizer(optimizer.state_dict())
     kinds = {"trained": parts.state_dict(), "optimizer": moments, "averages": parts.average_state_dict()}
     parts.shards.save(tmp_path / "shards", kinds)
     for kind, tensors in kinds.items():

@@ -19,8 +19,7 @@ from spo_fast.config import training
 from spo_fast.config.presets import PRESETS
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method import objectives
-from spo_fast.models import device as models_device
-from spo_fast.models.device import GIB, Choice, Device
+from spo_fast.models.device import CONTEXT, GIB, SHARE, Choice, Device, listed, pick_device
 from spo_fast.training import learner
 from spo_fast.training.plan import dry_run
 from spo_fast.training.plan.fake_run import predict
@@ -36,7 +35,7 @@ def gpu(memory_bytes: float) -> Device:
 
 def toy_on(memory_mib: float, **settings: object) -> tuple[training.Config, dict[str, Choice]]:
     """The toy's choices on a GPU with so much memory besides what is set aside."""
-    size = (memory_mib * MIB + models_device.CONTEXT) / models_device.SHARE
+    size = (memory_mib * MIB + CONTEXT) / SHARE
     few = {"num_steps": 4, "branch_start": 2, "sample_batch_size": 4, "train_batch_size": 4}
     cfg = PRESETS["toy"]().with_fields(**{**few, "mixed_precision": "auto", "decode_chunk": None, **settings})
     chosen, found = choose(cfg, gpu(size))
@@ -125,9 +124,9 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     for name, number in (("auto", 2), ("cuda", 2), ("cuda:3", 3), ("cuda:0", 0)):
-        assert models_device.pick_device(name) == torch.device("cuda", number) and chosen.pop() == number
+        assert pick_device(name) == torch.device("cuda", number) and chosen.pop() == number
     with pytest.raises(ValueError, match="sees 4 CUDA devices"):
-        models_device.pick_device("cuda:4")
+        pick_device("cuda:4")
     with pytest.raises(ValueError, match="specified index"):  # of PyTorch's own: what this is about
         torch.cuda.set_device(torch.device("cuda"))
 
@@ -147,9 +146,7 @@ def test_published_presets_fit_24_80_and_141_gb(model: str) -> None:
     for memory, peak in zip((24, 80, 141), expected, strict=True):
         device = gpu(memory * 1e9)
         cfg, found = choose(PRESETS[model](), device)
-        print(
-            f"{model}, {memory} GB:", models_device.listed(found), f"peak {predict(cfg).peak / GIB:.1f} GiB", sep="\n  "
-        )
+        print(f"{model}, {memory} GB:", listed(found), f"peak {predict(cfg).peak / GIB:.1f} GiB", sep="\n  ")
         assert predict(cfg).peak <= (device.usable_bytes or 0)
         assert predict(cfg).peak / GIB == pytest.approx(peak, abs=0.1)
         assert cfg.optim.gradient_checkpointing is (model == "sdxl" and memory == 24)

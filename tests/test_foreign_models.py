@@ -23,9 +23,9 @@ from spo_fast import train
 from spo_fast.config.errors import MissingFilesError
 from spo_fast.config.sections import ModelConfig
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.files import layout as files_layout
 from spo_fast.models.files import load, prediction
 from spo_fast.models.files.find import resolve_all
+from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import ModelSource, Resolved
 from spo_fast.models.files.toy import WEIGHTS
 from spo_fast.models.prompt_cache import PromptCache
@@ -718,7 +718,7 @@ def test_predictions_of_single_files(name: str, tiny: dict[str, Path], unsaid: P
             resolve(file, config=str(unsaid))
         assert wanted in str(info.value) and len(str(info.value)) <= 300
         return
-    settings = files_layout.scheduler_config(resolve(file, config=str(unsaid)))
+    settings = scheduler_config(resolve(file, config=str(unsaid)))
     scheduler = DDIMScheduler.from_config(settings)
     assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == wanted
     if "alphas_cumprod" in tensors:

@@ -8,7 +8,6 @@ from runs import assert_same_tensors, built, facts, run_toy
 
 from spo_fast.method import objectives
 from spo_fast.method.objectives import Objective
-from spo_fast.training import learner as training_learner
 
 # steps so large that ratios leave a narrow clamp at once, slots of one pair: many micro-batches are dead
 DEADLY = {"learning_rate": 0.05, "clip": 1e-4, "train_batch_size": 1, "max_train_steps": 3}
@@ -22,7 +21,7 @@ def test_dead_micro_batches_skip_their_backward_and_nothing_else(tmp_path, monke
     skipping = run_toy(tmp_path / "skipping", **DEADLY, **optimizer)
     taken = len(backwards)
     backwards.clear()
-    monkeypatch.setattr(training_learner.Learner, "is_dead", lambda self, stats: False)
+    monkeypatch.setattr("spo_fast.training.learner.Learner.is_dead", lambda self, stats: False)
     whole = run_toy(tmp_path / "whole", **DEADLY, **optimizer)
     dead = sum(r["dead_batches"] for r in facts(skipping))
     assert 0 < dead < len(backwards) and taken == len(backwards) - dead
@@ -42,7 +41,7 @@ def test_a_loss_that_is_nan_drops_its_step_though_the_clamp_hides_it(tmp_path, m
         m = whole(*args)
         return m._replace(cond=m.cond * float("nan")) if len(calls) == 5 else m
 
-    monkeypatch.setattr(training_learner, "predict_states", broken)
+    monkeypatch.setattr("spo_fast.training.learner.predict_states", broken)
     run = run_toy(tmp_path / "run", train_batch_size=2, max_train_steps=3, checkpointing_steps=1)
     records = facts(run)
     assert len(calls) == 6 and [r["nonfinite_steps"] for r in records] == [0, 0, 1]
@@ -92,7 +91,7 @@ def test_a_path_that_differs_is_said_by_timestep(tmp_path, capsys, monkeypatch):
 def test_the_largest_distance_of_all_micro_batches_is_said(tmp_path, capsys, monkeypatch):
     """Of each timestep; told one micro-batch after the other."""
     found = iter([{751: 0.25, 1: 0.0}, {751: 0.125, 1: 0.5}])
-    monkeypatch.setattr(training_learner, "ratio_deviations", lambda *_: next(found, {}))
+    monkeypatch.setattr("spo_fast.training.learner.ratio_deviations", lambda *_: next(found, {}))
     run_toy(tmp_path / "run", max_train_steps=1, train_batch_size=4, states_per_forward=2)
     (line,) = [w for w in capsys.readouterr().out.splitlines() if "probability ratio" in w]
     assert next(found, None) is None and line.endswith("2.5e-01 at 751, 5.0e-01 at 1")

@@ -20,9 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spo_fast.data import images as data_images
 from spo_fast.data import pair_rows, pair_stream
-from spo_fast.data.images import decode_image
+from spo_fast.data.images import decode_image, to_square
 from spo_fast.data.pair_rows import BadRowError, BadRows
 from spo_fast.data.pair_sources import open_pairs
 from spo_fast.data.pair_stream import PairStream, shuffled, split_by_prompt
@@ -834,7 +833,7 @@ def test_to_square_is_what_clip_does(size):
         size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}, do_normalize=False, do_convert_rgb=False
     )
     expected = processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"][0]
-    got = data_images.to_square(Image.fromarray(noise), 40)
+    got = to_square(Image.fromarray(noise), 40)
     assert got.dtype == torch.float32 and got.is_contiguous() and got.min() >= -1 and got.max() <= 1
     torch.testing.assert_close(got, expected * 2 - 1, rtol=0, atol=1e-6)
 
@@ -844,12 +843,12 @@ def test_to_square_leaves_an_image_of_that_size_alone(monkeypatch):
     image = Image.fromarray(values)
     monkeypatch.setattr(Image.Image, "resize", None)
     expected = torch.from_numpy(values.transpose(2, 0, 1) / 255 * 2 - 1).float()
-    torch.testing.assert_close(data_images.to_square(image, 16), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(to_square(image, 16), expected, rtol=0, atol=1e-6)
 
 
 def test_to_square_refuses_a_stripe():
     with pytest.raises(BadRowError, match="1 x 40: more than 32 times"):
-        data_images.to_square(Image.new("RGB", (1, 40)), 16)
+        to_square(Image.new("RGB", (1, 40)), 16)
 
 
 # ---- size ----

@@ -18,7 +18,6 @@ from torch import Tensor
 from spo_fast.config.scorers import SCORER_SOURCES
 from spo_fast.method.experience import Candidates, repeat_text
 from spo_fast.ops.backend import available_backends, use_backend
-from spo_fast.scorers import spm as scorers_spm
 from spo_fast.scorers.clip import KNOWN_CLIPS, Clip, ClipConfig, TowerConfig, timestep_embedding, unit
 from spo_fast.scorers.clip_files import config_from_state_dict, init_identity_time_conditioning, load_clip, save_clip
 from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
@@ -341,7 +340,7 @@ def test_each_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return tokenize(prompts)
 
     scorer = ClipScorer(golden_clip("models_spm", time_conditioned=True), counting)
-    monkeypatch.setattr(scorers_spm, "TEXT_BATCH", 2)
+    monkeypatch.setattr("spo_fast.scorers.spm.TEXT_BATCH", 2)
     rows = 0
     forward = scorer.model.text_model.forward
 
@@ -361,7 +360,7 @@ def test_each_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max_error(torch.cat([first, second]), truth) < 1e-6
     assert max_error(truth.norm(dim=-1), torch.ones(7)) < 1e-6
 
-    monkeypatch.setattr(scorers_spm, "MAX_CACHED_PROMPTS", 2)  # the oldest go, this call's included
+    monkeypatch.setattr("spo_fast.scorers.spm.MAX_CACHED_PROMPTS", 2)  # the oldest go, this call's included
     assert max_error(scorer.encode(["a", "e", "f"])[1:], scorer.encode_ids(tokenize(["e", "f"]))) < 1e-6
     assert list(scorer._text_features) == ["e", "f"]
 

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from test_distributed import free_port
 
 from spo_fast import evaluate, train
-from spo_fast.data import files as data_files
+from spo_fast.data import files
 from spo_fast.training import batches, checkpoint, learner, loop, run_directory
-from spo_fast.training import signals as training_signals
 from spo_fast.training.monitor import log
+from spo_fast.training.signals import StopRequest
 
 EIGHT_BIT = {"optimizer": "adamw8bit", "min_8bit_size": 1}
 EACH = {"checkpointing_steps": 1}
@@ -42,7 +42,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OPERATIONS = (
     *((checkpoint, name) for name in ("save_file", "to_disk", "set_aside")),
-    *((run_directory, "_sum"), (data_files, "set_aside")),
+    *((run_directory, "_sum"), (files, "set_aside")),
     *((os, name) for name in ("fsync", "replace")),
     *((learner.Learner, name) for name in ("step", "update")),
     (log.MetricsLog, "log"),
@@ -246,8 +246,8 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_stop_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     left = threading.Event()
     status: list[int] = []
-    monkeypatch.setattr(training_signals.os, "_exit", lambda code: (status.append(code), left.set()))
-    with training_signals.StopRequest(0.01):
+    monkeypatch.setattr("os._exit", lambda code: (status.append(code), left.set()))
+    with StopRequest(0.01):
         os.kill(os.getpid(), signal.SIGTERM)
         assert left.wait(30)
     assert status == [1] and "--stop_seconds" in capsys.readouterr().err

@@ -13,9 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from benchmarks import gpu_run
 from benchmarks.records import Records, read
 from spo_fast.data import toy_world
-from spo_fast.models.files import toy as files_toy
-from spo_fast.models.files.toy import LARGE, SIZES
-from spo_fast.toy import build, claim_tables, claims, contenders
+from spo_fast.models.files.toy import LARGE, SIZES, toy_parts
+from spo_fast.toy import build, claim_tables, claims
+from spo_fast.toy.contenders import Contender
 
 CAPTIONS = toy_world.TRAIN[:48]
 
@@ -50,12 +50,12 @@ def test_large_pictures_have_the_scores_of_the_scene() -> None:
 def test_small_pictures_are_left_as_they_are() -> None:
     x = drawn()
     assert toy_world.cells(x) is x or torch.equal(toy_world.cells(x), x)
-    assert files_toy.toy_parts(0)["unet"].config.block_out_channels == (32, 64)
+    assert toy_parts(0)["unet"].config.block_out_channels == (32, 64)
     assert claims.size_of(Path("nowhere")) == SIZES["small"] and claims.toy_flags(Path("nowhere")) == []
 
 
 def test_the_large_toy_is_what_it_says() -> None:
-    parts = files_toy.toy_parts(0, LARGE)
+    parts = toy_parts(0, LARGE)
     parameters = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("unet", *build.TRAINED[1:])}
     assert 30e6 < parameters["unet"] <= 40e6
     assert parts["text_encoder"].config.hidden_size == parts["text_encoder_2"].config.hidden_size == 128
@@ -92,20 +92,17 @@ TINY = replace(
 @pytest.mark.slow
 def test_the_large_toy_end_to_end(tmp_path, monkeypatch, capsys):
     """Narrower, a few steps of each training, runs of one iteration: built, tried, resumed, within the budget."""
-    monkeypatch.setitem(files_toy.SIZES, "large", TINY)
+    monkeypatch.setitem(SIZES, "large", TINY)
     changes = {"WARM_UP": 2, "PAIRS": 240, "PICTURES": 4, "BATCH": 8}
     for name, value in changes.items():
         monkeypatch.setattr(build, name, value)
-    for name, value in {"BUDGET": 1, "PICTURES": 66, "MARK_PICTURES": 65, "GRID": (1e-3,), "SEEDS": (0,)}.items():
-        for part in (claim_tables, claims, contenders):
-            if hasattr(part, name):
-                monkeypatch.setattr(part, name, value)
     small = {"sample_batch_size": 2, "num_steps": 6, "branch_start": 3, "num_candidates": 2, "threshold": 0}
-    few = {"spo": contenders.Contender(small)}
-    for name, value in {"MAIN": few, "CONTENDERS": few, "ABLATIONS": {}, "REST": {}}.items():
-        for part in (claim_tables, claims, contenders):
-            if hasattr(part, name):
-                monkeypatch.setattr(part, name, value)
+    few = {"spo": Contender(small)}
+    both = {"BUDGET": 1, "PICTURES": 66, "MARK_PICTURES": 65, "CONTENDERS": few}
+    plans = {"GRID": (1e-3,), "SEEDS": (0,), "MAIN": few, "ABLATIONS": {}, "REST": {}}
+    for part, values in ((claims, both), (claim_tables, both | plans)):
+        for name, value in values.items():
+            monkeypatch.setattr(part, name, value)
     monkeypatch.setattr(claims.evaluate, "GUIDANCE_SCALES", (2.0,))
     path, work = tmp_path / "records.jsonl", tmp_path / "work"
     common = ["--size", "large", "--records", str(path), "--work_dir", str(work)]
@@ -132,7 +129,7 @@ def test_the_large_toy_end_to_end(tmp_path, monkeypatch, capsys):
     assert out.shape == (2, 4, 16, 16)
     assert pipe(CAPTIONS[:2], num_inference_steps=2, output_type="pt").images.shape == (2, 3, 64, 64)
     x = toy_world.enlarged(drawn()[:8], 4)
-    untrained = files_toy.toy_parts(0, TINY)["vae"]
+    untrained = toy_parts(0, TINY)["vae"]
     with torch.no_grad():  # the saved VAE has learnt something of the pictures, and its latents are scaled
         latents = pipe.vae.encode(x).latent_dist.mean
         errors = [

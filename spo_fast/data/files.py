@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+def read_safetensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a .safetensors file whose names start with prefix, without it; the rest of it is not read."""
     from safetensors import SafetensorError, safe_open
 
@@ -127,7 +127,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def lock(run_dir: Path) -> Any:
+def lock(run_dir: Path) -> TextIO:
     """Hold the run directory for this process; the returned file keeps the lock while it is open.
 
     Raises RuntimeError if another process holds it: two runs would write over each other. OSError if nothing can be
@@ -153,7 +153,7 @@ def set_aside(path: Path) -> None:
         os.replace(path, path.with_name(f"old-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
 
 
-def without_nan(value: Any) -> Any:
+def without_nan(value: object) -> object:
     """NaN as None, which JSON has a word for."""
     if isinstance(value, dict):
         return {key: without_nan(v) for key, v in value.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class BadRows:
 
 
 @dataclass(frozen=True)
-class Row:
+class PairRow:
     """A labelled pair as its file has it; the images are read when they are asked for."""
 
     where: str  # file and row, as in bad_rows.jsonl
@@ -107,12 +107,12 @@ class PairSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[Row]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[PairRow]:
         """The rows in the order asked for; each block they touch is read once."""
         ...
 
 
-def checked(record: dict[str, Any]) -> tuple[str, float, float]:
+def checked(record: Mapping[str, object]) -> tuple[str, float, float]:
     """Prompt (stripped), label of image 0 and weight of a row, or BadRowError.
 
     Labels may be any shares in [0, 1] that add up to 1. Without a count column the weight is 1; an empty count is bad.
@@ -136,18 +136,18 @@ def checked(record: dict[str, Any]) -> tuple[str, float, float]:
     return prompt.strip(), first, 1 / count
 
 
-def number(record: dict[str, Any], name: str) -> float:
+def number(record: Mapping[str, object], name: str) -> float:
     """A column's value. Raises BadRowError if it is none."""
     value = record.get(name)
     if value is None:
         raise BadRowError(f"{name} is missing")
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]  # whatever stands there: TypeError tells
     except (TypeError, ValueError, OverflowError):
         raise BadRowError(f"{name} is {value!r:.40}, not a number") from None
 
 
-def has_label(record: dict[str, Any]) -> bool:
+def has_label(record: Mapping[str, object]) -> bool:
     """Whether the row says that it has one; without such a column all have."""
     return str(record.get(HAS_LABEL_COLUMN, True)).strip().lower() in ("true", "1", "1.0")
 

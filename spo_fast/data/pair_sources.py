@@ -12,11 +12,11 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -29,13 +29,18 @@ from spo_fast.data.pair_rows import (
     BadRowError,
     BadRows,
     LabelError,
+    PairRow,
     PairSource,
-    Row,
     checked,
     has_label,
     prompt_column,
 )
 from spo_fast.data.splits import files_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from fsspec import AbstractFileSystem
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ DELIMITERS = {".jsonl": None, ".csv": ",", ".tsv": "\t"}  # the tables a folder 
 INDEX_BATCH = 4096  # rows held as Python objects while indexing
 
 # what the index pass meets: (where, number in the file from 1, block, place in the block or first byte, row or reason)
-Found = tuple[str, int, int, int, "dict[str, Any] | BadRowError"]
+Found = tuple[str, int, int, int, "Mapping[str, object] | BadRowError"]
 
 
 class IndexedSource:
@@ -59,7 +64,7 @@ class IndexedSource:
                     raise record
                 prompt, label, _ = checked(record)
             except BadRowError as error:
-                if isinstance(error, LabelError) and isinstance(record, dict) and not has_label(record):
+                if isinstance(error, LabelError) and isinstance(record, Mapping) and not has_label(record):
                     self.unlabelled += 1
                     continue
                 bad.add(where, str(error))
@@ -99,7 +104,12 @@ class ParquetSource(IndexedSource):
     images = ("jpg_0", "jpg_1")
 
     def __init__(
-        self, name: str, files: dict[str, Any], bad: BadRows, caption: str | None, root: Path | None = None
+        self,
+        name: str,
+        files: Mapping[str, Callable[[], BinaryIO]],
+        bad: BadRows,
+        caption: str | None,
+        root: Path | None = None,
     ) -> None:
         self.names, self.openers, self.caption, self.root = list(files), list(files.values()), caption, root
         self.groups: list[tuple[int, int]] = []  # (file, row group) of each block
@@ -108,7 +118,7 @@ class ParquetSource(IndexedSource):
         self.block_bytes = np.array(sizes, np.int64)
 
     @contextmanager
-    def _open(self, number: int) -> Iterator[tuple[Any, list[str]]]:
+    def _open(self, number: int) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
         """The file, and its columns without the images, the prompt's first."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -142,10 +152,10 @@ class ParquetSource(IndexedSource):
                             record = light_record(light, values)
                             yield f"{name}, row {row}", row, len(sizes) - 1, row - 1 - first, record
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[Row]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[PairRow]:
         """The rows at these indices, in this order; a row group is read once."""
         indices = np.asarray(indices, np.int64)
-        out: dict[int, Row] = {}  # by position in `indices`
+        out: dict[int, PairRow] = {}  # by position in `indices`
         wanted: dict[int, dict[int, list[int]]] = {}  # file -> row group -> positions
         for position, block in enumerate(self.blocks[indices].tolist()):
             number, group = self.groups[block]
@@ -160,11 +170,11 @@ class ParquetSource(IndexedSource):
                         place, row = int(self.places[indices[position]]), int(self.rows[indices[position]])
                         prompt, label, weight = checked(light_record(light, [c[place].as_py() for c in columns]))
                         images = tuple(partial(stored_image, j, table[j][place].as_py(), folder) for j in self.images)
-                        out[position] = Row(f"{self.names[number]}, row {row}", prompt, label, weight, images)
+                        out[position] = PairRow(f"{self.names[number]}, row {row}", prompt, label, weight, images)
         return [out[position] for position in range(len(indices))]
 
 
-def as_bytes(column: Any) -> Any:
+def as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Text as bytes: Arrow would refuse a whole column for one row that is not UTF-8."""
     from pyarrow import types
 
@@ -174,14 +184,14 @@ def as_bytes(column: Any) -> Any:
     return column.cast("large_binary") if is_text else column
 
 
-def light_record(names: list[str], values: Iterable[Any]) -> dict[str, Any]:
+def light_record(names: list[str], values: Iterable[object]) -> dict[str, object]:
     """A row without its images, as `checked` wants it."""
     # surrogateescape: what is not UTF-8 survives until `checked` names it
     decoded = (v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values)
     return dict(zip(("prompt", *names[1:]), decoded, strict=True))
 
 
-def stored_image(name: str, value: Any, folder: Path | None) -> bytes:
+def stored_image(name: str, value: object, folder: Path | None) -> bytes:
     """value: bytes, a path relative to the folder, or a dict of both (the library `datasets`), bytes before path."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -216,7 +226,7 @@ class TableSource(IndexedSource):
         self.blocks = np.arange(len(self), dtype=np.int32)
         self.block_bytes = np.zeros(len(self), np.int64)  # read by the workers, so never many at once
 
-    def _entries(self, file: BinaryIO) -> Iterator[Any]:
+    def _entries(self, file: BinaryIO) -> Iterator[str | list[str]]:
         lines = (line.decode() for line in file)
         return csv.reader(lines, delimiter=self.delimiter, strict=True) if self.delimiter else lines
 
@@ -235,10 +245,10 @@ class TableSource(IndexedSource):
             line = getattr(entries, "line_num", line + 1)  # of a CSV row its last line
             if not entry or (isinstance(entry, str) and not entry.strip()):
                 continue
-            record: dict[str, Any] | BadRowError
+            record: Mapping[str, object] | BadRowError
             try:
                 if not self.header:  # JSON: the first object stands for all
-                    self.header = entry if self.delimiter else list(self._record(entry))
+                    self.header = entry if isinstance(entry, list) else list(self._record(entry))
                     self.caption = prompt_column(f"{self.path}, line {line}", self.header, self.images, self.caption)
                     if self.delimiter:
                         continue
@@ -249,8 +259,8 @@ class TableSource(IndexedSource):
                 record = error
             yield f"{self.path.name}, line {line}", line, 0, start, record
 
-    def _record(self, entry: Any) -> dict[str, Any]:
-        if self.delimiter:
+    def _record(self, entry: str | list[str]) -> dict[str, Any]:
+        if isinstance(entry, list):
             if len(entry) != len(self.header):
                 raise BadRowError(f"{len(entry)} fields where the header has {len(self.header)}")
             pairs = tuple(zip(self.header, entry, strict=True))
@@ -266,7 +276,7 @@ class TableSource(IndexedSource):
         record = dict(pairs)
         return {**record, "prompt": record.get(self.caption)} if self.caption in self.header else record
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> list[Row]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[PairRow]:
         """The rows at these indices, in this order."""
         out = []
         with self.path.open("rb") as file:
@@ -274,11 +284,11 @@ class TableSource(IndexedSource):
                 file.seek(int(self.places[index]))
                 record = self._record(next(self._entries(file)))
                 images = tuple(partial(image_inside, self.folder, name, record[name]) for name in self.images)
-                out.append(Row(f"{self.path.name}, line {self.rows[index]}", *checked(record), images))
+                out.append(PairRow(f"{self.path.name}, line {self.rows[index]}", *checked(record), images))
         return out
 
 
-def check_inside(name: str, value: Any) -> None:
+def check_inside(name: str, value: object) -> None:
     """What can be told without touching the disk; symbolic links are followed when the image is read."""
     if value is None or value == "":
         raise BadRowError(f"{name} is missing")
@@ -308,7 +318,7 @@ def open_pairs(
     *,
     caption_column: str | None = None,
     revision: str | None = None,
-    filesystem: Any = None,
+    filesystem: AbstractFileSystem | None = None,
     split: str = "train",
 ) -> PairSource:
     """Index the pairs that `spec` names. Unusable rows are added to `bad`; whole-file faults raise.
@@ -346,12 +356,18 @@ def open_pairs(
         raise ValueError(f"{path}: found {names}. Give {kinds}, with nothing else of the kind in it.")
     if tables:
         return TableSource(next(iter(found.values())), bad, caption_column)
-    openers = {name: partial(p.open, "rb") for name, p in found.items()}
+    openers: dict[str, Callable[[], BinaryIO]]
+    openers = {name: partial(p.open, "rb") for name, p in found.items()}  # type: ignore[misc]
     return parquet_source(str(path), openers, bad, caption_column, root)
 
 
 def hub_parquet(
-    spec: str, bad: BadRows, caption: str | None, revision: str | None, filesystem: Any, split: str
+    spec: str,
+    bad: BadRows,
+    caption: str | None,
+    revision: str | None,
+    filesystem: AbstractFileSystem | None,
+    split: str,
 ) -> PairSource:
     """The parquet files of a data set on the hub, read row group by row group."""
     need_pyarrow(spec)
@@ -393,7 +409,7 @@ def need_pyarrow(name: str) -> None:
 
 
 def parquet_source(
-    name: str, files: dict[str, Any], bad: BadRows, caption: str | None, root: Path | None = None
+    name: str, files: Mapping[str, Callable[[], BinaryIO]], bad: BadRows, caption: str | None, root: Path | None = None
 ) -> PairSource:
     """Parquet files by their names, each with what opens it."""
     need_pyarrow(name)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spo_fast.config.errors import RunError
-from spo_fast.data.pair_rows import BadRowError, BadRows, PairSource, Row
+from spo_fast.data.pair_rows import BadRowError, BadRows, PairRow, PairSource
 from spo_fast.method import noise
 
 WINDOW_ROWS = 8192
@@ -123,7 +123,7 @@ class PairStream(Iterator[PairBatch[T]]):
         source: PairSource,
         indices: np.ndarray,
         batch_size: int,
-        load: Callable[[Row], T],
+        load: Callable[[PairRow], T],
         bad: BadRows,
         *,
         seed: int,
@@ -162,8 +162,8 @@ class PairStream(Iterator[PairBatch[T]]):
             pool.shutdown(cancel_futures=True)
 
     def _make_batches(self) -> Iterator[PairBatch[T]]:
-        pending: deque[tuple[int, Row, Any]] = deque()
-        batch: list[tuple[Row, T]] = []
+        pending: deque[tuple[int, PairRow, Future[T]]] = deque()
+        batch: list[tuple[PairRow, T]] = []
         rows = self._rows()
         seen = rejected = usable = end = 0
         whole_epoch = self.position % len(self.indices) == 0  # one entered midway may well end in bad rows
@@ -198,7 +198,7 @@ class PairStream(Iterator[PairBatch[T]]):
         finally:
             self.close()
 
-    def _rows(self) -> Iterator[tuple[int, Row]]:
+    def _rows(self) -> Iterator[tuple[int, PairRow]]:
         """(position after it, row), while the next window is being read."""
         windows = self._windows()
         coming = self._reader.submit(next, windows, None)
@@ -210,7 +210,7 @@ class PairStream(Iterator[PairBatch[T]]):
                 position += 1
                 yield position, rows.pop()
 
-    def _windows(self) -> Iterator[tuple[int, list[Row]]]:
+    def _windows(self) -> Iterator[tuple[int, list[PairRow]]]:
         """(position before it, the rows of a window)."""
         epoch, offset = divmod(self.position, len(self.indices))
         while self.epochs is None or epoch < self.epochs:
@@ -224,7 +224,7 @@ class PairStream(Iterator[PairBatch[T]]):
             epoch, offset = epoch + 1, 0
 
 
-def make_batch(rows: list[tuple[Row, T]], position: int) -> PairBatch[T]:
+def make_batch(rows: list[tuple[PairRow, T]], position: int) -> PairBatch[T]:
     """Rows and what was loaded of each, as one batch."""
     labels = torch.tensor([row.label for row, _ in rows], dtype=torch.float32)
     weights = torch.tensor([row.weight for row, _ in rows], dtype=torch.float32)

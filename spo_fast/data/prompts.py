@@ -15,7 +15,7 @@ BUILTIN_PROMPTS = Path(__file__).parent / "prompt_lists" / "builtin.txt"
 TOY_PROMPTS = BUILTIN_PROMPTS.with_name("toy.txt")  # the training prompts of toy_world.py
 PROMPT_COLUMNS = ("caption", "prompt", "text")  # the first one present is read; the published prompt file has "caption"
 
-Located = tuple[str, Any]  # (where in the file, for an error message; the value found there)
+Located = tuple[str, object]  # (where in the file, for an error message; the value found there)
 
 
 def load_prompts(path: str | Path | None, column: str | None = None, quoted: bool = True) -> list[str]:
@@ -51,7 +51,7 @@ def load_prompts(path: str | Path | None, column: str | None = None, quoted: boo
     return prompts
 
 
-def checked_prompt(path: Path, where: str, value: Any) -> str:
+def checked_prompt(path: Path, where: str, value: object) -> str:
     """The stripped prompt, or a ValueError naming the place."""
     if not isinstance(value, str):
         raise ValueError(f"{path}, {where}: a prompt must be a string, found {value!r:.80}. Mend or delete this entry.")
@@ -109,8 +109,9 @@ def read_table(path: Path, column: str | None, quoted: bool = True) -> Iterator[
     with path.open(encoding="utf-8-sig", newline="") as file:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         # strict: a stray quote is an error here, not a prompt that swallows the rest of the file
-        options: dict[str, Any] = {} if quoted else {"quoting": csv.QUOTE_NONE}
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True, **options)
+        rows = csv.DictReader(
+            file, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        )
         try:
             column = chosen_column(path, "line 1", rows.fieldnames or [], column)
             for row in rows:

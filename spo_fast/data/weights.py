@@ -14,8 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spo_fast.data.files import DAMAGED, shown, some, weight_files
-from spo_fast.data.files import read_tensors as read_safetensors
+from spo_fast.data.files import DAMAGED, read_safetensors, shown, some, weight_files
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +76,7 @@ class ClipConfig:
     time_conditioned: bool
     """True: the step-aware model, whose image features depend on the timestep."""
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> dict[str, object]:
         """What config.json holds beside the weights: transformers' form, which `config_from_state_dict` reads."""
         return {
             "model_type": "clip",
@@ -105,7 +104,7 @@ HF_NAMES = {
 }
 
 
-def _tower_to_hf(tower: TowerConfig) -> dict[str, Any]:
+def _tower_to_hf(tower: TowerConfig) -> dict[str, object]:
     return {HF_NAMES[field]: value for field, value in asdict(tower).items()}
 
 

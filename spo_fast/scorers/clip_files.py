@@ -26,7 +26,7 @@ def load_clip(
     source: str | Path | Mapping[str, Tensor],
     *,
     time_conditioned: bool,
-    hf_config: Mapping[str, Any] | None = None,
+    hf_config: Mapping[str, object] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     name: str = "state dict",
@@ -74,7 +74,7 @@ def save_clip(model: Clip, directory: str | Path, weights: Mapping[str, Tensor] 
     return write_model(directory, tensors, model.config.to_hf())
 
 
-def write_model(directory: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+def write_model(directory: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
     """model.safetensors and config.json, each written under another name and renamed."""
     from safetensors.torch import save_file
 
@@ -103,7 +103,7 @@ def find_weights(path: Path) -> Path:
     raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin. {hint}")
 
 
-def read_hf_config(directory: Path) -> dict[str, Any] | None:
+def read_hf_config(directory: Path) -> dict[str, object] | None:
     """config.json if it is a CLIP's; any other model's is none of ours."""
     file = directory / "config.json"
     if not file.is_file():
@@ -121,7 +121,7 @@ def config_from_state_dict(
     tensors: Mapping[str, Tensor],  # keys without `model.`
     *,
     time_conditioned: bool,
-    hf_config: Mapping[str, Any] | None = None,
+    hf_config: Mapping[str, object] | None = None,
     name: str = "state dict",
 ) -> ClipConfig:
     """Sizes from the shapes; heads, activation and epsilon, which no shape shows, from hf_config or KNOWN_CLIPS."""

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an a
 from spo_fast import train, train_spm
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
-from spo_fast.evaluation.statistics import estimate
+from spo_fast.evaluation.statistics import Estimate, estimate
 from spo_fast.models.files.toy import MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
 from spo_fast.scorers.clip_files import load_any_clip, save_clip
@@ -198,7 +198,7 @@ class Pretraining:
         self.schedule.load_state_dict(state["schedule"])
 
     @torch.no_grad()
-    def averaged_parts(self) -> dict[str, Any]:
+    def averaged_parts(self) -> dict[str, object]:
         """The pipeline with the averaged weights in 16 bits, as it is shipped. Ends the training: weights are gone."""
         for p, average in zip(self.parameters, self.average, strict=True):
             p.copy_(average)
@@ -259,7 +259,7 @@ def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = toy_worl
 
     pairs = toy_world.draw_pairs(count, torch.Generator().manual_seed(seed), prompts)
     repeats = Counter(pairs.prompts)
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "caption": pairs.prompts,
         **{f"jpg_{j}": [png(toy_world.enlarged(x, scale)) for x in pairs.pixels[j]] for j in range(2)},
         "label_0": pairs.labels.tolist(),
@@ -334,7 +334,7 @@ def agreement(pairs: toy_world.LabelledPairs) -> dict[str, float]:
     return found
 
 
-def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, Any]:
+def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, dict[str, Estimate]]:
     """True scores of PICTURES of test prompts at each guidance scale: (mean, standard error, pictures)."""
     spm = work_dir / "spm" / "preference_model" / "model.safetensors"
     paths = ("--pretrained_model_name_or_path", str(work_dir / "pipeline"), "--spm_path", str(spm))

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from spo_fast import train, train_spm
-from spo_fast.config import command as config_command
-from spo_fast.config import flags as config_flags
+from spo_fast.config.command import guarded
 from spo_fast.config.errors import RunError
+from spo_fast.config.flags import Parser
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
 from spo_fast.evaluation.statistics import estimate
@@ -149,7 +149,7 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
     }
 
 
-def _listed(value: Any) -> Iterable[Any]:
+def _listed(value: object) -> Iterable[object]:
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -285,12 +285,12 @@ def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    return config_command.guarded(lambda: claims(arguments), arguments)
+    return guarded(lambda: claims(arguments), arguments)
 
 
 def claims(arguments: list[str] | None) -> None:
     """The command: runs what is missing, then writes and prints the tables."""
-    parser = config_flags.Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
+    parser = Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the toy; large: for a GPU")
     parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-large]/records.jsonl)")
     parser.add_argument("--work_dir", type=Path, help="pairs and models on the way (default work, beside the records)")

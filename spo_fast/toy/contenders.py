@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
 class Contender:
     """How a run differs from the toy's preset."""
 
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     like: str = ""
     """Whose learning rate it takes; "": it has its own from the grid."""
     random_picks: bool = False
@@ -20,7 +19,7 @@ class Contender:
     """It needs a preference model, whose training belongs to its cost."""
 
     @property
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, object]:
         """The settings as JSON gives them back."""
         return json.loads(json.dumps(dict(self.settings)))
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ def rows_of(
 
 def report(
     run: Run, num_images: int, seed: int = 0, scales: Iterable[float] = GUIDANCE_SCALES
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, dict[str, dict[str, list[float]]]]:
     """The table, and its numbers by row and score as (mean, standard error, pictures)."""
     prompts = prompts_to_test(num_images)
     columns = ("aesthetics", "layout", "out_of_range")
@@ -160,7 +159,7 @@ def grid(pixels: Tensor, rows: int = 8, columns: int = 8) -> list[list[Tensor]]:
     return [row for row in whole if len(row) == len(whole[0])]
 
 
-def load_run(run_dir: Path, **changes: Any) -> Run:
+def load_run(run_dir: Path, **changes: object) -> Run:
     """A finished run's parts with its trained weights. The run directory must not be in use."""
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(f"{run_dir} is no run's directory: it has no config.yaml.")

@@ -23,7 +23,7 @@ from typing import TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spo_fast.data.files import read_json, read_tensors, set_aside, versions
+from spo_fast.data.files import read_json, read_safetensors, set_aside, versions
 from spo_fast.models import sharded
 from spo_fast.training.optimizer import WeightUpdates, flatten_optimizer, unflatten_optimizer
 from spo_fast.training.processes import ALONE, Group
@@ -183,7 +183,7 @@ def _tensors(path: Path, kind: str, learner: WeightUpdates) -> dict[str, Tensor]
         return _read(path, lambda directory: sharded.load(directory, kind, shards), SHARDS)
     if kind == "gradients" and not (path / "gradients.safetensors").is_file():
         return {}
-    tensors = _read(path, read_tensors, f"{kind}.safetensors")
+    tensors = _read(path, read_safetensors, f"{kind}.safetensors")
     if shards is None or kind == "averages":
         return tensors
     whole = {name: value.shape == shards.shapes[shards.index(kind, name)] for name, value in tensors.items()}

@@ -21,8 +21,7 @@ from spo_fast.config.sections import PairSourceConfig
 from spo_fast.config.training import Config
 from spo_fast.data import files
 from spo_fast.data.images import decode_image, to_square
-from spo_fast.data.pair_rows import BadRows, PairSource
-from spo_fast.data.pair_rows import Row as PairRow
+from spo_fast.data.pair_rows import BadRows, PairRow, PairSource
 from spo_fast.data.pair_sources import open_pairs
 from spo_fast.data.pair_stream import PairBatch, PairStream, split_by_prompt
 from spo_fast.method.noise import EMPTY, POSTERIOR, KeyedDraws

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from spo_fast.data.files import read_header, read_json, read_metadata, read_tensors
+from spo_fast.data.files import read_header, read_json, read_metadata, read_safetensors
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -207,7 +207,7 @@ def read_file(file: Path, unet: UNet2DConditionModel) -> Lora:
     header, known, weights = read_header(file), layer_names(unet), _weights(unet)
     _refuse_kinds(header, refuse)
     parts = _parts(header, known, refuse)
-    tensors, told = read_tensors(file), Told.of(file, refuse)
+    tensors, told = read_safetensors(file), Told.of(file, refuse)
     layers: dict[str, Layer] = {}
     changes: dict[str, Tensor] = {}
     for layer, names in parts.items():

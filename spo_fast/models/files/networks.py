@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spo_fast.data.files import DAMAGED, read_header, read_json, shown, some
-from spo_fast.data.files import read_tensors as read_safetensors
+from spo_fast.data.files import DAMAGED, read_header, read_json, read_safetensors, shown, some
 from spo_fast.data.weights import Network, fill, read_tensors, renamed
 from spo_fast.models.files.single_file import (
     UNET_PREFIX,
