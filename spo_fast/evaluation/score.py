@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch

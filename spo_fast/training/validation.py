@@ -18,8 +18,9 @@ from torch import Tensor
 
 from spo_fast.config.training import Config
 from spo_fast.data.files import read_json, set_aside, without_nan, write_atomically
+from spo_fast.data.prompt_sets import Wanted
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
-from spo_fast.evaluation.metrics import Wanted, make_metric
+from spo_fast.evaluation.metrics import make_metric
 from spo_fast.evaluation.pictures import write_grid
 from spo_fast.evaluation.sampling import draw_latents
 from spo_fast.method.experience import Candidates
