@@ -51,7 +51,7 @@ def draw_all(
         if contender.kind == "unet":
             assert contender.path is not None
             model.unet = None  # type: ignore[assignment]  # its memory goes first
-            model.unet = load_unet_from(contender.path, model.dtype).to(device)
+            model.unet = load_unet_from(contender.path, model.dtype).to(device)  # type: ignore[arg-type]
         elif model.unet is None:
             model.unet = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo_fast.method.experience import Cond, Prediction
 from spo_fast.method.noise import KeyedDraws
@@ -16,6 +17,9 @@ from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.fuse import text_of
 from spo_fast.models.policy import denoise, inputs_of
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 def draw_latents(
@@ -37,7 +41,7 @@ def draw_latents(
 class Drawn:
     """What sample_latents asks of a policy."""
 
-    def __init__(self, unet: nn.Module, fused: bool) -> None:
+    def __init__(self, unet: UNet2DConditionModel, fused: bool) -> None:
         self.unet, self.fused = unet, fused
 
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:
