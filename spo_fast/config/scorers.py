@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ class ScorerRecord:
     """What its loader is told of the run besides: time_conditioned, wanted."""
     judges: str = "pictures"
     """pictures, latents (noisy ones, before the UNet), or toy: a true score of pictures of the toy's world."""
+    percent: bool = False
+    """It gives shares, and tables have percent."""
     function: Callable[..., Any] | None = None
     """A function of the user's own, in place of a loader."""
 
@@ -169,6 +171,7 @@ SCORERS: dict[str, ScorerRecord] = {
             network="mask2former",
             beside="clip",
             options=("wanted",),
+            percent=True,
             source=ScorerSource(
                 "GenEval's detector",
                 "facebook/mask2former-swin-small-coco-instance",
@@ -223,6 +226,11 @@ def find_scorer(name: str) -> ScorerRecord:
     if name not in SCORERS or name in TRUE_SCORES:
         raise ValueError(f"unknown scorer {name!r:.60}. Known: {', '.join(known)}.{did_you_mean(name, known)}")
     return SCORERS[name]
+
+
+def judging_parts(names: Iterable[str]) -> list[str]:
+    """Those that must be told what each prompt asks for (GenEval's objects, numbers, colours, places)."""
+    return [name for name in names if name in SCORERS and "wanted" in SCORERS[name].options]
 
 
 def name_and_weight(entry: str) -> tuple[str, str]:

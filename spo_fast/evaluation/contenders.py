@@ -15,7 +15,7 @@ from spo_fast.config import flags
 from spo_fast.config.errors import Missing, MissingFilesError
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.presets import EVALUATION_PRESETS
-from spo_fast.config.scorers import TRUE_SCORES
+from spo_fast.config.scorers import TRUE_SCORES, judging_parts
 from spo_fast.data.files import read_json, write_atomically
 from spo_fast.data.prompt_sets import prompts_of
 from spo_fast.evaluation.required_files import metric_scorers, resolve
@@ -52,8 +52,9 @@ def named(spec: str) -> tuple[str, str]:
 def check_metrics(cfg: EvaluationConfig) -> list[str]:
     """The scorers among the metrics. Raises ValueError for a metric that is none, or not of this model."""
     names = cfg.metric.metric_names
-    if "geneval" in names and not (cfg.pictures.prompts or "").startswith("geneval"):
-        raise ValueError("metric geneval judges GenEval's own prompts: add --prompts geneval (or geneval=FILE).")
+    parts = judging_parts(names)
+    if parts and not (cfg.pictures.prompts or "").startswith("geneval"):
+        raise ValueError(f"metric {parts[0]} judges GenEval's own prompts: add --prompts geneval (or geneval=FILE).")
     return metric_scorers(names, cfg.model.model, "--metrics")
 
 

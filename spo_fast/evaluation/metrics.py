@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo_fast.config.scorers import TRUE_SCORES
+from spo_fast.config.scorers import TRUE_SCORES, find_scorer
 from spo_fast.data.prompt_sets import Wanted
 from spo_fast.evaluation.image_statistics import image_statistics
 from spo_fast.scorers.registry import load_metric
@@ -37,13 +37,13 @@ def make_metric(
                 raise ValueError(f"metric {name} knows captions of the toy's world only, not {odd!r:.60}.")
             if pixels.shape[-2:] != (toy_world.SIZE, toy_world.SIZE):
                 raise ValueError(f"metric {name} is of pictures of {toy_world.SIZE} pixels: leave out --resolution.")
-            return {
-                name: toy_world.layout(pixels, prompts).all(1) if name == "layout" else toy_world.aesthetics(pixels)
-            }
+            truths = {"layout": lambda: toy_world.layout(pixels, prompts).all(1)}
+            truths["aesthetics"] = lambda: toy_world.aesthetics(pixels)
+            return {name: truths[name]()}
 
         return true_score
     scorer = load_metric(name, paths, tokenize, device, dtype, wanted)
-    scale = 100 if name == "geneval" else 1  # tables have percent
+    scale = 100 if find_scorer(name).percent else 1
 
     @torch.no_grad()
     def score(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.evaluation import EvaluationConfig
-from spo_fast.config.scorers import SCORERS, TRUE_SCORES
+from spo_fast.config.scorers import SCORERS, TRUE_SCORES, judging_parts
 from spo_fast.data.files import read_json, weight_files, without_nan, write_atomically
 from spo_fast.data.prompt_sets import Wanted, geneval_records, prompt_files
 from spo_fast.evaluation.contenders import Gallery, why_no_true_scores
@@ -48,7 +48,7 @@ def metric_of(name: str, cfg: EvaluationConfig, resolved: Resolved, device: torc
         ids = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
         return torch.tensor(ids.input_ids)
 
-    asked = wanted(cfg) if name == "geneval" else None
+    asked = wanted(cfg) if judging_parts([name]) else None
     return make_metric(name, resolved.scorer_paths, tokenize, device, DTYPES[cfg.metric.scorer_dtype], asked)
 
 
@@ -59,7 +59,7 @@ def score_all(
     per, size = cfg.pictures.images_per_prompt, cfg.pictures.images_at_once
     found: dict[str, dict[str, np.ndarray]] = {g.contender.name: {} for g in galleries}
     asked = ""
-    if "geneval" in cfg.metric.metric_names:  # what it looks for belongs to its scores
+    if judging_parts(cfg.metric.metric_names):  # what they look for belongs to their scores
         asked = f" {hashlib.sha256(json.dumps(wanted(cfg)).encode()).hexdigest()}"
     for name in ("looks", *cfg.metric.metric_names):
         paths = [resolved.scorer_paths[n] for n in cfg.metric.paths_of(() if name == "looks" else [name])]
@@ -68,7 +68,7 @@ def score_all(
         metric = None
         for gallery in galleries:
             file = gallery.folder / f"scores-{name.replace(':', '.')}.json"
-            key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}{asked if name == 'geneval' else ''}"
+            key = f"{gallery.digest()} {weights} {cfg.metric.scorer_dtype}{asked if judging_parts([name]) else ''}"
             kept = read_json(file) if file.is_file() else {}
             if kept.get("of") != key:
                 metric = metric or metric_of(name, cfg, resolved, device)
@@ -97,9 +97,9 @@ def own_code(name: str) -> list[Path]:
 
 def prompt_weights(cfg: EvaluationConfig, prompts: list[str]) -> dict[str, np.ndarray]:
     """Metric -> (P,) what a prompt counts in its mean, where not all count alike: GenEval means its tasks' means."""
-    if "geneval" not in cfg.metric.metric_names:
+    if not (names := judging_parts(cfg.metric.metric_names)):
         return {}
     from spo_fast.scorers.geneval import task_weights
 
     asked = wanted(cfg)
-    return {"geneval": np.array(task_weights([asked[prompt]["tag"] for prompt in prompts]))}
+    return dict.fromkeys(names, np.array(task_weights([asked[prompt]["tag"] for prompt in prompts])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spo_fast.config.fields import parted
-from spo_fast.config.scorers import TRUE_SCORES, scorer_specs
+from spo_fast.config.scorers import TRUE_SCORES, judging_parts, scorer_specs
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_sets import Wanted, geneval_records
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
@@ -31,8 +31,8 @@ def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
 
 def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, Wanted] | None:
     """What GenEval looks for, if it judges. Raises ValueError for a prompt of which that is not known."""
-    in_training = "geneval" in dict(scorer_specs(cfg.scorer.scorer))
-    if not in_training and "geneval" not in parted(cfg.run.validation_metrics):
+    in_training = bool(judging_parts(dict(scorer_specs(cfg.scorer.scorer))))
+    if not in_training and not judging_parts(parted(cfg.run.validation_metrics)):
         return None
     wanted = geneval_records(cfg.data.prompts)
     check_wanted([*(prompts if in_training else ()), *cfg.run.validation_prompt], wanted)
