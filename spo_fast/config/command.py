@@ -68,7 +68,7 @@ def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"{who}error: {told(error)}", file=sys.stderr)
+        print(f"{who}error: {error_text(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
@@ -90,7 +90,7 @@ def terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What a user needs to know of an error."""
     from safetensors import SafetensorError
 

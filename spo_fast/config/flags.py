@@ -127,10 +127,10 @@ def first(arguments: list[str] | None, name: str, use: Callable[[str], Any]) -> 
     early.add_argument(f"--{name}")
     early.add_argument("--config")
     with contextlib.suppress(argparse.ArgumentError, OSError, ValueError, SystemExit):
-        told, _ = early.parse_known_args(arguments)
-        values = {name: getattr(told, name)}
-        if values[name] is None and told.config:
-            root = _yaml_tree(told.config)
+        given, _ = early.parse_known_args(arguments)
+        values = {name: getattr(given, name)}
+        if values[name] is None and given.config:
+            root = _yaml_tree(given.config)
             pairs = root.value if isinstance(root, yaml.MappingNode) else []
             values = {key.value: node.value for key, node in pairs}
         wanted = values.get(name)
