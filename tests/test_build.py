@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
 import re
@@ -35,6 +36,17 @@ def in_subprocess(code: str, python: str = sys.executable, **environment: str) -
 def test_import_is_light():
     code = f"import sys, spo_fast; print(sorted({HEAVY!r} & set(sys.modules)), spo_fast.__version__)"
     assert in_subprocess(code, PYTHONPATH=str(ROOT)).split() == ["[]", "0.1.0"]
+
+
+def test_ops_are_there_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from spo_fast.ops import __main__, geglu; "
+        "print([row[3] for row in __main__.table(('cpu',)) if row[2] == 'triton']); "
+        "print(float(geglu.geglu(torch.tensor([2.0, 1.0])))); print(torch.ops.spo_fast.transition_c)"
+    )
+    reasons, value, op = in_subprocess(code, PYTHONPATH=str(ROOT)).splitlines()
+    assert set(ast.literal_eval(reasons)) == {"the package triton is not installed"}
+    assert float(value) == pytest.approx(2 * 0.8413447, rel=1e-6) and op == "spo_fast.transition_c"
 
 
 CUDA_KERNELS = {  # source: kernels in it, one a combination of types
