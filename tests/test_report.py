@@ -160,6 +160,7 @@ def test_page_loads_nothing_and_escapes(tmp_path: Path) -> None:
     assert page.text.count(bad) >= 4  # heading, table, all settings, warning
     assert f"look {bad} (iteration 1 and 2 later)" in page.text
     assert "a<i>b&c" in page.text and html.lower().count("</html>") == 1
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in html
     assert 'name="viewport"' in html and "color-scheme: light dark" in html
 
 
