@@ -31,11 +31,13 @@ from spo_fast.evaluation.pages.model_card import card
 from spo_fast.evaluation.pages.run_record import RunRecord
 from spo_fast.evaluation.pages.run_report import page
 from spo_fast.method.objectives import make_objective
+from spo_fast.models.device import Device
 from spo_fast.training import loop
 from spo_fast.training.monitor.warnings import STILL_ITERATIONS, Watch
 from spo_fast.training.plan.counters import CountFlops
 from spo_fast.training.plan.fake_networks import fake_scorer
 from spo_fast.training.plan.fake_run import Networks, predict
+from spo_fast.training.plan.fit_memory import choose
 
 ROOT = Path(__file__).parent.parent
 CODE = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
@@ -184,6 +186,8 @@ def test_charts_of_every_method_follow_its_record() -> None:
     ln2 = pytest.approx(0.693147, abs=1e-6)
     want: dict[str, Any] = dict.fromkeys(("spo", "mspo", "d3po", "lpo", "gradspo", "dense", "dpo"), ln2)
     assert levels == {**want, "ddpo": 0.0, "dpok": 0.0, "mapo": None}
+    shares = {m for m, r in METHODS.items() if "valid_share" in {c.fields[0] for c in charts_of(r, flat)}}
+    assert shares == {"spo", "mspo", "d3po", "lpo", "gradspo"}  # the others compare no pairs of a rollout
 
 
 @pytest.mark.parametrize("resumed", ["killed"])
@@ -261,6 +265,11 @@ def test_predicted_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert both.unknown == own.unknown == (SCORER,) and spm.unknown == ()
     assert both.full_flops == spm.full_flops and "score" not in own.full_flops
     assert own.resident.keys() < spm.resident.keys()
+    for scorer, said in (("spm", False), (SCORER, True)):
+        cfg = train.parse([*command_line(SMALL), "--scorer", scorer])
+        _, choices = choose(cfg, Device("a GPU", "cuda", 2**34))
+        fits = [choice.reason for choice in choices if "GiB predicted" in choice.reason]
+        assert fits and all((f", without {SCORER}, whose memory is not known" in why) is said for why in fits)
     assert train.main([*flags(tmp_path / "run", scorer=SCORER), "--dry_run"]) == 0
     assert len(re.findall(rf"scorer {SCORER} +unknown, not counted", capsys.readouterr().out)) == 2
 

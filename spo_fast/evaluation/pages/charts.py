@@ -50,7 +50,7 @@ CHARTS = (
     Chart("Held-out accuracy", ("validation_accuracy",), "held-out pairs whose preferred image is ahead", level=0.5),
     Chart("Margin", ("margin",)),
     Chart("Probability ratio", ("ratio",), "of the policy to the one that collected"),
-    Chart("KL", ("approx_kl", "kl"), "to the policy that collected; kl (dpok): squared distance from the reference"),
+    Chart("KL", ("approx_kl", "kl"), "approx_kl: to the policy that collected; kl: of what kl_weight weighs"),
     Chart("Clamped share", ("clamped", "dead"), "transitions outside the clamp; dead: terms without gradient"),
     Chart("Gradient norm", ("grad_norm",), "before clipping"),
     Chart("Saturation", ("saturation*",), "a climb is a sign of reward hacking"),
@@ -60,7 +60,7 @@ CHARTS = (
 
 
 def charts_of(method: Method, settings: Mapping[str, Any]) -> tuple[Chart, ...]:
-    """CHARTS with the words and the start line of the method."""
+    """CHARTS that say something of the method, with its words and its start line."""
     start = method.start_of(settings)
     of = {
         "Loss": ("" if start is None else f"dotted: {start:.3g}, that of a policy that has learnt nothing", start),
@@ -69,6 +69,7 @@ def charts_of(method: Method, settings: Mapping[str, Any]) -> tuple[Chart, ...]:
     return tuple(
         replace(chart, about=of[chart.title][0], level=of[chart.title][1]) if chart.title in of else chart
         for chart in CHARTS
+        if method.compares or chart.fields != ("valid_share",)
     )
 
 

@@ -74,6 +74,8 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         if flag in ("memory", "gradient_checkpointing"):
             how = "nothing computed twice" if flat[flag] == whole[flag] else "needed to fit"
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
+        if unknown := costs(cfg).unknown:
+            room += f", without {', '.join(unknown)}, whose memory is not known"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
 
