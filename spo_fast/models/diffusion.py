@@ -46,7 +46,9 @@ class DiffusionModel:
         self.vae: Any = vae.to(device)
         unet: Any = load.load_unet(resolved, self.dtype)
         self.unet: Any = unet.to(device)
+        self._take_sizes(cfg)
 
+    def _take_sizes(self, cfg: ModelConfig) -> None:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         default: int = self.unet.config.sample_size * factor
         self.height, self.width = cfg.height or default, cfg.width or default
@@ -74,8 +76,12 @@ class DiffusionModel:
         """Ids of the first tokenizer: what the CLIP scorers read (all share CLIP's vocabulary)."""
         return self.token_ids(prompts)[0]
 
+    def text_encoders(self) -> list[Any]:
+        """Loaded anew."""
+        return [e.to(self.device) for e in load.load_text_encoders(self.resolved, self.dtype)]
+
     def _load_encoder(self) -> Any:
-        encoders = [e.to(self.device) for e in load.load_text_encoders(self.resolved, self.dtype)]
+        encoders = self.text_encoders()
 
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:
