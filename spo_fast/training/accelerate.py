@@ -24,19 +24,24 @@ from spo_fast.scorers.clip import Layer
 def make_policy(model: DiffusionModel, cfg: Config, processes: int) -> tuple[Policy, list[Choice]]:
     """The model's UNet as cfg has it trained, stored and computed, and the attention kernel that was picked."""
     policy = Policy(model.unet, cfg.adapter, cfg.run.seed)
+    return policy, set_up(policy, model, cfg, processes)
+
+
+def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 1) -> list[Choice]:
+    """How cfg has the policy, and the model's VAE, stored and computed. Returns what was picked."""
     if cfg.adapter.full_finetune and processes > 1:
         policy.shard()
     if cfg.engine.base_weights != "full":
         policy.quantise(cfg.engine.base_weights)
     recompute(policy, cfg)
     if not cfg.engine.fuse:
-        return policy, []
+        return []
     fuse(model.vae)
     rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
     tokens = model.tokenizers[0].model_max_length
     choice = pick_attention(policy.unet, cfg.engine, rows, model.latent_shape, tokens)
     policy.attend_with(KERNELS[choice.value])
-    return policy, [choice]
+    return [choice]
 
 
 def recompute(policy: Policy, cfg: Config) -> None:
