@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ import yaml
 from runs import SMALL, assert_same_end, command_line, facts, flags, killed_run, leave_run, run_toy
 from safetensors.torch import save_file
 from test_objectives import CFG, log_p, made
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spo_fast import evaluate, train
 from spo_fast.config.methods import METHODS, register_method

@@ -101,6 +101,7 @@ class FakePairs(PairReader):
     def __init__(self, model: FakeModel, cfg: Config):
         self.model, self.cfg, self.train_rows, self.once = model, cfg, np.zeros(1), model.once
 
+    @torch.no_grad()
     def batch(self, iteration: int, position: int) -> tuple[PairInputs, int]:
         """The pairs of an iteration, and the position after them."""
         model, B = self.model, self.cfg.sample.sample_batch_size

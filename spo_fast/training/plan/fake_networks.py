@@ -16,7 +16,7 @@ from spo_fast.config.scorers import find_scorer
 from spo_fast.data.files import read_header, weight_files
 from spo_fast.data.weights import read_tensors
 from spo_fast.scorers.aesthetic import AestheticScorer
-from spo_fast.scorers.base import PixelScorer
+from spo_fast.scorers.base import PixelScorer, Scorer
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
 from spo_fast.scorers.clip_files import find_weights, load_clip, read_hf_config
 from spo_fast.scorers.geneval import GenEval, fake_detector
@@ -25,7 +25,7 @@ from spo_fast.scorers.latent import LatentScorer
 from spo_fast.scorers.latent_files import read_configs
 from spo_fast.scorers.latent_network import LatentReward
 from spo_fast.scorers.preprocess import PictureScorer, score_head
-from spo_fast.scorers.spm import ClipScorer
+from spo_fast.scorers.spm import TEXT_BATCH, ClipScorer
 from spo_fast.training.plan.once import Once
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ def run_once(scorer: PixelScorer, once: Once) -> PixelScorer:
         with once.live:
             scorer.encode([""])  # it keeps what it encoded
     return scorer
+
+
+def encode_text(scorer: Scorer) -> None:
+    """A batch of prompts through the text tower, of a scorer that encodes each prompt once."""
+    if isinstance(scorer, ClipScorer):
+        scorer.encode_ids(scorer.tokenize([""] * TEXT_BATCH))
 
 
 def latent_scorer(path: Path | None, model: FakeModel, dtype: torch.dtype, once: Once) -> LatentScorer:

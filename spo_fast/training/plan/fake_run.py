@@ -23,6 +23,7 @@ from spo_fast.training.accelerate import recompute
 from spo_fast.training.checkpoint import TrainState
 from spo_fast.training.iteration import Iterates
 from spo_fast.training.plan.costs import PHASES, Costs
+from spo_fast.training.plan.counters import LiveStorage
 from spo_fast.training.plan.fake_learner import FakeLearner
 from spo_fast.training.plan.fake_model import FakePairs
 from spo_fast.training.plan.held_bytes import HeldBytes
@@ -76,20 +77,16 @@ class FakeRun(Iterates):
         self.state = TrainState(optimizer_steps=1)  # nothing is measured as before the first step
 
     def costs(self) -> Costs:
-        """Every phase of an iteration after the first, on fake tensors."""
+        """Every phase of an iteration, on fake tensors."""
         cfg, once = self.cfg, self.once
         live = once.start(cfg.sample.rollout_weights == "merged" and not cfg.adapter.full_finetune)
         with EveryPairKept(once), live:
             with live.phase("encode prompts"):
                 self.networks.encode_prompts()
-            encoded, early = once.tally["encode prompts"], live.peaks["encode prompts"]
-            self.iterate(1, live.phase)  # something of an iteration is kept through the next
+            encoded, early = once.tally.pop("encode prompts"), live.peaks.pop("encode prompts")
             if self.learner.straddles:
                 self.learner.fill_gradients()
-            live.peaks.clear()
-            once.tally.clear()
-            record = self.iterate(2, live.phase)
-        assert record is not None
+            states = self._iterate(live)
         resident = self.held.resident(cfg, self.policy, self.model.vae, self.networks.scorers)
         encoders = sum(self.held.of(encoder.parameters()) for encoder in self.model.text_encoders())
         if self.pairs is not None:  # new prompts come all the time
@@ -97,7 +94,7 @@ class FakeRun(Iterates):
         peaks = {**live.peaks, "encode prompts": early + encoders}
         samples, flops = ({part: n[what] for part, n in once.tally.items()} for what in ("samples", "flops"))
         # the update ran its largest micro-batch; all take in proportion to their states
-        rows = record["states"] * (1 + self.objective.guided(cfg.sample))
+        rows = states * (1 + self.objective.guided(cfg.sample))
         flops["policy"], samples["policy"] = flops["policy"] * rows // samples["policy"], rows
         return Costs(
             samples=samples,
@@ -109,3 +106,15 @@ class FakeRun(Iterates):
             graphs=self.networks.cuda and cfg.engine.cuda_graphs is not False,
             transient={phase: peaks[phase] for phase in PHASES if phase in peaks},
         )
+
+    def _iterate(self, live: LiveStorage) -> int:
+        """An iteration as every later one is: its states. The learner keeps its last micro-batch for a diagnosis."""
+        record = self.iterate(1, live.phase)
+        assert record is not None
+        states: int = record.pop("states")
+        del record
+        kept, self.learner.last = live.current_bytes, None
+        earlier = {"rollout", "score", "reference", *(["backward"] if self.learner.first else [])}
+        for phase in earlier & live.peaks.keys():
+            live.peaks[phase] += kept - live.current_bytes
+        return states

@@ -12,16 +12,13 @@ from spo_fast.models.diffusion import DTYPES
 from spo_fast.models.files.lora import read_lora
 from spo_fast.models.files.sources import Resolved
 from spo_fast.models.policy import Policy
-from spo_fast.models.prompt_cache import ENCODE_BATCH
 from spo_fast.models.quantised import import_for
 from spo_fast.models.trained_weights import TrainedWeights
 from spo_fast.scorers.base import Scorer
 from spo_fast.scorers.registry import summed
-from spo_fast.scorers.spm import ClipScorer
 from spo_fast.training.accelerate import set_up
-from spo_fast.training.plan.counters import CUDA_BLOCK
 from spo_fast.training.plan.fake_model import FakeModel
-from spo_fast.training.plan.fake_networks import fake_scorer, latent_scorer, run_once
+from spo_fast.training.plan.fake_networks import encode_text, fake_scorer, latent_scorer, run_once
 from spo_fast.training.plan.once import Once
 
 
@@ -30,7 +27,7 @@ class Networks:
 
     def __init__(self, cfg: Config, resolved: Resolved | None, device_type: str):
         self.cuda, specs = device_type == "cuda", scorer_specs(cfg.scorer.scorer)
-        self.once = Once(CUDA_BLOCK if self.cuda else 1)
+        self.once = Once(self.cuda)
         self.model = FakeModel(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
         self.policy = self._policy(cfg)
         self.scorers = {name: self._scorer(name, cfg, resolved) for name, _ in specs}
@@ -75,5 +72,4 @@ class Networks:
         """A batch of prompts through the text encoders and the scorers' text towers."""
         self.model.encode()
         for scorer in self.scorers.values():
-            if isinstance(scorer, ClipScorer):  # no other has a text tower
-                scorer.encode_ids(scorer.tokenize([""] * ENCODE_BATCH))
+            encode_text(scorer)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_fast.training.plan.counters import CountFlops, LiveStorage
+from spo_fast.training.plan.counters import CUDA_BLOCK, CountFlops, LiveStorage
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,11 +24,11 @@ class Once:
     """Makes fake weights, and runs calls of networks: the first with new shapes as it is, later ones as its repetition.
 
     Fake tensors have a shape, a type and a storage that takes no memory. What is computed of one is one; all else, as
-    the indices of an experience, is real. block: storages take multiples of so many bytes.
+    the indices of an experience, is real. cuda: storages take as many bytes as there.
     """
 
-    def __init__(self, block: int = 1):
-        self.mode, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveStorage(block)
+    def __init__(self, cuda: bool = False):
+        self.mode, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveStorage(CUDA_BLOCK if cuda else 1)
         self.tally: dict[str, Counter[str]] = {}
         """Part of a run -> samples and flops."""
         self.setting: Hashable = None
@@ -90,17 +90,25 @@ class Once:
         return out
 
 
+_aten = torch.ops.aten
+SORTS = (_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable)
+
+
 class EveryPairKept(TorchDispatchMode):
-    """Numbers are fake and indices real, and what a rollout reads from the device is that every comparison counts."""
+    """Numbers are fake and indices real: scores come in order, and every comparison counts when a rollout reads it."""
 
     def __init__(self, once: Once):
         super().__init__()
         self.once = once
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
+        if func is _aten.nonzero.default and isinstance(args[0], FakeTensor):
             return torch.ones(args[0].shape).nonzero()
         out = func(*args, **(kwargs or {}))
+        if func in SORTS and isinstance(args[0], FakeTensor):
+            dim = next((x for x in args[1:] if type(x) is int), (kwargs or {}).get("dim", -1))
+            index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1
+            return (out[0], index) if isinstance(out, tuple) else index
         made = type(out) is Tensor and out.is_floating_point() and out.device.type == "cpu"
         # made of nothing, or of the keys of random numbers
         if made and not any(
