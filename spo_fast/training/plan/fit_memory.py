@@ -32,7 +32,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     """
     cfg, choices = how_computed(cfg, device)
 
-    def take(flag: str, value: Any, reason: str) -> None:
+    def take(flag: str, value: object, reason: str) -> None:
         nonlocal cfg
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))

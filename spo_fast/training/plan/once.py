@@ -93,6 +93,9 @@ class Once:
 _aten = torch.ops.aten
 SORTS = (_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable)
 
+UNFILLED = (_aten.empty.memory_format, _aten.zeros.default)
+"""What numbers are written into."""
+
 
 class EveryPairKept(TorchDispatchMode):
     """Numbers are fake and indices real: scores come in order, and every comparison counts when a rollout reads it."""
@@ -109,10 +112,6 @@ class EveryPairKept(TorchDispatchMode):
             dim = next((x for x in args[1:] if type(x) is int), (kwargs or {}).get("dim", -1))
             index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1
             return (out[0], index) if isinstance(out, tuple) else index
-        made = type(out) is Tensor and out.is_floating_point() and out.device.type == "cpu"
-        # made of nothing, or of the keys of random numbers
-        if made and not any(
-            isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves((args, kwargs))
-        ):
+        if func in UNFILLED and out.is_floating_point() and not isinstance(out, FakeTensor):
             return self.once.empty(*out.shape, dtype=out.dtype)
         return out
