@@ -12,7 +12,8 @@ the images of labelled pairs while they are read (pair_batches.READ_BATCH at a t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from spo_fast.training.processes import ALONE
 from spo_fast.training.signals import StopRequest
 
 if TYPE_CHECKING:
-    from spo_fast.config.training import Config
+    from spo_fast.config.training import Config, SampleConfig
     from spo_fast.models.files.sources import Resolved
 
 LATEST: dict[Hashable, Networks] = {}
@@ -76,10 +77,20 @@ class FakeRun(Iterates):
         self.learner = FakeLearner(self)
         self.state = TrainState(optimizer_steps=1)  # nothing is measured as before the first step
 
+    @contextlib.contextmanager
+    def rollout_weights(self, sample: SampleConfig, iteration: int) -> Iterator[None]:
+        """Merged ones have the shapes of a network without a LoRA, and storages that are resident."""
+        merged = sample.rollout_weights == "merged" and not self.cfg.adapter.full_finetune
+        if merged:
+            self.policy.unet.disable_adapters()
+        yield
+        if merged:
+            self.policy.unet.enable_adapters()
+
     def costs(self) -> Costs:
         """Every phase of an iteration, on fake tensors."""
         cfg, once = self.cfg, self.once
-        live = once.start(cfg.sample.rollout_weights == "merged" and not cfg.adapter.full_finetune)
+        live = once.start(cfg.sample.rollout_weights)
         with EveryPairKept(once), live:
             with live.phase("encode prompts"):
                 self.networks.encode_prompts()
