@@ -405,7 +405,7 @@ def test_what_was_counted_before_changes_nothing(tmp_path):
     mixed = [predict(cfg, device_type="cpu") for cfg in (plain, *others, plain)]
     assert mixed[0] == mixed[-1] and mixed[0] != mixed[1] != mixed[2]
     for cfg, before in zip(others, mixed[1:], strict=False):
-        fake_run._latest = None
+        fake_run.LATEST.clear()
         assert predict(cfg, device_type="cpu") == before
 
 

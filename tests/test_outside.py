@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ import yaml
 from runs import SMALL, assert_same_end, command_line, facts, flags, killed_run, leave_run, run_toy
 from safetensors.torch import save_file
 from test_objectives import CFG, log_p, made
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spo_fast import evaluate, train
 from spo_fast.config.methods import METHODS, register_method
@@ -34,10 +32,10 @@ from spo_fast.method.objectives import make_objective
 from spo_fast.models.device import Device
 from spo_fast.training import loop
 from spo_fast.training.monitor.warnings import STILL_ITERATIONS, Watch
-from spo_fast.training.plan.counters import CountFlops
-from spo_fast.training.plan.fake_networks import fake_scorer
-from spo_fast.training.plan.fake_run import Networks, predict
+from spo_fast.training.plan.fake_networks import fake_scorer, networks_of, run_once
+from spo_fast.training.plan.fake_run import predict
 from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.plan.once import Once
 
 ROOT = Path(__file__).parent.parent
 CODE = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
@@ -315,13 +313,6 @@ def test_a_scorer_with_weights_in_the_package(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ costs
 
 
-def fake(name: str) -> tuple[Any, FakeTensorMode]:
-    found, mode = fake_scorer(name, {}, torch.float32, True), FakeTensorMode()
-    for network in found.networks:
-        Networks._fake(SimpleNamespace(mode=mode), network)  # type: ignore[arg-type]
-    return found, mode
-
-
 @torch.no_grad()
 def test_image_reward_costs_what_its_layers_multiply() -> None:
     """2 x multiply-adds written out: BLIP-L on 196 patches and a class token, BERT-base on 35 words that read them."""
@@ -330,17 +321,21 @@ def test_image_reward_costs_what_its_layers_multiply() -> None:
     words = 2 * L * 4 * w * w + 4 * L * L * w + 2 * L * 8 * w * w
     reading = 2 * L * 2 * w * w + 2 * T * 2 * d * w + 4 * L * T * w
     head = 2 * (w * 1024 + 1024 * 128 + 128 * 64 + 64 * 16 + 16)
-    scorer, mode = fake("image_reward")
-    with mode, CountFlops() as counter:
-        scorer.score(torch.empty(1, 3, 64, 64), torch.empty(1, 35, dtype=torch.int64))
-    assert counter.total == vision + 12 * (words + reading) + head
+    once = Once()
+    scorer = run_once(fake_scorer("image_reward", {}, torch.float32, True), once)
+    scorer.score_pixels(once.empty(1, 3, 64, 64, dtype=torch.float32), torch.tensor(0), scorer.encode(["a"]))
+    assert once.tally["score"] == {"samples": 1, "flops": vision + 12 * (words + reading) + head}
 
 
+@torch.no_grad()
 def test_genevals_detector_is_no_clip() -> None:
     """Swin-S Mask2Former has 69 M parameters (its paper's table), and looks at pictures singly."""
-    scorer, _ = fake("geneval")
-    detector, clip = (sum(p.numel() for p in network.parameters()) for network in scorer.networks)
-    assert scorer.one_by_one and detector == pytest.approx(69e6, rel=0.01) and clip == pytest.approx(428e6, rel=0.01)
+    once = Once()
+    scorer = run_once(fake_scorer("geneval", {}, torch.float32, True), once)
+    detector, clip = (sum(p.numel() for p in network.parameters()) for network in networks_of(scorer))
+    assert detector == pytest.approx(69e6, rel=0.01) and clip == pytest.approx(428e6, rel=0.01)
+    scorer.score_pixels(once.empty(3, 3, 64, 64, dtype=torch.float32), torch.tensor(0), scorer.encode([""] * 3))
+    assert once.tally["score"]["samples"] == 3 and len(once._seen) == 1
 
 
 def test_an_unknown_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,11 @@ class SampleConfig(Section):
         """Steps whose transitions are trained: the most pairs one prompt can give."""
         return self.last_branch - self.branch_start
 
+    @property
+    def rows_of_a_step(self) -> int:
+        """UNet rows of a whole step: every candidate of every prompt, twice for guidance."""
+        return self.sample_batch_size * self.num_candidates * (2 if self.guidance_scale > 1 else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(ComputeConfig):

@@ -50,7 +50,9 @@ class DiffusionModel:
         # diffusers' decorator hides what `to` takes
         self.vae: VAE = load.load_vae(resolved, dtype).to(device)  # type: ignore[arg-type]
         self.unet: UNet2DConditionModel = load.load_unet(resolved, self.dtype).to(device)  # type: ignore[arg-type]
+        self._take_sizes(cfg)
 
+    def _take_sizes(self, cfg: ModelConfig) -> None:
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         default: int = self.unet.config["sample_size"] * factor
         self.height, self.width = cfg.height or default, cfg.width or default
@@ -78,11 +80,15 @@ class DiffusionModel:
         """Ids of the first tokenizer: what the CLIP scorers read (all share CLIP's vocabulary)."""
         return self.token_ids(prompts)[0]
 
-    def _load_encoder(self) -> Encoder:
-        encoders: list[TextEncoder] = [
+    def text_encoders(self) -> list[TextEncoder]:
+        """Loaded anew."""
+        return [
             e.to(self.device)  # type: ignore[arg-type]  # as diffusers'
             for e in load.load_text_encoders(self.resolved, self.dtype)
         ]
+
+    def _load_encoder(self) -> Encoder:
+        encoders = self.text_encoders()
 
         @torch.no_grad()
         def encode(prompts: list[str]) -> dict[str, Tensor]:

@@ -54,7 +54,12 @@ def load_scorer(
         words = token_ids if record.judges == "latents" else tokenize
         return record.loader()(Path(paths[name]), words, device, dtype, **options)
 
-    scorers, weights = [load(name) for name, _ in specs], [weight for _, weight in specs]
+    return summed([(load(name), weight) for name, weight in specs])
+
+
+def summed(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
+    """The only scorer, if its weight is 1, or the weighted sum of all."""
+    scorers, weights = [scorer for scorer, _ in parts], [weight for _, weight in parts]
     return scorers[0] if weights == [1] else WeightedSum(scorers, weights)
 
 

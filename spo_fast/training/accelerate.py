@@ -20,7 +20,6 @@ from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.scorers.base import Scorer, sees_pixels
 from spo_fast.scorers.clip import Layer
-from spo_fast.training.plan.fit_memory import rows_of_a_step
 
 if TYPE_CHECKING:
     from spo_fast.models.files.load import VAE
@@ -28,22 +27,33 @@ if TYPE_CHECKING:
 
 def make_policy(model: DiffusionModel, cfg: Config, processes: int) -> tuple[Policy, list[Choice]]:
     """The model's UNet as cfg has it trained, stored and computed, and the attention kernel that was picked."""
-    if cfg.optim.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
     policy = Policy(model.unet, cfg.adapter, cfg.run.seed)
+    return policy, set_up(policy, model, cfg, processes)
+
+
+def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 1) -> list[Choice]:
+    """How cfg has the policy, and the model's VAE, stored and computed. Returns what was picked."""
     if cfg.adapter.full_finetune and processes > 1:
         policy.shard()
     if cfg.engine.base_weights != "full":
         policy.quantise(cfg.engine.base_weights)
+    recompute(policy, cfg)
     if not cfg.engine.fuse:
-        return policy, []
-    policy.fuse(recompute=cfg.engine.memory == "balanced")
+        return []
     fuse(model.vae)
     rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
     tokens = model.tokenizers[0].model_max_length
     choice = pick_attention(policy.unet, cfg.engine, rows, model.latent_shape, tokens)
     policy.attend_with(KERNELS[str(choice.value)])
-    return policy, [choice]
+    return [choice]
+
+
+def recompute(policy: Policy, cfg: Config) -> None:
+    """What of the forward the backward pass computes again, instead of keeping it; may be called again."""
+    how = "enable" if cfg.optim.gradient_checkpointing else "disable"
+    getattr(policy.unet, f"{how}_gradient_checkpointing")()
+    if cfg.engine.fuse:
+        policy.fuse(recompute=cfg.engine.memory == "balanced")
 
 
 def capture_for(cfg: Config, device: torch.device) -> Capture | None:
@@ -63,7 +73,7 @@ def compile_networks(
     if cache is not None:
         keep_cache_in(cache)
     sample, how = cfg.sample, str(cfg.engine.compile)
-    most = (sample.rows_per_forward or rows_of_a_step(cfg)) // (2 if sample.guidance_scale > 1 else 1)
+    most = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
     rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
     policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
     for unet in filter(None, (policy.unet, policy._frozen_copy)):

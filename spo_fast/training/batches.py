@@ -15,6 +15,7 @@ from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
 
 if TYPE_CHECKING:
+    from spo_fast.training.iteration import Iterates
     from spo_fast.training.setup import Parts
 
 
@@ -39,7 +40,7 @@ def encode_prompts(run: Parts) -> None:
         print(f"encoded {encoded} prompts into {run.model.prompt_cache.directory}")
 
 
-def inputs(run: Parts, iteration: int) -> Inputs:
+def inputs(run: Iterates, iteration: int) -> Inputs:
     """An iteration's. The position in labelled pairs moves on."""
     if run.pairs is not None:
         pairs, run.state.position = run.pairs.batch(iteration, run.state.position)
@@ -52,7 +53,7 @@ def inputs(run: Parts, iteration: int) -> Inputs:
     return Inputs(replace(prompts, skipped=skipped), own, len(batch.indices), batch.epoch)
 
 
-def rollout_batch(run: Parts, indices: list[int], iteration: int) -> RolloutBatch:
+def rollout_batch(run: Iterates, indices: list[int], iteration: int) -> RolloutBatch:
     """The prompts of these numbers, with the noise that `iteration` gives them."""
     prompts = [run.prompts[i] for i in indices]
     draws = KeyedDraws(run.cfg.run.seed, iteration, torch.tensor(indices, device=run.device))
@@ -60,7 +61,7 @@ def rollout_batch(run: Parts, indices: list[int], iteration: int) -> RolloutBatc
     return RolloutBatch(model.cond(prompts), text, draws, model.latent_shape, model.latent_dtype)
 
 
-def count_comparisons(run: Parts, inputs: Inputs, rows: Tensor) -> dict[str, float]:
+def count_comparisons(run: Iterates, inputs: Inputs, rows: Tensor) -> dict[str, float]:
     """--branch_window auto: what of each segment was kept; rows: of all terms' first transitions. What to log."""
     sample, window = run.cfg.sample, run.state.window
     if sample.branch_window != "auto" or isinstance(inputs.batch, PairInputs):

@@ -23,9 +23,9 @@ from spo_fast.method.objectives import Objective, frozen_predictions, log_ratios
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.policy import Policy
 from spo_fast.ops.guidance import guided
-from spo_fast.training.outputs import report
 
 if TYPE_CHECKING:
+    from spo_fast.training.iteration import Iterates
     from spo_fast.training.setup import Parts
 
 # ------------------------------------------------------------------------------------------------ at the start
@@ -86,7 +86,7 @@ def base_text(how: str, errors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
     return "\n".join([f"{how} base (inexact) against the full one, {found}" + ":" * bool(lines), *lines])
 
 
-def measure_base(run: Parts, iteration: int, experience: Experience) -> dict[str, float]:
+def measure_base(run: Iterates, iteration: int, experience: Experience) -> dict[str, float]:
     """In the first iteration: what a rounded base changes, printed; the means of it to log. The full base is let go."""
     found: dict[str, float] = {}
     if iteration == 0 and run.policy.keeps_full_base and run.group.main:
@@ -128,7 +128,7 @@ def raise_if_nonfinite(run: Parts, pairs: bool) -> None:
     what = "optimizer steps" if pairs else "iterations' scores"
     if not run.group.main:
         raise RunError(f"{what} were not finite; process 0 says more.")
-    report(run)
+    run.report()
     raise RunError(
         f"{unfit} {what} in a row were not finite; see {write_nonfinite(run)}. "
         "Go on from the last checkpoint (--resume_from_checkpoint latest) with a lower --learning_rate, or start "

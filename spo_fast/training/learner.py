@@ -128,17 +128,20 @@ class Learner(WeightUpdates):
 
     def _backward(self, e: Experience, weight: float, sums: Sums) -> LastBatch:
         """Add a micro-batch's gradient to the masters', and what it says to the sums."""
-        m = predict_states(self.policy, self.table, e, e.states, self.objective.guided(self.cfg.sample))
-        loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, weight)
-        if self.is_dead(stats):
-            sums.dead_batches += 1
-        else:
-            self.scaler.scale(loss).backward()
-        loss = loss.detach()
+        m, loss, stats, dead = self.backward(e, weight)
+        sums.dead_batches += dead
         sums.stats = stats if sums.stats is None else sums.stats + stats
         sums.loss = sums.loss + loss / weight
         self.nonfinite = self.nonfinite + 0 * loss  # a clamp's gradient of NaN is 0: no norm would show it
-        return LastBatch(e, m.detach(), loss)
+        return LastBatch(e, m, loss)
+
+    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor, bool]:
+        """Add a micro-batch's gradient to the masters'. Returns outputs, loss, statistics, and whether it is dead."""
+        m = predict_states(self.policy, self.table, e, e.states, self.objective.guided(self.cfg.sample))
+        loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, weight)
+        if not (dead := self.is_dead(stats)):
+            self.scaler.scale(loss).backward()
+        return m.detach(), loss.detach(), stats, dead
 
     def _compare_with_reference(self, batch: LastBatch) -> None:
         """Before the first step policy and reference are one: how far the computed ratio is from 1."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
 from spo_fast.evaluation.pages.run_record import read_metrics
-from spo_fast.evaluation.pages.run_report import write_report
 from spo_fast.models.device import listed
 from spo_fast.models.prompt_cache import count_truncated
 from spo_fast.training.monitor.gpu import gpu_stats
@@ -79,17 +78,8 @@ class Monitor:
                 print(f"warning: iteration {iteration}: {warning}.")
             self.progress.update(record)
             if "validation_score" in record and not run.done:
-                report(run)
+                run.report()
         self.timer.read_ms()
-
-
-def report(run: Parts) -> None:
-    """Write report.html. Training never ends because of it."""
-    try:
-        write_report(run.run_dir)
-    except Exception as error:
-        again = f"python -m spo_fast.report {run.run_dir} makes it later"
-        print(f"no report.html ({type(error).__name__}: {error}); {again}")
 
 
 def finish(run: Parts) -> None:
@@ -102,7 +92,7 @@ def finish(run: Parts) -> None:
     if run.pairs is not None:
         run.pairs.split.finish()
     run.validator.after_training(run.state.iteration)
-    report(run)
+    run.report()
     write_card(run.run_dir, run.repository)
     print(f"what the run did: {run.run_dir / 'report.html'}; model card: {run.run_dir / 'README.md'}")
     print("trained weights: " + ", ".join(str(f) for f in files))

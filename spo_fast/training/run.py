@@ -14,6 +14,7 @@ from spo_fast.config.preference import PreferenceConfig
 from spo_fast.config.training import Config
 from spo_fast.data import files
 from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.evaluation.pages.run_report import write_report
 from spo_fast.models.device import pick_device
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.training import checkpoint, processes, run_directory
@@ -113,6 +114,14 @@ class TrainingRun(Generic[C]):
             print(
                 f"stopped after iteration {self.state.iteration}; --resume_from_checkpoint latest goes on from {last}"
             )
+
+    def report(self) -> None:
+        """Write report.html. Training never ends because of it."""
+        try:
+            write_report(self.run_dir)
+        except Exception as error:
+            again = f"python -m spo_fast.report {self.run_dir} makes it later"
+            print(f"no report.html ({type(error).__name__}: {error}); {again}")
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         """Other software's files that go into each checkpoint."""

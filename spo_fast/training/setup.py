@@ -10,10 +10,10 @@ from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.model_card import claim_repository
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.method.objectives import make_objective
-from spo_fast.method.rollout import Sampler
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.training import accelerate
 from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by
+from spo_fast.training.iteration import Iterates
 from spo_fast.training.learner import Learner
 from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.plan.fit_memory import choose_for
@@ -22,7 +22,7 @@ from spo_fast.training.scorer import make_scorer
 from spo_fast.training.validation import Validator
 
 
-class Parts(TrainingRun[Config]):
+class Parts(TrainingRun[Config], Iterates):
     """What a run of preference optimisation is made of."""
 
     learner: Learner
@@ -47,14 +47,12 @@ class Parts(TrainingRun[Config]):
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
         self.policy, picked = accelerate.make_policy(self.model, cfg, self.group.size)
         self.choices += picked
-        self.objective, self.pairs = make_objective(cfg.objective), None
+        self.objective = make_objective(cfg.objective)
         if self.objective.sampler == "data":
             if self.group.size > 1:
                 raise ValueError(f"--method {cfg.objective.method} trains on one process. Start it without torchrun.")
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
-        self.table = self.model.table(cfg.sample.num_steps, cfg.sample.eta)
-        if self.pairs is not None:  # noised to any timestep
-            self.table = self.model.full_table()
+        self.table = self.make_table()
         self.scorer = make_scorer(cfg, self.model, self.objective, wanted, shown)
         if cfg.engine.compile != "off":
             self.compile()
@@ -74,12 +72,6 @@ class Parts(TrainingRun[Config]):
     def record_graphs(self, capture: accelerate.Capture | None) -> None:
         """From now on calls of a rollout whose shapes came before are replayed."""
         self.decode = accelerate.replayed(self.policy, self.model.decode, self.scorer, capture)
-
-    @property
-    def sampler(self) -> Sampler:
-        """Draws from the policy as it is trained, decodes and judges."""
-        cfg = self.cfg
-        return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, cfg.model.images_per_decode)
 
     def settings(self) -> dict[str, object]:
         """With how many processes share an iteration."""

@@ -51,6 +51,7 @@ class Costs:
 
     @property
     def peak(self) -> int:
+        """The highest of them."""
         return max(self.peaks.values())
 
 

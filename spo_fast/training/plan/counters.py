@@ -33,6 +33,7 @@ class LiveStorage(TorchDispatchMode):
 
     @property
     def peak_bytes(self) -> int:
+        """The highest of all phases."""
         return max(self.peaks.values(), default=0)
 
     @contextlib.contextmanager
@@ -87,7 +88,7 @@ class LiveStorage(TorchDispatchMode):
         return out
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _storages(tree: object) -> list[torch.UntypedStorage]:
     leaves = [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
     return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
 

@@ -61,6 +61,7 @@ def report(cfg: Config, device: Device | None = None) -> str:
 
 
 def files_table(looked: Iterable[Present | Missing]) -> str:
+    """Which files are needed, and which are here."""
     rows = [("what", "from", "file", "here", "flag for a local path")]
     for row in looked:
         here = f"no: {row.why}" if isinstance(row, Missing) else f"yes, {size_text(row.num_bytes)}: {row.path}"
@@ -88,6 +89,7 @@ def steps_text(cfg: Config) -> tuple[int, int, str]:
 
 
 def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[float] = SHARES) -> str:
+    """By part, of an iteration and of the run."""
     rows = [("TFLOP", *(f"{share:.0%} of the pairs kept" if len(shares) > 1 else "" for share in shares))]
     by_share = [costs.flops(share) for share in shares]
     for part in by_share[0]:
@@ -114,6 +116,7 @@ def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
 
 
 def memory_table(costs: Costs, device: Device) -> str:
+    """What is held throughout, the phases' peaks, and whether they fit."""
     held = [("held throughout", "")] + [(part, size_text(n)) for part, n in costs.resident.items()]
     held += [(f"scorer {name}", "unknown, not counted") for name in costs.unknown]
     peaks = [("peak of a phase", "")] + [(phase, size_text(n)) for phase, n in costs.peaks.items()]

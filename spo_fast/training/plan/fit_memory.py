@@ -32,7 +32,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     """
     cfg, choices = how_computed(cfg, device)
 
-    def take(flag: str, value: Any, reason: str) -> None:
+    def take(flag: str, value: int | bool, reason: str) -> None:
         nonlocal cfg
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))
@@ -51,7 +51,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     if not open_settings:
         return cfg, choices
     whole: dict[str, int | bool | str] = {
-        "rows_per_forward": rows_of_a_step(cfg),
+        "rows_per_forward": cfg.sample.rows_of_a_step,
         "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
         "states_per_forward": cfg.optim.states_at_once,
         "cuda_graphs": device.type == "cuda",
@@ -91,11 +91,6 @@ def choose_for(device: torch.device, cfg: Config, resolved: Resolved) -> tuple[C
 def peak_of(flag: str, costs: Costs) -> int:
     """Bytes: the highest peak of the phases whose memory the setting decides."""
     return max((costs.peaks[phase] for phase in DECIDES[flag] if phase in costs.peaks), default=0)
-
-
-def rows_of_a_step(cfg: Config) -> int:
-    """UNet rows of a whole step of the rollout: every candidate of every prompt, twice for guidance."""
-    return cfg.sample.sample_batch_size * cfg.sample.num_candidates * (2 if cfg.sample.guidance_scale > 1 else 1)
 
 
 def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: int) -> Config:

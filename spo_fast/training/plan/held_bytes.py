@@ -1,14 +1,24 @@
-"""What a run holds throughout: the optimizer's state, and over how many processes it is sharded."""
+"""What a run holds throughout, and what its optimizer takes in a step: bytes of tensors that are never made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from spo_fast.config.sections import AdamConfig
 from spo_fast.config.training import Config
+from spo_fast.models.merged import base_weight, lora_layers
+from spo_fast.models.policy import Policy
+from spo_fast.models.sharded import BUCKET
+from spo_fast.training.plan.fake_networks import networks_of
 from spo_fast.training.processes import world_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spo_fast.scorers.base import Scorer
 
 
 def processes(cfg: Config) -> int:
@@ -22,3 +32,52 @@ def optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:
         n = master.numel()
         eight_bit = cfg.optimizer != "adamw" and n >= cfg.min_8bit_size
         yield from (n, n, 4 * -(-n // 256), 4 * -(-n // 256)) if eight_bit else (master.nbytes, master.nbytes)
+
+
+class HeldBytes:
+    """block: storages take multiples of so many bytes. together: an optimizer steps all weights at once, as on CUDA."""
+
+    def __init__(self, block: int, together: bool):
+        self.block, self.together = block, together
+
+    def rounded(self, num_bytes: int) -> int:
+        """What so many bytes take."""
+        return -(-num_bytes // self.block) * self.block
+
+    def of(self, tensors: Iterable[Tensor]) -> int:
+        """What the tensors take."""
+        return sum(self.rounded(t.nbytes) for t in tensors)
+
+    def resident(self, cfg: Config, policy: Policy, vae: nn.Module, scorers: dict[str, Scorer]) -> dict[str, int]:
+        """Part -> bytes held through the training."""
+        trained, full = {id(p) for p in policy._weights}, cfg.adapter.full_finetune
+        copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if processes(cfg) > 1 or m is not p]
+        rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
+        merged = [base_weight(layer) for _, layer in lora_layers(policy.unet)]
+        state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
+        weights = {name: [w for part in networks_of(s) for w in part.parameters()] for name, s in scorers.items()}
+        held = {
+            "UNet": self.of(rest),
+            "LoRA": 0 if full else self.of(policy._weights),
+            "float32 masters": self.of(_own(cfg, copies)),
+            "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self.of(merged),
+            "optimizer state": sum(map(self.rounded, state)),
+            "moving averages": self.of(policy.averages or ()),
+            "reference copy": self.of(copy.parameters() if (copy := policy._frozen_copy) else policy._start or ()),
+            "VAE": self.of(vae.parameters()),
+            **{f"scorer {name}": self.of(found) for name, found in weights.items()},
+        }
+        return {part: n for part, n in held.items() if n or part == "optimizer state"}
+
+    def step(self, cfg: Config, masters: list[Tensor]) -> int:
+        """What torch's AdamW allocates in a step: for all weights at once on CUDA, for each in turn on a CPU; sharded
+        masters' gradients besides, and two buffers in which a bucket travels."""
+        sizes = [self.of([part]) for part in _own(cfg, masters)]
+        adamw = sum(sizes) if self.together else 2 * max(sizes)
+        travels = sum(sizes) + 2 * masters[0].element_size() * min(BUCKET, sum(m.numel() for m in masters))
+        return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if processes(cfg) > 1 else 0)
+
+
+def _own(cfg: Config, masters: list[Tensor]) -> list[Tensor]:
+    """The largest process's rows of the masters, which are all of them unless they are sharded."""
+    return [m.detach()[: -(-len(m) // processes(cfg))] for m in masters]

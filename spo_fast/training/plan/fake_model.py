@@ -1,0 +1,133 @@
+"""A diffusion model without weights: shapes of its files' configs, or of the published architecture's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spo_fast.config.recipes import TINY_VAES
+from spo_fast.config.training import Config, ModelConfig
+from spo_fast.data.files import read_json
+from spo_fast.method.noise import KeyedDraws
+from spo_fast.method.renoise import PairInputs
+from spo_fast.method.schedule import ddim_scheduler
+from spo_fast.models.diffusion import DiffusionModel, vae_dtype
+from spo_fast.models.files.layout import scheduler_config, vae_files
+from spo_fast.models.files.single_file import text_class, vae_class
+from spo_fast.models.files.sources import CONFIGS, DEFAULTS, MODELS, TEXT_PARTS, Resolved, forces_zeros
+from spo_fast.models.prompt_cache import ENCODE_BATCH, PromptCache
+from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
+from spo_fast.training.pair_batches import PairReader
+from spo_fast.training.plan.once import Once
+
+
+class FakeModel(DiffusionModel):
+    """resolved: None for the published architecture."""
+
+    prompt_cache: FakePrompts
+
+    def __init__(self, cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once):
+        from diffusers import UNet2DConditionModel
+
+        source = resolved.source if resolved else MODELS[cfg.model](cfg)
+        self.once, self.device, self.dtype, self.kind = once, torch.device("cpu"), dtype, source.kind
+        self.config_dir = resolved.config_dir if resolved else CONFIGS / source.kind
+        schedule = self.config_dir / "scheduler" / "scheduler_config.json"
+        self._ddim = ddim_scheduler(scheduler_config(resolved) if resolved else read_json(schedule))
+        self.zero_uncond = self.kind == "sdxl" and forces_zeros(self.config_dir)
+        vae_config = vae_settings(self.kind, resolved, source.pretrained_vae_model_name_or_path)
+        self.vae = once.weights(fake_vae(vae_config), vae_dtype(self.kind, dtype, vae_config))
+        self.vae.decode = once.wrap(self.vae.decode, "decode")
+        self.posterior = once.wrap(super().posterior, "encode images")  # type: ignore[method-assign]
+        with torch.device("meta"):
+            self.unet = UNet2DConditionModel.from_config(self.configs()["unet"])
+        self._encoders = [once.weights(self._text_encoder(part), dtype) for _, part in TEXT_PARTS[self.kind]]
+        lengths = [encoder.config.max_position_embeddings for encoder in self._encoders]
+        self.tokenizers = [SimpleNamespace(model_max_length=n) for n in lengths]  # type: ignore[misc]  # all that is asked
+        self.prompt_cache = FakePrompts(once)
+        self._take_sizes(cfg)
+
+    def encode(self) -> None:
+        """A batch of prompts through the text encoders, whose shapes the prompts' rows have from now on."""
+        encode, batch = self._load_encoder(), [""] * ENCODE_BATCH
+        found = self.once.run("text", "encode prompts", ENCODE_BATCH, lambda: encode(batch))
+        self.prompt_cache.rows = {name: values.shape[1:] for name, values in found.items()}
+
+    def _text_encoder(self, part: str) -> Any:
+        from transformers import CLIPTextConfig
+
+        with torch.device("meta"):
+            return text_class(self.config_dir / part)(CLIPTextConfig.from_pretrained(self.config_dir / part))
+
+    def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Zeros."""
+        return [torch.zeros(len(prompts), t.model_max_length, dtype=torch.int64) for t in self.tokenizers]
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Of the UNet and the text encoders, by their folders."""
+        parts = ("unet", *(part for _, part in TEXT_PARTS[self.kind]))
+        return {part: read_json(self.config_dir / part / "config.json") for part in parts}
+
+    def text_encoders(self) -> list[Any]:
+        """Without weights."""
+        return self._encoders
+
+
+class FakePrompts(PromptCache):
+    """Rows of prompt embeddings of the right shapes."""
+
+    def __init__(self, once: Once):
+        self.once = once
+        self.rows: dict[str, torch.Size] = {}
+
+    def ensure(self, prompts: Iterable[str]) -> int:
+        """All are there."""
+        return 0
+
+    def get(self, prompts: Sequence[str], device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Rows of nothing."""
+        return {name: self.once.empty(len(prompts), *shape, dtype=dtype) for name, shape in self.rows.items()}
+
+
+class FakePairs(PairReader):
+    """Labelled pairs of which no latents were kept: the VAE encodes them."""
+
+    def __init__(self, model: FakeModel, cfg: Config):
+        self.model, self.cfg, self.train_rows, self.once = model, cfg, np.zeros(1), model.once
+
+    @torch.no_grad()
+    def batch(self, iteration: int, position: int) -> tuple[PairInputs, int]:
+        """The pairs of an iteration, and the position after them."""
+        model, B = self.model, self.cfg.sample.sample_batch_size
+        cond = model.cond([""] * B)
+        pixels = self.once.empty(IMAGES_BATCH, 3, model.height, model.width, dtype=torch.float32)
+        for _ in range(-(-2 * B // IMAGES_BATCH)):
+            model.posterior(pixels)
+        latents = torch.cat([self.once.empty(2, B, *model.latent_shape, dtype=model.latent_dtype)])
+        draws = KeyedDraws(self.cfg.run.seed, iteration, torch.arange(B))
+        return PairInputs(cond, latents, draws, model.alphas_cumprod), position + B
+
+
+def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, Any]:
+    """The config of the VAE's files, or of the published one's."""
+    files = [] if resolved is None else [file for file in vae_files(resolved) if file.name == "config.json"]
+    if files:
+        return read_json(files[0])
+    if resolved is None and name in TINY_VAES.values():
+        return {"_class_name": "AutoencoderTiny"}  # the class's own defaults
+    fixed = {"force_upcast": False} if name == DEFAULTS["sdxl"].pretrained_vae_model_name_or_path else {}
+    return read_json(CONFIGS / kind / "vae" / "config.json") | fixed
+
+
+def fake_vae(config: dict[str, Any]) -> Any:
+    """On the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, vae_class(config, Path("the VAE"))).from_config(config)
