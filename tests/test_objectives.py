@@ -159,8 +159,12 @@ def true_mapo(o, m, steps, e, n):
 
 TRUTH = {
     **dict.fromkeys(("spo", "mspo", "d3po", "lpo"), true_spo),
-    **{"gradspo": true_gradspo, "ddpo": true_ddpo, "dpok": true_dpok, "dense": true_dense},
-    **{"dpo": true_dpo, "mapo": true_mapo},
+    "gradspo": true_gradspo,
+    "ddpo": true_ddpo,
+    "dpok": true_dpok,
+    "dense": true_dense,
+    "dpo": true_dpo,
+    "mapo": true_mapo,
 }
 
 

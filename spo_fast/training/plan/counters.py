@@ -1,11 +1,13 @@
 """Counters of FLOPs and of live bytes, for real and fake tensors alike."""
 
+# PyTorch hands operators and their arguments over as they come
+# mypy: disable-error-code="explicit-any"
 from __future__ import annotations
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 CUDA_BLOCK = 512  # bytes: PyTorch's CUDA allocator gives out multiples of it
+
+R = TypeVar("R")
 
 
 class LiveStorage(TorchDispatchMode):
@@ -50,7 +54,7 @@ class LiveStorage(TorchDispatchMode):
         """So many bytes were alive at some time of this phase."""
         self.peaks[self.phase_name] = max(self.peaks.get(self.phase_name, 0), live_bytes)
 
-    def rise(self, function: Callable[[], Any]) -> tuple[Any, int]:
+    def rise(self, function: Callable[[], R]) -> tuple[R, int]:
         """What the call returns, and how many bytes above the present ones it needs on its way."""
         start, outer = self.current_bytes, self.peaks.pop(self.phase_name, 0)
         self.note(start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class FakeLearner(Learner):
         state: TrainState,
         timer: Timer = lambda phase: contextlib.nullcontext(),
         total: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """As the trainer's, which is told what its largest micro-batch is."""
         parts = self.batches(experience, len(experience), state)
         self.most = max(len(experience.index[part].unique()) for part in parts)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from spo_fast.models.prompt_cache import ENCODE_BATCH, PromptCache
 from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.plan.once import Once
+
+if TYPE_CHECKING:
+    from spo_fast.models.files.load import VAE, TextEncoder
 
 
 class FakeModel(DiffusionModel):
@@ -59,7 +62,7 @@ class FakeModel(DiffusionModel):
         found = self.once.run("text", "encode prompts", ENCODE_BATCH, lambda: encode(batch))
         self.prompt_cache.rows = {name: values.shape[1:] for name, values in found.items()}
 
-    def _text_encoder(self, part: str) -> Any:
+    def _text_encoder(self, part: str) -> TextEncoder:
         from transformers import CLIPTextConfig
 
         with torch.device("meta"):
@@ -69,12 +72,12 @@ class FakeModel(DiffusionModel):
         """Zeros."""
         return [torch.zeros(len(prompts), t.model_max_length, dtype=torch.int64) for t in self.tokenizers]
 
-    def configs(self) -> dict[str, dict[str, Any]]:
+    def configs(self) -> dict[str, dict[str, object]]:
         """Of the UNet and the text encoders, by their folders."""
         parts = ("unet", *(part for _, part in TEXT_PARTS[self.kind]))
         return {part: read_json(self.config_dir / part / "config.json") for part in parts}
 
-    def text_encoders(self) -> list[Any]:
+    def text_encoders(self) -> list[TextEncoder]:
         """Without weights."""
         return self._encoders
 
@@ -114,7 +117,7 @@ class FakePairs(PairReader):
         return PairInputs(cond, latents, draws, model.alphas_cumprod), position + B
 
 
-def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, Any]:
+def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, object]:
     """The config of the VAE's files, or of the published one's."""
     files = [] if resolved is None else [file for file in vae_files(resolved) if file.name == "config.json"]
     if files:
@@ -125,7 +128,7 @@ def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict
     return read_json(CONFIGS / kind / "vae" / "config.json") | fixed
 
 
-def fake_vae(config: dict[str, Any]) -> Any:
+def fake_vae(config: Mapping[str, object]) -> VAE:
     """On the meta device."""
     import diffusers
 

@@ -101,8 +101,9 @@ def latent_scorer(path: Path | None, model: FakeModel, dtype: torch.dtype, once:
     """LPO's, of its own files or of the published form: the diffusion model's architecture."""
     configs = read_configs(path) if path else model.configs()
     with torch.device("meta"):
-        last = configs[list(model.configs())[-1]]
-        network = LatentReward(configs, last["projection_dim" if model.kind == "sdxl" else "hidden_size"])
+        width = configs[list(model.configs())[-1]]["projection_dim" if model.kind == "sdxl" else "hidden_size"]
+        assert isinstance(width, int)
+        network = LatentReward(configs, width)
     once.weights(network, dtype)
     network.encode = once.wrap(network.encode, "score text")  # type: ignore[method-assign]
     network.score = once.wrap(network.score, "score")  # type: ignore[method-assign]

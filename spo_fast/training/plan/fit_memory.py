@@ -10,7 +10,6 @@ fits without. The run's saved settings hold what was chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -107,7 +106,7 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
     # networks that fill a card hide their launches: smaller batches or computing twice should cost more (not measured)
     if "cuda_graphs" in may and peak_of("cuda_graphs", costs(cfg)) > usable:
         cfg = cfg.with_fields(cuda_graphs=False)
-    ladder: list[dict[str, Any]] = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
+    ladder: list[dict[str, str | bool]] = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
     if "gradient_checkpointing" in may:
         ladder.append({"gradient_checkpointing": True} | ({"memory": "small"} if "memory" in may else {}))
     for settings in ({}, *ladder):

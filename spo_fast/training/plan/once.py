@@ -1,11 +1,13 @@
 """Networks without weights, each of whose calls runs once for every set of shapes."""
 
+# PyTorch hands operators and their arguments over as they come
+# mypy: disable-error-code="explicit-any"
 from __future__ import annotations
 
 import functools
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ class Once:
         self.tally: dict[str, Counter[str]] = {}
         """Part of a run -> samples and flops."""
         self.setting: Hashable = None
-        self._seen: dict[Hashable, tuple[int, int, Callable[[], Any]]] = {}  # bytes on its way, FLOPs, its outputs anew
+        # a call's bytes on its way, its FLOPs, its outputs anew
+        self._seen: dict[Hashable, tuple[int, int, Callable[[], object]]] = {}
         with self.mode:
             self._like = torch.empty(0)
 
@@ -76,7 +79,7 @@ class Once:
         if key in self._seen:
             rise, flops, outputs = self._seen[key]
             self.live.note(self.live.current_bytes + rise)
-            out: R = outputs()
+            out = cast("R", outputs())
         else:
             with CountFlops() as counter:
                 out, rise = self.live.rise(function)
