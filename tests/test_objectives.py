@@ -61,7 +61,7 @@ def made(method: str, far: float, kind: str = "epsilon", guided: bool = True):
     shape = (N, K, S, 1, 1, 1)
     mean = a.view(shape) * x_t[index] + b.view(shape) * combined(frozen)[index]
     x_prev = mean + std.view(shape) * randn(N, K, S, 2, 3, 3, seed=30)
-    if objective.sampler == "data":
+    if objective.samples_from == "data":
         x_prev = randn(N, K, S, 2, 3, 3, seed=31)
     cond = Cond({"x": torch.zeros(1, 1)}, {})
     states = States(x_t, rows, torch.zeros(U, dtype=torch.int64))

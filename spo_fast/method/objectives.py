@@ -98,14 +98,14 @@ class Objective:
 
     stats: ClassVar[tuple[str, ...]] = STATS
     """What each entry of the statistics sums over the terms."""
-    sampler: ClassVar[str] = "policy"
+    samples_from: ClassVar[str] = "policy"
     """Whose samples it learns from: the policy's, its moving average's (ema), or the pairs of a data set (data)."""
     judges: ClassVar[str | None] = None
     """What its scorer must judge (experience.judges); None: whatever it does."""
     shape: tuple[int, int] = (2, 1)
     """K sides, S transitions of a term."""
     ema_decay: float
-    """Of the moving average, if that is the sampler."""
+    """Of the moving average, if the samples are from it."""
     clip: float | None = None
     """Half the width of the ratio's clamp; None: no clamp."""
     num_baselines: ClassVar[int] = 1
@@ -244,7 +244,7 @@ class GradSPO(SPO):
 
     guidance_step: float
     ema_decay: float
-    sampler = "ema"
+    samples_from = "ema"
     num_baselines = 2
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
@@ -428,7 +428,7 @@ class DiffusionDPO(Objective):
 
     beta: float
     prompt_dropout: float  # read where pairs are (training/pair_batches.py)
-    sampler = "data"
+    samples_from = "data"
     rollout = None
 
     def guided(self, cfg: SampleConfig) -> bool:

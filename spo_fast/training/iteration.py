@@ -63,7 +63,7 @@ class Iterates:
     def make_table(self) -> StepTable:
         """The rollout's steps; of labelled pairs, which are noised to any timestep, all of them."""
         sample = self.cfg.sample
-        if self.objective.sampler == "data":
+        if self.objective.samples_from == "data":
             return self.model.full_table()
         return self.model.table(sample.num_steps, sample.eta)
 

@@ -58,7 +58,7 @@ class Learner(WeightUpdates):
         group: Group = ALONE,
     ):
         self.objective, self.table, self.cfg, self.group = objective, table, cfg, group
-        if objective.sampler == "ema":
+        if objective.samples_from == "ema":
             policy.keep_averages(objective.ema_decay)
         super().__init__(policy, cfg.optim, cfg.optim.lr_scheduler, total_iterations)
         self.last: LastBatch | None = None
@@ -145,7 +145,7 @@ class Learner(WeightUpdates):
 
     def _compare_with_reference(self, batch: LastBatch) -> None:
         """Before the first step policy and reference are one: how far the computed ratio is from 1."""
-        if self.objective.sampler == "data":
+        if self.objective.samples_from == "data":
             return
         known = self.deviations or {}
         for t, value in ratio_deviations(batch.m, self.table, batch.experience, self.cfg.sample).items():

@@ -48,7 +48,7 @@ class Parts(TrainingRun[Config], Iterates):
         self.policy, picked = accelerate.make_policy(self.model, cfg, self.group.size)
         self.choices += picked
         self.objective = make_objective(cfg.objective)
-        if self.objective.sampler == "data":
+        if self.objective.samples_from == "data":
             if self.group.size > 1:
                 raise ValueError(f"--method {cfg.objective.method} trains on one process. Start it without torchrun.")
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)

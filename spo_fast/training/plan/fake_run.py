@@ -73,7 +73,7 @@ class FakeRun(Iterates):
         self.objective, B = make_objective(cfg.objective), cfg.sample.sample_batch_size
         self.table = self.make_table()
         self.prompts, self.prompt_order = [""] * B, PromptSampler(B, B, cfg.run.seed)
-        self.pairs = FakePairs(networks.model, cfg) if self.objective.sampler == "data" else None
+        self.pairs = FakePairs(networks.model, cfg) if self.objective.samples_from == "data" else None
         self.learner = FakeLearner(self)
         self.state = TrainState(optimizer_steps=1)  # nothing is measured as before the first step
 
