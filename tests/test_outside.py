@@ -98,6 +98,7 @@ def test_what_cannot_be_had_is_one_line(capsys: pytest.CaptureFixture[str], tmp_
     refused(capsys, [*line, "--method", "my_ipo:ipx"], "my_ipo has no ipx")
     refused(capsys, [*line, "--method", "my_ipo:IPO"], "is a type, not a spo_fast.config.methods.Method")
     refused(capsys, [*line, "--method", "mine:ipo"], "mine needs nowhere_to_be_found")
+    refused(capsys, [*line, "--method", "my_ipo.py:ipo"], "a module's name has no .py: my_ipo:ipo.")
     refused(capsys, [*line, "--method", "spx"], "'spx' is none of spo", "Did you mean 'spo'?")
     refused(capsys, [*line, "--scorer", "my_scorex:brightness"], "no module my_scorex in")
     refused(capsys, [*line, "--scorer", "my_scorer:darkness:2"], "my_scorer has no darkness")
@@ -124,6 +125,75 @@ def test_settings_that_it_cannot_run_with(capsys: pytest.CaptureFixture[str], tm
         cfg.with_fields(num_candidates=2)
     with pytest.raises(ValueError, match="num_inner_steps must be 0"):
         train.parse(["--model", "toy", "--method", "gradspo"]).with_fields(num_inner_steps=1)
+
+
+MISTAKES = {  # a line of my_ipo.py and another in its place; words of the error, which is the user's and not ours
+    "another word for a setting": (
+        "2 * self.tau)).square",
+        "2 * self.tua)).square",
+        ["AttributeError at my_ipo.py, line"],
+    ),
+    "the loss alone": ("return loss, torch", "return loss\n        torch", ["IPO.loss must return", "gave ()"]),
+    "a statistic too few": (
+        'stats = ("terms",',
+        'stats = ("terms", "gap",',
+        ["(3,) sums", "terms, gap, margin", "(2,)"],
+    ),
+    "no gradient": (
+        "return loss, torch",
+        "return loss.detach(), torch",
+        ["IPO.loss must return", "() with a gradient"],
+    ),
+    "a loss a term": (".square().sum()", ".square()", ["IPO.loss must return", "gave (2,) and (2,)"]),
+    "no such setting": ('return {"learning_rate"', 'return {"learning_rte"', ["'learning_rte'", "Did you mean"]),
+    "a model left out": (', "toy": 1e-3', "", ["`published` of its record ends in KeyError: 'toy'. Mend it."]),
+    "a text for a number": ('"toy": 1e-3', '"toy": "fast"', ["learning_rate='fast' is not a number"]),
+    "a start of another setting": (
+        'settings["tau"]',
+        'settings["tua"]',
+        ["`start` of its record ends in KeyError: 'tua'"],
+    ),
+    "no dataclass": (
+        "@dataclass(frozen=True, kw_only=True)\nclass IPO(SPO)",
+        "class IPO",
+        ["IPO needs @dataclass(frozen"],
+    ),
+    "a default of another type": ("tau: float = 10.0", 'tau: float = "hard"', ["tau='hard' is not a number"]),
+    "another's name, another type": (
+        "tau: float = 10.0",
+        "tau: float = 1.0\n    clip: str = 's'",
+        ["IPO.clip is a setting"],
+    ),
+    "another's name, out of its range": (
+        "tau: float = 10.0",
+        "tau: float = 1.0\n    gamma: float = 3.0",
+        ["IPO.gamma", "(0, 1]"],
+    ),
+    "a method's name": ('name="ipo"', 'name="spo"', ["spo is a method already: name the record otherwise"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_it_is_told_as_the_users(
+    mistake: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, wrong, words = MISTAKES[mistake]
+    assert right in CODE[0]
+    (here / "my_ipo.py").write_text(CODE[0].replace(right, wrong))
+    refused(capsys, flags(tmp_path / "run", method=IPO, max_train_steps=1, learning_rate=None), *words)
+
+
+def test_a_setting_needs_no_docstring(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = CODE[0].replace('    """ipo: the margin that training draws to is 1 / (2 tau)."""\n', "")
+    (here / "undocumented.py").write_text(code)
+    with pytest.raises(SystemExit):
+        train.parse(["--method", "undocumented:ipo", "--help"])
+    assert "--tau FLOAT Of IPO. (default: 10.0)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_that_trained_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_toy(tmp_path / "run", threshold=0.999, max_train_steps=1)
+    assert "warning: nothing was trained" in capsys.readouterr().out
 
 
 def test_its_loss_is_ipos() -> None:
@@ -183,9 +253,10 @@ def test_charts_of_every_method_follow_its_record() -> None:
     levels = {m: next(c.level for c in charts_of(r, flat) if c.title == "Loss") for m, r in METHODS.items()}
     ln2 = pytest.approx(0.693147, abs=1e-6)
     want: dict[str, Any] = dict.fromkeys(("spo", "mspo", "d3po", "lpo", "gradspo", "dense", "dpo"), ln2)
-    assert levels == {**want, "ddpo": 0.0, "dpok": 0.0, "mapo": None}
+    want |= {"ddpo": 0.0, "dpok": 0.0, "mapo": None}
+    assert {m: levels[m] for m in want} == want
     shares = {m for m, r in METHODS.items() if "valid_share" in {c.fields[0] for c in charts_of(r, flat)}}
-    assert shares == {"spo", "mspo", "d3po", "lpo", "gradspo"}  # the others compare no pairs of a rollout
+    assert shares & want.keys() == {"spo", "mspo", "d3po", "lpo", "gradspo"}  # others compare no pairs of a rollout
 
 
 @pytest.mark.parametrize("resumed", ["killed"])

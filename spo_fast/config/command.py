@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spo_fast.config.errors import RunError, UsageError
+from spo_fast.config.outside import LOADED
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -112,6 +113,9 @@ def error_text(error: Exception) -> str:
     if foreseen or (isinstance(error, (ValueError, RuntimeError)) and raised_here(error)):
         return text
     frames = traceback.extract_tb(error.__traceback__)
+    if mine := next((f for f in reversed(frames) if f.filename in LOADED), None):
+        at = f"{Path(mine.filename).name}, line {mine.lineno}"
+        return f"{LOADED[mine.filename]}: {type(error).__name__} at {at}: {text:.150}. Mend that file."
     last = next((f for f in reversed(frames) if Path(f.filename).is_relative_to(PACKAGE)), frames[-1])
     where = f"{Path(last.filename).name}:{last.lineno}"
     return f"unexpected {type(error).__name__} at {where}: {text}. Repeat with --debug for the traceback and report it."

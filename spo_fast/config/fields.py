@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import numbers
 import re
 import sys
 import types
@@ -59,6 +60,10 @@ Share = Annotated[float, Range(0, 1, "[)")]
 Threshold = Annotated[float, Range(-1, 1, "[)", why="probabilities differ by less than 1")]
 
 
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TYPES: dict[type, type] = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a field takes, read off its annotation."""
@@ -95,10 +100,13 @@ class Kind:
             self._check_one(label, one)
 
     def _check_one(self, label: str, value: Any) -> None:
+        fits: bool = isinstance(value, TYPES[self.base]) and (self.base is bool or not isinstance(value, bool))
         if self.choices:
             known = ", ".join(self.choices)
             near = did_you_mean(value, self.choices)
             require(value in self.choices, f"{label}={value!r:.60} is none of {known}.{near}")
+        elif not fits:
+            raise ValueError(f"{label}={value!r:.60} is not {NAMES[self.base]}.")
         elif self.base is str:
             require(self.many or value != "", f"{label} is empty. Give a value, or leave it out.")
             broken = re.search("[\0\ud800-\udfff]", value)
@@ -180,7 +188,7 @@ class Settings:
 
 def doc_of(section: type, field: dataclasses.Field[Any]) -> str:
     """A field's docstring, that of the class that declares it."""
-    written = (docstrings(c.__module__).get(c.__name__, {}) for c in section.__mro__ if c.__module__ in sys.modules)
+    written = (docstrings(c.__module__).get(c.__name__, {}) for c in section.__mro__)
     return field.metadata.get("help") or next((docs[field.name] for docs in written if field.name in docs), "")
 
 
@@ -188,7 +196,11 @@ def doc_of(section: type, field: dataclasses.Field[Any]) -> str:
 def docstrings(module: str) -> dict[str, dict[str, str]]:
     """Class name -> field name -> its docstring, of the classes of a module."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, TypeError, OSError):  # built in, or typed at a prompt
+        return docs
+    for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for statement, after in zip(node.body, node.body[1:], strict=False):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from spo_fast.config.errors import UsageError, did_you_mean
-from spo_fast.config.fields import Kind, Range, Settings
+from spo_fast.config.fields import NAMES, Kind, Range, Settings
 from spo_fast.config.outside import is_outside
 
 TITLES = {
@@ -41,7 +41,6 @@ SHORTHANDS = {
     "optimizer": ("use_8bit_adam", Kind(bool, None, (), False, False), "The same as --optimizer adamw8bit."),
 }
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
-NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -265,6 +264,8 @@ def parse(
     for source in ({name: value for name, value in saved.items() if name not in flags}, flags):
         own = _expanded(source)
         values |= recipe({**values, **own, "model": flags.get("model", saved.get("model"))}, own) | own
+    if unknown := next((name for name in values if name not in known), None):
+        raise ValueError(f"the published settings have {unknown!r:.60}, which is none.{did_you_mean(unknown, known)}")
     if "model" not in values:
         parser.error(f"--model is needed: {', '.join(presets)}")
     return presets[values["model"]]().with_fields(**values), set(saved) | set(flags), set(flags)

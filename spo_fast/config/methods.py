@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from spo_fast.config.errors import UsageError, did_you_mean
@@ -81,6 +82,8 @@ class Method:
     def __post_init__(self) -> None:
         if isinstance(self.objective, str):
             return
+        if not dataclasses.is_dataclass(self.objective):
+            raise ValueError(f"{self.objective.__name__} needs @dataclass(frozen=True, kw_only=True).")
         object.__setattr__(self, "settings", self.settings or settings_of(self.objective))
 
     @property
@@ -105,7 +108,18 @@ class Method:
 
     def start_of(self, settings: Given) -> float | None:
         """Loss of a policy that has learnt nothing, of a run with these settings."""
-        return self.start(settings) if callable(self.start) else self.start
+        found: float | None = self.asked("start", settings) if callable(self.start) else self.start
+        return found
+
+    def asked(self, what: str, settings: Given) -> Any:
+        """What a function of the record says to these settings. Raises ValueError if it fails."""
+        try:
+            return getattr(self, what)(settings)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the user's own code raises
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"method {self.name}: `{what}` of its record ends in {text:.150}. Mend it.") from error
 
     def kind(self) -> type:
         """The class. Raises ValueError if its fields are not the settings that the record names."""
@@ -124,25 +138,37 @@ class Method:
             if f.name in self.settings and f.default is not dataclasses.MISSING
         }  # fmt: skip
         unread = {} if "num_inner_steps" in self.reads else {"num_inner_steps": 0}
-        return {**unread, **own, **self.published(given)}
+        return {**unread, **own, **self.asked("published", given)}
 
 
 def settings_of(kind: type) -> tuple[str, ...]:
-    """The fields of an objective's class, but for inherited ones that only overridden code reads."""
-    read, overridden = set(), set()
+    """The fields of an objective's class, but for inherited ones that only overridden code reads.
+
+    Read is also what a function of the method's own module reads, and what a base's method does that is called by name.
+    """
+    read, overridden, bases = set(), set(), {"super", *(c.__name__ for c in kind.__mro__[1:])}
     for name in {name for c in kind.__mro__ for name in vars(c)}:
-        definitions = [code for c in kind.__mro__ if (code := _code(vars(c).get(name)))]
-        live = next((n for n, code in enumerate(definitions) if "super" not in code.co_names), len(definitions))
-        read |= {n for code in definitions[: live + 1] for n in _names(code)}
-        overridden |= {n for code in definitions[live + 1 :] for n in _names(code)}
+        functions = [f for c in kind.__mro__ if (f := _function(vars(c).get(name)))]
+        goes_on = (bases & set(f.__code__.co_names) for f in functions)
+        live = next((n for n, more in enumerate(goes_on) if not more), len(functions))
+        read |= {n for f in functions[: live + 1] for n in _names_of(f, set())}
+        overridden |= {n for f in functions[live + 1 :] for n in _names(f.__code__)}
     return tuple(f.name for f in dataclasses.fields(kind) if f.name in read or f.name not in overridden)
 
 
-def _code(member: Any) -> Any:
-    function = member.fget if isinstance(member, property) else inspect.unwrap(member) if callable(member) else None
-    return (
-        getattr(function, "__code__", None) if not str(getattr(function, "__name__", "__")).startswith("__") else None
-    )
+def _function(member: Any) -> FunctionType | None:
+    """A method's own code: no property's wrapper, no decorator's, nothing that dataclasses write."""
+    found = member.fget if isinstance(member, property) else inspect.unwrap(member) if callable(member) else None
+    return found if isinstance(found, FunctionType) and not found.__name__.startswith("__") else None
+
+
+def _names_of(function: FunctionType, seen: set[FunctionType]) -> set[str]:
+    """Of attributes that it reads, or that functions of its module do which it names."""
+    seen.add(function)
+    names = _names(function.__code__)
+    called = (function.__globals__.get(name) for name in tuple(names))
+    own = [f for f in called if isinstance(f, FunctionType) and f.__module__ == function.__module__ and f not in seen]
+    return names.union(*(_names_of(f, seen) for f in own))
 
 
 def _names(code: Any) -> set[str]:
@@ -428,6 +454,9 @@ def register_method(record: Method, name: str | None = None) -> Method:
     """Make a record of the user's own a choice of --method. Raises ValueError for what is none, or for a name taken."""
     if not isinstance(record, Method):
         raise UsageError(f"--method {name}: that is a {type(record).__name__}, not a spo_fast.config.methods.Method.")
+    same = METHODS.get(record.name)
+    if same is not None and same is not record and (name or record.name) != record.name:
+        raise UsageError(f"--method {name}: {record.name} is a method already: name the record otherwise.")
     name = name or record.name
     if METHODS.get(name, record) is not record:
         raise ValueError(f"there is a method {name} already: register {record.objective} by another name.")

@@ -17,7 +17,7 @@ def published(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"recipe=published is SPO's code: the settings of method={method.name} are its paper's without it."
         )
-    return dict(method.recipe(given))
+    return dict(method.asked("recipe", given))
 
 
 TINY_VAES = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}

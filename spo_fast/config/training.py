@@ -24,6 +24,7 @@ from spo_fast.config.fields import (
     Threshold,
     Whole,
     doc_of,
+    kinds_of,
     parted,
     require,
 )
@@ -233,9 +234,14 @@ def _objective_section(classes: tuple[type, ...]) -> type[ObjectiveConfig]:
     for cls in classes:
         hints = typing.get_type_hints(cls, include_extras=True)
         for f in dataclasses.fields(cls):
-            if f.name in known:
-                continue
             kind = Kind.of(hints[f.name])
+            if f.name in known:
+                there, label = kinds_of(ObjectiveConfig)[f.name], f"{cls.__name__}.{f.name}"
+                alike = (kind.base, kind.optional, kind.many) == (there.base, there.optional, there.many)
+                require(alike, f"{label} is a setting already, of another type: name it otherwise.")
+                if f.default is not dataclasses.MISSING:
+                    there.check(f"{label}, which is a setting already,", f.default)
+                continue
             simple = kind.base in (int, float, str, bool) and f.default is not dataclasses.MISSING
             require(simple, f"{cls.__name__}.{f.name} must be a number, a text or a bool and have a default.")
             require(f.name not in elsewhere, f"{cls.__name__}.{f.name} is a setting already: name it otherwise.")
@@ -334,8 +340,10 @@ class Config(Settings):
         trained = {name_and_weight(entry)[0] for entry in self.scorer.scorer}
         shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
         require(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
-        misfit = find_method(self.objective.method).misfit(self.flat())
+        method, settings = find_method(self.objective.method), self.flat()
+        misfit = method.asked("misfit", settings)
         require(not misfit, f"method={self.objective.method} {misfit}")
+        method.start_of(settings)  # asked for again by warnings, report and card
         rounded = self.engine.base_weights
         require(
             rounded == "full" or not self.adapter.full_finetune,

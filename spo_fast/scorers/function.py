@@ -42,7 +42,7 @@ class FunctionScorer(PictureScorer):
 
     def _called(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         try:
-            scores = torch.as_tensor(self.function(pictures, prompts)).to(pictures.device, torch.float32)
+            scores = torch.as_tensor(self.function(pictures, list(prompts))).to(pictures.device, torch.float32)
         except Exception as error:  # whatever the user's own code raises
             what = " ".join(f"{type(error).__name__}: {error}".split())
             raise RunError(f"scorer {self.name} ends in {what:.150}. Mend that function.") from error

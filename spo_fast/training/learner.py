@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spo_fast.config.errors import RunError
 from spo_fast.config.training import Config
 from spo_fast.method.experience import Experience, Prediction, Rows, batches
 from spo_fast.method.objectives import Objective, predict_states
@@ -138,10 +139,21 @@ class Learner(WeightUpdates):
     def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor, bool]:
         """Add a micro-batch's gradient to the masters'. Returns outputs, loss, statistics, and whether it is dead."""
         m = predict_states(self.policy, self.table, e, e.states, self.objective.guided(self.cfg.sample))
-        loss, stats = self.objective.loss(m, self.table, e, self.cfg.sample, weight)
+        loss, stats = self._checked(self.objective.loss(m, self.table, e, self.cfg.sample, weight))
         if not (dead := self.is_dead(stats)):
             self.scaler.scale(loss).backward()
         return m.detach(), loss.detach(), stats, dead
+
+    def _checked(self, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What an objective's loss returned. Raises RunError unless it is what Objective.loss promises."""
+        names, parts = self.objective.stats, made if isinstance(made, tuple) else (made,)
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts]
+        if shapes != [(), (len(names),)] or not parts[0].requires_grad:
+            raise RunError(
+                f"{type(self.objective).__name__}.loss must return the loss, () with a gradient, and ({len(names)},) "
+                f"sums over its terms ({', '.join(names)}), and gave {' and '.join(map(str, shapes))}. Mend it."
+            )
+        return made
 
     def _compare_with_reference(self, batch: LastBatch) -> None:
         """Before the first step policy and reference are one: how far the computed ratio is from 1."""
