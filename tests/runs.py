@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def kill_once(process: subprocess.Popen[str], condition: Callable[[], bool]) -> 
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def default_float64() -> Iterator[None]:
+    """transformers 4 makes the mask of a float64 network in the default type."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def facts(run_dir: Path) -> list[dict[str, Any]]:

@@ -50,6 +50,8 @@ def launch(size: int, lines: list[list[str]], timeout: float = 900, **environmen
                 "RANK": str(r),
                 "WORLD_SIZE": str(size),
                 "PYTHONPATH": str(ROOT),
+                # diffusers 0.36 on a CPU, when one of its models is imported
+                "PYTHONWARNINGS": "ignore::UserWarning:diffusers.models.transformers.transformer_kandinsky",
                 **environment,
             },
             stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from runs import default_float64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,7 +109,8 @@ def max_error(a: Tensor, b: Tensor) -> float:
 
 def true_text(parts: Parts, ids: list[Tensor], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     encoders = [encoder.double() for encoder in parts.text_encoders]
-    outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
+    with default_float64():
+        outputs = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
     for encoder in encoders:
         encoder.float()
     if parts.is_sdxl:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import SMALL, assert_same_end, built, command_line, facts, killed_run, run_toy
 from safetensors.torch import load_file
-from test_rollout import Net, Scorer, SeededDraws, decode, judge, setup
+from test_rollout import Net, Scorer, SeededDraws, decode, judge, scheduled
 
 from spo_fast import train
 from spo_fast.config.methods import METHODS, readers
@@ -152,7 +152,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
 
 def test_advantages_are_of_each_prompt() -> None:
     cfg = SampleConfig(num_candidates=4, num_steps=4, branch_start=1)
-    _, table, batch = setup(cfg)
+    _, table, batch = scheduled(cfg)
     batch = dataclasses.replace(batch, draws=Starts(3, batch.latent_shape, 0))
     walk = trajectory_rollout(Sampler(Net(), table, Scorer(), decode, cfg), batch)
     e = make_objective(ObjectiveConfig(method="ddpo")).collect(Sampler(Net(), table, Scorer(), decode, cfg, 8), batch)
@@ -177,7 +177,7 @@ class Starts(SeededDraws):
 
 def test_trajectories_are_diffusers_ddim() -> None:
     cfg = SampleConfig(num_candidates=3, num_steps=5, branch_start=0)
-    scheduler, table, batch = setup(cfg)
+    scheduler, table, batch = scheduled(cfg)
     batch = dataclasses.replace(batch, draws=Starts(3, batch.latent_shape, 0))
     walk = trajectory_rollout(Sampler(Net(), table, Scorer(), decode, cfg), batch)
     x = batch.draws.latents(batch.latent_shape, torch.float64, 3).view(3, 3, *batch.latent_shape)
@@ -198,7 +198,7 @@ def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
 ) -> None:
     """There is one sampler: each step of any rollout is Rollout's, and children have no other maker."""
     cfg = SampleConfig(num_candidates=3, num_steps=6, branch_start=0, threshold=-1.0)
-    _, table, batch = setup(cfg)
+    _, table, batch = scheduled(cfg)
     batch = dataclasses.replace(batch, draws=KeyedDraws(1, 0, torch.arange(3)), dtype=torch.float32)
     steps: list[int] = []
     branch, advance, made = rollout.Rollout.branch, rollout.Rollout.advance, transition.transition
@@ -215,7 +215,7 @@ def test_whole_trajectories_are_made_of_the_branching_rollouts_steps(
 
 def test_d3po_compares_ends_and_labels_every_step() -> None:
     cfg = SampleConfig(num_candidates=2, num_steps=5, branch_start=0, threshold=0.0)
-    _, table, batch = setup(cfg)
+    _, table, batch = scheduled(cfg)
     e = make_objective(ObjectiveConfig(method="d3po")).collect(Sampler(Net(), table, Scorer(), decode, cfg, 8), batch)
     assert len(e) == 3 * 5 and len(e.scores) == 2 * 3
     ends = [(e.x_prev[n], int(e.states.select(e.index[n, :, 0]).prompts[0])) for n in range(12, 15)]
@@ -227,7 +227,7 @@ def test_d3po_compares_ends_and_labels_every_step() -> None:
 
 def test_dense_ranks_and_draws_early_steps_more_often() -> None:
     cfg = SampleConfig(num_candidates=4, num_steps=10, branch_start=2)
-    _, table, batch = setup(cfg)
+    _, table, batch = scheduled(cfg)
     draws = KeyedDraws(1, 0, torch.arange(3))
     batch = dataclasses.replace(batch, draws=draws, dtype=torch.float32, text=batch.text.float())
     settings = ObjectiveConfig(method="dense", terms_per_prompt=400, num_sampled_steps=3, num_ranked=3, gamma=0.5)
@@ -340,7 +340,7 @@ class SeesChildren:
 @pytest.mark.parametrize("low, high", [(0.3, 0.9), (0.9, 0.3), (0.5, 0.5)])
 def test_lpo_picks_children_by_a_threshold_linear_in_sigma(low: float, high: float) -> None:
     cfg = SampleConfig(num_candidates=3, num_steps=20, branch_start=0, threshold=low, threshold_max=high)
-    _, table, batch = setup(cfg, B=4)
+    _, table, batch = scheduled(cfg, B=4)
     scorer, net = SeesChildren(), Net()
     e = branching_rollout(Sampler(net, table, scorer, None, cfg), batch)
     assert net.calls == 20 and net.rows == 2 * 4 * 20 and len(scorer.shown) == 20
@@ -416,7 +416,7 @@ def test_gradspos_average_collects_and_follows_each_step(tmp_path: Path, of: Cal
 
 def test_gradspos_last_pair_is_judged_at_the_last_timestep_and_kept() -> None:
     cfg = SampleConfig(num_candidates=2, num_steps=6, branch_start=2, threshold=0.999999, last_step="keep")
-    _, table, batch = setup(cfg)
+    _, table, batch = scheduled(cfg)
     times: list[int] = []
     scorer = Scorer()
     judge = lambda c: times.append(int(c.t)) or scorer(c)  # type: ignore[func-returns-value]  # noqa: E731
@@ -432,7 +432,7 @@ def recorded(base: SampleConfig, cfg: SampleConfig) -> tuple[Any, Any]:
     """Two rollouts on the same draws."""
     out = []
     for c in (base, cfg):
-        _, table, batch = setup(c)
+        _, table, batch = scheduled(c)
         out.append(rollout_segments(Sampler(Net(), table, Scorer(), decode, c), batch))
     return out[0], out[1]
 

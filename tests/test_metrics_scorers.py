@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from runs import default_float64
 from safetensors.torch import load_file
 from tiny import tiny_detector
 from torch import Tensor
@@ -84,6 +85,7 @@ def padded64(pixels: Tensor) -> Tensor:
     return (whole - MEAN) / STD
 
 
+@default_float64()
 def cosines64(clip: Any, x: Tensor) -> Tensor:  # transformers' CLIPModel in float64
     image = clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output)
     ids = tokenize(PROMPTS)
@@ -375,7 +377,10 @@ def test_geneval_equals_transformers_in_float64(shape: str, detectors: Any, thei
             truth.setdefault(CLASSES[place % 80], []).append(score)
     assert truth.keys() == found.keys() and len(truth) > 5
     for name, scores in truth.items():
-        assert found[name] == pytest.approx(sorted(scores, reverse=True)[:16], abs=1e-4)
+        ours_of, theirs_of = found[name], sorted(scores, reverse=True)[:16]
+        both = min(len(ours_of), len(theirs_of))
+        assert ours_of[:both] == pytest.approx(theirs_of[:both], abs=1e-4)
+        assert all(abs(s - 0.006) < 1e-4 for s in (*ours_of[both:], *theirs_of[both:]))  # one of them is at the limit
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -396,7 +401,8 @@ def test_colours_equal_transformers_in_float64(shape: str, detectors: Any, their
                 f"a photo of a {colour} object",
             )
             ids = tokenize(list(texts))
-            hidden = theirs.text_model(input_ids=ids).last_hidden_state[torch.arange(3), ids.argmax(1)]
+            with default_float64():
+                hidden = theirs.text_model(input_ids=ids).last_hidden_state[torch.arange(3), ids.argmax(1)]
             text = theirs.text_projection(hidden)
             mean = (text / text.norm(dim=1, keepdim=True)).mean(0)
             likeness.append(float(torch.cosine_similarity(image[0], mean, dim=0)))

@@ -95,7 +95,7 @@ def alphas():
     return load("ddim")[0]["alphas_cumprod"]
 
 
-def setup(cfg, B=3, shape=(4, 6, 5), seed=0, prediction_type="epsilon"):
+def scheduled(cfg, B=3, shape=(4, 6, 5), seed=0, prediction_type="epsilon"):
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction_type,
@@ -215,7 +215,7 @@ OTHERS = [(name, kind) for name in ("spo", "mspo", "eta") for kind in ("v_predic
 @pytest.mark.parametrize("name, prediction_type", [*((name, "epsilon") for name in CASES), *OTHERS])
 def test_rollout_matches_one_candidate_at_a_time(name, prediction_type):
     cfg = SampleConfig(**CASES[name])
-    scheduler, table, batch = setup(cfg, prediction_type=prediction_type)
+    scheduler, table, batch = scheduled(cfg, prediction_type=prediction_type)
     net = Net()
     e = branching_rollout(Sampler(net, table, Scorer(), decode, cfg, 5), batch)
     want = reference_rollout(scheduler, batch, cfg)
@@ -294,7 +294,7 @@ def test_cost_of_a_rollout_at_the_published_batch(kind, batch_size, cfg, most):
 
 def test_batch_of_eight_draws_what_two_of_four_draw():
     cfg = SampleConfig(num_candidates=3, num_inner_steps=1, threshold=-1.0, num_steps=8, branch_start=2)
-    _, table, whole = setup(cfg, B=8)
+    _, table, whole = scheduled(cfg, B=8)
     index = torch.tensor([5, 17, 3, 40, 8, 21, 2, 9])  # global prompt indices
 
     def rollout(rows):
@@ -353,7 +353,7 @@ class NoHostTensors(TorchDispatchMode):
 
 def test_rollout_copies_nothing_to_the_device():
     cfg = SampleConfig(num_candidates=3, num_inner_steps=1, num_steps=8)
-    _, table, batch = setup(cfg)
+    _, table, batch = scheduled(cfg)
     draws = KeyedDraws(1, 0, torch.arange(3))
     batch = dataclasses.replace(batch, draws=draws, dtype=torch.float32)
     with NoHostTensors():

@@ -25,6 +25,7 @@ from test_distributed import free_port
 
 from spo_fast import evaluate, train
 from spo_fast.data import files
+from spo_fast.evaluation import evaluate as drawing
 from spo_fast.training import batches, checkpoint, learner, loop, run_directory
 from spo_fast.training.monitor import log
 from spo_fast.training.signals import StopRequest
@@ -259,7 +260,7 @@ def test_sigterm_while_loading_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert train.main(flags(tmp_path / "run")) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM; training had not begun\n"
     assert signal.getsignal(signal.SIGTERM) == before
-    monkeypatch.setattr(evaluate, "evaluate", lambda cfg: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+    monkeypatch.setattr(drawing, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
     assert evaluate.main(["--model", "toy", "--output_dir", str(tmp_path / "out")]) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
 

@@ -37,7 +37,8 @@ from spo_fast.method.objectives import predict_states
 from spo_fast.models.device import found_device
 from spo_fast.models.files.toy import toy_files
 from spo_fast.scorers.registry import load_metric
-from spo_fast.training import batches, checkpoint, loop, outputs, run_directory, validation
+from spo_fast.training import batches, checkpoint, loop, run_directory, validation
+from spo_fast.training import run as training_run
 from spo_fast.training.checkpoint import TrainState
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.plan.fit_memory import choose
@@ -316,7 +317,7 @@ def test_garish_pictures_raise_the_alarm(
 
 def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
-    monkeypatch.setattr(outputs, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
+    monkeypatch.setattr(training_run, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
     run_toy(tmp_path / "run", validation_steps=2, **{**GRIDS, "checkpointing_steps": 4})
     assert written == [2, 4]
 
@@ -327,7 +328,7 @@ def test_a_report_that_fails_stops_nothing(
     def fails(run_dir: Path) -> None:
         raise KeyError("odd")
 
-    monkeypatch.setattr(outputs, "write_report", fails)
+    monkeypatch.setattr(training_run, "write_report", fails)
     out = run_toy(tmp_path / "run", max_train_steps=1, num_validation_images=1)
     assert (out / LORA).is_file() and (out / "README.md").is_file() and not (out / "report.html").exists()
     assert f"no report.html (KeyError: 'odd'); python -m spo_fast.report {out}" in capsys.readouterr().out

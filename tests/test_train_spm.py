@@ -22,7 +22,17 @@ import torch
 import yaml
 from golden_replay import load
 from PIL import Image
-from runs import ROOT, Killed, assert_same_end, assert_same_tensors, command_line, facts, kill_once_logged, start
+from runs import (
+    ROOT,
+    Killed,
+    assert_same_end,
+    assert_same_tensors,
+    command_line,
+    default_float64,
+    facts,
+    kill_once_logged,
+    start,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -710,7 +720,8 @@ def pickscore_gap(tokenize: Any, prompts: list[str], images: list[list[Image.Ima
     with torch.no_grad():
         for side in images:
             pixels = np.stack([(np.asarray(image) / 255 - mean) / std for image in side]).transpose(0, 3, 1, 2)
-            out = model(input_ids=tokenize(prompts), pixel_values=torch.from_numpy(pixels.copy()))
+            with default_float64():
+                out = model(input_ids=tokenize(prompts), pixel_values=torch.from_numpy(pixels.copy()))
             scores.append(out.logits_per_image.diagonal())
     p = torch.stack(scores).exp() / torch.stack(scores).exp().sum(0)
     return p[0] - p[1]
