@@ -371,7 +371,7 @@ def test_geneval_equals_transformers_in_float64(shape: str, detectors: Any, thei
     found = {name: [f.score for f in group] for name, group in instances(classes, masks, 0.006).items()}
     truth: dict[str, list[float]] = {}
     chosen = classes.softmax(-1)[:, :80].flatten().topk(100).indices  # near ties can be either's
-    assert probabilities.flatten()[chosen].min() > probabilities.flatten().topk(100).values[-1] - 1e-6
+    assert probabilities.flatten()[chosen].min() > probabilities.flatten().topk(100).values[-1] - 1e-4
     for place in chosen:
         p = probabilities.flatten()[place]
         mask = expected[place // 80].sigmoid()
