@@ -1,0 +1,180 @@
+// Blocks, threads, barriers and shuffles of cuda_runtime_api.h.
+#include "cuda_runtime_api.h"
+
+#include <ucontext.h>
+
+#include <deque>
+#include <memory>
+#include <vector>
+
+dim3 threadIdx, blockIdx;
+
+namespace {
+
+constexpr unsigned WARP = 32;
+constexpr size_t STACK_BYTES = 1 << 16;
+
+enum class State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+};
+
+struct Thread {
+  State state = State::READY;
+  Fibre *fibre = nullptr;  // it waits in
+  uint32_t mask = 0;       // of its shuffle
+  unsigned partner = 0;    // lane it takes from
+  uint64_t value = 0;      // given; after the shuffle, taken
+};
+
+cudaError_t last_error = cudaSuccess;
+bool backwards = false;
+const std::function<void()> *body;
+std::vector<Thread> threads;  // of the block
+unsigned begun, current;      // threads that have started; the one that runs
+std::deque<Fibre> fibres;     // kept: contexts must not move
+ucontext_t scheduler;
+
+unsigned in_order(unsigned i, unsigned count) { return backwards ? count - 1 - i : i; }
+
+void enter(unsigned thread, Fibre *fibre) {
+  current = threadIdx.x = thread;
+  threads[thread].fibre = fibre;
+}
+
+// A thread that ends without having waited leaves its fibre to the next, so most kernels need one.
+void run_threads(unsigned fibre) {
+  while (begun < threads.size()) {
+    enter(in_order(begun++, static_cast<unsigned>(threads.size())), &fibres[fibre]);
+    (*body)();
+    threads[current].state = State::DONE;
+  }
+}
+
+void wait(State state) {
+  Thread &me = threads[current];
+  me.state = state;
+  swapcontext(&me.fibre->context, &scheduler);
+}
+
+void start(unsigned fibre) {
+  if (fibre == fibres.size()) fibres.emplace_back();
+  ucontext_t &context = fibres[fibre].context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fibres[fibre].stack.get();
+  context.uc_stack.ss_size = STACK_BYTES;
+  context.uc_link = &scheduler;
+  makecontext(&context, reinterpret_cast<void (*)()>(run_threads), 1, fibre);
+  swapcontext(&scheduler, &context);
+}
+
+void run_ready() {
+  const auto count = static_cast<unsigned>(threads.size());
+  for (unsigned i = 0; i < count; ++i) {
+    Thread &thread = threads[in_order(i, count)];
+    if (thread.state != State::READY) continue;
+    enter(in_order(i, count), thread.fibre);
+    swapcontext(&scheduler, &thread.fibre->context);
+  }
+}
+
+// The lanes of a mask once all of them wait at the same shuffle.
+bool release_shuffle(unsigned first) {
+  const unsigned lanes = std::min<unsigned>(WARP, static_cast<unsigned>(threads.size()) - first);
+  const auto waits_with = [&](unsigned lane, uint32_t mask) {
+    return lane < lanes && threads[first + lane].state == State::AT_SHUFFLE && threads[first + lane].mask == mask;
+  };
+  for (unsigned lane = 0; lane < lanes; ++lane) {
+    const uint32_t mask = threads[first + lane].mask;
+    if (!waits_with(lane, mask)) continue;
+    bool complete = mask >> lane & 1;
+    uint64_t taken[WARP] = {};
+    for (unsigned other = 0; other < WARP; ++other) {
+      if (!(mask >> other & 1)) continue;
+      const unsigned partner = waits_with(other, mask) ? threads[first + other].partner : WARP;
+      complete = complete && partner < WARP && mask >> partner & 1 && waits_with(partner, mask);
+      if (complete) taken[other] = threads[first + partner].value;
+    }
+    if (!complete) continue;
+    for (unsigned other = 0; other < WARP; ++other) {
+      if (!(mask >> other & 1)) continue;
+      threads[first + other].value = taken[other];
+      threads[first + other].state = State::READY;
+    }
+    return true;
+  }
+  return false;
+}
+
+// Whether any thread goes on.
+bool release() {
+  bool any = false;
+  for (unsigned first = 0; first < threads.size(); first += WARP) any = release_shuffle(first) || any;
+  if (any) return true;
+  for (const Thread &thread : threads)
+    if (thread.state != State::AT_BARRIER) return false;
+  for (Thread &thread : threads) thread.state = State::READY;
+  return true;
+}
+
+bool run_block(unsigned count) {
+  threads.assign(count, Thread{});
+  begun = 0;
+  for (unsigned fibre = 0; begun < count; ++fibre) start(fibre);
+  while (release()) run_ready();
+  return std::all_of(threads.begin(), threads.end(), [](const Thread &thread) { return thread.state == State::DONE; });
+}
+
+}  // namespace
+
+namespace cuda_on_cpu {
+
+void launch(dim3 grid, dim3 block, size_t, cudaStream_t, const std::function<void()> &thread) {
+  const bool grid_fits = grid.x > 0 && grid.x <= INT32_MAX && grid.y > 0 && grid.y <= 65535;
+  if (!grid_fits || grid.z != 1 || block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1) {
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  body = &thread;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(in_order(x, grid.x), in_order(y, grid.y));
+      if (!run_block(block.x)) {
+        last_error = cudaErrorLaunchFailure;
+        return;
+      }
+    }
+  }
+}
+
+uint64_t exchange(uint32_t mask, uint64_t value, int lane_mask) {
+  Thread &me = threads[current];
+  me.mask = mask;
+  me.partner = current % WARP ^ static_cast<unsigned>(lane_mask);
+  me.value = value;
+  wait(State::AT_SHUFFLE);
+  return me.value;
+}
+
+}  // namespace cuda_on_cpu
+
+void __syncthreads() { wait(State::AT_BARRIER); }
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+const char *cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidConfiguration: return "a grid or a block that no card takes";
+    default: return "a barrier or a shuffle that not every thread reaches";
+  }
+}
+
+// Last blocks and threads first: results must not depend on the order.
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_backwards(int yes) { backwards = yes != 0; }
