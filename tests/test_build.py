@@ -218,25 +218,29 @@ def test_library_of_other_sources_is_refused(monkeypatch):
         c_library._open.cache_clear()
 
 
+def every_op(inputs):
+    """Outputs of the ops that both C libraries have."""
+    cond, uncond, x_t, rows, table = (inputs[i] for i in (0, 1, 4, 7, 8))
+    weight, delta, out = randn(5000, dtype=torch.bfloat16), randn(5000, seed=1), torch.zeros(5000, dtype=torch.bfloat16)
+    merge_lora.merge_c(weight, delta, torch.arange(5), out)
+    return [
+        *transition.transition_c(cond, uncond, x_t, rows, table, 5.0, 3, torch.arange(15).view(3, 5), None),
+        *log_ratio.log_ratio_forward(*inputs),
+        *log_ratio.log_ratio_backward(*inputs, randn(5), randn(5, seed=1)),
+        resize_normalize.resize_normalize_c(randn(2, 3, 40, 31), 24, [0.5] * 3, [0.2] * 3, torch.float32),
+        out,
+    ]
+
+
 @needs_library
 def test_threads_never_show_in_the_result():
     inputs = log_ratio_inputs(sample=(4, 128, 65))
-    keys = torch.arange(15).view(3, 5)
-    weights, pixels = (randn(5), randn(5, seed=1)), randn(2, 3, 40, 31)
     before = torch.get_num_threads()
     results = []
     try:
         for num_threads in (1, 2, 7):
             torch.set_num_threads(num_threads)
-            cond, uncond, x_t, rows, table = (inputs[i] for i in (0, 1, 4, 7, 8))
-            results.append(
-                [
-                    *transition.transition_c(cond, uncond, x_t, rows, table, 5.0, 3, keys, None),
-                    *log_ratio.log_ratio_forward(*inputs),
-                    *log_ratio.log_ratio_backward(*inputs, *weights),
-                    resize_normalize.resize_normalize_c(pixels, 24, [0.5] * 3, [0.2] * 3, torch.float32),
-                ]
-            )
+            results.append(every_op(inputs))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,20 +20,19 @@ import test_transition
 import torch
 from torch import Tensor
 
-from spo_fast.ops import c_library, log_ratio, transition
-from spo_fast.ops.merge_lora import MERGE
+from spo_fast.ops import c_library, log_ratio, resize_normalize, transition
 
 ROOT = Path(__file__).parents[1]
 CUDA_ON_CPU = ROOT / "tests/cuda_on_cpu"
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "csrc").glob("*.cu"))}
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+CPU_LIBRARY = c_library.load("cpu")
+COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "")
 # as the CPU library: no fused multiply-add, so that equal formulas give equal bits
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSPO_WITH_CUDA"]
-FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # of unrolling
 FLAGS += [f"-I{ROOT / 'csrc'}", f"-I{CUDA_ON_CPU}", "-include", "cuda_runtime_api.h"]
 
 pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler on PATH"),
+    pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler on PATH"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of the C++ twins run csrc/*.cu on the device here"),
 ]
 
@@ -43,7 +43,7 @@ def compiled(name: str, text: str, folder: Path) -> str:
     """An object file. Launches, kernel<<<...>>>(...), are no C++; the rest is compiled as it stands."""
     text = re.sub(r"([\w:]+)<<<([^;]*?)>>>\(([^;]*)\);", r"cuda_on_cpu::launch(\2, [&] { \1(\3); });", text)
     (folder / f"{name}.cpp").write_text(f'#line 1 "{name}"\n{text}')
-    command = [COMPILER, *FLAGS, "-c", f"{name}.cpp", "-o", f"{name}.o"]
+    command = [*COMPILER, *FLAGS, "-c", f"{name}.cpp", "-o", f"{name}.o"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return str(folder / f"{name}.o")
@@ -51,7 +51,7 @@ def compiled(name: str, text: str, folder: Path) -> str:
 
 def linked(objects: list[str], folder: Path) -> ctypes.CDLL:
     path = str(folder / "libspo_fast_cuda_on_cpu.so")
-    subprocess.run([COMPILER, "-shared", *objects, "-o", path], check=True)
+    subprocess.run([*COMPILER, "-shared", *objects, "-o", path], check=True)
     library = ctypes.CDLL(path)
     library.spo_error_string.restype = ctypes.c_char_p
     return library
@@ -140,13 +140,10 @@ class GuardedCopy:
 
 
 @pytest.fixture(autouse=True)
-def in_place_of_the_cpu_library(request, monkeypatch) -> Iterator[None]:
+def guarded(cuda_on_cpu, monkeypatch) -> Iterator[Guarded]:
     """Backend c on CPU tensors calls the .cu sources; a test that does not get there is none."""
-    if "objects" in request.fixturenames and "cuda_on_cpu" not in request.fixturenames:
-        yield  # the test makes a library of its own
-        return
-    guarded = Guarded(request.getfixturevalue("cuda_on_cpu"), monkeypatch)
-    yield
+    guarded = Guarded(cuda_on_cpu, monkeypatch)
+    yield guarded
     assert guarded.calls > 0
 
 
@@ -201,3 +198,124 @@ test_merge_layouts = again(test_merge_lora.test_layouts_and_errors)
 test_philox = again(test_build.test_philox_known_answers)
 test_16_bit_conversions = again(test_build.test_16_bit_conversions_agree_with_torch)
 test_states_without_transitions = again(test_build.test_states_without_transitions_get_zero_gradient)
+
+
+# ---------------------------------------------------------------------------------------------------- beyond them
+
+
+def test_order_of_threads_never_shows(guarded):
+    """Races would: the last block and thread first, then the first."""
+    results = []
+    for backwards in (1, 0):
+        guarded.library.cuda_on_cpu_backwards(backwards)
+        results.append(test_build.every_op(test_build.log_ratio_inputs(sample=(4, 33, 31))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(CPU_LIBRARY is None, reason=c_library.why_missing("cpu"))
+def test_noise_has_the_bits_of_the_cpu_library(guarded):
+    """A million normals each: children of mean 0 and standard deviation 1."""
+    zeros, rows = torch.zeros(2, 4, 256, 256), torch.zeros(2, dtype=torch.int64)
+    table = torch.tensor([[1, 0, 1, 0, 1]], dtype=torch.float64)
+    draws = []
+    for library in (guarded.library, CPU_LIBRARY):
+        guarded.library = library
+        keys = test_transition.keys(2)
+        draws.append(transition.transition_c(zeros, None, zeros, rows, table, 1.0, 2, keys, None)[1])
+    assert torch.equal(*draws)
+
+
+def test_as_many_samples_as_a_grid_has_rows():
+    """The last of 65535 samples is right, one more is refused."""
+    most = 65535
+    table = torch.tensor([[1, 2, 3, 0, 1]], dtype=torch.float64)
+    x_prev, one = torch.full((1, 1), 3.0), torch.ones(1)
+
+    def x0(zeros, rows):  # 3 x_t
+        return transition.transition_c(zeros, None, zeros + 2, rows, table, 1.0, 0, None, None)[0]
+
+    def gradient(zeros, rows):  # b x_prev / std^2, in the last state alone
+        inputs = (zeros, None, zeros, None, zeros, x_prev, rows.new_tensor([len(rows) - 1]), rows, table, 1.0)
+        return log_ratio.log_ratio_backward(*inputs, one, one)[0]
+
+    def pixel(zeros, rows):  # 1 / 2
+        images = zeros.view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+        return resize_normalize.resize_normalize_c(images, 1, [0.0] * 3, [1.0] * 3, torch.float32)
+
+    zeros, rows = torch.zeros(most + 1, 1), torch.zeros(most + 1, dtype=torch.int64)
+    for op, last in ((x0, 6.0), (gradient, 6.0), (pixel, 0.5)):
+        assert bool((op(zeros[:most], rows[:most])[-1] == last).all())
+        with pytest.raises(RuntimeError, match="at most 65535 samples at a time on CUDA"):
+            op(zeros, rows)
+
+
+# ---------------------------------------------------------------------------------------------------- planted faults
+
+
+def see_supplied(poisoned, guarded):
+    test_transition.test_transition_matches_float64_with_supplied_noise(
+        "c", torch.float32, (2, 1, 1, 1025), 3, poisoned
+    )
+
+
+def see_keyed(poisoned, guarded):
+    test_transition.test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching("c")
+
+
+def see_log_ratio(poisoned, guarded):
+    test_transition.test_log_ratio_and_gradients_match_float64("c", torch.float32, (2, 4, 33, 31), 2.3, poisoned)
+
+
+def see_order(poisoned, guarded):
+    test_order_of_threads_never_shows(guarded)
+
+
+def see_resize(poisoned, guarded):
+    layout = torch.contiguous_format
+    test_resize_normalize.test_matches_float64("c", torch.float32, (3, 3, 70, 33), 40, layout, poisoned)
+
+
+def see_merge(poisoned, guarded):
+    test_merge_lora.test_backends_agree_bit_for_bit("c", torch.bfloat16, (37, 53))
+
+
+def see_samples(poisoned, guarded):
+    test_as_many_samples_as_a_grid_has_rows()
+
+
+BARRIER, LEAVE, MOST = (
+    "  __syncthreads();\n",
+    "  if (warp != 0) return;\n",
+    "if (op.B > spo::MAX_GRID_Y) return SPO_ERROR_SHAPE;",
+)
+WRONG, OUTSIDE, STUCK = "^assert ", "written outside the tensor", "not every thread reaches"
+FAULTS = {  # source, right, wrong, what sees it, what it says
+    "mean": ("transition", "mean[lane] = a * x + b * m", "mean[lane] = a * x - b * m", see_supplied, WRONG),
+    "tail": ("transition", "if (element >= args.n) continue;\n    const", "const", see_supplied, OUTSIDE),
+    "child": ("transition", "(k * args.B + sample) * args.n", "(k + args.B * sample) * args.n", see_supplied, WRONG),
+    "key": ("transition", "args.keys + sample * 5, k", "args.keys, k", see_keyed, WRONG),
+    "half_warp": ("transition", "offset > 0", "offset > 1", see_log_ratio, WRONG),
+    "residual": ("transition", "(next - (drift + b * frozen))", "(next + (drift + b * frozen))", see_log_ratio, WRONG),
+    "no_barrier": ("transition", BARRIER, "", see_order, WRONG),
+    "late_barrier": ("transition", BARRIER + LEAVE, LEAVE + BARRIER, see_order, STUCK),
+    "states": ("transition", "args.states[t] != state", "args.states[t] > state", see_log_ratio, WRONG),
+    "uncond": ("transition", "(1 - args.guidance) * grad", "(args.guidance - 1) * grad", see_log_ratio, WRONG),
+    "grid": ("transition", MOST, "", see_samples, "a grid or a block that no card takes"),
+    "top": ("resize_normalize", "at / args.size + args.top", "at / args.size", see_resize, WRONG),
+    "tail_pixels": ("resize_normalize", "if (at >= args.size * args.size) return;", "", see_resize, OUTSIDE),
+    "tail_groups": ("merge", "if (group < q) merge", "merge", see_merge, WRONG),
+}
+
+
+ALWAYS = {"mean", "key", "half_warp", "no_barrier", "late_barrier", "tail_pixels", "tail_groups"}
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in ALWAYS else pytest.mark.slow) for f in FAULTS])
+def test_a_planted_fault_is_seen(fault, objects, guarded, poisoned, tmp_path):
+    assert {source for source, *_ in FAULTS.values()} == set(SOURCES)
+    source, right, wrong, see, message = FAULTS[fault]
+    faulty = SOURCES[source].replace(right, wrong)
+    assert faulty != SOURCES[source]
+    guarded.library = linked([*{**objects, source: compiled(source, faulty, tmp_path)}.values()], tmp_path)
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        see(poisoned, guarded)

@@ -1,9 +1,9 @@
 // Enough of CUDA for csrc/*.cu to be compiled by a C++ compiler and run on a CPU: tests/test_cuda_sources.py does.
 //
 // A block's threads are fibres of one host thread (runtime.cpp): each runs until it waits for others at a barrier or a
-// shuffle, blocks one after the other. What a card leaves undefined is an error here: a barrier that a thread of the
-// block never reaches, a shuffle that a lane of its mask never reaches, a grid that no card takes. It shows what a
-// kernel computes, not how fast, nor what only a card's memory model or compiler does.
+// shuffle, blocks one after the other. A barrier that a thread of the block never reaches, a shuffle that a lane of its
+// mask never reaches and a grid that no card takes are errors. It shows what a kernel computes, not how fast, nor what
+// only a card's memory model or compiler does.
 //
 // Included before everything else, as nvcc includes cuda_runtime.h. A launch, kernel<<<grid, block, shared,
 // stream>>>(arguments), is no C++: the test has it as cuda_on_cpu::launch(grid, block, shared, stream, [&] { kernel(...) }).

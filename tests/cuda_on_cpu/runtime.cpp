@@ -13,12 +13,13 @@ namespace {
 
 constexpr unsigned WARP = 32;
 constexpr size_t STACK_BYTES = 1 << 16;
+constexpr uint64_t NOTHING = ~0ull;  // of a lane that takes no part: NaN in either float type
 
 enum class State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
 
 struct Fibre {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};  // untouched pages cost nothing
 };
 
 struct Thread {
@@ -80,28 +81,28 @@ void run_ready() {
   }
 }
 
-// The lanes of a mask once all of them wait at the same shuffle.
+// The lanes of a warp that wait at a shuffle of this mask.
+uint32_t waiting(unsigned first, uint32_t mask) {
+  uint32_t lanes = 0;
+  for (unsigned lane = 0; lane < WARP && first + lane < threads.size(); ++lane) {
+    const Thread &thread = threads[first + lane];
+    if (thread.state == State::AT_SHUFFLE && thread.mask == mask) lanes |= 1u << lane;
+  }
+  return lanes;
+}
+
+// Exchanges values once all lanes of a mask, and no others, wait with it.
 bool release_shuffle(unsigned first) {
-  const unsigned lanes = std::min<unsigned>(WARP, static_cast<unsigned>(threads.size()) - first);
-  const auto waits_with = [&](unsigned lane, uint32_t mask) {
-    return lane < lanes && threads[first + lane].state == State::AT_SHUFFLE && threads[first + lane].mask == mask;
-  };
-  for (unsigned lane = 0; lane < lanes; ++lane) {
-    const uint32_t mask = threads[first + lane].mask;
-    if (!waits_with(lane, mask)) continue;
-    bool complete = mask >> lane & 1;
-    uint64_t taken[WARP] = {};
-    for (unsigned other = 0; other < WARP; ++other) {
-      if (!(mask >> other & 1)) continue;
-      const unsigned partner = waits_with(other, mask) ? threads[first + other].partner : WARP;
-      complete = complete && partner < WARP && mask >> partner & 1 && waits_with(partner, mask);
-      if (complete) taken[other] = threads[first + partner].value;
-    }
-    if (!complete) continue;
-    for (unsigned other = 0; other < WARP; ++other) {
-      if (!(mask >> other & 1)) continue;
-      threads[first + other].value = taken[other];
-      threads[first + other].state = State::READY;
+  for (unsigned i = first; i < first + WARP && i < threads.size(); ++i) {
+    const uint32_t mask = threads[i].mask;
+    if (threads[i].state != State::AT_SHUFFLE || waiting(first, mask) != mask) continue;
+    uint64_t given[WARP];
+    for (unsigned lane = 0; lane < WARP; ++lane) given[lane] = mask >> lane & 1 ? threads[first + lane].value : NOTHING;
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      Thread &thread = threads[first + lane];
+      thread.value = thread.partner < WARP ? given[thread.partner] : NOTHING;
+      thread.state = State::READY;
     }
     return true;
   }
