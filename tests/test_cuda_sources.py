@@ -29,6 +29,7 @@ CPU_LIBRARY = c_library.load("cpu")
 COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "")
 # as the CPU library: no fused multiply-add, so that equal formulas give equal bits
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSPO_WITH_CUDA"]
+FLAGS += ["-fsanitize=bounds"]  # its handler is in runtime.cpp
 FLAGS += [f"-I{ROOT / 'csrc'}", f"-I{CUDA_ON_CPU}", "-include", "cuda_runtime_api.h"]
 
 pytestmark = [
@@ -76,13 +77,12 @@ TAKE_A_STRUCT = re.findall(
     r"^SPO_API int (spo_\w+)\(const spo_\w+_args \*args, void \*stream\)", test_build.HEADER, re.MULTILINE
 )
 OUTPUTS = set(re.findall(r"^  void \*(\w+);", test_build.HEADER, re.MULTILINE))
-BEFORE_INPUTS, BEFORE_OUTPUTS = 0xFF, 0x5A  # all ones: NaN in every float type, -1 in integers
 
 
 class Guarded:
     """A library whose functions get copies of their tensors that stand between guard bytes.
 
-    What is read outside a tensor is NaN, or the index -1; what is written there, or into an input, is an error.
+    What is read outside a tensor is NaN, or index 0; what is written there, or into an input, is an error.
     """
 
     def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +109,7 @@ class Guarded:
         for name, kind in test_build.fields_of(type(arguments)):
             address = getattr(arguments, name)
             if kind is c_library.POINTER and address:
-                copies[name] = copy = GuardedCopy(
-                    self.given[address], BEFORE_OUTPUTS if name in OUTPUTS else BEFORE_INPUTS
-                )
+                copies[name] = copy = GuardedCopy(self.given[address], name in OUTPUTS)
                 setattr(arguments, name, copy.address)
         code = function(ctypes.byref(arguments), stream)
         for name, copy in copies.items():
@@ -125,10 +123,12 @@ class Guarded:
 
 
 class GuardedCopy:
-    def __init__(self, tensor: Tensor, fill: int) -> None:
+    def __init__(self, tensor: Tensor, is_output: bool) -> None:
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.original = tensor.as_strided((span,), (1,)).view(torch.uint8)
         width = 4096 + min(len(self.original), 1 << 20) // 16 * 16
+        # all ones are NaN in every float type, which must not stand before outputs: a NaN written there would hide
+        fill = 0x5A if is_output else 0xFF if tensor.is_floating_point() else 0
         self.guard = torch.full((width,), fill, dtype=torch.uint8)
         self.bytes = torch.cat([self.guard, self.original, self.guard])
         self.inside = self.bytes[width:-width]
@@ -299,6 +299,8 @@ FAULTS = {  # source, right, wrong, what sees it, what it says
     "no_barrier": ("transition", BARRIER, "", see_order, WRONG),
     "late_barrier": ("transition", BARRIER + LEAVE, LEAVE + BARRIER, see_order, STUCK),
     "states": ("transition", "args.states[t] != state", "args.states[t] > state", see_log_ratio, WRONG),
+    "past_the_states": ("transition", "t < args.T", "t <= args.T", see_log_ratio, WRONG),
+    "past_an_array": ("transition", "lane < 4", "lane < 5", see_supplied, "an index outside an array"),
     "uncond": ("transition", "(1 - args.guidance) * grad", "(args.guidance - 1) * grad", see_log_ratio, WRONG),
     "grid": ("transition", MOST, "", see_samples, "a grid or a block that no card takes"),
     "top": ("resize_normalize", "at / args.size + args.top", "at / args.size", see_resize, WRONG),

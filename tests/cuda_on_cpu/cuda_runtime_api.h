@@ -2,7 +2,7 @@
 //
 // A block's threads are fibres of one host thread (runtime.cpp): each runs until it waits for others at a barrier or a
 // shuffle, blocks one after the other. A barrier that a thread of the block never reaches, a shuffle that a lane of its
-// mask never reaches and a grid that no card takes are errors. It shows what a kernel computes, not how fast, nor what
+// mask never reaches, an index outside a kernel's own array and a grid that no card takes are errors. It shows what a kernel computes, not how fast, nor what
 // only a card's memory model or compiler does.
 //
 // Included before everything else, as nvcc includes cuda_runtime.h. A launch, kernel<<<grid, block, shared,
@@ -25,7 +25,12 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after the other
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct cuda_on_cpu_stream *;
 
 struct dim3 {

@@ -173,9 +173,13 @@ const char *cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidConfiguration: return "a grid or a block that no card takes";
+    case cudaErrorIllegalAddress: return "an index outside an array of the kernel";
     default: return "a barrier or a shuffle that not every thread reaches";
   }
 }
+
+// Called by what -fsanitize=bounds puts before an access: arrays of threads and blocks, whose lengths the compiler knows.
+extern "C" void __ubsan_handle_out_of_bounds(void *, void *) { last_error = cudaErrorIllegalAddress; }
 
 // Last blocks and threads first: results must not depend on the order.
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_backwards(int yes) { backwards = yes != 0; }
