@@ -205,7 +205,8 @@ class Learner(WeightUpdates):
         names = self.objective.stats
         if "dead" not in names or self.objective.clip is None:
             return False
-        terms, dead = stats[[names.index("terms"), names.index("dead")]].tolist()
+        # stacked: a list as an index becomes a host tensor, and copying it waits once more
+        terms, dead = torch.stack([stats[names.index("terms")], stats[names.index("dead")]]).tolist()
         return dead == terms
 
     def step(self) -> float:
@@ -225,7 +226,7 @@ class Learner(WeightUpdates):
         finite = math.isfinite(norm)
         if finite:
             self.clip(found[0])
-            self.scaler.step(self.optimizer)
+            self.optimizer.step()  # scaler.step would read from the device once more that nothing overflowed
             self.policy.copy_to_network()
         else:
             names = zip(self.policy.names, self.parameters, strict=True)

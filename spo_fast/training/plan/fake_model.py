@@ -39,7 +39,7 @@ class FakeModel(DiffusionModel):
         from diffusers import UNet2DConditionModel
 
         source = resolved.source if resolved else MODELS[cfg.model](cfg)
-        self.once, self.device, self.dtype, self.kind = once, torch.device("cpu"), dtype, source.kind
+        self.once, self.device, self.dtype, self.kind = once, once.device, dtype, source.kind
         self.config_dir = resolved.config_dir if resolved else CONFIGS / source.kind
         schedule = self.config_dir / "scheduler" / "scheduler_config.json"
         self._ddim = ddim_scheduler(scheduler_config(resolved) if resolved else read_json(schedule))
@@ -113,7 +113,7 @@ class FakePairs(PairReader):
         for _ in range(-(-2 * B // IMAGES_BATCH)):
             model.posterior(pixels)
         latents = torch.cat([self.once.empty(2, B, *model.latent_shape, dtype=model.latent_dtype)])
-        draws = KeyedDraws(self.cfg.run.seed, iteration, torch.arange(B))
+        draws = KeyedDraws(self.cfg.run.seed, iteration, torch.arange(B, device=self.once.device))
         return PairInputs(cond, latents, draws, model.alphas_cumprod), position + B
 
 

@@ -25,9 +25,9 @@ from spo_fast.training.plan.once import Once
 class Networks:
     """The model, the policy and the scorers; what each took at the shapes it has met is kept in `once`."""
 
-    def __init__(self, cfg: Config, resolved: Resolved | None, device_type: str):
+    def __init__(self, cfg: Config, resolved: Resolved | None, device_type: str, once: Once | None = None):
         self.cuda, specs = device_type == "cuda", scorer_specs(cfg.scorer.scorer)
-        self.once = Once(self.cuda)
+        self.once = once or Once(self.cuda)
         self.model = FakeModel(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
         self.policy = self._policy(cfg)
         self.scorers = {name: self._scorer(name, cfg, resolved) for name, _ in specs}

@@ -26,10 +26,11 @@ class Once:
     """Makes fake weights, and runs calls of networks: the first with new shapes as it is, later ones as its repetition.
 
     Fake tensors have a shape, a type and a storage that takes no memory. What is computed of one is one; all else, as
-    the indices of an experience, is real. cuda: storages take as many bytes as there.
+    the indices of an experience, is real. cuda: storages take as many bytes as there. device: where the weights lie.
     """
 
-    def __init__(self, cuda: bool = False):
+    def __init__(self, cuda: bool = False, device: str = "cpu"):
+        self.device = torch.device(device)
         self.mode, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveStorage(CUDA_BLOCK if cuda else 1)
         self.tally: dict[str, Counter[str]] = {}
         """Part of a run -> samples and flops."""
@@ -37,7 +38,7 @@ class Once:
         # a call's bytes on its way, its FLOPs, its outputs anew
         self._seen: dict[Hashable, tuple[int, int, Callable[[], object]]] = {}
         with self.mode:
-            self._like = torch.empty(0)
+            self._like = torch.empty(0, device=self.device)
 
     def start(self, setting: Hashable) -> LiveStorage:
         """Count anew. setting: what the calls depend on besides their shapes."""
@@ -45,13 +46,14 @@ class Once:
         return self.live
 
     def weights(self, module: M, dtype: torch.dtype | None = None) -> M:
-        """The module of the meta device with fake weights on the CPU, of this type or their own."""
+        """The module of the meta device with fake weights, of this type or their own."""
         with self.mode:
             for part in module.modules():
                 for name, p in part.named_parameters(recurse=False):
-                    part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype), p.requires_grad)
+                    values = torch.empty(p.shape, dtype=dtype or p.dtype, device=self.device)
+                    part._parameters[name] = nn.Parameter(values, p.requires_grad)
                 for name, b in part.named_buffers(recurse=False):
-                    part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+                    part._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=self.device)
         return module.eval()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
