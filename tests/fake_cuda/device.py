@@ -40,11 +40,16 @@ SIZED_BY_VALUES = {
 class Event(NamedTuple):
     """What crossed, and from which line of the package."""
 
-    kind: str  # wait | to host | to device | mixed | on the host
+    kind: str  # as test_fake_cuda.py explains: wait | to host | to device | mixed | on the host
     op: str
     file: str  # in the package
     function: str
     line: int
+
+
+def is_on(device_type: str, tensor: Tensor) -> bool:
+    """Whether it says it is there, without asking the dispatcher."""
+    return (tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device).type == device_type
 
 
 def place() -> tuple[str, str, int]:
@@ -107,12 +112,13 @@ class FakeDevice(TorchDispatchMode):
     # ---------------------------------------------------------------------------------------------- operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # every second call
+            return args[0].fake_device
         kwargs = kwargs or {}
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         packet = func._overloadpacket
-        on_device = any(x.device.type == "cuda" for x in given)
         if packet in READS or packet in SIZED_BY_VALUES:
-            if on_device:
+            if any(is_on("cuda", x) for x in given):
                 self.note("wait", packet.__name__)
             return self._read(func, args, kwargs, given)
         out = func(*args, **kwargs)
@@ -128,18 +134,17 @@ class FakeDevice(TorchDispatchMode):
         return pytree.tree_map_only(Tensor, lambda x: self.fake(x, given[0].device), found)
 
     def _watch(self, packet: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        before, after = {x.device.type for x in given}, {x.device.type for x in made}
         if packet in (_aten._to_copy, _aten.copy_):
-            source, target = given[-1].device.type, made[0].device.type
-            if source != target:
-                self.note("to host" if target == "cpu" else "to device", packet.__name__)
-        elif any(x.device.type == "cpu" and x.ndim for x in given) and "cuda" in before | after:
+            if is_on("cuda", given[-1]) != is_on("cuda", made[0]):
+                self.note("to host" if is_on("cpu", made[0]) else "to device", packet.__name__)
+            return
+        host = [x.ndim for x in given if is_on("cpu", x)]
+        if any(host) and len(host) < len(given):
             self.note("mixed", packet.__name__)
-        elif packet in (_aten.index, _aten.index_put_) and any(
-            x.dtype == torch.bool and x.device.type == "cuda" for x in given[1:]
-        ):
-            self.note("wait", packet.__name__)
-        elif after == {"cpu"} and made[0].ndim and (not given or packet is _aten.lift_fresh):
+        elif packet in (_aten.index, _aten.index_put_) and any(x.dtype == torch.bool for x in given[1:]):
+            if not host:
+                self.note("wait", packet.__name__)
+        elif (not given or packet is _aten.lift_fresh) and any(x.ndim and is_on("cpu", x) for x in made):
             self.note("on the host", packet.__name__)
 
     def _know(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
@@ -157,7 +162,7 @@ class FakeDevice(TorchDispatchMode):
                 made[-1].known = torch.ones(made[-1].shape, dtype=torch.int64).cumsum(dim) - 1  # type: ignore[attr-defined]
             return
         small = all(x.numel() <= MOST_KNOWN for x in (*given, *made))
-        ours = func.namespace != "aten" and any(x.device.type == "cuda" for x in given)  # a kernel of the device
+        ours = func.namespace != "aten" and any(is_on("cuda", x) for x in given)  # a kernel of the device
         if not everything or not small or func._overloadpacket in UNFILLED or ours:
             return
         if "device" in kwargs:

@@ -25,7 +25,7 @@ from spo_fast.config.training import Config  # noqa: E402
 from spo_fast.data.prompt_order import PromptSampler, epoch_permutation  # noqa: E402
 from spo_fast.evaluation.required_files import resolve, scorer_paths  # noqa: E402
 from spo_fast.method import objectives, rollout  # noqa: E402
-from spo_fast.method.experience import Experience, Prediction  # noqa: E402
+from spo_fast.method.experience import Experience, Prediction, States  # noqa: E402
 from spo_fast.method.objectives import make_objective  # noqa: E402
 from spo_fast.models.prompt_cache import PromptCache  # noqa: E402
 from spo_fast.models.tensor_cache import Row  # noqa: E402
@@ -129,9 +129,9 @@ def iteration(case: str) -> list[dict[str, object]]:
     epoch_permutation.cache_clear()  # each case makes its own
     networks = OnCuda(cfg, resolve(cfg.model, scorer_paths(cfg.scorer)) if model == "toy" else None, "cuda", once)
     with MonkeyPatch.context() as patch, once.mode, watch, torch.autograd.set_multithreading_enabled(False):
-        patch.setattr(FakeTensor, "tolist", lambda self: watch.tolist(self))
+        patch.setattr(FakeTensor, "tolist", lambda self: watch.tolist(self))  # noqa: PLW0108  a bound one gets no self
         # a GradScaler is told that there is a GPU
-        patch.setattr("torch.amp.grad_scaler.torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr("spo_fast.ops.merge_lora._share_memory", lambda a, b: a is b)  # a fake tensor has no address
         networks.encode_prompts()
         networks.model.prompt_cache = HostPrompts(networks.model.prompt_cache)
