@@ -3,8 +3,7 @@
 Every sampler is a row (a, b, c, d, std) of a StepTable:
     m = uncond + g (cond - uncond),   x0 = c x_t + d m,   mean = a x_t + b m,   x_prev ~ N(mean, std^2).
 
-# K children, fp32 latents, 16-bit m: 4 + 4 n (x_t, cond, uncond) read, 4 (1 + K) n written (bytes a sample):
-# memory-bound.
+K children, float32 latents, 16-bit m: 4 + 4 n (x_t, cond, uncond) read, 4 (1 + K) n written (bytes a sample): memory.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def finish(run: Parts) -> None:
             run.export(run.run_dir)  # its part of what process 0 writes
         return
     if run.state.pairs == 0 or run.state.optimizer_steps == 0:
-        print("warning: nothing was trained: no pair or term was kept, or no step was taken; the LoRA is as it began.")
+        print(
+            "warning: nothing was trained: no pair or term was kept, or no step taken. The weights are as they began."
+        )
     files = run.export(run.run_dir)
     if run.pairs is not None:
         run.pairs.split.finish()

@@ -74,7 +74,7 @@ class Parts(TrainingRun[Config], Iterates):
         self.decode = accelerate.replayed(self.policy, self.model.decode, self.scorer, capture)
 
     def settings(self) -> dict[str, object]:
-        """With how many processes share an iteration."""
+        """As every run's, and how many processes share an iteration."""
         size = self.group.size
         return {**super().settings(), "world_size": size, "global_batch": size * self.cfg.sample.sample_batch_size}
 
