@@ -225,7 +225,7 @@ def test_card_report_and_warnings(tmp_path: Path) -> None:
     assert "by IPO with spo_fast" in text and "\n- ipo\n" in text and "\n- spo\n" not in text
     html = page(run)
     assert (
-        "dotted: 0.0025, that of a policy that has learnt nothing" in html
+        "of a policy that has learnt nothing: 0.0025 (dotted, if near)" in html
         and "the difference of the log-ratios" in html
     )
     assert "beta times" not in html

@@ -39,7 +39,7 @@ CHARTS = (
     Chart(
         "Image statistics",
         ("look_*",),
-        "1: before training; above the dotted line: reward hacking?",
+        f"1: before training; above {1 + RISE:.3g} (dotted, if near): reward hacking?",
         level=1 + RISE,
     ),
     Chart("Loss", ("loss",)),
@@ -63,7 +63,7 @@ def charts_of(method: Method, settings: Mapping[str, Any]) -> tuple[Chart, ...]:
     """CHARTS that say something of the method, with its words and its start line."""
     start = method.start_of(settings)
     of = {
-        "Loss": ("" if start is None else f"dotted: {start:.3g}, that of a policy that has learnt nothing", start),
+        "Loss": ("" if start is None else f"of a policy that has learnt nothing: {start:.3g} (dotted, if near)", start),
         "Margin": (method.margin, None),
     }
     return tuple(
