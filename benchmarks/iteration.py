@@ -277,7 +277,7 @@ class Ours:
         self.decoder = self.decode
         if technique.graphs and setup.device == "cuda":  # whose parts cannot be timed from outside
             capture = CudaCapture(torch.device("cuda", torch.cuda.current_device()))
-            self.decoder = replayed(self.policy, self.decode, self.scorer, capture)
+            self.decoder = replayed(self.policy, self.decode, self.scorer, capture, self.cfg)
         else:
             self._time_parts()
 
@@ -322,19 +322,20 @@ class Ours:
             sampler = Sampler(self.policy, setup.table, scorer, self.decoder, cfg.sample, most)
             experience = self.objective.collect(sampler, batch)
         self.rolling = False
-        experience = experience.select(permutation(len(experience), cfg.run.seed, 0).to(setup.device))
+        experience = experience.select(permutation(len(experience), cfg.run.seed, 0))
         states = self.learner.cfg.optim.states_at_once
         with setup.timer("reference"):
             experience = self.objective.prepare(self.policy, setup.table, experience, cfg.sample, states)
         before = self.state.optimizer_steps
         record = self.learner.update(experience, self.state, setup.timer)
+        self.policy.graphs.waits = False
         return {
             "pairs": len(experience),
             "states": len(experience.states),
             "optimizer_steps": self.state.optimizer_steps - before,
             "loss": float(record["loss"]) if "loss" in record else None,
             "loss_scale": self.learner.scaler.get_scale(),
-            "dead_batches": record["dead_batches"],  # the published loop skips none
+            "dead_batches": int(record["dead_batches"]),  # the published loop skips none
         }
 
     def evaluate(self, pairs: Pairs) -> Evaluation:
@@ -362,7 +363,7 @@ class Ours:
         for name, master in zip(self.policy.names, self.policy.masters, strict=True):
             assert master.grad is not None
             gradients[name] = (master.grad / scale).cpu()
-            master.grad = None
+        self.policy.drop_gradients()
         return Evaluation(torch.cat(ratios).cpu(), torch.as_tensor(total).cpu(), gradients)
 
 

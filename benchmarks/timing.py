@@ -44,7 +44,10 @@ def measure_in_graph(calls: Sequence[Callable[[], Any]], rep_ms: int = 100) -> d
 
 def capture(fn: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
     """What replays fn as a CUDA graph, and what it returned, which each replay rewrites. Warmed up for autotuning."""
-    return CudaCapture(torch.device("cuda", torch.cuda.current_device()), warmups=3)(fn)
+    cuda = CudaCapture(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        cuda.warm_up(fn)
+    return cuda.record(fn)
 
 
 def copy_bandwidth(device: str, size: str = "full") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +39,19 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def capture(function: Any) -> tuple[Any, Any]:
+class Recorder:
     """As spo_fast.models.graphs.Capture."""
-    with Tape() as tape:
-        outputs = function()
-    return tape.replay, outputs
+
+    beside = staticmethod(contextlib.nullcontext)
+
+    def warm_up(self, function: Any) -> None:
+        """Nothing here needs it."""
+
+    def record(self, function: Any) -> tuple[Any, Any]:
+        """What replays the call, and what it returned."""
+        with Tape() as tape:
+            outputs = function()
+        return tape.replay, outputs
+
+
+capture = Recorder()

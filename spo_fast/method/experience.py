@@ -119,36 +119,55 @@ class Experience:
     )
     advantage: Tensor | None = None  # (N,) of policy gradients
     order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (training/processes.py)
+    read: Tensor | None = None  # the index, on the host; None: it has not been read from the device
 
     def __len__(self) -> int:
         return self.x_prev.shape[0]
 
+    @property
+    def host_index(self) -> Tensor:
+        """The index, on the host, where work is cut by it. Waits for the device if it has not been read."""
+        return self.index.cpu() if self.read is None else self.read
+
     def select(self, terms: Index) -> Experience:
-        """Some of the terms, with only the states they use. The order of terms is kept; indices are renumbered."""
-        x_prev, index = self.x_prev[terms], self.index[terms]
-        used, renumbered = torch.unique(index, return_inverse=True)
+        """Some of the terms, with only the states they use. The order of terms is kept; indices are renumbered.
+
+        terms: on the host. Waits for the device only if the index has not been read.
+        """
+        used, renumbered = torch.unique(self.host_index[terms], return_inverse=True)
+        device = self.x_prev.device
+        index, states = to_device(renumbered, device), to_device(used, device)
+        if isinstance(terms, Tensor):
+            terms = to_device(terms, device)
         return replace(
             self,
-            states=self.states.select(used),
-            x_prev=x_prev,
-            index=renumbered,
-            frozen=None if self.frozen is None else self.frozen.select(used),
-            second_reference=None if self.second_reference is None else self.second_reference.select(used),
+            states=self.states.select(states),
+            x_prev=self.x_prev[terms],
+            index=index,
+            frozen=None if self.frozen is None else self.frozen.select(states),
+            second_reference=None if self.second_reference is None else self.second_reference.select(states),
             advantage=None if self.advantage is None else self.advantage[terms],
             order=None if self.order is None else self.order[terms],
+            read=renumbered,
         )
 
     def micro_batches(self, max_states: int | None) -> Iterator[Experience]:
         """Consecutive terms packed into batches of at most `max_states` unique states; a term is never split."""
-        yield from ([self] if max_states is None and len(self) else map(self.select, batches(self.index, max_states)))
+        whole = max_states is None and len(self)
+        yield from ([self] if whole else map(self.select, batches(self.host_index, max_states)))
 
 
-def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (N, K, S)
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of what is on the host, without waiting for the device."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (N, K, S) on the host
     """The terms of each micro-batch."""
     if max_states is None or len(index) == 0:
         yield from [slice(0, len(index))] if len(index) else []
         return
-    index = index.flatten(1).cpu()
+    index = index.flatten(1)
     start, seen = 0, set(index[0].tolist())
     for n in range(1, len(index)):
         grown = seen | set(index[n].tolist())

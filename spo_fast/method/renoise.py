@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo_fast.method.experience import Cond, Experience, States
+from spo_fast.method.experience import Cond, Experience, States, to_device
 from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.method.schedule import StepTable
 
@@ -50,11 +50,13 @@ def renoised_pairs(table: StepTable, batch: PairInputs) -> Experience:  # table:
     rows = (T - 1 - t).repeat(2)
     c, d = table.coefficients[rows, 2:4].to(x_t.dtype).T.view(2, 2, B, 1, 1, 1)
     target = (latents - c * x_t) / d
-    number = torch.arange(B, device=x_t.device)
+    number = torch.arange(B)
+    index = torch.stack([number, number + B], dim=1).unsqueeze(2)
     return Experience(
-        States(x_t.flatten(0, 1), rows, number.repeat(2)),
+        States(x_t.flatten(0, 1), rows, to_device(number.repeat(2), x_t.device)),
         target.transpose(0, 1).unsqueeze(2),
-        torch.stack([number, number + B], dim=1).unsqueeze(2),
+        to_device(index, x_t.device),
         batch.cond,
         scores=x_t.new_empty(0),
+        read=index,
     )

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.training import SampleConfig
-from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, Text, judges, repeat_text
+from spo_fast.method.experience import (
+    Candidates,
+    Cond,
+    Experience,
+    Prediction,
+    States,
+    Text,
+    judges,
+    repeat_text,
+    to_device,
+)
 from spo_fast.method.noise import Drawn, Draws
 from spo_fast.method.protocols import Decode, Denoiser, Judge, Policy
 from spo_fast.method.schedule import StepTable
@@ -59,11 +69,12 @@ class Segments:
         owner = torch.arange(len(slot)).repeat_interleave(size)
         side = torch.arange(owner.shape[0]) - first[owner]
         rows = torch.tensor(self.rows)[slot][owner]
-        device = self.x_t.device
-        slot, prompt, owner, side, rows, index = (v.to(device) for v in (slot, prompt, owner, side, rows, index))
-        states = States(self.x_t[slot[owner], side, prompt[owner]], rows, prompt[owner])
+        read, device = index.unsqueeze(2), self.x_t.device
+        known = (slot, prompt, slot[owner], side, prompt[owner], rows, read)
+        slot, prompt, of_slot, side, of_prompt, rows, index = (to_device(v, device) for v in known)
+        states = States(self.x_t[of_slot, side, of_prompt], rows, of_prompt)
         x_prev = self.x_prev[slot, :, prompt]  # (N, 2, C, H, W)
-        return Experience(states, x_prev.unsqueeze(2), index.unsqueeze(2), cond, self.scores, order=slot)
+        return Experience(states, x_prev.unsqueeze(2), index, cond, self.scores, order=slot, read=read)
 
 
 def last_noisy_step(cfg: SampleConfig, table: StepTable) -> int:

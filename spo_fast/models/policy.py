@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -56,7 +57,8 @@ class Policy(TrainedWeights):
         """Norm of the frozen weights that a LoRA changes; None if what is trained are whole weights."""
         self._merged: MergedWeights | None = None
         self.graphs = Graphs(None)
-        """Of a rollout's calls, whose shapes repeat (method/rollout.py)."""
+        """Of calls whose shapes repeat: `predict`, and what a rollout makes of it (method/rollout.py)."""
+        self._which = ""  # of the networks that share one: trained, reference or merged
         self._start: list[Tensor] | None = None
         if adapter.lora_path is not None:
             self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
@@ -153,7 +155,9 @@ class Policy(TrainedWeights):
             rows = rows.where(rows < B, 0)  # what is computed of the rest gets no gradient: it adds zeros
             m = self.predict(x_t[rows], t if t.ndim == 0 else t[rows], cond.select(rows), guided)
             return m.select(slice(B))
-        return denoise(self.unet, x_t, t, cond, guided)
+        trained = torch.is_grad_enabled() and self.shards is None  # whole gradients of parts come and go
+        wrap = functools.partial(self.graphs.wrap_trained, weights=self) if trained else self.graphs.wrap
+        return wrap(f"predict {self._which}", denoise)(self.unet, x_t, t, cond, guided)
 
     @torch.no_grad()
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:
@@ -180,11 +184,18 @@ class Policy(TrainedWeights):
             with self._filled(self._start):
                 yield
             return
+        with self._without_lora("reference"):
+            yield
+
+    @contextlib.contextmanager
+    def _without_lora(self, which: str) -> Iterator[None]:
         self.unet.disable_adapters()
+        self._which = which
         try:
             yield
         finally:
             self.unet.enable_adapters()
+            self._which = ""
 
     @contextlib.contextmanager
     def merged(self, seed: int, iteration: int) -> Iterator[None]:
@@ -199,12 +210,8 @@ class Policy(TrainedWeights):
         if self._merged is None:
             self._merged = MergedWeights(self.unet, self.state_dict())
         self._merged.merge(seed, iteration)
-        self.unet.disable_adapters()
-        try:
-            with self._merged.swapped_in():
-                yield
-        finally:
-            self.unet.enable_adapters()
+        with self._without_lora("merged"), self._merged.swapped_in():
+            yield
 
 
 def _add_lora(unet: UNet2DConditionModel, adapter: AdapterConfig) -> None:

@@ -40,6 +40,35 @@ class TrainedWeights:
         """If `masters` are this process's parts only; gradients arrive in `_sums` then, whole."""
         self.averages: list[Tensor] | None = None  # moving ones of the masters, if they are kept
         self.decay = 0.0
+        self._held: list[Tensor] = []  # the gradients' storages, once they are to stay
+
+    @property
+    def network_weights(self) -> list[Tensor]:
+        """What the network computes with."""
+        return list(self._weights)
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients stay when a step has used them, as zeros."""
+        return bool(self._held)
+
+    @torch.no_grad()
+    def hold_gradients(self) -> None:
+        """From now on each master has a gradient, in a storage that stays: CUDA graphs add to it."""
+        if not self._held:
+            self._held = [torch.zeros_like(m) if m.grad is None else m.grad for m in self.masters]
+        for master, held in zip(self.masters, self._held, strict=True):
+            if master.grad is not held:
+                held.zero_() if master.grad is None else held.copy_(master.grad)
+                master.grad = held
+
+    def drop_gradients(self) -> None:
+        """After an optimizer step."""
+        if self.holds_gradients:
+            torch._foreach_zero_(self._held)
+            return
+        for master in self.masters:
+            master.grad = None
 
     def shard(self) -> None:
         """Keep this process's part of the masters only. Call it before averages and an optimizer are made."""

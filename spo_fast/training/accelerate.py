@@ -72,10 +72,8 @@ def compile_networks(
     """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes. cache: keep it here."""
     if cache is not None:
         keep_cache_in(cache)
-    sample, how = cfg.sample, str(cfg.engine.compile)
-    most = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
-    rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
-    policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
+    how = str(cfg.engine.compile)
+    policy.batch_sizes = batch_sizes(cfg, 1)
     for unet in filter(None, (policy.unet, policy._frozen_copy)):
         compile_network(unet, how, backend=backend)
     if hasattr(vae, "decoder"):
@@ -86,11 +84,25 @@ def compile_networks(
             compile_network(vision, how, (Layer,), backend)
 
 
+def batch_sizes(cfg: Config, parts: int) -> tuple[int, ...]:
+    """Rising: a rollout's, and of the training the largest and equal parts of it."""
+    sample, largest = cfg.sample, cfg.optim.states_at_once
+    most = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
+    rollout = {min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)}
+    return tuple(sorted(rollout | {-(-largest * n // parts) for n in range(1, parts + 1)}))
+
+
 def replayed(
-    policy: Policy, decode: Callable[[Tensor], Tensor], scorer: Scorer, capture: Capture | None
+    policy: Policy, decode: Callable[[Tensor], Tensor], scorer: Scorer, capture: Capture | None, cfg: Config
 ) -> Callable[[Tensor], Tensor]:
-    """From now on calls of a rollout whose shapes came before are replayed; returns the decoder to use."""
-    policy.graphs = graphs = Graphs(capture)
+    """From now on calls whose shapes came before are replayed; returns the decoder to use.
+
+    The first iteration runs as it is, until `policy.graphs.waits` is set to False.
+    """
+    policy.graphs = graphs = Graphs(capture, waits=True)
+    graphs.first_calls_beside = not policy.batch_sizes
+    if capture is not None and not policy.batch_sizes:
+        policy.batch_sizes = batch_sizes(cfg, 8)  # a graph each
     for number, part in enumerate(parts_of(scorer)):
         if sees_pixels(part) and not getattr(part, "reads_device", False):
             part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))  # type: ignore[method-assign]

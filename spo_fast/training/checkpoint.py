@@ -76,7 +76,7 @@ def save(
         gradients = {
             name: p.grad
             for name, p in zip(learner.policy.names, learner.policy.masters, strict=True)
-            if p.grad is not None
+            if p.grad is not None and (state.slots or not learner.policy.holds_gradients)
         }
         kinds = {"trained": learner.policy.state_dict(), "optimizer": optimizer}  # no step yet: it is empty
         some = {"gradients": gradients, "averages": learner.policy.average_state_dict()}

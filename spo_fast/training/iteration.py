@@ -94,6 +94,7 @@ class Iterates:
             rounded = diagnosis.measure_base(self, iteration, experience)
         dropped = state.skipped_steps
         learned = self.learner.update(experience, state, timer, total)
+        self.policy.graphs.waits = False
         if iteration == 0 and self.learner.deviations is not None:
             print(diagnosis.start_text(self.learner.deviations))
         if total == 0 and not scores.isfinite().all():

@@ -40,7 +40,7 @@ class Sums:
 
     stats: Tensor | None = None  # of the objective, over terms; None before the first
     loss: Tensor | float = 0.0  # over terms
-    dead_batches: int = 0
+    dead_batches: Tensor | int = 0
     norms: list[float] = field(default_factory=list)  # of the gradient, a step each
 
 
@@ -66,6 +66,10 @@ class Learner(WeightUpdates):
         self.deviations: dict[int, float] | None = None  # of the ratio from 1 before the first step, by timestep
         self.nonfinite: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
+        self.dead: Tensor | int = 0  # micro-batches since the last step whose gradient is 0
+        self.looks = policy.device.type == "cpu"
+        """Before each backward, whether it is of a dead micro-batch and can be left out. On a GPU that is waited for,
+        so only if the step before had one: until then zeros are added."""
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         if self.scaler.is_enabled():
@@ -108,6 +112,7 @@ class Learner(WeightUpdates):
         sums, used = Sums(), 0
         for slot, own in self.own(len(experience) if total is None else total, state):
             for e in experience.select(own).micro_batches(self.cfg.optim.states_at_once):
+                self.last = None  # its memory
                 with timer("backward"):
                     self.last = self._backward(e, slot.weight, sums)
                 if state.optimizer_steps + state.skipped_steps == 0:
@@ -129,20 +134,21 @@ class Learner(WeightUpdates):
 
     def _backward(self, e: Experience, weight: float, sums: Sums) -> LastBatch:
         """Add a micro-batch's gradient to the masters', and what it says to the sums."""
-        m, loss, stats, dead = self.backward(e, weight)
-        sums.dead_batches += dead
+        m, loss, stats = self.backward(e, weight)
+        dead = self.is_dead(stats)
+        sums.dead_batches, self.dead = sums.dead_batches + dead, self.dead + dead
         sums.stats = stats if sums.stats is None else sums.stats + stats
         sums.loss = sums.loss + loss / weight
         self.nonfinite = self.nonfinite + 0 * loss  # a clamp's gradient of NaN is 0: no norm would show it
         return LastBatch(e, m, loss)
 
-    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor, bool]:
-        """Add a micro-batch's gradient to the masters'. Returns outputs, loss, statistics, and whether it is dead."""
+    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor]:
+        """Add a micro-batch's gradient to the masters'. Returns outputs, loss and statistics."""
         m = predict_states(self.policy, self.table, e, e.states, self.objective.guided(self.cfg.sample))
         loss, stats = self._checked(self.objective.loss(m, self.table, e, self.cfg.sample, weight))
-        if not (dead := self.is_dead(stats)):
+        if not (self.looks and self.is_dead(stats)):
             self.scaler.scale(loss).backward()
-        return m.detach(), loss.detach(), stats, dead
+        return m.detach(), loss.detach(), stats
 
     def _checked(self, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What an objective's loss returned. Raises RunError unless it is what Objective.loss promises."""
@@ -172,7 +178,7 @@ class Learner(WeightUpdates):
         if self.group.size > 1:
             self._add_gradients()
             if not self.group.main and self.policy.shards is None:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.policy.drop_gradients()
         if self.group.size == 1 or self.policy.shards is not None:
             waiting = next((p.grad for p in self.parameters if p.grad is not None), None)
             if waiting is not None:
@@ -195,19 +201,17 @@ class Learner(WeightUpdates):
             return sums
         device = self.policy.device
         own = torch.zeros(len(self.objective.stats), device=device) if sums.stats is None else sums.stats
-        both = torch.as_tensor([float(sums.loss), sums.dead_batches], device=device)
+        both = torch.as_tensor([float(sums.loss), float(sums.dead_batches)], device=device)
         found = torch.cat([both, own]).double()
         self.group.add([found])
         return Sums(found[2:], found[0], int(found[1]), sums.norms)
 
-    def is_dead(self, stats: Tensor) -> bool:
-        """Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0. Waits for the device."""
+    def is_dead(self, stats: Tensor) -> Tensor | bool:
+        """() Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0."""
         names = self.objective.stats
         if "dead" not in names or self.objective.clip is None:
             return False
-        # stacked: a list as an index becomes a host tensor, and copying it waits once more
-        terms, dead = torch.stack([stats[names.index("terms")], stats[names.index("dead")]]).tolist()
-        return dead == terms
+        return stats[names.index("terms")] == stats[names.index("dead")]
 
     def step(self) -> float:
         """One optimizer step on the accumulated gradients; returns their norm before clipping, or NaN of a NaN loss.
@@ -220,21 +224,32 @@ class Learner(WeightUpdates):
         total = self.gradient_norm()
         total = total + torch.as_tensor(self.nonfinite, dtype=total.dtype, device=total.device)
         self.nonfinite = 0.0
-        found = self._over_shards(torch.stack([total, self.policy.size().to(total)]))
-        norm, size = found.tolist()  # waits for the device, once an optimizer step
+        found = self._over_shards(torch.stack([total, self.size().to(total)]))
+        dead = torch.as_tensor(self.dead, dtype=total.dtype, device=total.device)
+        norm, size, self.dead = torch.cat([found, dead[None]]).tolist()  # waits for the device, once an optimizer step
         self.sizes.look(size)  # of the step before
+        self.looks, self.dead = self.dead > 0 or self.policy.device.type == "cpu", 0
         finite = math.isfinite(norm)
         if finite:
             self.clip(found[0])
             self.optimizer.step()  # scaler.step would read from the device once more that nothing overflowed
-            self.policy.copy_to_network()
+            self.copy_to_network()
         else:
             names = zip(self.policy.names, self.parameters, strict=True)
             self.broken = [name for name, p in names if p.grad is not None and not p.grad.isfinite().all()]
         # a norm can overflow where no gradient has: the scale falls then too
         self.scaler.update(None if finite or not self.scaler.is_enabled() else self.scaler.get_scale() / 2)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.drop_gradients()
         return norm
+
+    def size(self) -> Tensor:  # ()
+        """The policy's, whose thousands of small products are replayed where that can be."""
+        return self.policy.graphs.wrap("size", self.policy.size)()
+
+    def copy_to_network(self) -> None:
+        """As the policy's."""
+        replayed = self.policy.shards is None
+        (self.policy.graphs.wrap("copy", self.policy.copy_to_network) if replayed else self.policy.copy_to_network)()
 
     def _over_shards(self, norms: Tensor) -> Tensor:
         """Of all weights, where `norms` are of this process's parts of them."""
@@ -245,7 +260,7 @@ class Learner(WeightUpdates):
 
     def check_weights(self) -> None:
         """Raises RunError if the last optimizer step broke the weights. All processes call it; waits for the device."""
-        self.sizes.look(float(self._over_shards(self.policy.size())))
+        self.sizes.look(float(self._over_shards(self.size())))
 
     def _log(self, terms: int, sums: Sums) -> dict[str, object]:
         record: dict[str, object] = {"lr": self.lr}

@@ -32,8 +32,7 @@ def rebalance(
 ) -> Rebalanced:
     """Permute the terms of all processes once, and deal each slot's out evenly."""
     if group.size == 1:
-        shuffled = permutation(len(e), seed, iteration).to(e.x_prev.device)
-        return Rebalanced(e.select(shuffled), len(e), _first_rows(e))
+        return Rebalanced(e.select(permutation(len(e), seed, iteration)), len(e), _first_rows(e))
     if prompts.start == prompts.stop:
         e = e.select(slice(0, 0))
     assert e.order is not None, "an experience that is dealt out knows its order"
@@ -51,12 +50,11 @@ def rebalance(
     for slot in cut(len(trained)):
         for rank in range(group.size):
             owner[group.share(slot, rank)] = rank
-    device = e.x_prev.device
     mine = source == group.rank
-    parts = [e.select(number[mine & (owner == rank)].to(device)) for rank in range(group.size)]
+    parts = [e.select(number[mine & (owner == rank)]) for rank in range(group.size)]
     position = torch.cat([((owner == group.rank) & (source == rank)).nonzero()[:, 0] for rank in range(group.size)])
     received = _joined(_exchanged(parts, group), e)
-    return Rebalanced(received.select(position.argsort().to(device)), len(trained), rows[trained])
+    return Rebalanced(received.select(position.argsort()), len(trained), rows[trained])
 
 
 def whole_scores(scores: Tensor, prompts: Rows, group: Group) -> Tensor:
@@ -101,4 +99,5 @@ def _joined(parts: list[list[Tensor]], like: Experience) -> Experience:
         cond=Cond(dict(zip(like.cond.cond, cond, strict=True)), like.cond.uncond),
         advantage=None if like.advantage is None else advantage,
         order=None,
+        read=None,
     )

@@ -70,8 +70,8 @@ class Parts(TrainingRun[Config], Iterates):
         accelerate.compile_networks(self.policy, self.model.vae, self.scorer, self.cfg, backend, self.run_dir)
 
     def record_graphs(self, capture: accelerate.Capture | None) -> None:
-        """From now on calls of a rollout whose shapes came before are replayed."""
-        self.decode = accelerate.replayed(self.policy, self.model.decode, self.scorer, capture)
+        """From the second iteration on calls whose shapes came before are replayed."""
+        self.decode = accelerate.replayed(self.policy, self.model.decode, self.scorer, capture, self.cfg)
 
     def settings(self) -> dict[str, object]:
         """As every run's, and how many processes share an iteration."""

@@ -48,7 +48,7 @@ class FakeLearner(Learner):
         self.accumulates = self.straddles or len(parts) > len(self.slots(len(experience), state))
         return super().update(experience, state, timer, total)
 
-    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor, bool]:
+    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor]:
         """Of the largest micro-batch, where several add up beside the gradients of those before."""
         states, whole, optim = len(e.states), super().backward, self.cfg.optim
         if states < self.most or self.first is not None:
@@ -62,14 +62,13 @@ class FakeLearner(Learner):
         self.fill_gradients()
         return found
 
-    def _nothing(self, e: Experience) -> tuple[Prediction, Tensor, Tensor, bool]:
+    def _nothing(self, e: Experience) -> tuple[Prediction, Tensor, Tensor]:
         shape, dtype = e.states.x_t.shape, self.policy.dtype
         halves = [self.once.empty(*shape, dtype=dtype) for _ in range(1 + self.guided)]
         return (
             Prediction(halves[0], halves[1] if self.guided else None),
             torch.zeros(()),
             torch.zeros(len(self.objective.stats)),
-            False,
         )
 
     def fill_gradients(self) -> None:
