@@ -154,7 +154,7 @@ class Graphs:
         """What was captured of such a call, its inputs filled; None if it is to run as it is."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         # strides too: kernels were chosen for them
-        key = (name, spec, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in leaves))
+        key = (name, weights is None, spec, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in leaves))
         if key not in self._captured:
             if key not in self._seen or self.waits or len(self) >= MOST:
                 self._seen.add(key)
