@@ -117,5 +117,5 @@ class RecordedDraws:
         assert noise.ndim == 5 and noise.shape[0] == num_children
         return {"noise": noise}
 
-    def pick(self, step, num_candidates):
-        return self._take("randint")
+    def picks(self, steps, num_candidates):
+        return (self._take("randint") for _ in steps)

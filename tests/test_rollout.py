@@ -87,6 +87,9 @@ class SeededDraws:
         )
         return {"noise": noise.view(num_children, num_parents * self.B, *self.shape)}
 
+    def picks(self, steps, num_candidates):
+        return (self.pick(step, num_candidates) for step in steps)
+
     def pick(self, step, num_candidates):
         return torch.randint(0, num_candidates, (self.B,), generator=self._generator(2, step))
 
@@ -315,7 +318,7 @@ def test_batch_of_eight_draws_what_two_of_four_draw():
         assert torch.equal(
             one.latents((4, 9, 7), torch.float32), torch.cat([p.latents((4, 9, 7), torch.float32) for p in parts])
         )
-        assert torch.equal(one.pick(3, 4), torch.cat([p.pick(3, 4) for p in parts]))
+        assert torch.equal(next(one.picks([3], 4)), torch.cat([next(p.picks([3], 4)) for p in parts]))
 
 
 def test_every_draw_of_a_rollout_is_different():
@@ -327,7 +330,11 @@ def test_every_draw_of_a_rollout_is_different():
         seen.append(philox.normal(draws.children(step, 1, 4)["keys"], 256).view(-1, 4, 8, 8))
     rows = torch.cat(seen).flatten(1)
     assert len(torch.unique(rows, dim=0)) == len(rows) == 3 + 3 * 12
-    assert not torch.equal(draws.pick(1, 1000), draws.pick(2, 1000))
+    one, two = draws.picks([1, 2], 1000)
+    assert not torch.equal(one, two)
+    for step, pick in ((1, one), (2, two)):  # the number that the step alone would get
+        words = philox.words(torch.stack([torch.tensor([7, 2, p, (2 << 24) + step, 0]) for p in range(3)]), 1)
+        assert torch.equal(pick, (words[0][:, 0] * 1000) >> 32)
     other = KeyedDraws(7, 3, torch.arange(3))
     assert not torch.equal(draws.latents((4, 8, 8), torch.float32), other.latents((4, 8, 8), torch.float32))
 

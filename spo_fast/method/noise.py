@@ -6,12 +6,14 @@ uninterrupted one would have, and a replayed CUDA graph draws fresh noise once i
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
+from spo_fast.method.experience import to_device
 from spo_fast.ops import philox
 
 # The high byte of a key's step word says what is drawn, so that no two uses share a counter.
@@ -45,8 +47,8 @@ class Draws(Protocol):
         """(count B,) int64 below a bound, for another use."""
         ...
 
-    def pick(self, step: int, num_candidates: int) -> Tensor:
-        """(B,) int64 candidate that step `step` starts from, uniform."""
+    def picks(self, steps: Sequence[int], num_candidates: int) -> Iterator[Tensor]:
+        """(B,) int64 of each step: the candidate that it starts from, uniform. Asked once a rollout, in order."""
         ...
 
 
@@ -85,9 +87,14 @@ class KeyedDraws:
         """The keys of the noise that step's children of each parent get; the op draws it."""
         return {"keys": self._keys(CHILDREN + step, num_parents)}
 
-    def pick(self, step: int, num_candidates: int) -> Tensor:
-        """(B,) int64: the candidate of each prompt that the next segment starts from."""
-        return self.integer(PICK + step, num_candidates)
+    def picks(self, steps: Sequence[int], num_candidates: int) -> Iterator[Tensor]:
+        """(B,) int64 of each step: the candidate of each prompt that it starts from. All are drawn at once."""
+        if not steps:
+            return iter(())
+        keys = self._keys(PICK, len(steps)).view(len(steps), -1, 5)
+        keys[..., 3] += to_device(torch.tensor(steps), keys.device)[:, None]
+        keys[..., 4] = 0
+        return iter(philox.integer(keys.flatten(0, 1), num_candidates).view(len(steps), -1))
 
 
 def permutation(n: int, seed: int, number: int, use: int = PAIRS) -> Tensor:

@@ -230,6 +230,8 @@ def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
     for i in range(cfg.branch_start):
         x = rollout.advance(x, i)
     m = rollout.predict(x, cfg.branch_start)
+    ends = [end for first, end in segments(cfg) if first not in batch.skipped and end < cfg.last_branch]
+    picks = draws.picks(ends, K)
 
     x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
     for first, end in segments(cfg):
@@ -262,7 +264,7 @@ def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
         scores.append(score.flatten())
         if end < cfg.last_branch:
             by_rank = {"winner": sides[0], "loser": sides[1]}
-            pick = draws.pick(end, K) if cfg.next_start == "random" else by_rank[cfg.next_start]
+            pick = next(picks) if cfg.next_start == "random" else by_rank[cfg.next_start]
             x = _take(branches, pick[None])[0]
             # the prediction that judged the chosen candidate starts its next step: no second UNet call
             chosen = pick * B + torch.arange(B, device=pick.device)
