@@ -31,6 +31,7 @@ class Place(NamedTuple):
     phase: str
     kind: str
     """wait: the host reads a number, or a size that depends on numbers. to host, to device: a copy, and a wait as well.
+    sent: a copy from pinned memory, for which the host does not wait.
     mixed: a tensor of each in one operation. on the host: a tensor made there, which 0-dimensional ones are not."""
     where: str
 
@@ -40,49 +41,47 @@ EVERY = {
     Place("rollout", "on the host", "method/noise.py permutation"): 1,
     Place("rollout", "on the host", "ops/philox.py words"): 1,
     Place("rollout", "on the host", "training/batches.py rollout_batch"): 1,
-    Place("rollout", "to device", "training/batches.py rollout_batch"): 1,
-    Place("rollout", "to device", "scorers/spm.py ClipScorer.encode"): 1,
+    Place("rollout", "sent", "training/batches.py rollout_batch"): 1,
+    Place("rollout", "sent", "scorers/spm.py ClipScorer.encode"): 1,
     # the rollout's one read, and the index that is made of it
     Place("rollout", "to host", "method/rollout.py Segments.compact"): 1,
     Place("rollout", "on the host", "method/rollout.py Segments.compact"): 4,
-    Place("rollout", "to device", "method/rollout.py Segments.compact"): 6,
+    Place("rollout", "sent", "method/rollout.py Segments.compact"): 7,
     # the permutation
     Place("between", "on the host", "method/noise.py permutation"): 1,
     Place("between", "on the host", "ops/philox.py words"): 1,
-    Place("between", "to device", "training/rebalance.py rebalance"): 1,
     Place("between", "on the host", "training/processes.py Group.total"): 1,
-    # an optimizer step: how its terms are cut, its norm
-    Place("between", "to host", "method/experience.py batches"): 1,
+    # an optimizer step: its norm
     Place("step", "to host", "training/learner.py Learner.step"): 1,
-    # the log: the loss scale, the weights' size, all else at once
-    Place("between", "wait", "training/learner.py Learner._log"): 1,
+    # the log: the weights' size, all else at once
     Place("log", "wait", "training/learner.py Learner.check_weights"): 1,
     Place("log", "to host", "training/monitor/log.py fetch_scalars"): 1,
 }
-"""Of a model's iteration, whatever its batches."""
+"""Of a model's iteration, whatever its batches: the host waits four times, and once more with each further step."""
 SDXL_SIZES = {
     Place("rollout", "on the host", "models/diffusion.py DiffusionModel.cond"): 1,
-    Place("rollout", "to device", "models/diffusion.py DiffusionModel.cond"): 1,
+    Place("rollout", "sent", "models/diffusion.py DiffusionModel.cond"): 1,
 }
-TOY_AND_SDXL = EVERY | SDXL_SIZES
+PICKS = {  # of where the second segment starts; SDXL's inner steps leave one
+    Place("rollout", "on the host", "method/noise.py KeyedDraws.picks"): 1,
+    Place("rollout", "sent", "method/noise.py KeyedDraws.picks"): 1,
+}
 
 
 def of(micro_batches: int, embeddings: int) -> dict[Place, int]:
     """With so many micro-batches in the one step, and tensors of a prompt's embeddings."""
     return {
-        Place("rollout", "to device", "models/prompt_cache.py PromptCache.get"): 2 * embeddings,  # and the empty one's
-        # the clamp: nothing is differentiated where it holds every side
-        Place("backward", "to host", "training/learner.py Learner.is_dead"): micro_batches,
-        # which states are used: of the permuted terms, of the step's, of each micro-batch's
-        Place("between", "wait", "method/experience.py Experience.select"): 2 + micro_batches,
+        Place("rollout", "sent", "models/prompt_cache.py PromptCache.get"): 2 * embeddings,  # and the empty one's
+        # index and states: of the permuted terms (their numbers, too), of the step's, of each micro-batch's
+        Place("between", "sent", "method/experience.py Experience.select"): 1 + 2 * (2 + micro_batches),
     }
 
 
 EXPECTED = {
-    "toy": TOY_AND_SDXL | of(2, embeddings=2),
-    "toy:merged": TOY_AND_SDXL | of(2, embeddings=2),
-    "sd15": EVERY | of(2, embeddings=1),
-    "sdxl": TOY_AND_SDXL | of(4, embeddings=2),
+    "toy": EVERY | SDXL_SIZES | PICKS | of(2, embeddings=2),
+    "toy:merged": EVERY | SDXL_SIZES | PICKS | of(2, embeddings=2),
+    "sd15": EVERY | PICKS | of(2, embeddings=1),
+    "sdxl": EVERY | SDXL_SIZES | of(4, embeddings=2),
 }
 PLANTED = {
     Place("rollout", "wait", "method/rollout.py advance"): 2,  # its 2 unbranched steps

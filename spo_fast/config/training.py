@@ -153,8 +153,8 @@ class EngineConfig(ComputeConfig):
     fp8 (a GPU of compute capability 8.9): half, and products in 8 bits. All but full are inexact, for policy and
     reference alike; what they change is measured and printed in the first iteration."""
     cuda_graphs: bool | None = None
-    """On a CUDA device: what a rollout repeats (UNet and transition, decoding, scoring) is replayed as CUDA graphs.
-    Default: where the memory they keep fits beside a training step."""
+    """On a CUDA device: what an iteration repeats (forwards, backwards, decoding, scoring) is replayed as CUDA graphs
+    from the second iteration on. Default: where what they keep fits beside an optimizer step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

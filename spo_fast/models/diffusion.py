@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spo_fast.config.sections import ModelConfig
 from spo_fast.data.files import read_json
-from spo_fast.method.experience import Cond
+from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.files import layout, load, sources
 from spo_fast.models.files.lora import written_settings
@@ -106,8 +106,8 @@ class DiffusionModel:
             uncond = {name: torch.zeros_like(value) for name, value in uncond.items()}
         if self.kind == "sdxl":
             # original size, crop corner, target size
-            size = torch.tensor([[*self.size_told, 0, 0, *self.size_told]], device=self.device)
-            uncond["time_ids"] = size.to(self.dtype)
+            size = torch.tensor([[*self.size_told, 0, 0, *self.size_told]])
+            uncond["time_ids"] = to_device(size, self.device).to(self.dtype)
             cond["time_ids"] = uncond["time_ids"].expand(len(prompts), -1)
         return Cond(cond, uncond)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spo_fast.method.experience import to_device
 from spo_fast.models.tensor_cache import Row, RowCache
 
 if TYPE_CHECKING:
@@ -67,9 +68,8 @@ class PromptCache(RowCache):
             raise ValueError("PromptCache.get was given no prompts, so there is nothing to stack. Pass at least one.")
         rows = self._rows(prompts)
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return {
-            name: values.to(device, dtype if values.is_floating_point() else None) for name, values in stacked.items()
-        }
+        there = {name: to_device(values, torch.device(device)) for name, values in stacked.items()}
+        return {name: v.to(dtype) if v.is_floating_point() else v for name, v in there.items()}
 
     def _rows(self, prompts: Sequence[str]) -> list[Row]:
         """One row a prompt; all that are missing are encoded in one go."""

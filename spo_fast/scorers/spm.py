@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spo_fast.method.experience import to_device
 from spo_fast.ops.resize_normalize import normalise_channels, resize_normalize
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, unit
 from spo_fast.scorers.clip_files import load_clip, save_clip
@@ -106,7 +107,7 @@ class ClipScorer(PictureScorer):
             batch = new[start : start + TEXT_BATCH]
             padded = batch + [""] * (TEXT_BATCH - len(batch))
             cache.update(zip(batch, self.encode_ids(self.tokenize(padded)).cpu(), strict=False))
-        features = torch.stack([cache[prompt] for prompt in prompts]).to(self.device)
+        features = to_device(torch.stack([cache[prompt] for prompt in prompts]), self.device)
         for prompt in list(cache)[: max(0, len(cache) - MAX_CACHED_PROMPTS)]:
             del cache[prompt]
         return features

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spo_fast.config.training import Config
 from spo_fast.models.accelerate import pick_attention
@@ -50,8 +52,12 @@ def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 
 
 def recompute(policy: Policy, cfg: Config) -> None:
     """What of the forward the backward pass computes again, instead of keeping it; may be called again."""
-    how = "enable" if cfg.optim.gradient_checkpointing else "disable"
-    getattr(policy.unet, f"{how}_gradient_checkpointing")()
+    if cfg.optim.gradient_checkpointing:
+        # nothing random is in a network without dropout, and a generator's state cannot be read while a graph is recorded
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        policy.unet.enable_gradient_checkpointing(again)
+    else:
+        policy.unet.disable_gradient_checkpointing()
     if cfg.engine.fuse:
         policy.fuse(recompute=cfg.engine.memory == "balanced")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.method import skipped_segments
-from spo_fast.method.experience import Rows, judges
+from spo_fast.method.experience import Rows, judges, to_device
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
@@ -56,7 +56,7 @@ def inputs(run: Iterates, iteration: int) -> Inputs:
 def rollout_batch(run: Iterates, indices: list[int], iteration: int) -> RolloutBatch:
     """The prompts of these numbers, with the noise that `iteration` gives them."""
     prompts = [run.prompts[i] for i in indices]
-    draws = KeyedDraws(run.cfg.run.seed, iteration, torch.tensor(indices, device=run.device))
+    draws = KeyedDraws(run.cfg.run.seed, iteration, to_device(torch.tensor(indices), run.device))
     text, model = run.scorer.encode(prompts), run.model
     return RolloutBatch(model.cond(prompts), text, draws, model.latent_shape, model.latent_dtype)
 

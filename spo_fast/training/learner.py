@@ -271,5 +271,5 @@ class Learner(WeightUpdates):
         if sums.norms:
             record["grad_norm"] = statistics.fmean([norm for norm in sums.norms if math.isfinite(norm)] or sums.norms)
         if self.scaler.is_enabled():
-            record["loss_scale"] = self.scaler.get_scale()
+            record["loss_scale"] = self.scaler.scale(torch.ones((), device=self.policy.device))  # get_scale waits
         return record | {"dead_batches": sums.dead_batches}

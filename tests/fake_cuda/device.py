@@ -40,7 +40,7 @@ SIZED_BY_VALUES = {
 class Event(NamedTuple):
     """What crossed, and from which line of the package."""
 
-    kind: str  # as test_fake_cuda.py explains: wait | to host | to device | mixed | on the host
+    kind: str  # as test_fake_cuda.py explains: wait | to host | to device | sent | mixed | on the host
     op: str
     file: str  # in the package
     function: str
@@ -53,11 +53,12 @@ def is_on(device_type: str, tensor: Tensor) -> bool:
 
 
 def place() -> tuple[str, str, int]:
-    """The innermost line of the package that is under way: file, function, line."""
+    """The innermost line of the package that is under way, whoever sends for it: file, function, line."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if PACKAGE in path.parents and "plan" not in path.parts:
+        sends = frame.f_code.co_name == "to_device"
+        if PACKAGE in path.parents and "plan" not in path.parts and not sends:
             return str(path.relative_to(PACKAGE)), frame.f_code.co_qualname, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return "?", "?", 0
@@ -123,7 +124,7 @@ class FakeDevice(TorchDispatchMode):
             return self._read(func, args, kwargs, given)
         out = func(*args, **kwargs)
         made = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
-        self._watch(packet, given, made)
+        self._watch(packet, given, made, kwargs)
         self._know(func, args, kwargs, given, made)
         return out
 
@@ -133,10 +134,12 @@ class FakeDevice(TorchDispatchMode):
             found = func(*args, **kwargs)
         return pytree.tree_map_only(Tensor, lambda x: self.fake(x, given[0].device), found)
 
-    def _watch(self, packet: Any, given: list[Tensor], made: list[Tensor]) -> None:
+    def _watch(self, packet: Any, given: list[Tensor], made: list[Tensor], kwargs: Any) -> None:
         if packet in (_aten._to_copy, _aten.copy_):
             if is_on("cuda", given[-1]) != is_on("cuda", made[0]):
-                self.note("to host" if is_on("cpu", made[0]) else "to device", packet.__name__)
+                sent = kwargs.get("non_blocking") and "pinned" in given[-1].__dict__
+                there = "sent" if sent else "to device"
+                self.note("to host" if is_on("cpu", made[0]) else there, packet.__name__)
             return
         host = [x.ndim for x in given if is_on("cpu", x)]
         if any(host) and len(host) < len(given):

@@ -39,6 +39,15 @@ from spo_fast.training.plan.networks import Networks  # noqa: E402
 from spo_fast.training.processes import ALONE  # noqa: E402
 from spo_fast.training.signals import StopRequest  # noqa: E402
 
+def pinned(x: Tensor) -> Tensor:
+    """As pin_memory: what is sent from here, the host does not wait for."""
+    x = x.clone()
+    x.pinned = True  # type: ignore[attr-defined]
+    return x
+
+
+Tensor.pin_memory = pinned  # type: ignore[method-assign]  # there is no such memory
+
 # 2 steps of 2 prompts are compared: 4 pairs, one optimizer step, at least 2 micro-batches
 SMALL = {
     "num_steps": 4, "branch_start": 2, "sample_batch_size": 2, "num_candidates": 2, "decode_chunk": 2,
@@ -76,7 +85,7 @@ class LearnerOnce(Learner):
 
     once: OnceWatched
 
-    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor, bool]:
+    def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor]:
         """As the trainer's."""
         whole = super().backward
         found = self.once.run("backward", "policy", 0, lambda: whole(e, weight))

@@ -29,7 +29,7 @@ class Costs:
     unknown: tuple[str, ...] = ()
     """Scorers whose FLOPs and bytes are not known, and not counted."""
     graphs: bool = False
-    """A rollout is replayed as CUDA graphs, which keep what it took: nothing else can use their memory."""
+    """Networks are replayed as CUDA graphs, which keep what their largest call took, and the gradients."""
 
     def flops(self, valid_share: float = 1.0) -> dict[str, float]:
         """FLOPs of an iteration that keeps this share of its pairs, by part."""
@@ -41,13 +41,18 @@ class Costs:
         """Phase -> bytes. The optimizer has no state yet when prompts are encoded."""
         held = sum(self.resident.values())
         early = {"encode prompts": held - self.resident["optimizer state"]}
-        later = dict.fromkeys(("reference", "backward", "step"), self.kept_by_graphs)
-        return {phase: early.get(phase, held) + n + later.get(phase, 0) for phase, n in self.transient.items()}
+        found = {phase: early.get(phase, held) + n for phase, n in self.transient.items()}
+        if self.graphs:
+            found |= {phase: held + self.gradients + self.kept_by_graphs for phase in REPLAYED & found.keys()}
+            found["step"] += self.kept_by_graphs
+        return found
 
     @property
     def kept_by_graphs(self) -> int:
-        """Bytes: at most what the rollout and the score took; the graphs share one pool."""
-        return max((self.transient.get(phase, 0) for phase in ("rollout", "score")), default=0) if self.graphs else 0
+        """Bytes: what the largest replayed phase takes; the graphs share one pool (models/graphs.py)."""
+        inside = {"backward": self.gradients}
+        took = [n - inside.get(phase, 0) for phase, n in self.transient.items() if phase in REPLAYED]
+        return max(took, default=0) if self.graphs else 0
 
     @property
     def peak(self) -> int:
@@ -55,5 +60,7 @@ class Costs:
         return max(self.peaks.values())
 
 
+REPLAYED = {"rollout", "score", "reference", "backward"}
+"""Phases whose networks CUDA graphs replay. All calls are made in one pool of memory."""
 WORK = ("rollout", "score", "reference", "backward", "step")
 """The timer's phases that FLOPs are counted for."""

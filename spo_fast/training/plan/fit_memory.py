@@ -2,7 +2,7 @@
 
 Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once; and,
 if the model's noise schedule ends in a step without noise, that training ends before it.
-Batches stay whole while the predicted peak (fake_run.py) leaves room; then CUDA graphs, which keep a rollout's memory,
+Batches stay whole while the predicted peak (fake_run.py) leaves room; then CUDA graphs, which keep a micro-batch's memory,
 are left out, then batches are halved until they fit; norms, then all activations, are recomputed only when no batch
 fits without. The run's saved settings hold what was chosen.
 """
@@ -69,7 +69,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         peak = peak_of(flag, costs(cfg))
         how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
         if flag == "cuda_graphs":
-            how = "their memory fits beside a training step" if flat[flag] else "training needs their memory"
+            how = "what they keep fits beside an optimizer step" if flat[flag] else "the step needs their memory"
         if flag in ("memory", "gradient_checkpointing"):
             how = "nothing computed twice" if flat[flag] == whole[flag] else "needed to fit"
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
