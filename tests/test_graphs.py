@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import recorded
 import torch
-from runs import built, facts, run_toy
+from runs import assert_same_tensors, built, facts, killed_run, run_toy
 
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.models.graphs import Graphs
 from spo_fast.ops.transition import transition
-from spo_fast.training import batches, loop
+from spo_fast.training import accelerate, batches, loop
 
 
 def test_the_first_call_runs_the_second_is_recorded_later_ones_replay():
@@ -108,32 +108,168 @@ def as_cond(parts):
     return Cond(*parts)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_inner_steps": 1, "method": "mspo", "rows_per_forward": 4, "threshold": 0.0},
-        {"rollout_weights": "merged", "max_prompts": 3},  # an epoch's last batch is short
-        {"fuse": True, "num_inner_steps": 1, "method": "mspo"},
-        {"method": "ddpo", "threshold": None, "guidance_scale": 1.0},
-    ],
-    ids=["spo", "mspo", "merged", "fused", "ddpo"],
-)
-def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, settings):
-    """Five iterations: prompts, noise, weights and the number of valid pairs change, no number does."""
-    settings = {"num_train_epochs": 3, "max_train_steps": 5, **settings}
-    plain = facts(run_toy(tmp_path / "plain", **settings))
-    made = []
-    record_graphs = loop.Run.record_graphs
+LIST = {"method": "dense", "num_candidates": 3, "num_ranked": 2, "num_sampled_steps": 2, "threshold": None}
+VARIANTS = {
+    "spo": {},
+    "mspo": {"num_inner_steps": 1, "method": "mspo", "rows_per_forward": 4, "threshold": 0.0},
+    "merged": {"rollout_weights": "merged", "max_prompts": 3},  # an epoch's last batch is short
+    "fused": {"fuse": True, "num_inner_steps": 1, "method": "mspo"},
+    "ddpo": {"method": "ddpo", "threshold": None, "guidance_scale": 1.0},
+    "clamped": {"clip": 1e-4, "learning_rate": 0.05, "train_batch_size": 1},  # micro-batches are dead
+    "masters": {"mixed_precision": "bf16", "states_per_forward": 2, "train_batch_size": 4},  # several add up in the masters' gradients
+    "published": {"accumulation": "published", "gradient_accumulation_steps": 3},  # gradients wait for an iteration
+    "checkpointed": {"gradient_checkpointing": True, "fuse": True},
+    "d3po": {"method": "d3po"},
+    "dpok": {"method": "dpok", "threshold": None},
+    "gradspo": {"method": "gradspo"},
+    "dense": LIST,
+    "full": {"full_finetune": True, "learning_rate": 1e-5},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, name):
+    """Iterations whose prompts, noise, weights and number of valid pairs change: no number does, in log or file."""
+    settings = {"num_train_epochs": 3, "max_train_steps": 4, "checkpointing_steps": 3, **VARIANTS[name]}
+    whole, sizes = accelerate.batch_sizes, []
+
+    def exact(cfg, parts):
+        """No batch is filled up: sums over more rows differ in their last bits."""
+        sizes.append(whole(cfg, parts))
+        return ()
+
+    monkeypatch.setattr(accelerate, "batch_sizes", exact)
+    plain = run_toy(tmp_path / "plain", **settings)
+    runs = recording(monkeypatch)
+    replayed = run_toy(tmp_path / "replayed", **settings)
+    assert facts(replayed) == facts(plain) and len(facts(plain)) == 4
+    assert sizes and tree(replayed) == tree(plain)
+    for file in ("checkpoint-3/trained", "checkpoint-4/trained", "checkpoint-3/optimizer"):
+        assert_same_tensors(plain / f"{file}.safetensors", replayed / f"{file}.safetensors")
+    graphs = runs[0]
+    kinds = {(key[0], key[1]) for key in graphs._captured}
+    assert {("predict ", False), ("size", True), ("copy", True)} <= kinds  # a backward, and what follows a step
+    assert {name for name, _ in kinds} & {"advance", "predict_rows"}
+
+
+def recording(monkeypatch):
+    """From now on runs record by the tape; what they record is appended to the list returned."""
+    runs, record_graphs = [], loop.Run.record_graphs
 
     def recorded_graphs(self, capture):
         record_graphs(self, recorded.capture)
-        made.append(self.policy.graphs)
+        runs.append(self.policy.graphs)
 
     monkeypatch.setattr(loop.Run, "record_graphs", recorded_graphs)
-    replayed = facts(run_toy(tmp_path / "replayed", **settings))
-    assert replayed == plain and len(plain) == 5
-    assert len(made[0]) >= 2  # of them, forward and transition among them
+    return runs
+
+
+def tree(directory):
+    """The names of a checkpoint's files: gradients among them only if some wait."""
+    return sorted(str(file.relative_to(directory)) for file in directory.glob("checkpoint-*/*.safetensors"))
+
+
+def test_a_replayed_run_is_resumed_bit_for_bit(tmp_path, monkeypatch):
+    """Killed while gradients wait for the next iteration; the new process captures anew."""
+    settings = {"accumulation": "published", "gradient_accumulation_steps": 3, "checkpointing_steps": 1}
+    settings |= {"num_train_epochs": 3, "max_train_steps": 6}
+    recording(monkeypatch)
+    whole = run_toy(tmp_path / "whole", **settings)
+    cut = killed_run(tmp_path / "cut", monkeypatch, after=2, **settings)
+    assert (cut / "checkpoint-2/gradients.safetensors").is_file()
+    run_toy(cut, resume_from_checkpoint="latest", **settings)
+    assert facts(cut) == facts(whole)
+    assert_same_tensors(*(run / "pytorch_lora_weights.safetensors" for run in (whole, cut)))
+
+
+# ---------------------------------------------------------------------------------------------- with a gradient
+
+
+class Line:
+    """y = x w, as models/graphs.py sees weights."""
+
+    def __init__(self):
+        self.w = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+    @property
+    def network_weights(self):
+        return [self.w]
+
+    def hold_gradients(self):
+        self.w.grad = torch.zeros_like(self.w) if self.w.grad is None else self.w.grad
+
+
+def test_a_backward_is_replayed_into_the_gradient_that_is_there():
+    """d (c w x) / d w = c x, added up over calls; the outputs' structure stays, None too."""
+    line, ran = Line(), []
+
+    def function(x, scale):
+        ran.append(1)
+        return {"y": scale * x * line.w, "none": None}
+
+    call = Graphs(recorded.capture).wrap_trained("f", function, line)
+    want = torch.zeros(2, dtype=torch.float64)
+    for n in range(1, 5):
+        x = torch.tensor([n, -n], dtype=torch.float64)
+        out = call(x, 2.0)
+        assert out["none"] is None and torch.equal(out["y"], 2 * x * line.w)
+        (out["y"] * n).sum().backward()
+        want += 2 * n * x
+        assert torch.equal(line.w.grad, want)
+        with torch.no_grad():
+            line.w += 1  # as an optimizer does: in place
+    assert len(ran) == 2
+
+
+def test_a_backward_must_follow_its_forward():
+    line = Line()
+    graphs = Graphs(recorded.capture)
+    call, other = graphs.wrap_trained("f", lambda x: x * line.w, line), graphs.wrap("g", lambda x: x + 1)
+    x = torch.ones(2, dtype=torch.float64)
+    for _ in range(2):
+        call(x).sum().backward()
+    late = call(x)
+    other(x)
+    with pytest.raises(RuntimeError, match="before the next call"):
+        late.sum().backward()
+    twice = call(x).sum()
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="must run once"):
+        twice.backward()
+
+
+def test_a_wrapped_call_inside_another_is_a_part_of_it():
+    graphs = Graphs(recorded.capture)
+    inner = graphs.wrap("inner", lambda x: x + 1)
+    outer = graphs.wrap("outer", lambda x: inner(x) * 2)
+    for n in range(4):
+        assert outer(torch.tensor([n])).tolist() == [2 * (n + 1)]
+    assert len(graphs) == 1
+    for n in range(3):  # by itself it is another call
+        assert inner(torch.tensor([n])).tolist() == [n + 1]
+    assert len(graphs) == 2
+
+
+def test_nothing_is_captured_before_the_first_iteration_ends():
+    graphs = Graphs(recorded.capture, waits=True)
+    call = graphs.wrap("f", lambda x: x + 1)
+    for _ in range(3):
+        call(torch.ones(2))
+    assert len(graphs) == 0
+    graphs.waits = False
+    call(torch.ones(2))
+    call(torch.ones(3))  # a shape that is new runs as it is
+    assert len(graphs) == 1
+
+
+def test_shapes_without_end_end(monkeypatch):
+    monkeypatch.setattr("spo_fast.models.graphs.MOST", 3)
+    graphs = Graphs(recorded.capture)
+    call = graphs.wrap("f", lambda x: x + 1)
+    for n in range(1, 6):
+        for _ in range(3):
+            assert call(torch.ones(n)).tolist() == [2.0] * n
+    assert len(graphs) == 3
 
 
 def test_a_rollout_is_all_replays_but_for_branching(tmp_path):

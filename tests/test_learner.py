@@ -8,6 +8,7 @@ from runs import assert_same_tensors, built, facts, run_toy
 
 from spo_fast.method import objectives
 from spo_fast.method.objectives import Objective
+from spo_fast.training.learner import Learner
 
 # steps so large that ratios leave a narrow clamp at once, slots of one pair: many micro-batches are dead
 DEADLY = {"learning_rate": 0.05, "clip": 1e-4, "train_batch_size": 1, "max_train_steps": 3}
@@ -30,6 +31,41 @@ def test_dead_micro_batches_skip_their_backward_and_nothing_else(tmp_path, monke
             k: v for k, v in b.items() if k != "dead_batches"
         }
     assert_same_tensors(*(run / "pytorch_lora_weights.safetensors" for run in (skipping, whole)))
+
+
+def test_on_a_gpu_dead_ones_are_looked_for_once_there_were_some(tmp_path, monkeypatch):
+    """The numbers are those of a look at each; backwards are left out only in steps after one with a dead batch."""
+    always = run_toy(tmp_path / "always", **DEADLY)
+    update, step, backward = Learner.update, Learner.step, Learner.backward
+    taken, dead, steps = [], [], []  # of the step under way; of each step: whether it looked, dead ones, left out
+
+    def as_on_a_gpu(self, *rest):
+        if self.always_looks:
+            self.always_looks = self.looks = False
+        return update(self, *rest)
+
+    def watched(self, e, weight):
+        scale = self.scaler.scale
+        self.scaler.scale = lambda loss: taken.append(1) or scale(loss)
+        found = backward(self, e, weight)
+        self.scaler.scale = scale
+        dead.append(bool(self.is_dead(found[2])))
+        return found
+
+    def counted(self):
+        steps.append((self.looks, sum(dead), len(dead) - len(taken)))
+        taken.clear(), dead.clear()
+        return step(self)
+
+    monkeypatch.setattr(Learner, "update", as_on_a_gpu)
+    monkeypatch.setattr(Learner, "backward", watched)
+    monkeypatch.setattr(Learner, "step", counted)
+    lazy = run_toy(tmp_path / "lazy", **DEADLY)
+    assert facts(lazy) == facts(always)
+    assert_same_tensors(*(run / "pytorch_lora_weights.safetensors" for run in (always, lazy)))
+    assert {looked for looked, *_ in steps} == {True, False} and any(not looked and n for looked, n, _ in steps)
+    for (looked, n, left_out), (_, before, _) in zip(steps[1:], steps, strict=False):
+        assert looked is (before > 0) and left_out == (n if looked else 0)
 
 
 def test_a_loss_that_is_nan_drops_its_step_though_the_clamp_hides_it(tmp_path, monkeypatch):

@@ -102,8 +102,8 @@ class Graphs:
     def wrap(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
         """A function of tensors (in tuples and dicts, with constants among them) -> the same function, replayed.
 
-        Without gradient. It must not read from the device or change its inputs. Outputs are copies: no later call
-        rewrites them.
+        Without gradient. It must not read from the device or change its inputs, and may run more often than it is
+        called: it must not add to anything. Outputs are copies: no later call rewrites them.
         """
         if self.capture is None:
             return function

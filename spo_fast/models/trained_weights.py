@@ -108,6 +108,10 @@ class TrainedWeights:
 
     def copy_to_network(self) -> None:
         """Copy the masters into the network after an optimizer step; their averages, if kept, follow."""
+        if self.shards is None:
+            self.copy_masters()
+            self.average()
+            return
 
         def take(i: int, master: Tensor) -> None:
             self._copy(i, master)
@@ -115,6 +119,18 @@ class TrainedWeights:
                 self.averages[i].lerp_(master, 1 - self.decay)
 
         self._each(take)
+
+    @torch.no_grad()
+    def copy_masters(self) -> None:
+        """The network computes with them, whole ones, from now on."""
+        for i, master in enumerate(self.masters):
+            self._copy(i, master)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averages, if kept, towards whole masters."""
+        if self.averages is not None:
+            torch._foreach_lerp_(self.averages, self.masters, 1 - self.decay)
 
     def keep_averages(self, decay: float) -> None:
         """From now on: average = decay * average + (1 - decay) * master at each optimizer step."""

@@ -67,9 +67,9 @@ class Learner(WeightUpdates):
         self.nonfinite: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0
         self.broken: list[str] = []  # trained weights whose last dropped gradient was not finite
         self.dead: Tensor | int = 0  # micro-batches since the last step whose gradient is 0
-        self.looks = policy.device.type == "cpu"
-        """Before each backward, whether it is of a dead micro-batch and can be left out. On a GPU that is waited for,
-        so only if the step before had one: until then zeros are added."""
+        self.always_looks = self.looks = policy.device.type == "cpu"
+        """Whether a backward of a dead micro-batch is left out. On a GPU each look waits, so it looks only if the step
+        before had a dead one: until then their zeros are added."""
         # fp16 gradients underflow: scale the loss, unscale the float32 masters' gradients, skip steps that overflowed
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         if self.scaler.is_enabled():
@@ -228,7 +228,7 @@ class Learner(WeightUpdates):
         dead = torch.as_tensor(self.dead, dtype=total.dtype, device=total.device)
         norm, size, self.dead = torch.cat([found, dead[None]]).tolist()  # waits for the device, once an optimizer step
         self.sizes.look(size)  # of the step before
-        self.looks, self.dead = self.dead > 0 or self.policy.device.type == "cpu", 0
+        self.looks, self.dead = self.always_looks or self.dead > 0, 0
         finite = math.isfinite(norm)
         if finite:
             self.clip(found[0])
@@ -248,8 +248,12 @@ class Learner(WeightUpdates):
 
     def copy_to_network(self) -> None:
         """As the policy's."""
-        replayed = self.policy.shards is None
-        (self.policy.graphs.wrap("copy", self.policy.copy_to_network) if replayed else self.policy.copy_to_network)()
+        policy = self.policy
+        if policy.shards is not None:
+            policy.copy_to_network()
+            return
+        policy.graphs.wrap("copy", policy.copy_masters)()
+        policy.average()
 
     def _over_shards(self, norms: Tensor) -> Tensor:
         """Of all weights, where `norms` are of this process's parts of them."""
