@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import pytest
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from spo_fast.models.graphs import Graphs
+from spo_fast.training import loop
 
 
 class Tape(TorchDispatchMode):
@@ -55,3 +59,16 @@ class Recorder:
 
 
 capture = Recorder()
+
+
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """From now on runs record by the tape; what they record is appended to the list returned."""
+    runs: list[Graphs] = []
+    record_graphs = loop.Run.record_graphs
+
+    def recorded_graphs(self: loop.Run, _: object) -> None:
+        record_graphs(self, capture)
+        runs.append(self.policy.graphs)
+
+    monkeypatch.setattr(loop.Run, "record_graphs", recorded_graphs)
+    return runs

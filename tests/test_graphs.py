@@ -12,7 +12,7 @@ from runs import assert_same_tensors, built, facts, killed_run, run_toy
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.models.graphs import Graphs
 from spo_fast.ops.transition import transition
-from spo_fast.training import accelerate, batches, loop
+from spo_fast.training import accelerate, batches
 
 
 def test_the_first_call_runs_the_second_is_recorded_later_ones_replay():
@@ -116,7 +116,11 @@ VARIANTS = {
     "fused": {"fuse": True, "num_inner_steps": 1, "method": "mspo"},
     "ddpo": {"method": "ddpo", "threshold": None, "guidance_scale": 1.0},
     "clamped": {"clip": 1e-4, "learning_rate": 0.05, "train_batch_size": 1},  # micro-batches are dead
-    "masters": {"mixed_precision": "bf16", "states_per_forward": 2, "train_batch_size": 4},  # several add up in the masters' gradients
+    "masters": {
+        "mixed_precision": "bf16",
+        "states_per_forward": 2,
+        "train_batch_size": 4,
+    },  # several add up in the masters' gradients
     "published": {"accumulation": "published", "gradient_accumulation_steps": 3},  # gradients wait for an iteration
     "checkpointed": {"gradient_checkpointing": True, "fuse": True},
     "d3po": {"method": "d3po"},
@@ -140,7 +144,7 @@ def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(accelerate, "batch_sizes", exact)
     plain = run_toy(tmp_path / "plain", **settings)
-    runs = recording(monkeypatch)
+    runs = recorded.recording(monkeypatch)
     replayed = run_toy(tmp_path / "replayed", **settings)
     assert facts(replayed) == facts(plain) and len(facts(plain)) == 4
     assert sizes and tree(replayed) == tree(plain)
@@ -152,18 +156,6 @@ def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, name):
     assert {name for name, _ in kinds} & {"advance", "predict_rows"}
 
 
-def recording(monkeypatch):
-    """From now on runs record by the tape; what they record is appended to the list returned."""
-    runs, record_graphs = [], loop.Run.record_graphs
-
-    def recorded_graphs(self, capture):
-        record_graphs(self, recorded.capture)
-        runs.append(self.policy.graphs)
-
-    monkeypatch.setattr(loop.Run, "record_graphs", recorded_graphs)
-    return runs
-
-
 def tree(directory):
     """The names of a checkpoint's files: gradients among them only if some wait."""
     return sorted(str(file.relative_to(directory)) for file in directory.glob("checkpoint-*/*.safetensors"))
@@ -173,7 +165,7 @@ def test_a_replayed_run_is_resumed_bit_for_bit(tmp_path, monkeypatch):
     """Killed while gradients wait for the next iteration; the new process captures anew."""
     settings = {"accumulation": "published", "gradient_accumulation_steps": 3, "checkpointing_steps": 1}
     settings |= {"num_train_epochs": 3, "max_train_steps": 6}
-    recording(monkeypatch)
+    recorded.recording(monkeypatch)
     whole = run_toy(tmp_path / "whole", **settings)
     cut = killed_run(tmp_path / "cut", monkeypatch, after=2, **settings)
     assert (cut / "checkpoint-2/gradients.safetensors").is_file()

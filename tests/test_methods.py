@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded as tape
 import torch
-from runs import SMALL, assert_same_end, built, command_line, facts, killed_run, run_toy
+from runs import SMALL, assert_same_end, assert_same_tensors, built, command_line, facts, killed_run, run_toy
 from safetensors.torch import load_file
 from test_rollout import Net, Scorer, SeededDraws, decode, judge, scheduled
 
@@ -70,6 +71,20 @@ def of(files: dict[str, Path]) -> Callable[..., dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("method", ["lpo", *sorted(DATA)])
+def test_replays_of_what_is_captured_equal_plain_calls(
+    tmp_path: Path, of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The methods that need files; all others: test_graphs.py."""
+    monkeypatch.setattr("spo_fast.training.accelerate.batch_sizes", lambda cfg, parts: ())
+    settings = of(method, max_train_steps=4, num_train_epochs=9)
+    plain = run_toy(tmp_path / "plain", **settings)
+    graphs = tape.recording(monkeypatch)
+    replayed = run_toy(tmp_path / "replayed", **settings)
+    assert facts(replayed) == facts(plain) and len(graphs[0]) >= 3
+    assert_same_tensors(*(run / "pytorch_lora_weights.safetensors" for run in (plain, replayed)))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -154,7 +154,12 @@ class Graphs:
         """What was captured of such a call, its inputs filled; None if it is to run as it is."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         # strides too: kernels were chosen for them
-        key = (name, weights is None, spec, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in leaves))
+        key = (
+            name,
+            weights is None,
+            spec,
+            *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in leaves),
+        )
         if key not in self._captured:
             if key not in self._seen or self.waits or len(self) >= MOST:
                 self._seen.add(key)
@@ -246,6 +251,7 @@ class CudaCapture:
     def __init__(self, device: torch.device):
         self.device = device
         self.pool = torch.cuda.MemPool()
+        self._pool = cast("torch.cuda._POOL_HANDLE", self.pool.id)
         self.stream = torch.cuda.Stream(device)
 
     @contextlib.contextmanager
@@ -269,6 +275,6 @@ class CudaCapture:
     def record(self, function: Callable[[], object]) -> tuple[Replay, object]:
         """As Capture.record."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
             outputs = function()
         return graph.replay, outputs

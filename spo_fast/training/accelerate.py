@@ -53,7 +53,7 @@ def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 
 def recompute(policy: Policy, cfg: Config) -> None:
     """What of the forward the backward pass computes again, instead of keeping it; may be called again."""
     if cfg.optim.gradient_checkpointing:
-        # nothing random is in a network without dropout, and a generator's state cannot be read while a graph is recorded
+        # nothing is random without dropout, and no generator's state can be read while a graph is recorded
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         policy.unet.enable_gradient_checkpointing(again)
     else:

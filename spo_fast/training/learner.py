@@ -222,13 +222,13 @@ class Learner(WeightUpdates):
             self._add_gradients()  # of skipped backwards: zeros, momentum moves on all the same
         self.scaler.unscale_(self.optimizer)
         total = self.gradient_norm()
-        total = total + torch.as_tensor(self.nonfinite, dtype=total.dtype, device=total.device)
+        total = (total + self.nonfinite).to(total.dtype)
         self.nonfinite = 0.0
         found = self._over_shards(torch.stack([total, self.size().to(total)]))
-        dead = torch.as_tensor(self.dead, dtype=total.dtype, device=total.device)
-        norm, size, self.dead = torch.cat([found, dead[None]]).tolist()  # waits for the device, once an optimizer step
+        dead = (torch.zeros_like(total) + self.dead).to(total.dtype)
+        norm, size, batches = torch.cat([found, dead[None]]).tolist()  # waits for the device, once an optimizer step
         self.sizes.look(size)  # of the step before
-        self.looks, self.dead = self.always_looks or self.dead > 0, 0
+        self.looks, self.dead = self.always_looks or batches > 0, 0
         finite = math.isfinite(norm)
         if finite:
             self.clip(found[0])

@@ -39,6 +39,7 @@ from spo_fast.training.plan.networks import Networks  # noqa: E402
 from spo_fast.training.processes import ALONE  # noqa: E402
 from spo_fast.training.signals import StopRequest  # noqa: E402
 
+
 def pinned(x: Tensor) -> Tensor:
     """As pin_memory: what is sent from here, the host does not wait for."""
     x = x.clone()

@@ -38,21 +38,35 @@ class Costs:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Phase -> bytes. The optimizer has no state yet when prompts are encoded."""
-        held = sum(self.resident.values())
-        early = {"encode prompts": held - self.resident["optimizer state"]}
-        found = {phase: early.get(phase, held) + n for phase, n in self.transient.items()}
+        """Phase -> bytes."""
+        found = self.own_peaks
         if self.graphs:
-            found |= {phase: held + self.gradients + self.kept_by_graphs for phase in REPLAYED & found.keys()}
+            most = sum(self.resident.values()) + self.gradients + self.kept_by_graphs
+            found |= dict.fromkeys(REPLAYED & found.keys(), most)
             found["step"] += self.kept_by_graphs
         return found
 
     @property
-    def kept_by_graphs(self) -> int:
-        """Bytes: what the largest replayed phase takes; the graphs share one pool (models/graphs.py)."""
+    def own_peaks(self) -> dict[str, int]:
+        """Phase -> bytes, without what other phases' graphs keep. Prompts come before the optimizer has state."""
+        held = sum(self.resident.values())
+        found = {phase: held + n for phase, n in self.transient.items()}
+        if self.graphs:
+            found = {phase: n + self.gradients * (phase in REPLAYED - {"backward"}) for phase, n in found.items()}
+        if "encode prompts" in found:
+            found["encode prompts"] -= self.resident["optimizer state"]
+        return found
+
+    @property
+    def replayed(self) -> dict[str, int]:
+        """Phase -> bytes that its networks take of the graphs' pool (models/graphs.py); gradients lie outside."""
         inside = {"backward": self.gradients}
-        took = [n - inside.get(phase, 0) for phase, n in self.transient.items() if phase in REPLAYED]
-        return max(took, default=0) if self.graphs else 0
+        return {phase: n - inside.get(phase, 0) for phase, n in self.transient.items() if phase in REPLAYED}
+
+    @property
+    def kept_by_graphs(self) -> int:
+        """Bytes: what the largest replayed phase takes; all graphs share the pool."""
+        return max(self.replayed.values(), default=0) if self.graphs else 0
 
     @property
     def peak(self) -> int:

@@ -2,9 +2,9 @@
 
 Only settings that leave the maths alone are chosen: precision if it was left open, and how much is done at once; and,
 if the model's noise schedule ends in a step without noise, that training ends before it.
-Batches stay whole while the predicted peak (fake_run.py) leaves room; then CUDA graphs, which keep a micro-batch's memory,
-are left out, then batches are halved until they fit; norms, then all activations, are recomputed only when no batch
-fits without. The run's saved settings hold what was chosen.
+Batches stay whole while the predicted peak (fake_run.py) leaves room, then they are halved until they fit; norms, then
+all activations, are recomputed only when no batch fits without. CUDA graphs, which keep a micro-batch's memory, come
+where that leaves room for them. The run's saved settings hold what was chosen.
 """
 
 from __future__ import annotations
@@ -88,8 +88,13 @@ def choose_for(device: torch.device, cfg: Config, resolved: Resolved) -> tuple[C
 
 
 def peak_of(flag: str, costs: Costs) -> int:
-    """Bytes: the highest peak of the phases whose memory the setting decides."""
-    return max((costs.peaks[phase] for phase in DECIDES[flag] if phase in costs.peaks), default=0)
+    """Bytes: the highest peak of the phases whose memory the setting decides; of a batch size, by itself, and of the
+    step if its phase is what fills the graphs' pool."""
+    peaks, phases = costs.peaks if flag == "cuda_graphs" else costs.own_peaks, DECIDES[flag]
+    found = [peaks[phase] for phase in phases if phase in peaks]
+    if costs.graphs and any(costs.replayed.get(phase) == costs.kept_by_graphs for phase in phases):
+        found.append(costs.peaks["step"])
+    return max(found, default=0)
 
 
 def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: int) -> Config:
@@ -102,10 +107,9 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
             cfg = cfg.with_fields(**{flag: value})
         return cfg
 
-    cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
-    # networks that fill a card hide their launches: smaller batches or computing twice should cost more (not measured)
-    if "cuda_graphs" in may and peak_of("cuda_graphs", costs(cfg)) > usable:
+    if "cuda_graphs" in may:  # networks that fill a card hide their launches: whole batches come first (not measured)
         cfg = cfg.with_fields(cuda_graphs=False)
+    cfg = halved(halved(cfg, "rows_per_forward"), "decode_chunk")
     ladder: list[dict[str, str | bool]] = [{"memory": "balanced"}] if "memory" in may and cfg.engine.fuse else []
     if "gradient_checkpointing" in may:
         ladder.append({"gradient_checkpointing": True} | ({"memory": "small"} if "memory" in may else {}))
@@ -113,7 +117,7 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         tried = halved(cfg.with_fields(**settings), "states_per_forward")
         if costs(tried).peaks["backward"] <= usable:
             break
-    if "cuda_graphs" in may:  # batches that were halved may have left room for them after all
+    if "cuda_graphs" in may:
         again = tried.with_fields(cuda_graphs=True)
         return again if peak_of("cuda_graphs", costs(again)) <= usable else tried
     return tried
