@@ -2,7 +2,8 @@
 package's names stands here; a name that is gone is left alone, and said (`missing`).
 
 On a null GPU every number that comes from a kernel is 0. So a rollout would keep no pair, a clamp would seem to hold
-every micro-batch, and states would be numbered by zeros. Each patch reads what the host reads, so that waits count.
+every micro-batch, and states would be numbered by zeros. Each patch reads what the host reads in an iteration, so that
+its waits count.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ missing: list[str] = []
 def apply(ledger: Ledger, valid_share: Callable[[], float] = lambda: 1.0) -> None:
     """All of them. valid_share(): of a rollout's comparisons, how many are kept."""
     missing.clear()
+    _wrap("spo_fast.data.weights", "check_finite", _unjudged)  # first: others import the function by its name
     torch.backends.cuda.enable_cudnn_sdp(False)  # whose plans the stub of cuDNN does not make
     _wrap("spo_fast.models.attention", "why_not", _no_cudnn)
     _wrap("spo_fast.training.monitor.timer", "Timer.__call__", lambda plain: _counted_phase(plain, ledger))
     _wrap("spo_fast.method.rollout", "Segments.compact", lambda plain: _scripted(plain, ledger, valid_share))
     _wrap("spo_fast.training.learner", "Learner.is_dead", _alive)
+    _wrap("spo_fast.training.step_sizes", "StepSizes.look", _unjudged)
     _wrap("spo_fast.method.experience", "Experience.select", lambda plain: _numbered(plain, ledger))
     torch.unique = _on_host(torch.unique, ledger)
     torch.Tensor.unique = _on_host(torch.Tensor.unique, ledger)  # type: ignore[method-assign]
@@ -71,6 +74,11 @@ def _scripted(plain: Any, ledger: Ledger, valid_share: Callable[[], float]) -> A
         return plain(self, cond)
 
     return compact
+
+
+def _unjudged(plain: Any) -> Any:
+    """check_finite(tensors, ...) raises where `isfinite` says 0, StepSizes.look(size) where weights were not moved as told."""
+    return lambda *args, **kwargs: None
 
 
 def _alive(plain: Any) -> Any:

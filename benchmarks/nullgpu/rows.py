@@ -2,8 +2,8 @@
 
     python -m benchmarks.nullgpu.rows KIND ROW SHARE [--iterations N] [--out FILE] [--expandable]
 
-KIND: sd15 or sdxl; ROW: of iteration.py's ROWS; SHARE: of the comparisons, how many are kept. One row a process: what
-an earlier one compiled or captured would count for it. --no_lines: not the lines that wait, which costs host time.
+ROW: of iteration.py's ROWS; SHARE: of the comparisons, how many are kept. One row a process: what an earlier one
+compiled or captured would count for it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="instead of the published batch")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{datetime.date.today()}_nullgpu.jsonl")
     parser.add_argument("--expandable", action="store_true", help="the allocator's expandable segments")
-    parser.add_argument("--no_lines", action="store_true")
+    parser.add_argument("--no_lines", action="store_true", help="do not look which lines wait: it costs host time")
+    parser.add_argument("--label", help="what is measured, where the commit does not say it")
     args = parser.parse_args()
     if args.expandable:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
@@ -58,6 +59,7 @@ def main() -> None:
     Records(args.out, "nullgpu", "cuda").write(
         f"{args.kind}/{args.row}/v={args.share:g}",
         **{"dtype": technique.mixed_precision, **setup.facts(), **facts, "expandable": args.expandable},
+        label=args.label,
         built_s=round(built_s, 1),
         iterations=watch.iterations,
         names_not_patched=patches.missing,

@@ -18,6 +18,7 @@ from benchmarks.nullgpu.ledger import Ledger, by_phase
 from benchmarks.records import ROOT, table
 
 GIB = 2.0**30
+LINES = 12  # of those that wait, printed; all are recorded
 SHOWN = ("launches", "in_graphs", "graph_launches", "waits", "event_waits", "copies", "mallocs", "frees", "faults")
 
 
@@ -103,8 +104,7 @@ def summary(number: int, iteration: dict[str, Any]) -> str:
     memory = f"peak allocated {i['allocated_gib']:.2f}, reserved {i['reserved_gib']:.2f} GiB, {i['retries']} retries"
     compiled = f"{i['graphs_compiled']} graphs compiled, {i['modules']} modules loaded"
     text = [f"iteration {number}: {i['host_s']:.2f} s of the host ({i['cpu_s']:.2f} of its CPU), {memory}; {compiled}", phase_table(i["phases"])]
-    if i["wait_lines"]:
-        text.append("waits: " + ", ".join(f"{n} {line}" for line, n in i["wait_lines"].items()))
+    text += [f"  {n:4} waits at {line}" for line, n in list(i["wait_lines"].items())[:LINES]]
     text += [f"FAULT: {fault}" for fault in i["faults_found"]]
     return "\n".join(text)
 
