@@ -125,7 +125,8 @@ def watched_timer(watch: Watch) -> None:
     def read_ms(self: Timer) -> dict[str, float]:
         with watch.ledger.phase("timer"):  # it waits for each phase's last event
             phases_ms = plain(self)
-        watch.end(phases_ms)
+        if phases_ms:  # the loop reads once more, for a record to begin anew
+            watch.end(phases_ms)
         return phases_ms
 
     Timer.read_ms = read_ms  # type: ignore[method-assign]
