@@ -25,8 +25,8 @@ SHOWN = ("launches", "in_graphs", "graph_launches", "waits", "event_waits", "cop
 class Watch:
     """Iterations that `Timer.read_ms` ends, as the trainer's loop does once an iteration."""
 
-    def __init__(self, ledger: Ledger):
-        self.ledger = ledger
+    def __init__(self, ledger: Ledger, tables: bool = True):
+        self.ledger, self.tables = ledger, tables
         self.iterations: list[dict[str, Any]] = []
         self._lines: Counter[str] = Counter()
 
@@ -60,7 +60,8 @@ class Watch:
             "wait_lines": dict(self._lines.most_common()),
         }
         self.iterations.append(iteration)
-        print(summary(len(self.iterations) - 1, iteration), flush=True)
+        text = summary(len(self.iterations) - 1, iteration)
+        print(text if self.tables else text.splitlines()[0], flush=True)
         self.begin()
         return iteration
 
@@ -103,7 +104,10 @@ def summary(number: int, iteration: dict[str, Any]) -> str:
     i = iteration
     memory = f"peak allocated {i['allocated_gib']:.2f}, reserved {i['reserved_gib']:.2f} GiB, {i['retries']} retries"
     compiled = f"{i['graphs_compiled']} graphs compiled, {i['modules']} modules loaded"
-    text = [f"iteration {number}: {i['host_s']:.2f} s of the host ({i['cpu_s']:.2f} of its CPU), {memory}; {compiled}", phase_table(i["phases"])]
+    text = [
+        f"iteration {number}: {i['host_s']:.2f} s of the host ({i['cpu_s']:.2f} of its CPU), {memory}; {compiled}",
+        phase_table(i["phases"]),
+    ]
     text += [f"  {n:4} waits at {line}" for line, n in list(i["wait_lines"].items())[:LINES]]
     text += [f"FAULT: {fault}" for fault in i["faults_found"]]
     return "\n".join(text)
