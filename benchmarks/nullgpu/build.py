@@ -1,4 +1,4 @@
-"""Builds the stub libraries of a null GPU: python build.py PYTHON OUT (`make nullgpu` calls it).
+"""Builds the stub libraries of a null GPU: python build.py PYTHON OUT, or check (`make nullgpu` calls both).
 
 PYTHON has a CUDA build of PyTorch; OUT gets the libraries that it would load. What stubs/ defines is compiled; every
 other function that PyTorch or bitsandbytes asks for is generated: it does nothing and returns 0, and most are counted.
@@ -52,7 +52,7 @@ def library_of(function: str) -> str | None:
 
 
 def generated(functions: Iterable[str]) -> str:
-    """C++ of functions that do nothing. Weak: where a file of stubs/ has a function of the name, the linker takes that."""
+    """C++ of functions that do nothing. Weak: where a file of stubs/ has one of the name, the linker takes that."""
     made = ['#include "nullcuda.h"\n#define STUB API __attribute__((weak)) int\n']
     for name in sorted(set(functions)):
         arguments, body = "", f'nullcuda_count(CALL, "{name}", 1); return 0;'
@@ -74,10 +74,7 @@ def undefined(libraries: Iterable[Path]) -> set[str]:
 
 def build(python: str, out: Path) -> None:
     """Compile all stubs into `out`. Raises SystemExit that says what is missing."""
-    include = cuda_headers()
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise SystemExit("nullgpu: no C++ compiler. Install one, or name it: CXX=g++ make nullgpu")
+    include, compiler = cuda_headers(), cxx()
     where = _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     asking = [*Path(where).glob("torch/lib/*.so"), *Path(where).glob("bitsandbytes/libbitsandbytes_cuda13*.so")]
     if not any(path.name == "libtorch_cuda.so" for path in asking):
@@ -115,6 +112,13 @@ def compile_library(
         _run(compiler, *flags, *(str(STUBS / name) for name in own), str(source), *link)
 
 
+def cxx() -> str:
+    """The C++ compiler. Raises SystemExit where there is none."""
+    if (compiler := shutil.which(os.environ.get("CXX", "c++"))) is None:
+        raise SystemExit("nullgpu: no C++ compiler. Install one, or name it: CXX=g++ make nullgpu")
+    return compiler
+
+
 def cuda_headers() -> Path:
     """Of the CUDA toolkit. Raises SystemExit where there are none."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -134,6 +138,9 @@ def _run(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if sys.argv[1:] == ["check"]:  # before anything large is downloaded
+        cuda_headers(), cxx()
+    elif len(sys.argv) == 3:
+        build(sys.argv[1], Path(sys.argv[2]).resolve())
+    else:
         raise SystemExit(__doc__)
-    build(sys.argv[1], Path(sys.argv[2]).resolve())

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     watch = Watch(Ledger())
-    patches.apply(watch.ledger, lambda: args.share)
+    patches.apply(watch.ledger, args.share)
     torch.cuda.init()
     watched_timer(watch)
     watch.begin()

@@ -39,7 +39,7 @@ def main() -> None:
     if args.expandable:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     watch = Watch(Ledger())
-    patches.apply(watch.ledger, lambda: args.share)
+    patches.apply(watch.ledger, args.share)
     technique = iteration.ROWS[args.row]
     setup = iteration.Setup(args.kind, "full", "cuda", args.prompts, technique.mixed_precision)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A run watched iteration by iteration: what the ledger counted, the allocator's peaks, what was compiled, who waited."""
+"""A run watched iteration by iteration: what the ledger counted, peaks, what was compiled, who waited."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def own_line(otherwise: str) -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(str(ROOT)) and not file.startswith(here) and "site-packages" not in file:
-            place = Path(file).relative_to(ROOT)
-            return f"{place}:{frame.f_lineno} {frame.f_code.co_qualname.split('.<locals>')[0]}"
+            name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # the whole name since Python 3.11
+            return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno} {name.split('.<locals>')[0]}"
         frame = frame.f_back  # type: ignore[assignment]
     return otherwise
 
