@@ -13,7 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from benchmarks.nullgpu.ledger import Ledger, start
+from benchmarks.nullgpu.ledger import DEVICE, Ledger, start
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     watch.end({})
     if args.out is not None:
         words = " ".join([args.module, *args.arguments])
-        Records(args.out, "nullgpu", "cuda").write(
+        Records(args.out, "nullgpu", DEVICE).write(
             f"command {words}", exit=code, iterations=watch.iterations, names_not_patched=patches.missing
         )
     raise SystemExit(code)

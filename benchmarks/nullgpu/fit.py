@@ -13,7 +13,7 @@ import datetime
 import os
 from pathlib import Path
 
-from benchmarks.nullgpu.ledger import Ledger, start
+from benchmarks.nullgpu.ledger import DEVICE, Ledger, start
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         status = "failed"
         print("OUT OF MEMORY:", str(error)[:300])
     out = args.out or RESULTS / f"{datetime.date.today()}_nullgpu.jsonl"
-    Records(out, "nullgpu", "cuda").write(
+    Records(out, "nullgpu", DEVICE).write(
         f"{args.kind}/fit {args.gib:g} GiB" + "".join(f" {field}" for field in args.fields),
         status,
         chosen=chosen,

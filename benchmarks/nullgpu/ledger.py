@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+DEVICE = "null GPU"  # of a record
 RUNTIME = "libcudart.so.13"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cuStreamSynchronize", "cuCtxSynchronize")
 COLUMNS = {  # of a phase: entries by how, and by name where only some count

@@ -13,7 +13,7 @@ import datetime
 import time
 from pathlib import Path
 
-from benchmarks.nullgpu.ledger import Ledger, start
+from benchmarks.nullgpu.ledger import DEVICE, Ledger, start
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
                 with watch.lines():
                     facts = contender.iterate(decisions)
             setup.timer.read_ms()
-    Records(args.out, "nullgpu", "cuda").write(
+    Records(args.out, "nullgpu", DEVICE).write(
         f"{args.kind}/{args.row}/v={args.share:g}",
         **{"dtype": technique.mixed_precision, **setup.facts(), **facts, "expandable": args.expandable},
         label=args.label,

@@ -95,7 +95,7 @@ def own_line(otherwise: str) -> str:
         if file.startswith(str(ROOT)) and not file.startswith(here) and "site-packages" not in file:
             name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # the whole name since Python 3.11
             return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno} {name.split('.<locals>')[0]}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return otherwise
 
 
@@ -133,4 +133,4 @@ def watched_timer(watch: Watch) -> None:
             watch.end(phases_ms)
         return phases_ms
 
-    Timer.read_ms = read_ms  # type: ignore[method-assign]
+    Timer.read_ms = read_ms
