@@ -214,6 +214,16 @@ def test_memory_is_counted_and_ends(device: Device) -> None:
     }
 
 
+@pytest.mark.parametrize(("start", "size"), [(0, 16384), (100, 5000), (4095, 8194), (7, 9), (4096, 4096)])
+def test_zeros_are_written_where_they_belong(device: Device, start: int, size: int) -> None:
+    p = device.pointer("cudaMalloc", ctypes.c_size_t(2 * MIB))
+    place = ctypes.c_void_p((p.value or 0) + start)
+    assert device.runtime.cudaMemset(p, 0x55, ctypes.c_size_t(32768)) == SUCCESS
+    assert device.runtime.cudaMemset(place, 0, ctypes.c_size_t(size)) == SUCCESS
+    assert ctypes.string_at(p, 32768) == b"U" * start + b"\0" * size + b"U" * (32768 - start - size)
+    assert device.runtime.cudaFree(p) == SUCCESS
+
+
 def test_a_mapped_block_counts_until_it_is_released_and_unmapped(device: Device) -> None:
     size, driver = ctypes.c_size_t(4 * MIB), device.driver
     place = device.pointer("cuMemAddressReserve", ctypes.c_size_t(64 * MIB), ctypes.c_size_t(0), None, 0)

@@ -48,6 +48,21 @@ void let_go(Block *block) {
   delete block;
 }
 
+// Whole pages of zeros are given back: written, they would take memory.
+void fill(void *p, int value, size_t bytes) {
+  constexpr size_t PAGE = 4096;
+  size_t head = std::min((PAGE - (size_t)p % PAGE) % PAGE, bytes);
+  size_t whole = (bytes - head) / PAGE * PAGE;
+  char *middle = (char *)p + head;
+  if (value != 0 || !whole) {
+    memset(p, value, bytes);
+    return;
+  }
+  memset(p, 0, head);
+  madvise(middle, whole, MADV_DONTNEED);
+  memset(middle + whole, 0, bytes - head - whole);
+}
+
 cudaError_t copy(void *to, const void *from, size_t bytes, Stream *stream) {
   static const Name DIRECTIONS[2][2] = {{named("memcpy H2H"), named("memcpy D2H")},
                                         {named("memcpy H2D"), named("memcpy D2D")}};
@@ -225,7 +240,8 @@ API cudaError_t cudaMemcpy2DAsync(void *to, size_t, const void *from, size_t, si
 
 API cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream) {
   static const Name NAME = named("memset");
-  if (!work(LAUNCH, NAME, stream_of(stream)) && bytes <= COPIED) memset(p, value, bytes);
+  bool now = !work(LAUNCH, NAME, stream_of(stream));
+  if (now && nullcuda_on_device(p) && (bytes <= COPIED || value == 0)) fill(p, value, bytes);
   return cudaSuccess;
 }
 
