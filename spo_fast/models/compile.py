@@ -7,9 +7,10 @@ which takes a tenth of the time for the same speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, fx, nn
@@ -22,15 +23,36 @@ GRAPHS = 256
 
 
 def compile_network(
-    network: nn.Module, how: str, blocks: tuple[type[nn.Module], ...] = BLOCKS, backend: str | Backend = "inductor"
+    network: nn.Module,
+    how: str,
+    blocks: tuple[type[nn.Module], ...] = BLOCKS,
+    backend: str | Backend = "inductor",
+    sizes: Sequence[int] = (),
 ) -> None:
-    """how: regional (each of the network's blocks) or full; in place, compiled at the first call."""
-    import torch._dynamo as dynamo
+    """how: regional (each of the network's blocks) or full; in place, compiled at the first call.
+
+    sizes: rising; batches of a network without gradient are filled up to the next of them.
+    """
+    from torch import _dynamo as dynamo
 
     dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = GRAPHS
     parts = [network] if how == "full" else [m for m in network.modules() if isinstance(m, blocks)]
     for part in parts:
-        part.compile(fullgraph=True, dynamic=False, backend=backend)
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False, backend=backend)
+    if sizes:
+        network.forward = filled_up(network.forward, sizes)
+
+
+def filled_up(function: Callable[..., Tensor], sizes: Sequence[int]) -> Callable[..., Tensor]:
+    """A function of a batch whose first argument is filled up, with its first row, to the next of the sizes."""
+
+    def call(x: Tensor, *rest: object) -> Tensor:
+        size = next((size for size in sizes if size >= len(x)), len(x))
+        if size == len(x):
+            return function(x, *rest)
+        return function(torch.cat([x, x[:1].expand(size - len(x), *x.shape[1:])]), *rest)[: len(x)]
+
+    return call
 
 
 def keep_cache_in(directory: Path) -> None:

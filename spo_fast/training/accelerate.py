@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spo_fast.config.training import Config
+from spo_fast.method.objectives import make_objective
+from spo_fast.method.rollout import trajectory_rollout
 from spo_fast.models.accelerate import pick_attention
 from spo_fast.models.attention import KERNELS
 from spo_fast.models.compile import Backend, compile_network, keep_cache_in
@@ -72,18 +75,34 @@ def compile_networks(
     """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes. cache: keep it here."""
     if cache is not None:
         keep_cache_in(cache)
-    sample, how = cfg.sample, str(cfg.engine.compile)
-    most = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
-    rollout = [min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)]
-    policy.batch_sizes = tuple(sorted({*rollout, cfg.optim.states_at_once}))
+    how = str(cfg.engine.compile)
+    drawn, pictures, policy.state_sizes = batch_sizes(cfg)
+    policy.batch_sizes = drawn
     for unet in filter(None, (policy.unet, policy._frozen_copy)):
         compile_network(unet, how, backend=backend)
     if hasattr(vae, "decoder"):
-        compile_network(vae.decoder, how, backend=backend)
+        compile_network(vae.decoder, how, backend=backend, sizes=pictures)
     for part in parts_of(scorer):
         towers = getattr(part, "model", getattr(part, "clip", None))
         if isinstance(vision := getattr(towers, "vision_model", None), nn.Module):
-            compile_network(vision, how, (Layer,), backend)
+            compile_network(vision, how, (Layer,), backend, pictures)
+
+
+def batch_sizes(cfg: Config) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """All that a compiled run computes with, whatever pairs are kept, each rising: of latents at one timestep, of
+    pictures, of an experience's states. Every one comes in a first iteration that keeps any pair.
+    """
+    sample, objective, chunk = cfg.sample, make_objective(cfg.objective), cfg.model.images_per_decode
+    B, K, shown = sample.sample_batch_size, sample.num_candidates, min(chunk, cfg.run.num_validation_images)
+    at_once = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
+    drawn, judged = {B, K * B}, {min(chunk, K * B), K * B % chunk}
+    if objective.samples_from == "data":
+        drawn = judged = {shown}
+    elif objective.rollout is trajectory_rollout:
+        drawn = {K * B, shown}
+    states = {max(cfg.optim.states_at_once, math.prod(objective.shape))}
+    a, b, c = (tuple(sorted(sizes - {0})) for sizes in ({min(at_once, size) for size in drawn}, judged, states))
+    return a, b, c
 
 
 def replayed(
