@@ -13,7 +13,7 @@ from spo_fast.evaluation.contenders import Gallery
 from spo_fast.evaluation.pictures import write_picture
 from spo_fast.evaluation.sampling import Drawn, draw_latents
 from spo_fast.models.accelerate import prepare_drawing
-from spo_fast.models.compile import compile_network, keep_cache_in
+from spo_fast.models.compile import compile_network, keep_cache
 from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.load import load_unet, load_unet_from
@@ -42,7 +42,7 @@ def draw_all(
     if engine.fuse:
         fuse(model.vae)
     if engine.compile != "off":
-        keep_cache_in(out)
+        print(f"compiled networks are kept in {keep_cache(out)}")
         if hasattr(model.vae, "decoder"):
             compile_network(model.vae.decoder, str(engine.compile))
     # whole UNets last: they take the base model's place

@@ -7,6 +7,7 @@ which takes a tenth of the time for the same speed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,8 +56,18 @@ def filled_up(function: Callable[..., Tensor], sizes: Sequence[int]) -> Callable
     return call
 
 
-def keep_cache_in(directory: Path) -> None:
-    """Inductor's kernels go into the run's directory, where a resumed run finds them, unless a place was set."""
-    import os
-
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.resolve() / "compile_cache"))
+def keep_cache(otherwise: Path) -> Path:
+    """Inductor's and its Triton kernels' cache, which PyTorch has in /tmp, goes where the next run of this user finds
+    it: TORCHINDUCTOR_CACHE_DIR, else spo_fast/compile in XDG_CACHE_HOME (~/.cache), else, if that cannot be written,
+    compile_cache in this directory. Returns the one.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        found = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spo_fast" / "compile"
+        try:
+            found.mkdir(parents=True, exist_ok=True)
+            if not os.access(found, os.W_OK):
+                raise PermissionError
+        except (OSError, RuntimeError):  # RuntimeError: a user without a home
+            found = otherwise.resolve() / "compile_cache"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(found)
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])

@@ -15,7 +15,7 @@ from spo_fast.method.objectives import make_objective
 from spo_fast.method.rollout import trajectory_rollout
 from spo_fast.models.accelerate import pick_attention
 from spo_fast.models.attention import KERNELS
-from spo_fast.models.compile import Backend, compile_network, keep_cache_in
+from spo_fast.models.compile import Backend, compile_network, keep_cache
 from spo_fast.models.device import Choice
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.fuse import fuse
@@ -72,9 +72,9 @@ def compile_networks(
     backend: str | Backend = "inductor",
     cache: Path | None = None,
 ) -> None:
-    """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes. cache: keep it here."""
+    """torch.compile of all networks as cfg says; from then on they see few batch sizes. cache: as keep_cache has it."""
     if cache is not None:
-        keep_cache_in(cache)
+        print(f"compiled networks are kept in {keep_cache(cache)}")
     how = str(cfg.engine.compile)
     drawn, pictures, policy.state_sizes = batch_sizes(cfg)
     policy.batch_sizes = drawn
