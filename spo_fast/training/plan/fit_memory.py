@@ -96,6 +96,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 def _compile_pays(cfg: Config, device: Device, resolved: Resolved | None) -> tuple[bool, str]:
     """Of the whole run, so that a resumed one chooses alike."""
     compares = find_method(cfg.objective.method).compares
+    cfg = cfg.with_fields(fuse=True)  # as it will be: predict keeps the networks of its last settings
     flops = sum(predict(cfg, resolved, device.type).flops(HALF if compares else 1.0).values()) * iterations(cfg)
     return compile_pays(flops, peak_tflops(device.name), COMPILE_S)
 
