@@ -125,7 +125,7 @@ class DiffusionDPO:
         return loss.detach()
 
     def step(self) -> None:
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)  # waits for the device once, as accelerate's does there; the trainer does not
         self.scaler.update()
         self.optimizer.zero_grad()
 

@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script, Python puts benchmarks/ there instead
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.records import Records, read, software, table  # noqa: E402  (imports no package that may be missing)
+# these import no package that may be missing
+from benchmarks.records import Records, read, software, table  # noqa: E402
+from spo_fast.config.command import for_pytorch  # noqa: E402
 
 RESERVE_S = 5.0  # kept of the budget for the table
 
@@ -286,7 +288,8 @@ def child_command(args: argparse.Namespace, name: str, limit_s: float, scratch: 
 def child_environment() -> dict[str, str]:
     """Unbuffered, so that a stopped job's log is whole; the checkout's commit, asked for once."""
     found = software()["commit"]
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **({"SPO_FAST_COMMIT": found} if found else {})}
+    commit = {"SPO_FAST_COMMIT": found} if found else {}
+    return {**os.environ, **for_pytorch(os.environ), "PYTHONUNBUFFERED": "1", **commit}
 
 
 def stop(child: subprocess.Popen) -> None:

@@ -19,6 +19,7 @@ from runs import PAIRS, ROOT, SMALL, assert_same_end, assert_same_tensors, built
 from safetensors.torch import load_file
 
 from spo_fast import train, train_spm
+from spo_fast.config.command import for_pytorch
 from spo_fast.config.presets import PREFERENCE_PRESETS, PRESETS
 from spo_fast.config.scorers import SCORER_SOURCES
 from spo_fast.config.training import Config
@@ -34,6 +35,33 @@ def parse(*arguments: str) -> Config:
 def written(path: Path, **settings: Any) -> str:
     path.write_text(yaml.safe_dump(settings))
     return str(path)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_pytorch_is_told_what_the_user_did_not_tell_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    segments = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert for_pytorch({}) == {"OMP_WAIT_POLICY": "PASSIVE", **segments}
+    assert for_pytorch({"OMP_WAIT_POLICY": "ACTIVE"}) == segments
+    assert for_pytorch({name: "", "OMP_WAIT_POLICY": "ACTIVE"}) == {}
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert for_pytorch({}) == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="set on Linux")
+@pytest.mark.parametrize("module", ["train", "train_spm", "evaluate"])
+def test_commands_tell_pytorch_before_it_is_loaded(module: str) -> None:
+    """In a process of its own: this one has loaded PyTorch."""
+    code = f"""
+import os, sys
+from spo_fast.config import command
+from spo_fast import {module}
+command.guarded.__globals__["contextlib"].ExitStack = lambda: sys.exit(
+    "torch" in sys.modules or os.environ["PYTORCH_ALLOC_CONF"] != "expandable_segments:True")
+{module}.main(["--model", "toy"])
+"""
+    told = {k: v for k, v in os.environ.items() if not k.endswith("_ALLOC_CONF")}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=told, check=False).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------------ which setting wins

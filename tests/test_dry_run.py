@@ -22,8 +22,9 @@ from spo_fast.method import objectives
 from spo_fast.models.device import CONTEXT, GIB, SHARE, Choice, Device, listed, pick_device
 from spo_fast.training import learner
 from spo_fast.training.plan import dry_run
+from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.fake_run import predict
-from spo_fast.training.plan.fit_memory import choose, is_out_of_memory, out_of_memory
+from spo_fast.training.plan.fit_memory import choose, is_out_of_memory, iterations, out_of_memory
 
 MIB = 2**20
 OPEN = ("rows_per_forward", "decode_chunk", "states_per_forward", "cuda_graphs", "memory", "gradient_checkpointing")
@@ -119,6 +120,39 @@ def test_memory_modes_fill_in_what_was_not_given() -> None:
     assert balanced.engine.fuse is True and balanced.optim.gradient_checkpointing is False
     with pytest.raises(ValueError, match="leave out --no-fuse"):
         train.parse(["--model", "toy", "--memory", "balanced", "--no-fuse"])
+
+
+def test_compiling_is_chosen_where_it_saves_more_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counted FLOPs at 40 % of the card's peak, a fifth of that time, against 100 s."""
+    cfg, found = toy_on(100_000, num_train_epochs=1)
+    assert cfg.engine.compile == "off" and "save only" in found["compile"].reason and cfg.engine.fuse is True
+    # 96 prompts, 4 an iteration: the toy's iteration counted larger, until the whole run saves 99 or 101 s
+    whole = predict(cfg).flops(0.5)
+    seconds = 0.2 * 24 * sum(whole.values()) / (0.4 * 989e12)
+    for name, peak in (("NVIDIA H200", 989), ("no card that is known", 989), ("NVIDIA A100-SXM4-80GB", 312)):
+        for saved in (99, 101):
+            large = saved * peak / 989 / seconds
+            monkeypatch.setattr(Costs, "flops", lambda _, share, large=large: {"all": large * sum(whole.values())})
+            chosen, choices = choose(
+                cfg.with_fields(compile=None, states_per_forward=None), Device(name, "cuda", 80 * GIB)
+            )
+            assert chosen.engine.compile == ("regional" if saved > 100 else "off"), (name, saved)
+            reason = next(choice.reason for choice in choices if choice.flag == "compile")
+            assert (
+                f"{saved / 60:.2g} of the {5 * saved / 60:.2g} minutes" in reason and "need 1.7 for compiling" in reason
+            )
+    given, found = toy_on(100_000, compile="regional")
+    assert given.engine.compile == "regional" and "compile" not in found
+    unfused, found = toy_on(100_000, fuse=False)
+    assert unfused.engine.compile == "off" and found["compile"].reason == "--no-fuse"
+
+
+def test_how_long_a_run_is() -> None:
+    """All of it, resumed or not; pairs are not opened for it."""
+    toy = PRESETS["toy"]()
+    assert iterations(toy) == 6 and iterations(toy.with_fields(max_train_steps=4)) == 4
+    pairs = train.parse(["--model", "toy", "--method", "dpo", "--pairs", "nowhere"])
+    assert iterations(pairs.with_fields(max_train_steps=7)) == 7 and iterations(pairs) == 1000
 
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

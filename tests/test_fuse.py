@@ -283,7 +283,8 @@ def test_nothing_that_is_saved_changes(directories, tmp_path):
 def test_padding_changes_nothing(fused, directories):
     """A batch of 3 filled up to 5: rows that nobody asked for give no gradient."""
     plain, padded = (make_policy(directories["sdxl"], "convolutions", torch.float64) for _ in range(2))
-    padded.batch_sizes, sizes = (2, 5, 8), []
+    padded.batch_sizes = padded.state_sizes = (2, 5, 8)
+    sizes = []
     padded.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     if fused:
         padded.fuse()

@@ -78,7 +78,7 @@ def test_replays_of_what_is_captured_equal_plain_calls(
     tmp_path: Path, of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """The methods that need files; all others: test_graphs.py."""
-    monkeypatch.setattr("spo_fast.training.accelerate.batch_sizes", lambda cfg, parts: ())
+    monkeypatch.setattr("spo_fast.training.accelerate.state_sizes", lambda cfg, parts: ())
     settings = of(method, max_train_steps=4, num_train_epochs=9)
     plain = run_toy(tmp_path / "plain", **settings)
     graphs = tape.recording(monkeypatch)

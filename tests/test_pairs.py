@@ -588,7 +588,7 @@ def test_split_by_prompt():
     assert len(everything) == 9000 and len(nothing) == 0
     one = Source(**vars(fake_source([0, 0], hashes=[7, 7])))
     for share in (0.01, 0.99):
-        with pytest.raises(ValueError, match="leaves one side empty. Change the share"):
+        with pytest.raises(ValueError, match="leaves one side empty. Change --validation_share"):
             split_by_prompt(one, share, 0)
     with pytest.raises(ValueError, match="share=1"):
         split_by_prompt(source, 1, 0)

@@ -66,7 +66,7 @@ class ComputeConfig(Section):
 
     compile: Literal["off", "regional", "full"] | None = None
     """torch.compile of UNet, VAE decoder and a training's scorer: of their repeated blocks, or whole; the first use
-    waits for it. Default: regional on a GPU, off on a CPU (a minute for two tiny graphs)."""
+    waits for it. Default: on a GPU regional, if the run is long enough to save more than that takes; off on a CPU."""
     fuse: bool | None = None
     """This package's fused operations inside the networks, channels-last, and the text's keys and values once a
     rollout. Default: on a GPU, and for memory=balanced. On a CPU it saves memory and costs time."""

@@ -37,14 +37,14 @@ def split_by_prompt(source: PairSource, share: float, seed: int) -> tuple[np.nda
     prompt are on neither side.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"share={share} of the prompts cannot validate. Use a number from 0 to below 1.")
+        raise ValueError(f"share={share} of the prompts cannot validate. Use --validation_share from 0 to below 1.")
     key = mixed(np.array([seed % 2**64], np.uint64))
     validates = (mixed(source.prompt_hash ^ key) >> np.uint64(11)) * 2.0**-53 < share
     train, validation = np.flatnonzero(~validates), np.flatnonzero(validates & source.labelled)
     if not len(train) or (share > 0 and not len(validation)):
         raise ValueError(
             f"{len(train)} training and {len(validation)} validation rows of {len(source)}: share={share} leaves one "
-            "side empty. Change the share or the seed, or add prompts (share 0 goes without validation)."
+            "side empty. Change --validation_share or --seed, or add prompts (share 0 goes without validation)."
         )
     return train, validation
 

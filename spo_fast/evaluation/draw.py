@@ -13,8 +13,8 @@ from spo_fast.evaluation.contenders import Gallery
 from spo_fast.evaluation.pictures import write_picture
 from spo_fast.evaluation.sampling import Drawn, draw_latents
 from spo_fast.models.accelerate import prepare_drawing
-from spo_fast.models.compile import compile_network, keep_cache_in
-from spo_fast.models.device import Choice, found_device, how_computed
+from spo_fast.models.compile import compile_network, keep_cache
+from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.load import load_unet, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
@@ -42,7 +42,7 @@ def draw_all(
     if engine.fuse:
         fuse(model.vae)
     if engine.compile != "off":
-        keep_cache_in(out)
+        print(f"compiled networks are kept in {keep_cache(out)}")
         if hasattr(model.vae, "decoder"):
             compile_network(model.vae.decoder, str(engine.compile))
     # whole UNets last: they take the base model's place
@@ -92,11 +92,25 @@ def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def decided(cfg: EvaluationConfig, device: torch.device) -> tuple[EvaluationConfig, list[Choice]]:
+def decided(cfg: EvaluationConfig, device: torch.device, prompts: int) -> tuple[EvaluationConfig, list[Choice]]:
     """cfg with what it leaves to the device filled in as a training fills it in, and why."""
     asked = {f.name: getattr(cfg.engine, f.name) for f in fields(cfg.engine)}
     training = Config(model=cfg.model, engine=EngineConfig(**asked))
-    resolved, choices = how_computed(training, found_device(device))
+    # of one contender, as on an H200: another contender, or another card, goes on with the same pictures
+    pays = compile_pays(prompts * cfg.pictures.images_per_prompt * picture_flops(cfg), None, DRAWING_S)
+    resolved, choices = how_computed(training, found_device(device), lambda _: pays)
     names = ("mixed_precision", "compile", "fuse")
     filled = cfg.with_fields(**{name: resolved.flat()[name] for name in names})
     return filled, [choice for choice in choices if choice.flag in names]
+
+
+PICTURE_TFLOP = {"sd15": (512, 0.803, 2.51), "sdxl": (1024, 6.76, 10.5), "toy": (16, 2e-4, 0)}
+"""Pixels a side, TFLOP of a UNet row and of decoding, counted (training/plan); in proportion for other sizes."""
+
+
+def picture_flops(cfg: EvaluationConfig) -> float:
+    """Of one picture: its steps and its decoding."""
+    side, row, decoded = PICTURE_TFLOP[cfg.model.model]
+    rows = cfg.pictures.num_steps * (2 if cfg.pictures.guidance_scale > 1 else 1)
+    pixels = (cfg.model.height or side) * (cfg.model.width or side)
+    return 1e12 * (rows * row + decoded) * pixels / side**2

@@ -62,8 +62,16 @@ class Cond:
         return next(iter(self.cond.values())).shape[0]
 
     def select(self, index: Tensor) -> Cond:  # (B,) int64 -> of B prompts
-        """Prompts by number, repeated as the index repeats them; what was precomputed is left behind."""
-        return Cond({name: value[index] for name, value in self.cond.items()}, self.uncond)
+        """Prompts by number, repeated as the index repeats them."""
+        cond = {name: value[index] for name, value in self.cond.items()}
+        if self.text is None:
+            return Cond(cond, self.uncond)
+        P = len(self)
+
+        def rows(v: Tensor) -> Tensor:  # guided, the empty prompt's come first
+            return v[index] if len(v) == P else v[torch.cat([index, index + P])]
+
+        return Cond(cond, self.uncond, pytree.tree_map_only(Tensor, rows, self.text))
 
 
 pytree.register_pytree_node(Cond, lambda c: ([c.cond, c.uncond, c.text], None), lambda parts, _: Cond(*parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,30 @@ GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
 CONTEXT = GIB // 2  # the CUDA context
 FP8_CAPABILITY = (8, 9)  # Ada Lovelace, the first with such products
+
+PEAK_TFLOPS = {  # dense 16-bit tensor-core products with float32 accumulation, from the makers' data sheets
+    "A100": 312, "A10": 125, "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165,
+    "RTX 5090": 210, "RTX A6000": 155, "RTX 6000 Ada": 364, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "H200 NVL": 835, "H200": 989, "B200": 2250,
+}  # fmt: skip
+
+
+def peak_tflops(name: str) -> float | None:
+    """Of a card by the name its driver gives it; None if it is not in the table."""
+    words = f" {name} ".replace("-", " ")
+    known = [card for card in PEAK_TFLOPS if f" {card} " in words and " Laptop " not in words]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
+
+
+EAGER = 0.4
+"""Share of the card's peak that networks reach without torch.compile: 125 of 312 TFLOP/s, SDXL on an A100 (published;
+compiled 164). An estimate for every other card and model."""
+COMPILED = 0.8
+"""Compiled, networks take this share of the time: 125 / 164; 2.54 of 3.32 s, SDXL on an A100 (published)."""
+COMPILE_S = 100
+"""Seconds of compiling in a training's first iteration, on one core: 86 for SDXL, 90 for the toy (benchmarks/LOG.md)"""
+DRAWING_S = 30
+"""The same for an evaluation's pictures: of one batch size, and without a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,23 @@ def found_device(device: torch.device) -> Device:
     return Device(name, "cuda", total, max(taken, CONTEXT), capability)
 
 
-def how_computed(cfg: Config, device: Device) -> tuple[Config, list[Choice]]:
+def compile_pays(flops: float, peak: float | None, compile_s: float) -> tuple[bool, str]:
+    """Whether compiling saves more time than it takes, and why. peak: of the card, TFLOP/s; None: as an H200's."""
+    run_s = flops / (EAGER * 1e12 * (PEAK_TFLOPS["H200"] if peak is None else peak))
+    saved_s = (1 - COMPILED) * run_s
+    pays = saved_s > compile_s
+    return pays, (
+        f"estimated to {'save' if pays else 'save only'} {saved_s / 60:,.2g} of the {run_s / 60:,.2g} minutes that "
+        f"{flops / 1e12:,.3g} TFLOP take, and to need {compile_s / 60:.2g} for compiling"
+    )
+
+
+def how_computed(
+    cfg: Config, device: Device, pays: Callable[[Config], tuple[bool, str]]
+) -> tuple[Config, list[Choice]]:
     """cfg with precision, compile and fuse filled in where they were left open, and why.
+
+    pays: whether compiling does (compile_pays), asked of cfg on a GPU only.
 
     Raises ValueError for base weights that the device cannot multiply with.
     """
@@ -105,9 +145,10 @@ def how_computed(cfg: Config, device: Device) -> tuple[Config, list[Choice]]:
         why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
         take("mixed_precision", cfg.model.precision_on(device.type), why)
     if cfg.engine.compile is None:
-        cuda, fuse = device.type == "cuda", cfg.engine.fuse is not False
-        why = "a CPU waits longer than it gains" if not cuda else "pays off within minutes" if fuse else "--no-fuse"
-        take("compile", "regional" if cuda and fuse else "off", why)
+        on, why = False, "a CPU waits longer than it gains" if device.type != "cuda" else "--no-fuse"
+        if device.type == "cuda" and cfg.engine.fuse is not False:
+            on, why = pays(cfg)
+        take("compile", "regional" if on else "off", why)
     if cfg.engine.fuse is None:
         engine, on = cfg.engine, device.type == "cuda"
         needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}

@@ -39,6 +39,9 @@ class Policy(TrainedWeights):
         self._full: dict[QuantisedLinear, Tensor] = {}  # the base's weights before they were rounded
         self.batch_sizes: tuple[int, ...] = ()
         """Rising. Compiled, the network sees batches of these sizes only: `predict` fills up with its first row."""
+        self.state_sizes: tuple[int, ...] = ()
+        """The same, of batches with a timestep a row, states of an experience: few pairs never need a rollout's sizes,
+        for which no backward was compiled."""
         if adapter.full_finetune:
             self._frozen_copy = copy.deepcopy(unet)
             unet.requires_grad_(True)
@@ -149,7 +152,7 @@ class Policy(TrainedWeights):
     ) -> Prediction:
         """The network's raw outputs, one UNet call for all rows and both halves."""
         B = len(x_t)
-        padded = next((size for size in self.batch_sizes if size >= B), B)
+        padded = next((size for size in (self.state_sizes if t.ndim else self.batch_sizes) if size >= B), B)
         if padded > B > 0:
             rows = torch.arange(padded, device=x_t.device)
             rows = rows.where(rows < B, 0)  # what is computed of the rest gets no gradient: it adds zeros

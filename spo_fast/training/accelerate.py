@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spo_fast.config.training import Config
+from spo_fast.method.objectives import make_objective
+from spo_fast.method.rollout import trajectory_rollout
 from spo_fast.models.accelerate import pick_attention
 from spo_fast.models.attention import KERNELS
-from spo_fast.models.compile import Backend, compile_network, keep_cache_in
+from spo_fast.models.compile import Backend, compile_network, keep_cache
 from spo_fast.models.device import Choice
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.fuse import fuse
@@ -75,27 +78,41 @@ def compile_networks(
     backend: str | Backend = "inductor",
     cache: Path | None = None,
 ) -> None:
-    """torch.compile of all networks as cfg says; from then on the policy sees few batch sizes. cache: keep it here."""
+    """torch.compile of all networks as cfg says; from then on they see few batch sizes. cache: as keep_cache has it."""
     if cache is not None:
-        keep_cache_in(cache)
+        print(f"compiled networks are kept in {keep_cache(cache)}")
     how = str(cfg.engine.compile)
-    policy.batch_sizes = batch_sizes(cfg, 1)
+    policy.batch_sizes, pictures = batch_sizes(cfg)
+    policy.state_sizes = state_sizes(cfg)
     for unet in filter(None, (policy.unet, policy._frozen_copy)):
         compile_network(unet, how, backend=backend)
     if hasattr(vae, "decoder"):
-        compile_network(vae.decoder, how, backend=backend)
+        compile_network(vae.decoder, how, backend=backend, sizes=pictures)
     for part in parts_of(scorer):
         towers = getattr(part, "model", getattr(part, "clip", None))
         if isinstance(vision := getattr(towers, "vision_model", None), nn.Module):
-            compile_network(vision, how, (Layer,), backend)
+            compile_network(vision, how, (Layer,), backend, pictures)
 
 
-def batch_sizes(cfg: Config, parts: int) -> tuple[int, ...]:
-    """Rising: a rollout's, and of the training the largest and equal parts of it."""
-    sample, largest = cfg.sample, cfg.optim.states_at_once
-    most = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
-    rollout = {min(most, n * sample.sample_batch_size) for n in (1, sample.num_candidates)}
-    return tuple(sorted(rollout | {-(-largest * n // parts) for n in range(1, parts + 1)}))
+def batch_sizes(cfg: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """All that a compiled run draws, each rising: of latents at one timestep, of pictures. Every one comes in a first
+    iteration."""
+    sample, objective, chunk = cfg.sample, make_objective(cfg.objective), cfg.model.images_per_decode
+    B, K, shown = sample.sample_batch_size, sample.num_candidates, min(chunk, cfg.run.num_validation_images)
+    at_once = (sample.rows_per_forward or sample.rows_of_a_step) // (2 if sample.guidance_scale > 1 else 1)
+    drawn, judged = {B, K * B}, {min(chunk, K * B), K * B % chunk}
+    if objective.samples_from == "data":
+        drawn = judged = {shown}
+    elif objective.rollout is trajectory_rollout:
+        drawn = {K * B, shown}
+    a, b = (tuple(sorted(sizes - {0})) for sizes in ({min(at_once, size) for size in drawn}, judged))
+    return a, b
+
+
+def state_sizes(cfg: Config, parts: int = 1) -> tuple[int, ...]:
+    """Of an experience's states in one forward, whatever pairs are kept: the most, and so many equal parts of it."""
+    most = max(cfg.optim.states_at_once, math.prod(make_objective(cfg.objective).shape))
+    return tuple(sorted({-(-most * n // parts) for n in range(1, parts + 1)}))
 
 
 def replayed(
@@ -106,9 +123,9 @@ def replayed(
     The first iteration runs as it is, until `policy.graphs.waits` is set to False.
     """
     policy.graphs = graphs = Graphs(capture, waits=True)
-    graphs.first_calls_beside = not policy.batch_sizes
-    if capture is not None and not policy.batch_sizes:
-        policy.batch_sizes = batch_sizes(cfg, 8)  # a graph each
+    graphs.first_calls_beside = not policy.state_sizes
+    if capture is not None and not policy.state_sizes:
+        policy.state_sizes = state_sizes(cfg, 8)  # a graph each
     for number, part in enumerate(parts_of(scorer)):
         if sees_pixels(part) and not getattr(part, "reads_device", False):
             part.score_pixels = graphs.wrap(f"score {number}", type(part).score_pixels.__get__(part))  # type: ignore[method-assign]

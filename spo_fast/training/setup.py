@@ -66,7 +66,7 @@ class Parts(TrainingRun[Config], Iterates):
         )
 
     def compile(self, backend: str | accelerate.Backend = "inductor") -> None:
-        """torch.compile of all networks, its cache in the run's directory."""
+        """torch.compile of all networks; what is compiled is kept (keep_cache)."""
         accelerate.compile_networks(self.policy, self.model.vae, self.scorer, self.cfg, backend, self.run_dir)
 
     def record_graphs(self, capture: accelerate.Capture | None) -> None:

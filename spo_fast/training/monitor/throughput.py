@@ -7,22 +7,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from spo_fast.models.device import peak_tflops
 from spo_fast.training.monitor.gpu import nvml_energy_j, nvml_missing
 from spo_fast.training.monitor.log import Record, number
 from spo_fast.training.plan.costs import WORK, Costs
-
-PEAK_TFLOPS = {  # dense 16-bit tensor-core products with float32 accumulation, from the makers' data sheets
-    "A100": 312, "A10": 125, "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165,
-    "RTX 5090": 210, "RTX A6000": 155, "RTX 6000 Ada": 364, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
-    "H200 NVL": 835, "H200": 989, "B200": 2250,
-}  # fmt: skip
-
-
-def peak_tflops(name: str) -> float | None:
-    """Of a card by the name its driver gives it; None if it is not in the table."""
-    words = f" {name} ".replace("-", " ")
-    known = [card for card in PEAK_TFLOPS if f" {card} " in words and " Laptop " not in words]
-    return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
 class Telemetry:

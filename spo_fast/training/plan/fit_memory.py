@@ -15,13 +15,27 @@ import torch
 
 from spo_fast.config.methods import find_method
 from spo_fast.config.training import DECIDES, LEAST, Config
+from spo_fast.data.prompt_order import training_prompts
 from spo_fast.method.rollout import last_noisy_step
 from spo_fast.method.schedule import ddim_scheduler, table_of
-from spo_fast.models.device import GIB, Choice, Device, found_device, how_computed
+from spo_fast.models.device import (
+    COMPILE_S,
+    GIB,
+    Choice,
+    Device,
+    compile_pays,
+    found_device,
+    how_computed,
+    peak_tflops,
+)
 from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.processes import world_size
+
+HALF = 0.5  # of the pairs kept: not known before the run
+MANY = 1000  # iterations on pairs whose number is not known before they are opened
 
 
 def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tuple[Config, list[Choice]]:
@@ -29,7 +43,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 
     Raises ValueError for one that the device cannot do.
     """
-    cfg, choices = how_computed(cfg, device)
+    cfg, choices = how_computed(cfg, device, lambda cfg: _compile_pays(cfg, device, resolved))
 
     def take(flag: str, value: int | bool, reason: str) -> None:
         nonlocal cfg
@@ -77,6 +91,21 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
             room += f", without {', '.join(unknown)}, whose memory is not known"
         choices.append(Choice(flag, flat[flag], f"{how} ({room})"))
     return cfg, choices
+
+
+def _compile_pays(cfg: Config, device: Device, resolved: Resolved | None) -> tuple[bool, str]:
+    """Of the whole run, so that a resumed one chooses alike."""
+    compares = find_method(cfg.objective.method).compares
+    cfg = cfg.with_fields(fuse=True)  # as it will be: predict keeps the networks of its last settings
+    flops = sum(predict(cfg, resolved, device.type).flops(HALF if compares else 1.0).values()) * iterations(cfg)
+    return compile_pays(flops, peak_tflops(device.name), COMPILE_S)
+
+
+def iterations(cfg: Config) -> int:
+    """Of the run, or, of pairs that are not opened yet, what --max_train_steps says; else MANY."""
+    if find_method(cfg.objective.method).on_pairs:
+        return cfg.run.max_train_steps or MANY
+    return cfg.run.iterations(training_prompts(cfg, world_size())[1].iterations_per_epoch)
 
 
 def choose_for(device: torch.device, cfg: Config, resolved: Resolved) -> tuple[Config, list[Choice], Device]:
