@@ -72,34 +72,8 @@ def _unjudged(*_: Any) -> Any:
 
 
 def _alive(plain: Any, *_: Any) -> Any:
-    """Learner.is_dead(stats) -> bool."""
-    return lambda self, stats: plain(self, stats) and False
-
-
-def _numbered(plain: Any, ledger: Ledger, *_: Any) -> Any:
-    """Experience.select(terms) indexes self.index, whose values then must be those that an index kernel would give."""
-
-    def select(self: Any, terms: Any) -> Any:
-        if not (isinstance(self.index, Tensor) and self.index.is_cuda):
-            return plain(self, terms)
-        with ledger.paused():
-            index = self.index.cpu()[terms.cpu() if isinstance(terms, Tensor) else terms].to(self.index.device)
-        with _Indexed(self.index, terms, index):
-            return plain(self, terms)
-
-    return select
-
-
-class _Indexed(torch.overrides.TorchFunctionMode):
-    """tensor[terms] gives `values`, after it was computed as well."""
-
-    def __init__(self, tensor: Tensor, terms: Any, values: Tensor):
-        self.tensor, self.terms, self.values = tensor, terms, values
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        is_it = function is torch.Tensor.__getitem__ and args[0] is self.tensor and args[1] is self.terms
-        return self.values if is_it else result
+    """Learner.is_dead(stats) -> () bool, or False; computed, and not read."""
+    return lambda self, stats: plain(self, stats) is None
 
 
 def _on_host(plain: Any, ledger: Ledger, *_: Any) -> Any:
@@ -123,7 +97,6 @@ PATCHES = {  # module and name: (what is there, ledger, valid_share) -> what tak
     ("spo_fast.method.rollout", "Segments.compact"): _scripted,
     ("spo_fast.training.learner", "Learner.is_dead"): _alive,
     ("spo_fast.training.step_sizes", "StepSizes.look"): _unjudged,
-    ("spo_fast.method.experience", "Experience.select"): _numbered,
     ("torch", "unique"): _on_host,
     ("torch", "Tensor.unique"): _on_host,
 }
