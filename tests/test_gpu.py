@@ -317,8 +317,14 @@ def test_group_norm_of_more_than_2_to_the_31_elements(layout):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_inner_steps": 1, "method": "mspo"}, {"rollout_weights": "merged"}],
-    ids=["spo", "mspo", "merged"],
+    [
+        {},
+        {"num_inner_steps": 1, "method": "mspo"},
+        {"rollout_weights": "merged"},
+        {"gradient_checkpointing": True},
+        {"clip": 1e-5, "train_batch_size": 1},  # dead micro-batches
+    ],
+    ids=["spo", "mspo", "merged", "checkpointed", "clamped"],
 )
 def test_captured_iterations_equal_eager_ones(tmp_path, settings):
     """Three iterations and more of the toy: prompts, noise, weights and the number of valid pairs change."""
