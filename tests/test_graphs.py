@@ -44,12 +44,30 @@ def test_an_input_is_copied_when_it_changed(monkeypatch):
     text = torch.ones(2)
     for n in range(5):
         assert call(torch.full((2,), float(n)), text).tolist() == [n + 1.0] * 2
-    assert copied == [2, 1, 1, 1]  # from the second call on; the text once
+    assert copied == [1, 1, 1]  # after the second call, which is captured with what it was given; the text never
     text.add_(1)
     assert call(torch.zeros(2), text).tolist() == [2.0, 2.0]
     x = torch.zeros(2)
     assert [call(x, text).tolist(), call(x, text).tolist()] == [[2.0, 2.0]] * 2
-    assert copied == [2, 1, 1, 1, 2, 1]
+    assert copied == [1, 1, 1, 2, 1]
+
+
+def test_what_calls_are_given_alike_is_held_once():
+    """And each sees its own when they are given others; so do two arguments that were one."""
+    graphs = Graphs(recorded.capture)
+    add, times = graphs.wrap("add", lambda x, text: x + text), graphs.wrap("times", lambda x, text: x * text)
+    text = torch.full((2,), 3.0)
+    for n in range(2):
+        assert add(torch.full((2,), float(n)), text).tolist() == [n + 3.0] * 2
+        assert times(torch.full((2,), float(n)), text).tolist() == [n * 3.0] * 2
+    assert len(graphs) == 2 and len(graphs._inputs) == 3
+    other = torch.full((2,), 5.0)
+    for _ in range(2):
+        assert add(torch.ones(2), other).tolist() == [6.0, 6.0] and times(torch.ones(2), text).tolist() == [3.0, 3.0]
+    twice = graphs.wrap("twice", lambda a, b: a - b)
+    for _ in range(2):
+        assert twice(text, text).tolist() == [0.0, 0.0]
+    assert twice(text, other).tolist() == [-2.0, -2.0] and twice(other, text).tolist() == [2.0, 2.0]
 
 
 def test_what_python_decided_stays_decided():

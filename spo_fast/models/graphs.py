@@ -59,22 +59,37 @@ class Weights(Protocol):
         ...
 
 
+class _Input:
+    """A storage that graphs read, refilled before each replay."""
+
+    def __init__(self, like: Tensor):
+        self.tensor = like.clone()
+        self.source, self.version = weakref.ref(like), like._version
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor's numbers are in it already."""
+        return self.source() is tensor and self.version == tensor._version
+
+    def note(self, tensor: Tensor) -> None:
+        """They are now."""
+        self.source, self.version = weakref.ref(tensor), tensor._version
+
+
 @dataclass
 class _Captured:
-    inputs: list[Tensor]  # refilled before each replay
+    inputs: list[_Input]
     replay: Replay
     outputs: object  # rewritten by each replay
-    filled: list[tuple[weakref.ref[Tensor], int]]  # what each input was last filled with: the tensor and its version
     gradients: list[Tensor]  # of the outputs, refilled before each replay of the backward
     replay_backward: Replay | None = None
 
     def fill(self, tensors: list[Tensor]) -> None:
         """Copy what is not there already: what a rollout's prompts gave is the same at every step."""
-        now = [(weakref.ref(v), v._version) for v in tensors]
-        new = [i for i, was in enumerate(self.filled) if was[0]() is not tensors[i] or was[1] != now[i][1]]
+        new = [(i, v) for i, v in zip(self.inputs, tensors, strict=True) if not i.holds(v)]
         if new:
-            torch._foreach_copy_([self.inputs[i] for i in new], [tensors[i] for i in new])
-        self.filled = now
+            torch._foreach_copy_([i.tensor for i, _ in new], [v for _, v in new])
+        for i, v in new:
+            i.note(v)
 
 
 class Graphs:
@@ -94,6 +109,7 @@ class Graphs:
         """New shapes run in the graphs' memory too. Not where they are compiled: constants would be made there."""
         self._seen: set[Hashable] = set()
         self._captured: dict[Hashable, _Captured] = {}
+        self._inputs: list[_Input] = []  # of all of them
         self._inside = False
 
     def __len__(self) -> int:
@@ -192,9 +208,12 @@ class Graphs:
         self, function: Callable[..., object], leaves: list[object], spec: pytree.TreeSpec, weights: Weights | None
     ) -> _Captured:
         assert self.capture is not None
-        static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs: list[_Input] = []
+        for v in _tensors(leaves):
+            inputs.append(self._input(v, inputs))
+        there = iter(inputs)
+        static = [next(there).tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, spec)
-        inputs = _tensors(static)
 
         def once() -> None:
             outputs = function(*args, **kwargs)
@@ -211,8 +230,14 @@ class Graphs:
             gradients = [torch.zeros_like(v) for v in made]
             replay_backward, _ = self.capture.record(lambda: torch.autograd.backward(made, gradients))
             outputs = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-        filled = [(weakref.ref(v), -1) for v in inputs]
-        return _Captured(inputs, replay, outputs, filled, gradients, replay_backward)
+        return _Captured(inputs, replay, outputs, gradients, replay_backward)
+
+    def _input(self, tensor: Tensor, taken: list[_Input]) -> _Input:
+        """Calls that are given one tensor share its storage: a rollout's text is large. taken: by the same call."""
+        found = next((i for i in self._inputs if i.holds(tensor) and i not in taken), None)
+        if found is None:
+            self._inputs.append(found := _Input(tensor))
+        return found
 
 
 def _tensors(tree: object) -> list[Tensor]:
