@@ -282,6 +282,7 @@ class CudaCapture:
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
         """As Capture.beside. Memory belongs to a stream, and a backward on a thread of its own would take other."""
+        torch.cuda.empty_cache()  # when a pool is full, PyTorch frees nothing of what other memory it holds in reserve
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with (
