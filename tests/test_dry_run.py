@@ -59,6 +59,11 @@ def test_graphs_are_left_out_where_a_step_needs_their_memory() -> None:
     costs = predict(whole)
     took = costs.transient
     pool = max(took["rollout"], took["score"], took["reference"], took["backward"] - costs.gradients)
+    # of each prompt and candidate, with and without text: keys and values of 4 attentions' 16 tokens, 64 channels in 16
+    # bits, and 128 numbers of sizes and pooled text
+    each = 2 * (4 * 2 * 16 * 64 * 2 + 128 * 2)
+    assert costs.inputs == each * whole.sample.sample_batch_size * (1 + whole.sample.num_candidates)
+    pool += costs.inputs
     without = predict(whole.with_fields(cuda_graphs=False))
     held = sum(costs.resident.values())
     for phase, peak in costs.peaks.items():

@@ -30,6 +30,8 @@ class Costs:
     """Scorers whose FLOPs and bytes are not known, and not counted."""
     graphs: bool = False
     """Networks are replayed as CUDA graphs, which keep what their largest call took, and the gradients."""
+    inputs: int = 0
+    """Bytes of what is computed of a rollout's text, which is an input of graphs: they hold a copy."""
 
     def flops(self, valid_share: float = 1.0) -> dict[str, float]:
         """FLOPs of an iteration that keeps this share of its pairs, by part."""
@@ -65,8 +67,8 @@ class Costs:
 
     @property
     def kept_by_graphs(self) -> int:
-        """Bytes: what the largest replayed phase takes; all graphs share the pool."""
-        return max(self.replayed.values(), default=0) if self.graphs else 0
+        """Bytes: what the largest replayed phase takes, since all graphs share the pool, and their inputs beside it."""
+        return max(self.replayed.values(), default=0) + self.inputs if self.graphs else 0
 
     @property
     def peak(self) -> int:

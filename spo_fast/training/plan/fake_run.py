@@ -17,6 +17,9 @@ from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from spo_fast.data.prompt_order import PromptSampler
 from spo_fast.evaluation.required_files import resolve, scorer_paths
 from spo_fast.method.objectives import make_objective
@@ -97,7 +100,7 @@ class FakeRun(Iterates):
             encoded, early = once.tally.pop("encode prompts"), live.peaks.pop("encode prompts")
             if self.learner.straddles:
                 self.learner.fill_gradients()
-            states = self._iterate(live)
+            states, text = self._iterate(live), self._text()
         resident = self.held.resident(cfg, self.policy, self.model.vae, self.networks.scorers)
         encoders = sum(self.held.of(encoder.parameters()) for encoder in self.model.text_encoders())
         if self.pairs is not None:  # new prompts come all the time
@@ -115,8 +118,18 @@ class FakeRun(Iterates):
             gradients=self.held.of(self.policy.masters),
             unknown=self.networks.unknown,
             graphs=self.networks.cuda and cfg.engine.cuda_graphs is not False,
+            inputs=text,
             transient={phase: peaks[phase] for phase in PHASES if phase in peaks},
         )
+
+    def _text(self) -> int:
+        """Bytes of what a fused network computes of a rollout's prompts, and of its candidates' once more."""
+        sample, objective = self.cfg.sample, self.objective
+        if objective.rollout is None:
+            return 0
+        one = self.policy.precompute_text(self.model.cond(self.prompts[:1]), sample.guidance_scale > 1).text
+        tensors = [v for v in pytree.tree_leaves(one) if isinstance(v, Tensor)]
+        return self.held.of(tensors) * sample.sample_batch_size * (1 + sample.num_candidates)
 
     def _iterate(self, live: LiveStorage) -> int:
         """An iteration as every later one is: its states. The learner keeps its last micro-batch for a diagnosis."""

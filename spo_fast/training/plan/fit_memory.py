@@ -121,7 +121,7 @@ def peak_of(flag: str, costs: Costs) -> int:
     step if its phase is what fills the graphs' pool."""
     peaks, phases = costs.peaks if flag == "cuda_graphs" else costs.own_peaks, DECIDES[flag]
     found = [peaks[phase] for phase in phases if phase in peaks]
-    if costs.graphs and any(costs.replayed.get(phase) == costs.kept_by_graphs for phase in phases):
+    if costs.graphs and max(costs.replayed, key=lambda phase: costs.replayed[phase]) in phases:
         found.append(costs.peaks["step"])
     return max(found, default=0)
 
