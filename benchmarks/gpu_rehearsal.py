@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks import gpu_pack, gpu_run
 from benchmarks.records import read, table
@@ -27,15 +28,15 @@ from benchmarks.records import read, table
 COMPUTE_TFLOPS = {"eager": 240.0, "compiled": 320.0, "float32": 40.0}
 """Assumed, not measured: 30 and 40 % of the 790 TFLOP/s that a bf16 product reaches on an H200; 60 % of fp32's peak."""
 TESTS_S, TIMED_S = 40.0, 0.2
-"""Assumed: the tests' device time, and that of one contender of one case (warm-up and repetitions, alone and in a
-graph; inputs and float64 truth)."""
+"""Assumed: the tests' seconds, eight at a time, with what they compile; and those of one contender of one case
+(warm-up and repetitions, alone and in a graph; inputs and float64 truth)."""
 
 # ---------------------------------------------------------------------------------------------------- the null GPU
 
 
 def use_null_gpu(folder: Path) -> None:
     """What the host would read from a device that computes nothing is answered from the host."""
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the calls' machine has none; it would use the device
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the calls' machine has none
     gpu_run.import_libraries("cuda")
     import torch
 
@@ -73,22 +74,21 @@ def use_null_gpu(folder: Path) -> None:
     iteration.Published.evaluate = evaluate_to_something  # type: ignore[method-assign]
     published.PublishedLoop._compare = compare  # type: ignore[method-assign]
     published.PublishedLoop.train = train_on_device  # type: ignore[method-assign]
-    # every kernel is launched, also after a comparison that fails: values mean nothing
-    os.environ |= {"PYTHONOPTIMIZE": "1", "PYTEST_ADDOPTS": "--assert=plain -p nullplugin"}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(gpu_run.ROOT)])
-    gpu_run.FAILURES = 100_000
 
 
 def run_call(work: Path, cache: Path, call: int, only: Sequence[str], name: str) -> list[dict[str, Any]]:
+    """The call's jobs without a limit of time. The pass `fill` runs only what compiles, and once."""
     out = work / f"{name}{call}"
     shutil.rmtree(out, ignore_errors=True)
-    words = ["--out", str(out), "--call", str(call), "--cache", str(cache), "--budget_s", "100000"]
-    args = gpu_run.parse([*words, *(["--only", *only] if only else [])])
-    patient = {
-        stage: {n: replace(j, limit_s=20_000.0) for n, j in jobs.items()} for stage, jobs in gpu_run.STAGES.items()
-    }
-    gpu_run.STAGES = patient
-    return gpu_run.run_all(args)
+    asked, fills = gpu_run.chosen(only), name == "fill"
+    jobs = [job for job in gpu_run.CALLS[call].jobs if job in asked and job != "tests"]  # tests would compare zeros
+    if fills:
+        jobs = [job for job in jobs if "/ours+" in job or job.startswith("ops") or job.endswith(("-spo", "-lpo"))]
+    patient = {stage: {n: replace(j, limit_s=20_000.0) for n, j in js.items()} for stage, js in gpu_run.STAGES.items()}
+    calls = {n: replace(c, repetitions=1 if fills else c.repetitions) for n, c in gpu_run.CALLS.items()}
+    words = ["--out", str(out), "--call", str(call), "--cache", str(cache), "--budget_s", "100000", "--only", *jobs]
+    with mock.patch.multiple(gpu_run, STAGES=patient, CALLS=calls):
+        return gpu_run.run_all(gpu_run.parse(words)) if jobs else []
 
 
 # ---------------------------------------------------------------------------------------------------- the device's time
@@ -96,8 +96,6 @@ def run_call(work: Path, cache: Path, call: int, only: Sequence[str], name: str)
 
 def device_seconds(job: str, records: Sequence[Mapping[str, Any]]) -> float | None:
     """Estimated from the counted FLOPs of what the job's records say it did; None where nothing counts it."""
-    if job == "tests":
-        return TESTS_S
     stage, _, row = job.partition("/")
     if stage in ("sd15", "sdxl"):
         return row_seconds(stage, row, records)
@@ -150,6 +148,9 @@ def compare(call: int, records: Sequence[dict[str, Any]]) -> str:
     """A line a job: the host's seconds as the null GPU took them, the device's as estimated, their sum so far."""
     heads = ["call", "job", "status", "host CPU s", "compiled again", "device s (estimated)", "both, so far"]
     rows, mine, total = [[*heads]], [], 0.0
+    if "tests" in gpu_run.CALLS[call].jobs:
+        total = TESTS_S
+        rows.append([call, "tests", "not run", "", "", f"{TESTS_S:.0f}, assumed", f"{total:.0f}"])
     for r in records:
         if not r["name"].startswith("job "):
             mine.append(r)
@@ -183,12 +184,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     work = args.work.resolve()
     use_null_gpu(args.null.resolve())
+    only = args.only or list(gpu_run.STAGES)
     for call in args.call:
-        run_call(work, work / "cache", call, args.only, "fill")
+        run_call(work, work / "cache", call, only, "fill")
     gpu_pack.main(["--cache", str(work / "cache"), "--wheels", *args.wheels])
     cache = unpacked(work)
     for call in args.call:
-        run_call(work, cache, call, args.only, "timed")
+        run_call(work, cache, call, only, "timed")
     for call in args.call:
         print(compare(call, read(work / f"timed{call}" / "records.jsonl")), end="\n\n")
 

@@ -446,6 +446,10 @@ def import_libraries(device: str) -> None:
             # some ask at import, and the driver would answer
             for name in ("is_available", "device_count"):
                 answers.enter_context(mock.patch.object(torch.cuda, name, lambda: int(device == "cuda")))
+        # peft would import bitsandbytes, which uses the device at once; who times it finds it again
+        if "bitsandbytes" not in sys.modules:
+            sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+            answers.callback(sys.modules.pop, "bitsandbytes")
         for name in LIBRARIES:
             with contextlib.suppress(ImportError):  # the job that needs it says so
                 importlib.import_module(name)

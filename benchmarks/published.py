@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from benchmarks.networks import lora_weights
@@ -50,8 +51,6 @@ class PublishedLoop:
         exact: bool = False,  # log-probabilities in float64, to be a yardstick: the published ones cancel in float32
         modern: bool = False,
     ):
-        from peft import LoraConfig  # bitsandbytes comes with it and uses the device, before which gpu_run.py forks
-
         self.modern = modern
         self.features: Tensor | None = None  # of the text tower, if they are kept
         self.unet, self.cfg, self.dtype, self.phase = unet, cfg, dtype, phase

@@ -348,13 +348,12 @@ from benchmarks import gpu_run
 gpu_run.STAGES = {"x": {"x": gpu_run.Job(lambda c: print("fine"), 60, 0)}}
 gpu_run.main(["--out", sys.argv[1], "--device", "cuda"])
 assert {"benchmarks.gpu_hours", "torch._dynamo", "transformers"} <= set(sys.modules)
-print(asked, len(os.listdir("/proc/self/task")), "peft" in sys.modules)
+print(asked, len(os.listdir("/proc/self/task")), "bitsandbytes" in sys.modules)
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, env=environment
     )
-    # peft imports bitsandbytes, where there is one, which uses the device
     assert done.stdout.splitlines()[-1] == "[] 1 False"
 
 
