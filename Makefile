@@ -12,7 +12,12 @@ LOWEST ?= .venv-lowest
 LOWEST_TESTS ?= tests/test_toy.py tests/test_foreign_models.py tests/test_foreign_loras.py tests/test_foreign_schedules.py \
 	tests/test_export.py tests/test_text.py tests/test_quantised.py tests/test_fuse.py
 
-.PHONY: demo test test-lowest bench lint clean
+# PyTorch's CUDA build with stubs for a GPU: .venv-nullgpu/bin/python -m benchmarks.nullgpu.rows --help. Needs CUDA's headers.
+NULLGPU ?= .venv-nullgpu
+NULLGPU_PYTHON ?= python3.12
+NULLGPU_STUBS := $(wildcard benchmarks/nullgpu/stubs/* benchmarks/nullgpu/stubs/libraries/*)
+
+.PHONY: demo test test-lowest bench lint nullgpu clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -37,6 +42,17 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+nullgpu: $(NULLGPU)/.ready
+
+$(NULLGPU)/.ready: benchmarks/nullgpu/requirements.txt benchmarks/nullgpu/build.py $(NULLGPU_STUBS)
+	@$(NULLGPU_PYTHON) -c "import sys; assert sys.version_info[:2] == (3, 12)" 2> /dev/null || \
+		{ echo "nullgpu: no Python 3.12. Name one: make nullgpu NULLGPU_PYTHON=/path/to/python3.12"; exit 1; }
+	@$(NULLGPU_PYTHON) benchmarks/nullgpu/build.py check
+	test -x $(NULLGPU)/bin/python || $(NULLGPU_PYTHON) -m venv $(NULLGPU)
+	$(NULLGPU)/bin/python -m pip install --quiet --no-deps -r benchmarks/nullgpu/requirements.txt
+	$(NULLGPU_PYTHON) benchmarks/nullgpu/build.py $(NULLGPU)/bin/python $(NULLGPU)/nullgpu
+	touch $@
 
 # torch first and by itself, pinned: asked for as a range, pip may settle on another build of it, gigabytes larger.
 $(READY): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
