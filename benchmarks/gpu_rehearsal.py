@@ -1,20 +1,18 @@
 """Both calls of gpu_run.py on a null GPU: caches filled and packed, then every job again from the pack, timed.
 
-    LD_LIBRARY_PATH=STUBS/lib python -m benchmarks.gpu_rehearsal --work DIR [--null FOLDER] [--call 1] [--only NAME ...]
+    make nullgpu
+    .venv-nullgpu/bin/python -m benchmarks.gpu_rehearsal --work DIR [--call 1] [--only NAME ...]
 
 On a null GPU kernels do nothing, so all seconds are the host's; the device's are estimated from counted FLOPs, and said
 to be. The first pass compiles what WORK/cache lacks (long, once), the second starts from what travels, unpacked
-elsewhere: what it compiles again would be compiled on the GPU, too. The PyTorch, Triton and Python of the GPU's machine
-are needed. --null: the folder of nullgpu.py.
+elsewhere: what it compiles again would be compiled on the GPU, too. .venv-nullgpu has the PyTorch, Triton and Python
+of the GPU's machine (nullgpu/requirements.txt).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import shutil
-import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import gpu_pack, gpu_run
+from benchmarks.nullgpu.ledger import start
 from benchmarks.records import read, table
 
 COMPUTE_TFLOPS = {"eager": 240.0, "compiled": 320.0, "float32": 40.0}
@@ -34,19 +33,26 @@ TESTS_S, TIMED_S = 40.0, 0.2
 # ---------------------------------------------------------------------------------------------------- the null GPU
 
 
-def use_null_gpu(folder: Path) -> None:
+class Share:
+    """Of the comparisons, how many are kept: what the row that runs asks for."""
+
+    value = 1.0
+
+    def __mul__(self, comparisons: int) -> float:
+        return self.value * comparisons
+
+
+def use_null_gpu() -> None:
     """What the host would read from a device that computes nothing is answered from the host."""
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # the calls' machine has none
     gpu_run.import_libraries("cuda")
     import torch
 
     from benchmarks import iteration, published
+    from benchmarks.nullgpu import patches
+    from benchmarks.nullgpu.ledger import Ledger
 
-    sys.path.insert(0, str(folder))
-    null: Any = importlib.import_module("nullgpu")
-    null.patch()
-    importlib.import_module("nullplugin")
-
+    share: Any = Share()
+    patches.apply(Ledger(), share)
     scripted, evaluate, train = (
         iteration.Decisions.scripted,
         iteration.Published.evaluate,
@@ -54,14 +60,21 @@ def use_null_gpu(folder: Path) -> None:
     )
 
     def scripted_with_share(cfg: Any, valid_share: float, device: str) -> Any:
-        null.SHARE = valid_share
+        share.value = valid_share
         return scripted(cfg, valid_share, device)
 
     def compare(self: Any, scores: Any, threshold: float) -> tuple[Any, Any]:  # sides (2, B), valid (B,)
         best = scores.sort(0, descending=True)[1][[0, -1]]
-        valid = torch.arange(best.shape[1]) < null.SHARE * best.shape[1]
+        valid = torch.arange(best.shape[1]) < share * best.shape[1]
         scores.cpu()  # the read
         return best, valid
+
+    def levels(self: Any, t: Any, like: Any) -> tuple[Any, Any, Any]:
+        if t.ndim == 0:
+            t.cpu(), t.cpu()  # noqa: B018  # an index of one number is read, twice
+        alpha = self.alphas[:1].view(-1, *[1] * (like.ndim - 1))  # of any step
+        variance = (1 - alpha) / (1 - alpha) * (1 - alpha / alpha)
+        return alpha, alpha, self.cfg.sample.eta * variance**0.5
 
     def train_on_device(self: Any, pairs: dict[str, Any]) -> Any:
         return train(self, {**pairs, "prompts": pairs["prompts"].to(self.device)})
@@ -74,9 +87,10 @@ def use_null_gpu(folder: Path) -> None:
     iteration.Published.evaluate = evaluate_to_something  # type: ignore[method-assign]
     published.PublishedLoop._compare = compare  # type: ignore[method-assign]
     published.PublishedLoop.train = train_on_device  # type: ignore[method-assign]
+    published.PublishedLoop._levels = levels  # type: ignore[method-assign]
 
 
-def run_call(work: Path, cache: Path, call: int, only: Sequence[str], name: str) -> list[dict[str, Any]]:
+def run_call(work: Path, cache: Path, call: int, only: Sequence[str], size: str, name: str) -> list[dict[str, Any]]:
     """The call's jobs without a limit of time. The pass `fill` runs only what compiles, and once."""
     out = work / f"{name}{call}"
     shutil.rmtree(out, ignore_errors=True)
@@ -86,7 +100,20 @@ def run_call(work: Path, cache: Path, call: int, only: Sequence[str], name: str)
         jobs = [job for job in jobs if "/ours+" in job or job.startswith("ops") or job.endswith(("-spo", "-lpo"))]
     patient = {stage: {n: replace(j, limit_s=20_000.0) for n, j in js.items()} for stage, js in gpu_run.STAGES.items()}
     calls = {n: replace(c, repetitions=1 if fills else c.repetitions) for n, c in gpu_run.CALLS.items()}
-    words = ["--out", str(out), "--call", str(call), "--cache", str(cache), "--budget_s", "100000", "--only", *jobs]
+    words = [
+        "--out",
+        str(out),
+        "--call",
+        str(call),
+        "--cache",
+        str(cache),
+        "--budget_s",
+        "100000",
+        "--size",
+        size,
+        "--only",
+        *jobs,
+    ]
     with mock.patch.multiple(gpu_run, STAGES=patient, CALLS=calls):
         return gpu_run.run_all(gpu_run.parse(words)) if jobs else []
 
@@ -147,7 +174,9 @@ def hours_seconds(kind: str, name: str, records: Sequence[Mapping[str, Any]]) ->
 def compare(call: int, records: Sequence[dict[str, Any]]) -> str:
     """A line a job: the host's seconds as the null GPU took them, the device's as estimated, their sum so far."""
     heads = ["call", "job", "status", "host CPU s", "compiled again", "device s (estimated)", "both, so far"]
-    rows, mine, total = [[*heads]], [], 0.0
+    rows: list[list[Any]] = [[*heads]]
+    mine: list[dict[str, Any]] = []
+    total = 0.0
     if "tests" in gpu_run.CALLS[call].jobs:
         total = TESTS_S
         rows.append([call, "tests", "not run", "", "", f"{TESTS_S:.0f}, assumed", f"{total:.0f}"])
@@ -165,32 +194,31 @@ def compare(call: int, records: Sequence[dict[str, Any]]) -> str:
     return table(rows)
 
 
-def unpacked(work: Path) -> Path:
-    """The pack's caches in a folder of another name, as another machine has them."""
-    folder = work / "unpacked"
-    shutil.rmtree(folder, ignore_errors=True)
+def unpack() -> None:
+    """The pack's caches where the GPU's machine will have them."""
+    shutil.rmtree(gpu_pack.UNPACKED, ignore_errors=True)
     with tarfile.open(gpu_pack.PACK / "cache.tar.xz") as tar:
-        tar.extractall(folder, filter="data")
-    return folder
+        tar.extractall(gpu_pack.UNPACKED, filter="data")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    start()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="caches, records and logs of the passes")
-    parser.add_argument("--null", type=Path, default=Path(os.environ.get("NULLGPU", ".")), help="nullgpu.py's folder")
     parser.add_argument("--call", type=int, nargs="+", default=list(gpu_run.CALLS))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the calls' jobs")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: whether it all runs")
     parser.add_argument("--wheels", nargs="*", default=gpu_pack.WHEELS, metavar="NAME==VERSION")
     args = parser.parse_args(argv)
     work = args.work.resolve()
-    use_null_gpu(args.null.resolve())
+    use_null_gpu()
     only = args.only or list(gpu_run.STAGES)
     for call in args.call:
-        run_call(work, work / "cache", call, only, "fill")
+        run_call(work, work / "cache", call, only, args.size, "fill")
     gpu_pack.main(["--cache", str(work / "cache"), "--wheels", *args.wheels])
-    cache = unpacked(work)
+    unpack()
     for call in args.call:
-        run_call(work, cache, call, only, "timed")
+        run_call(work, gpu_pack.UNPACKED, call, only, args.size, "timed")
     for call in args.call:
         print(compare(call, read(work / f"timed{call}" / "records.jsonl")), end="\n\n")
 

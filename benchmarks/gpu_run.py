@@ -239,7 +239,8 @@ HOURS = {
 
 def iteration_jobs(kind: str) -> dict[str, Job]:
     return {
-        f"{kind}/{row}": Job(stage_iteration, *limits, f"{kind}: {gives}") for row, *limits, gives in ITERATION_ROWS
+        f"{kind}/{row}": Job(stage_iteration, limit, least, f"{kind}: {gives}")
+        for row, limit, least, gives in ITERATION_ROWS
     }
 
 
