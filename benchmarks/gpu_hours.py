@@ -456,7 +456,7 @@ def measure_lpo(kind: str, size: str, device: str, records: Records, left_s: Cal
             decisions = iteration.Decisions.scripted(cfg, share, device)
             iteration.reset_peak(device)
             warm_ups = int(share == VALID_SHARES[0])  # the shapes of a micro-batch are the same
-            found = timed(functools.partial(ours.iterate, decisions), device, left_s, most=2, warm_ups=warm_ups)
+            found = timed(functools.partial(ours.iterate, decisions), device, left_s, most=1, warm_ups=warm_ups)
             facts = {"prompts": cfg.sample.sample_batch_size, "dtype": precision, **iteration.peak_memory(device)}
             records.write(f"{kind}/lpo/v={share:g}", **found, **facts)
 

@@ -188,6 +188,8 @@ def compare(call: int, records: Sequence[dict[str, Any]]) -> str:
         device = device_seconds(name, mine) or 0.0
         total += r.get("cpu_s", 0.0) + device
         again = " ".join(f"{count} {what}" for what, count in r.get("compiled", {}).items() if count)
+        if r["status"] == "skipped":
+            continue
         cells: list[Any] = [call, name, r["status"], f"{r.get('cpu_s', 0.0):.1f}", again or "nothing"]
         rows.append([*cells, f"{device:.0f}", f"{total:.0f}"])
         mine = []

@@ -292,7 +292,7 @@ def test_the_second_call_begins_with_what_the_first_did_not_end(tmp_path):
 
     assert names("--call", "1") == list(first) and names("--call", "2") == list(second)
     planned = names("--call", "2", "--done", str(done.path))
-    assert planned[:4] == ["sdxl/truth", "sd15/truth", "sd15/ours", "ops/short"]
+    assert planned[:4] == ["sdxl/truth", "sd15/truth", "ops/short", "sd15/ours"]
     assert set(planned) == {*second, "sd15/ours", "ops/short"}
     assert names("--call", "1", "--only", "sdxl", "tests") == [
         n for n in first if n == "tests" or n.startswith("sdxl/")
