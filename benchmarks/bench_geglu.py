@@ -10,9 +10,8 @@ from torch import Tensor
 
 from benchmarks.bench_group_norm_silu import compiled, with_gradient
 from benchmarks.bench_transition import contenders
-from benchmarks.records import Records
 from benchmarks.shapes import LayerShape, layer_shapes
-from benchmarks.timing import Case, copy_bandwidth, time_case
+from benchmarks.timing import Case
 from spo_fast.ops.geglu import geglu, geglu_ref
 
 
@@ -47,10 +46,3 @@ def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
     dtype = torch.float16 if device == "cuda" else torch.float32
     shapes = layer_shapes("geglu", size)
     return [case(shape, dtype, device, modes, backward) for shape in shapes for backward in (False, True)]
-
-
-def run(records: Records, size: str, device: str, tb_per_s: float | None = None, modes: tuple[str, ...] = ()) -> None:
-    if tb_per_s is None and device == "cuda":
-        tb_per_s = copy_bandwidth(device, size)["tb_per_s"]
-    for one in cases(size, device, modes):
-        time_case(one, records, device, tb_per_s)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_transition import contenders
-from benchmarks.records import Records
 from benchmarks.shapes import LayerShape, layer_shapes
-from benchmarks.timing import Case, copy_bandwidth, time_case
+from benchmarks.timing import Case
 from spo_fast.ops.group_norm_silu import group_norm_silu, group_norm_silu_ref
 
 EPS = 1e-5
@@ -77,10 +76,3 @@ def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
                 out.append(case(shape, dtype, device, modes, channels_last, backward))
         seen.add(network)
     return out
-
-
-def run(records: Records, size: str, device: str, tb_per_s: float | None = None, modes: tuple[str, ...] = ()) -> None:
-    if tb_per_s is None and device == "cuda":
-        tb_per_s = copy_bandwidth(device, size)["tb_per_s"]
-    for one in cases(size, device, modes):
-        time_case(one, records, device, tb_per_s)

@@ -135,7 +135,7 @@ def time_attention(
             out = attention(q, k, v)
             return torch.autograd.grad(out, (q, k, v), gradient) if backward else out
 
-        times = measure(call, device, rep_ms=50)
+        times = measure(call, device)
         records.write(full, **common, **times, max_error=error, tflop_per_s=flop / times["p50_ms"] / 1e9)
     except ImportError as error:
         records.write(full, "skipped", reason=str(error), **common)

@@ -9,9 +9,8 @@ import torch
 from torch.nn.functional import linear
 
 from benchmarks.bench_transition import contenders
-from benchmarks.records import Records
 from benchmarks.shapes import LoraShape, lora_layer_shapes
-from benchmarks.timing import Case, copy_bandwidth, time_case
+from benchmarks.timing import Case
 from spo_fast.ops.lora_linear import lora_linear, lora_linear_ref
 
 SCALE = 1.0
@@ -64,10 +63,3 @@ def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
     dtype = torch.float16 if device == "cuda" else torch.float32
     shapes = lora_layer_shapes(size)
     return [lora_linear_case(s, dtype, device, modes, backward) for s in shapes for backward in (False, True)]
-
-
-def run(records: Records, size: str, device: str, tb_per_s: float | None = None, modes: tuple[str, ...] = ()) -> None:
-    if tb_per_s is None and device == "cuda":
-        tb_per_s = copy_bandwidth(device, size)["tb_per_s"]
-    for case in cases(size, device, modes):
-        time_case(case, records, device, tb_per_s)

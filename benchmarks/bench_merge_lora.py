@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_transition import contenders
-from benchmarks.records import Records
 from benchmarks.shapes import LoraShape, lora_layer_shapes
-from benchmarks.timing import Case, copy_bandwidth, time_case
+from benchmarks.timing import Case
 from spo_fast.ops.merge_lora import merge_lora, merge_ref
 
 SCALE = 1.0
@@ -47,10 +46,3 @@ def merge_case(shape: LoraShape, dtype: torch.dtype, device: str, modes: tuple[s
 def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
     return [merge_case(shape, dtype, device, modes) for shape in lora_layer_shapes(size)]
-
-
-def run(records: Records, size: str, device: str, tb_per_s: float | None = None, modes: tuple[str, ...] = ()) -> None:
-    if tb_per_s is None and device == "cuda":
-        tb_per_s = copy_bandwidth(device, size)["tb_per_s"]
-    for case in cases(size, device, modes):
-        time_case(case, records, device, tb_per_s)

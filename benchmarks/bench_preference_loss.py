@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_transition import contenders
-from benchmarks.records import Records
 from benchmarks.shapes import PREFERENCE_TERMS
-from benchmarks.timing import Case, time_case
+from benchmarks.timing import Case
 from spo_fast.ops.preference_loss import preference_loss, preference_loss_ref
 
 BETA, CLIP = 10.0, 0.1
@@ -59,8 +58,3 @@ def preference_loss_case(terms: int, device: str, modes: tuple[str, ...]) -> Cas
 def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
     terms = PREFERENCE_TERMS if size == "full" else PREFERENCE_TERMS[:1]
     return list(map(functools.partial(preference_loss_case, device=device, modes=modes), terms))
-
-
-def run(records: Records, size: str, device: str, modes: tuple[str, ...] = ()) -> None:
-    for case in cases(size, device, modes):
-        time_case(case, records, device, None)

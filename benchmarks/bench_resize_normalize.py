@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_transition import contenders
-from benchmarks.records import Records
 from benchmarks.shapes import ScorerShape, scorer_shapes
-from benchmarks.timing import Case, copy_bandwidth, time_case
+from benchmarks.timing import Case
 from spo_fast.ops.resize_normalize import resize_normalize, resize_normalize_ref
 from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
 
@@ -51,10 +50,3 @@ def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
     """16-bit pixels, as the VAE leaves them on a GPU; float32 on a CPU."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     return [resize_normalize_case(shape, dtype, device, modes) for shape in scorer_shapes(size)]
-
-
-def run(records: Records, size: str, device: str, tb_per_s: float | None = None, modes: tuple[str, ...] = ()) -> None:
-    if tb_per_s is None and device == "cuda":
-        tb_per_s = copy_bandwidth(device, size)["tb_per_s"]
-    for case in cases(size, device, modes):
-        time_case(case, records, device, tb_per_s)

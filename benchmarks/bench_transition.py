@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import ddim_scheduler
-from benchmarks.records import Records
 from benchmarks.shapes import RatioShape, StepShape, ratio_shapes, step_shapes
-from benchmarks.timing import Case, copy_bandwidth, time_case
+from benchmarks.timing import Case
 from spo_fast.method.schedule import ddim_table
 from spo_fast.ops import backend, philox
 from spo_fast.ops.log_ratio import log_ratio, log_ratio_ref
@@ -157,10 +156,3 @@ def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:
     for shape in ratio_shapes(size):
         out += [log_ratio_case(shape, dtype, device, modes, backward) for backward in (False, True)]
     return out
-
-
-def run(records: Records, size: str, device: str, tb_per_s: float | None = None, modes: tuple[str, ...] = ()) -> None:
-    if tb_per_s is None and device == "cuda":
-        tb_per_s = copy_bandwidth(device, size)["tb_per_s"]
-    for case in cases(size, device, modes):
-        time_case(case, records, device, tb_per_s)

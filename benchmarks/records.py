@@ -130,8 +130,9 @@ def command(words: Sequence[str]) -> str:
 class Records:
     """Appends to one file; a line is complete or absent, also if the process dies right after."""
 
-    def __init__(self, path: Path, stage: str, device: str = "cpu", size: str = "full"):
+    def __init__(self, path: Path, stage: str, device: str = "cpu", size: str = "full", asks_gpu: bool = True):
         self.path, self.stage, self.device, self.size = Path(path), stage, device, size
+        self.asks_gpu = asks_gpu and device == "cuda"  # not before a fork: NVML is a driver, too
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, status: str = "ok", **values: Any) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class Records:
             "size": self.size,
             "device": self.device,
             **software(),
-            "gpu": gpu_state() if self.device == "cuda" else {},
+            "gpu": gpu_state() if self.asks_gpu else {},
             "command": command(sys.orig_argv),
         }
         line = json.dumps(record, default=str) + "\n"

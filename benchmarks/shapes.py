@@ -86,14 +86,12 @@ class LayerShape:
 
 
 def step_shapes(size: str) -> list[StepShape]:
-    """K = 4 and K = 2 children of the published batches, and the x0 estimate of all candidates."""
+    """The published batches' children, and the x0 estimate of all candidates."""
     if size == "tiny":
         return [StepShape("tiny K=2", 2, 2, TINY_LATENTS), StepShape("tiny x0", 4, 0, TINY_LATENTS)]
     return [
         StepShape("sd15 K=4", 10, 4, LATENTS["sd15"]),
         StepShape("sdxl K=2", 2, 2, LATENTS["sdxl"]),
-        StepShape("sdxl K=4", 2, 4, LATENTS["sdxl"]),
-        StepShape("sd15 K=2", 10, 2, LATENTS["sd15"]),
         StepShape("sd15 x0", 40, 0, LATENTS["sd15"]),
     ]
 
@@ -106,14 +104,12 @@ def ratio_shapes(size: str) -> list[RatioShape]:
 
 
 def scorer_shapes(size: str) -> list[ScorerShape]:
-    """A chunk of decoded candidates and a large one, to the 224 pixels of the step-aware model."""
+    """A chunk of decoded candidates, to the 224 pixels of the step-aware model."""
     if size == "tiny":
         return [ScorerShape("tiny", 2, 64, 32)]
     return [
         ScorerShape("sdxl N=16", 16, 1024, 224),
-        ScorerShape("sdxl N=64", 64, 1024, 224),
         ScorerShape("sd15 N=16", 16, 512, 224),
-        ScorerShape("sd15 N=64", 64, 512, 224),
     ]
 
 
@@ -148,7 +144,7 @@ BATCHES = {"sd15": 80, "sdxl": 8}  # states of a rollout step, both guidance hal
 
 
 def layer_shapes(op: str, size: str) -> list[LayerShape]:
-    """The four kinds of call of each UNet that move most, and for the norm the VAE decoder's largest. Needs diffusers.
+    """The two kinds of call of each UNet that move most, and for the norm the VAE decoder's largest. Needs diffusers.
 
     Taken from forwards on the meta device: nothing is allocated, and the counts cannot go stale.
     """
@@ -158,9 +154,9 @@ def layer_shapes(op: str, size: str) -> list[LayerShape]:
     shapes: list[LayerShape] = []
     for kind in KINDS:
         found = [s for s in unet_layers(kind) if (s.groups > 0) == (op == "group_norm_silu")]
-        shapes += sorted(found, key=lambda s: -s.calls * math.prod(s.x))[:4]
+        shapes += sorted(found, key=lambda s: -s.calls * math.prod(s.x))[:2]
     if op == "group_norm_silu":
-        shapes += sorted(vae_norms("sdxl"), key=lambda s: -math.prod(s.x))[:2]
+        shapes += sorted(vae_norms("sdxl"), key=lambda s: -math.prod(s.x))[:1]
     return shapes
 
 

@@ -18,7 +18,7 @@ def test_gpu_hours(pytestconfig, tmp_path, capsys):
     path, failed = results_path("gpu_hours", DEVICE), []
     if DEVICE == "cuda" and (jobs := gpu_hours.missing_jobs(gpu_hours.gpu_records())):
         budget = str(pytestconfig.getoption("budget_s"))
-        rows = gpu_run.run_all(gpu_run.parse(["--out", str(tmp_path), "--only", *jobs, "--budget_s", budget]))
+        rows = gpu_run.run_command(tmp_path, "--only", *jobs, "--budget_s", budget)
         with path.open("a") as file:
             file.write((tmp_path / "records.jsonl").read_text())
         failed = [r for r in rows if r["status"] == "failed"]

@@ -20,11 +20,7 @@ SIZE = "full" if DEVICE == "cuda" else "tiny"
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_iteration(kind, pytestconfig, tmp_path, capsys):
     budget = str(pytestconfig.getoption("budget_s"))
-    rows = gpu_run.run_all(
-        gpu_run.parse(
-            ["--out", str(tmp_path), "--only", kind, "--budget_s", budget, "--size", SIZE, "--device", DEVICE]
-        )
-    )
+    rows = gpu_run.run_command(tmp_path, "--only", kind, "--budget_s", budget, "--size", SIZE, "--device", DEVICE)
     path = results_path("iteration", DEVICE)
     with path.open("a") as file:
         file.write((tmp_path / "records.jsonl").read_text())

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu_run import LAYER_OPS, OPS, summary
 from benchmarks.records import Records, read, results_path
+from benchmarks.timing import time_cases
 from spo_fast.ops.backend import available_backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,7 @@ PATH = results_path("ops", DEVICE)
 @pytest.mark.parametrize("bench", [importlib.import_module(f"benchmarks.bench_{op}") for op in ALL], ids=ALL)
 def test_op_table(bench, capsys):
     records, earlier = Records(PATH, "ops", DEVICE, SIZE), len(read(PATH))
-    bench.run(records, SIZE, DEVICE, modes=MODES)
+    time_cases(bench.cases(SIZE, DEVICE, MODES), records, DEVICE, SIZE)
     rows = read(PATH)[earlier:]
     with capsys.disabled():
         print(f"\n{DEVICE}, {SIZE} shapes, appended to {PATH}\n{summary(rows)}")

@@ -17,12 +17,16 @@ from spo_fast.models.graphs import CudaCapture
 L2_BYTES = 128 << 20  # rotate inputs over more than twice the largest cache in use (60 MB)
 
 
-def measure(fn: Callable[[], Any], device: str, rep_ms: int = 100) -> dict[str, Any]:
+REPEAT_MS = 40  # a median of hundreds of microseconds, of eight for the slowest op
+WARM_UP_MS = 10
+
+
+def measure(fn: Callable[[], Any], device: str, rep_ms: int = REPEAT_MS) -> dict[str, Any]:
     """Quantiles of one call. CUDA: events, the L2 cache flushed before each (do_bench). Else the host's."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        return quantiles(do_bench(fn, warmup=25, rep=rep_ms, return_mode="all"))
+        return quantiles(do_bench(fn, warmup=WARM_UP_MS, rep=rep_ms, return_mode="all"))
     fn()
     times: list[float] = []
     end = time.perf_counter() + min(rep_ms, 20) / 1000
@@ -33,12 +37,12 @@ def measure(fn: Callable[[], Any], device: str, rep_ms: int = 100) -> dict[str, 
     return quantiles(times)
 
 
-def measure_in_graph(calls: Sequence[Callable[[], Any]], rep_ms: int = 100) -> dict[str, Any]:
+def measure_in_graph(calls: Sequence[Callable[[], Any]], rep_ms: int = REPEAT_MS) -> dict[str, Any]:
     """Quantiles of one call out of a CUDA graph of all of them, which should rotate among inputs."""
     from triton.testing import do_bench
 
     replay, _ = capture(lambda: [call() for call in calls])
-    times = do_bench(replay, warmup=25, rep=rep_ms, return_mode="all")
+    times = do_bench(replay, warmup=WARM_UP_MS, rep=rep_ms, return_mode="all")
     return quantiles([t / len(calls) for t in times])
 
 
@@ -92,7 +96,7 @@ class Case:
     flops: int = 0  # 2 a multiplication and addition; 0: bound by memory
 
 
-def time_case(case: Case, records: Records, device: str, tb_per_s: float | None, rep_ms: int = 100) -> list[dict]:
+def time_case(case: Case, records: Records, device: str, tb_per_s: float | None, rep_ms: int = REPEAT_MS) -> list[dict]:
     """A record a contender: error against float64, time alone, time in a graph, share of the copy bandwidth."""
     sets = 2 if device != "cuda" else max(2, min(64, -(-L2_BYTES // max(case.bytes_moved, 1))))
     common: dict[str, Any] = {"dtype": case.dtype, "shapes": case.shapes, "bytes": case.bytes_moved}
@@ -125,3 +129,10 @@ def time_case(case: Case, records: Records, device: str, tb_per_s: float | None,
         except Exception as error:
             records.failed(case.name, error, contender=name, **common)
     return written
+
+
+def time_cases(cases: Sequence[Case], records: Records, device: str, size: str) -> None:
+    """time_case of each, their shares those of this machine's copy bandwidth."""
+    tb_per_s = copy_bandwidth(device, size)["tb_per_s"] if device == "cuda" else None
+    for case in cases:
+        time_case(case, records, device, tb_per_s)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -228,30 +231,39 @@ def test_quantiles():
     assert quantiles([4.0, 1.0, 3.0, 2.0, 5.0, 6.0]) == pytest.approx({"p20_ms": 2, "p50_ms": 3.5, "p80_ms": 5, "n": 6})
 
 
-FAKE_JOBS = {
-    "breaks": "raise RuntimeError('the kernel is wrong')",
-    "dies": "import os; os.abort()",
-    "hangs": "import time; print('started', flush=True); time.sleep(60)",
-    "works": "print('fine')",
-    "no time": "print('never')",
-}
+def fake_job(context):
+    """What a job may do, by its name."""
+    if context.job == "breaks":
+        raise RuntimeError("the kernel is wrong")
+    if context.job == "dies":
+        os.abort()
+    if context.job == "hangs":
+        print("started")
+        subprocess.Popen(["sleep", "600"])
+        time.sleep(600)
+    print("fine", os.getpid() == os.getpgid(0))
+
+
+FAKE_JOBS = ("breaks", "dies", "hangs", "works", "no time")
 
 
 def test_whatever_fails_leaves_a_record_and_the_next_runs(tmp_path, monkeypatch, capsys):
-    jobs = {name: gpu_run.Job(gpu_run.stage_tests, 10 if name == "hangs" else 60, 0) for name in FAKE_JOBS}
-    jobs["no time"] = gpu_run.Job(gpu_run.stage_tests, 60, 10_000)
+    jobs = {name: gpu_run.Job(fake_job, 3 if name == "hangs" else 60, 0, f"what {name} gives") for name in FAKE_JOBS}
+    jobs["no time"] = gpu_run.Job(fake_job, 60, 10_000)
     monkeypatch.setattr(gpu_run, "STAGES", {name: {name: job} for name, job in jobs.items()})
-    monkeypatch.setattr(gpu_run, "child_command", lambda args, name, *_: [sys.executable, "-c", FAKE_JOBS[name]])
     gpu_run.main(["--out", str(tmp_path / "out"), "--budget_s", "1000", "--device", "cpu"])
     rows = {r["name"].removeprefix("job "): r for r in read(tmp_path / "out" / "records.jsonl")}
     status = {name: rows[name]["status"] for name in FAKE_JOBS}
     assert status == {"breaks": "failed", "dies": "failed", "hangs": "timeout", "works": "ok", "no time": "skipped"}
     assert "the kernel is wrong" in rows["breaks"]["error"]
-    assert "started" in rows["hangs"]["error"]
+    assert "started" in rows["hangs"]["error"] and 3 <= rows["hangs"]["wall_s"] < 60
     assert "needs 10000" in rows["no time"]["reason"]
     assert rows["works"]["versions"]["torch"] and rows["works"]["command"]
+    assert "fine True" in (tmp_path / "out" / "log.txt").read_text()  # a process group of its own
     printed = capsys.readouterr().out
     assert "the kernel is wrong" in printed and "timeout" in printed and "skipped" in printed
+    lines = printed[printed.index("lost if the call ends before") :].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["1", "2", "3", "4", "5"] and "what hangs gives" in lines[2]
 
 
 def test_a_stage_that_raises_records_the_error(tmp_path, monkeypatch):
@@ -260,11 +272,95 @@ def test_a_stage_that_raises_records_the_error(tmp_path, monkeypatch):
         raise ImportError("no module named bitsandbytes")
 
     monkeypatch.setattr(gpu_run, "STAGES", {"broken": {"broken": gpu_run.Job(broken, 10, 1)}})
-    with pytest.raises(SystemExit):
-        gpu_run.main(["--job", "broken", "--out", str(tmp_path), "--limit_s", "9", "--device", "cpu"])
-    first, second = read(tmp_path / "records.jsonl")
+    gpu_run.main(["--out", str(tmp_path), "--device", "cpu"])
+    _, first, second, job = read(tmp_path / "records.jsonl")
     assert first["status"] == "ok" and first["p50_ms"] == 1.0
     assert second["status"] == "failed" and "bitsandbytes" in second["error"]
+    assert job["status"] == "failed" and job["returncode"] == 1
+
+
+def test_the_second_call_begins_with_what_the_first_did_not_end(tmp_path):
+    """--done: a row that failed and one that was not reached come first, `truth` again since it makes a file."""
+    first, second = (gpu_run.CALLS[n].jobs for n in (1, 2))
+    done = Records(tmp_path / "records.jsonl", "run")
+    for name in first:
+        if name != "ops/short":
+            done.write(f"job {name}", "failed" if name == "sd15/ours" else "ok")
+
+    def names(*argv):
+        return list(gpu_run.planned(gpu_run.parse(["--out", str(tmp_path), *argv])))
+
+    assert names("--call", "1") == list(first) and names("--call", "2") == list(second)
+    planned = names("--call", "2", "--done", str(done.path))
+    assert planned[:4] == ["sdxl/truth", "sd15/truth", "ops/short", "sd15/ours"]
+    assert set(planned) == {*second, "sd15/ours", "ops/short"}
+    assert names("--call", "1", "--only", "sdxl", "tests") == [
+        n for n in first if n == "tests" or n.startswith("sdxl/")
+    ]
+    with pytest.raises(SystemExit):
+        gpu_run.parse(["--out", str(tmp_path), "--call", "2", "--done", str(tmp_path / "none.jsonl")])
+
+
+def test_calls_have_every_row_that_the_tables_need():
+    jobs = [name for call in gpu_run.CALLS.values() for name in call.jobs]
+    gpu_run.chosen(jobs)  # every one is a job
+    for kind in KINDS:
+        rows = {name for name in jobs if name.startswith(f"{kind}/")}
+        assert {f"{kind}/{row}" for row in ("truth", "published", "modern", "ours", "ours+all")} <= rows
+        # a row's gate needs them before it
+        for call in gpu_run.CALLS.values():
+            mine = [name for name in call.jobs if name.startswith(f"{kind}/")]
+            assert mine[0] == f"{kind}/truth"
+        assert f"hours/{kind}-spo" in jobs
+
+
+def test_a_call_measures_one_share(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_run, "STAGES", {"sdxl": {"sdxl/ours": gpu_run.Job(seen.append, 9, 1)}})
+    args = gpu_run.parse(["--out", str(tmp_path), "--device", "cpu"])
+    for call in (None, 1):
+        args.call = call
+        gpu_run.run_here(args, "sdxl/ours", gpu_run.STAGES["sdxl"]["sdxl/ours"], 9.0, tmp_path)
+    assert [(c.valid_shares, c.repetitions) for c in seen] == [((0.5, 1.0), 5), ((0.5,), 3)]
+
+
+def test_published_errors_of_an_earlier_call_judge_the_rows(tmp_path, monkeypatch):
+    done, found = Records(tmp_path / "records.jsonl", "sdxl"), tmp_path / "found"
+    done.write("sdxl/published/parity", loss_error=0.25)
+    job = gpu_run.Job(lambda c: found.write_text((c.scratch / "sdxl_published.json").read_text()), 60, 0)
+    monkeypatch.setattr(gpu_run, "STAGES", {"sdxl": {"sdxl/ours": job}})
+    gpu_run.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--done", str(done.path)])
+    assert json.loads(found.read_text())["loss_error"] == 0.25
+    assert iteration.gate({"loss_error": 0.6}, json.loads(found.read_text()), "fp16").startswith("failed")
+
+
+def test_libraries_are_imported_without_a_device(tmp_path):
+    """What has been asked of the CUDA driver dies in a fork, and with a thread a fork may hang."""
+    program = """
+import os, sys, torch
+asked = []
+def trap(name):
+    return lambda *_: asked.append(name) or 0
+for module, name in ((torch.cuda, "is_available"), (torch.cuda, "_lazy_init"), (torch._C, "_cuda_getDeviceCount")):
+    if hasattr(module, name):
+        setattr(module, name, trap(name))
+from benchmarks import gpu_run
+gpu_run.STAGES = {"x": {"x": gpu_run.Job(lambda c: print("fine"), 60, 0)}}
+gpu_run.main(["--out", sys.argv[1], "--device", "cuda"])
+assert {"benchmarks.gpu_hours", "torch._dynamo", "transformers"} <= set(sys.modules)
+print(asked, len(os.listdir("/proc/self/task")), "bitsandbytes" in sys.modules)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "[] 1 False"
+
+
+def test_a_process_that_has_used_the_device_forks_no_jobs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="run gpu_run.py as a command"):
+        gpu_run.import_libraries("cpu")
 
 
 def test_records_name_no_place_of_this_machine():
@@ -273,17 +369,15 @@ def test_records_name_no_place_of_this_machine():
     assert command(["python", "benchmarks/gpu_run.py", "--only", "a b"]) == "python benchmarks/gpu_run.py --only 'a b'"
 
 
-def test_the_command_itself(tmp_path, monkeypatch):
+def test_the_command_itself(tmp_path):
     """One real job in its own process, and one that the budget does not reach."""
-    patient = gpu_run.Job(gpu_run.stage_ceilings, 600, 12)  # whatever else the machine does
-    monkeypatch.setitem(gpu_run.STAGES, "ceilings", {"ceilings": patient})
-    gpu_run.main(
-        ["--out", str(tmp_path), "--budget_s", "900", "--size", "tiny", "--device", "cpu", "--only", "ceilings"]
-    )
+    script = [sys.executable, str(Path(gpu_run.__file__)), "--out", str(tmp_path), "--size", "tiny", "--device", "cpu"]
+    subprocess.run([*script, "--only", "ceilings", "--budget_s", "900"], check=True, capture_output=True)
     rows = read(tmp_path / "records.jsonl")
     assert {"copy", "matmul", "job ceilings"} <= {r["name"] for r in rows if r["status"] == "ok"}
     assert "==== ceilings" in (tmp_path / "log.txt").read_text()
-    gpu_run.main(["--out", str(tmp_path), "--budget_s", "0", "--size", "tiny", "--device", "cpu", "--only", "ops"])
+    assert "gpu_run.py" in rows[-1]["command"] and rows[-1]["cpu_s"] > 0
+    subprocess.run([*script, "--only", "ops", "--budget_s", "0"], check=True, capture_output=True)
     assert read(tmp_path / "records.jsonl")[-1]["status"] == "skipped"
 
 
@@ -299,7 +393,7 @@ def test_layer_shapes_are_those_of_the_networks():
         layers = shapes.unet_layers(kind)
         assert sum(s.calls for s in layers if s.groups == 32) == norms
         assert sum(s.calls for s in layers if not s.groups) == transformer_blocks
-    largest = shapes.layer_shapes("group_norm_silu", "full")[-2]
+    largest = shapes.layer_shapes("group_norm_silu", "full")[-1]
     assert largest.x == (1, 256, 1024, 1024) and largest.silu and largest.calls == 1
 
 

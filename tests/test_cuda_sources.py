@@ -259,7 +259,7 @@ def see_supplied(poisoned, guarded):
 
 
 def see_keyed(poisoned, guarded):
-    test_transition.test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching("c")
+    test_transition.test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching("c", (4, 4, 9, 7))
 
 
 def see_log_ratio(poisoned, guarded):

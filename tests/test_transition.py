@@ -13,7 +13,8 @@ from spo_fast.ops.transition import TRANSITION, transition
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device
-SHAPES = [(1, 1, 1, 1), (3, 4, 7, 5), (2, 4, 33, 31)]  # one element, ragged, several blocks
+# one element, ragged, several blocks; no multiples of the four lanes of a noise group: 2, 1 and 3 elements over
+SHAPES = [(1, 1, 1, 1), (3, 4, 7, 5), (2, 4, 33, 31), (2, 1, 1, 6), (3, 3, 5, 7), (2, 3, 23, 15)]
 # a, b, c, d, std of DDIM-like steps: a middle one, the first (t = 951) and the last (t = 1, std 0.02)
 TABLE = torch.tensor(
     [
@@ -127,8 +128,8 @@ def keys(B, seed=3, iteration=11, step=6, candidate=0):
 
 
 @pytest.mark.parametrize("backend", available_backends("transition", DEVICE))
-def test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching(backend):
-    shape = (4, 4, 9, 7)
+@pytest.mark.parametrize("shape", [(4, 4, 9, 7), (4, 1, 1, 6), (4, 3, 5, 7), (4, 3, 23, 15)])
+def test_keyed_noise_is_the_same_on_every_backend_and_for_any_batching(backend, shape):
     cond, uncond, _, _, x_t, _, _, rows = case(shape)
     with use_backend(backend):
         _, children = transition(cond, uncond, x_t, rows, TABLE, 5.0, num_children=3, keys=keys(4))
@@ -153,9 +154,10 @@ def test_nothing_comes_of_nothing(backend):
 
 
 @pytest.mark.skipif("triton" not in available_backends("transition", DEVICE), reason="Triton cannot run here")
-def test_keyed_noise_does_not_depend_on_the_launch_shape(monkeypatch):
-    """The C library's threads: test_build.py. n = 252 is no multiple of any block."""
-    cond, uncond, _, _, x_t, _, _, rows = case((2, 4, 9, 7))
+@pytest.mark.parametrize("channels", [4, 3])
+def test_keyed_noise_does_not_depend_on_the_launch_shape(monkeypatch, channels):
+    """The C library's threads: test_build.py. n = 252 and 189 are no multiples of any block."""
+    cond, uncond, _, _, x_t, _, _, rows = case((2, channels, 9, 7))
     draws = []
     for groups in (16, 64, 256):
         monkeypatch.setattr(module, "GROUPS", groups)
