@@ -75,11 +75,9 @@ def predictions_by_term(
     """The same, in the very batches of terms that will be trained: then nothing differs, not even by rounding."""
     if not batches:
         return frozen_predictions(policy, table, experience, guided, None)
-    index, device = experience.host_index, experience.x_prev.device
-    used = [index[terms].unique() for terms in batches]
-    cut = (experience.states.select(to_device(rows, device)) for rows in used)
-    parts = [predict_states(policy, table, experience, states, guided) for states in cut]
-    return Prediction.cat(parts).select(to_device(torch.cat(used).argsort(), device))
+    used = [to_device(experience.host_index[terms].unique(), experience.x_prev.device) for terms in batches]
+    parts = [predict_states(policy, table, experience, experience.states.select(index), guided) for index in used]
+    return Prediction.cat(parts).select(torch.cat(used).argsort())
 
 
 def error_drop(m: Tensor, reference: Tensor, y: Tensor) -> Tensor:  # (T, C, H, W) each -> (T,)
@@ -288,10 +286,9 @@ def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch)
     rows = torch.arange(first, end, device=device).repeat_interleave(K * B)
     states = States(walk.x[first:end].flatten(0, 2), rows, torch.arange(B, device=device).repeat(S * K))
     x_prev = walk.x[first + 1 : end + 1].flatten(0, 2)[:, None, None]
-    read = torch.arange(S * K * B).view(-1, 1, 1)
+    own = torch.arange(S * K * B).view(-1, 1, 1)
     order = torch.arange(S * K, device=device).repeat_interleave(B)
-    index = to_device(read, device)
-    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten(), order=order, read=read)
+    return Experience(states, x_prev, to_device(own, device), batch.cond, walk.scores.flatten(), order=order, read=own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,8 +412,8 @@ class DenseReward(SPO):
         index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
         index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)
         drawn = torch.arange(D, device=device).repeat_interleave(B)
-        drawn_terms = replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn, read=None)
-        return drawn_terms.select(slice(None))
+        terms = replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn, read=None)
+        return terms.select(slice(None))
 
 
 # ---------------------------------------------------------------------------------------------------- labelled pairs
