@@ -291,7 +291,7 @@ def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch)
     read = torch.arange(S * K * B).view(-1, 1, 1)
     order = torch.arange(S * K, device=device).repeat_interleave(B)
     index = to_device(read, device)
-    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten(), order=order, read=read)
+    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten(), order=order, read=(index, read))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +415,7 @@ class DenseReward(SPO):
         index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
         index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)
         drawn = torch.arange(D, device=device).repeat_interleave(B)
-        drawn_terms = replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn, read=None)
+        drawn_terms = replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn)
         return drawn_terms.select(slice(None))
 
 
