@@ -11,6 +11,7 @@ from runs import assert_same_tensors, built, facts, killed_run, run_toy
 
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.models.graphs import Graphs
+from spo_fast.models.trained_weights import TrainedWeights
 from spo_fast.ops.transition import transition
 from spo_fast.training import accelerate, batches
 
@@ -30,11 +31,11 @@ def test_the_first_call_runs_the_second_is_recorded_later_ones_replay():
         out = call(x, 2.0)
         assert torch.equal(out["y"], x["a"] * 2 + 1) and torch.equal(out["x"], x["a"])
         kept.append((out["y"], out["y"].clone()))
-    assert len(ran) == 2 and len(graphs) == 1
+    assert len(ran) == 3 and len(graphs) == 1  # before it is recorded it runs once more
     assert all(torch.equal(now, then) for now, then in kept)  # a later replay rewrites none of them
     for odd in (({"a": torch.ones(1, 3), "b": torch.ones(3)}, 2.0), ({"a": torch.ones(2, 3), "b": torch.ones(3)}, 3.0)):
         call(*odd)  # another shape, another constant: not this graph
-    assert len(ran) == 4 and len(graphs) == 1
+    assert len(ran) == 5 and len(graphs) == 1
 
 
 def test_an_input_is_copied_when_it_changed(monkeypatch):
@@ -199,7 +200,7 @@ class Line:
     def network_weights(self):
         return [self.w]
 
-    def hold_gradients(self):
+    def hold_gradients(self, reached=()):
         self.w.grad = torch.zeros_like(self.w) if self.w.grad is None else self.w.grad
 
 
@@ -222,7 +223,33 @@ def test_a_backward_is_replayed_into_the_gradient_that_is_there():
         assert torch.equal(line.w.grad, want)
         with torch.no_grad():
             line.w += 1  # as an optimizer does: in place
-    assert len(ran) == 2
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_no_backward_reaches_has_no_gradient(dtype):
+    """Weight decay and momentum leave it alone then; a gradient of zeros they would not."""
+    used, unused = (torch.nn.Parameter(torch.full((2,), 3.0, dtype=dtype)) for _ in range(2))
+    weights = TrainedWeights([("used", used), ("unused", unused)])
+    optimizer = torch.optim.AdamW(weights.masters, lr=0.5, weight_decay=0.5)
+    call = Graphs(recorded.capture).wrap_trained("f", lambda x: x * used, weights)
+    x = torch.ones(2, dtype=dtype)
+    for _ in range(4):
+        call(x).sum().backward()
+        call(2 * x).sum().backward()
+        assert weights.masters[0].grad.tolist() == [3.0, 3.0] and weights.masters[1].grad is None
+        optimizer.step()
+        weights.drop_gradients()
+        weights.copy_to_network()
+    assert weights.masters[1].tolist() == [3.0, 3.0] and list(optimizer.state) == weights.masters[:1]
+    assert weights.masters[0].max() < 2
+    weights.masters[0].grad = torch.ones(2)  # as a checkpoint's that waited
+    call(x).sum().backward()
+    assert weights.masters[0].grad.tolist() == [2.0, 2.0]
+    weights.masters[0].grad = torch.ones(2)
+    weights.drop_gradients()
+    call(x).sum().backward()
+    assert weights.masters[0].grad.tolist() == [1.0, 1.0]
 
 
 def test_a_backward_must_follow_its_forward():
@@ -291,3 +318,25 @@ def test_a_rollout_is_all_replays_but_for_branching(tmp_path):
         calls.clear()
         run.policy.graphs.waits = False  # as after a run's first iteration
     assert counts[0] > 0 and counts[2:] == [0, 0]
+
+
+def test_a_network_whose_masters_are_parts_has_its_gradients(tmp_path):
+    """Their sums come and go, so no graph could add to them: with gradient it runs as it is, without it is replayed."""
+    run = built(tmp_path / "run", full_finetune=True)
+    run.record_graphs(recorded.capture)
+    run.policy.graphs.waits = False
+    run.policy.shards = object()
+    states = torch.randn(1, *run.model.latent_shape, dtype=run.model.latent_dtype)
+    cond, t = run.model.cond(run.prompts[:1]), run.table.timesteps[:1]
+    for n in range(1, 4):
+        m = run.policy.predict(states, t, cond, guided=True)
+        (m.cond.sum() + m.uncond.sum()).backward()
+        if n == 1:
+            first = [p.grad.clone() for p in run.policy.network_weights]
+    for p, grad in zip(run.policy.network_weights, first, strict=True):
+        torch.testing.assert_close(p.grad, 3 * grad)
+    assert len(run.policy.graphs) == 0
+    with torch.no_grad():
+        for _ in range(2):
+            run.policy.predict(states, t, cond, guided=True)
+    assert len(run.policy.graphs) == 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from runs import assert_same_tensors, built, facts, run_toy
 
 from spo_fast.method import objectives
+from spo_fast.method.experience import Cond, Experience, States
 from spo_fast.method.objectives import Objective
 from spo_fast.training.learner import Learner
 
@@ -144,3 +147,16 @@ def test_a_nan_loss_that_waits_for_its_step_is_in_the_checkpoint(tmp_path):
     learner.nonfinite = 0 * torch.tensor(float("nan"))
     learner.keep_gradients()
     assert learner.parameters[0].grad.isnan().all()
+
+
+def test_what_was_read_of_an_index_is_no_other_indexs():
+    """A method from outside may put in an index of its own: its terms are cut by that one."""
+    x_t = torch.arange(6.0).view(6, 1, 1, 1)
+    numbers = torch.arange(6)
+    states, cond = States(x_t, numbers, numbers), Cond({"e": x_t}, {"e": x_t[:1]})
+    e = Experience(states, x_t.view(3, 2, 1, 1, 1, 1), numbers.view(3, 2, 1), cond, torch.empty(0)).select(slice(0, 3))
+    turned = dataclasses.replace(e, index=e.index.flip(0, 1))
+    for given, want in ((e, [4.0, 5.0]), (turned, [1.0, 0.0])):
+        for terms in (slice(2, 3), torch.tensor([2]), torch.tensor([False, False, True])):
+            some = given.select(terms)
+            assert some.states.x_t[some.index.flatten()].flatten().tolist() == want

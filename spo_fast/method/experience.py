@@ -127,7 +127,7 @@ class Experience:
     )
     advantage: Tensor | None = None  # (N,) of policy gradients
     order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (training/processes.py)
-    read: Tensor | None = None  # the index, on the host; None: it has not been read from the device
+    read: tuple[Tensor, Tensor] | None = None  # an index, and its numbers on the host; of another index it says nothing
 
     def __len__(self) -> int:
         return self.x_prev.shape[0]
@@ -135,13 +135,15 @@ class Experience:
     @property
     def host_index(self) -> Tensor:
         """The index, on the host, where work is cut by it. Waits for the device if it has not been read."""
-        return self.index.cpu() if self.read is None else self.read
+        return self.index.cpu() if self.read is None or self.read[0] is not self.index else self.read[1]
 
     def select(self, terms: Index) -> Experience:
         """Some of the terms, with only the states they use. The order of terms is kept; indices are renumbered.
 
-        terms: on the host. Waits for the device only if the index has not been read.
+        Waits for the device only if the index has not been read, or the terms are there.
         """
+        if isinstance(terms, Tensor):
+            terms = terms.cpu()
         used, renumbered = torch.unique(self.host_index[terms], return_inverse=True)
         device = self.x_prev.device
         index, states = to_device(renumbered, device), to_device(used, device)
@@ -156,7 +158,7 @@ class Experience:
             second_reference=None if self.second_reference is None else self.second_reference.select(states),
             advantage=None if self.advantage is None else self.advantage[terms],
             order=None if self.order is None else self.order[terms],
-            read=renumbered,
+            read=(index, renumbered),
         )
 
     def micro_batches(self, max_states: int | None) -> Iterator[Experience]:

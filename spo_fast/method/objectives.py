@@ -288,7 +288,8 @@ def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch)
     x_prev = walk.x[first + 1 : end + 1].flatten(0, 2)[:, None, None]
     own = torch.arange(S * K * B).view(-1, 1, 1)
     order = torch.arange(S * K, device=device).repeat_interleave(B)
-    return Experience(states, x_prev, to_device(own, device), batch.cond, walk.scores.flatten(), order=order, read=own)
+    index = to_device(own, device)
+    return Experience(states, x_prev, index, batch.cond, walk.scores.flatten(), order=order, read=(index, own))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,8 +413,7 @@ class DenseReward(SPO):
         index = (steps * K + order.unsqueeze(2)) * B + torch.arange(B, device=device)  # (D, num_ranked, S, B)
         index = index.permute(0, 3, 1, 2).flatten(0, 1)  # (D B, num_ranked, S)
         drawn = torch.arange(D, device=device).repeat_interleave(B)
-        terms = replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn, read=None)
-        return terms.select(slice(None))
+        return replace(every, x_prev=every.x_prev[index, 0, 0], index=index, order=drawn).select(slice(None))
 
 
 # ---------------------------------------------------------------------------------------------------- labelled pairs

@@ -52,11 +52,12 @@ def renoised_pairs(table: StepTable, batch: PairInputs) -> Experience:  # table:
     target = (latents - c * x_t) / d
     number = torch.arange(B)
     index = torch.stack([number, number + B], dim=1).unsqueeze(2)
+    there = to_device(index, x_t.device)
     return Experience(
         States(x_t.flatten(0, 1), rows, to_device(number.repeat(2), x_t.device)),
         target.transpose(0, 1).unsqueeze(2),
-        to_device(index, x_t.device),
+        there,
         batch.cond,
         scores=x_t.new_empty(0),
-        read=index,
+        read=(there, index),
     )

@@ -74,7 +74,7 @@ class Segments:
         slot, prompt, of_slot, side, of_prompt, rows, index = (to_device(v, device) for v in known)
         states = States(self.x_t[of_slot, side, of_prompt], rows, of_prompt)
         x_prev = self.x_prev[slot, :, prompt]  # (N, 2, C, H, W)
-        return Experience(states, x_prev.unsqueeze(2), index, cond, self.scores, order=slot, read=read)
+        return Experience(states, x_prev.unsqueeze(2), index, cond, self.scores, order=slot, read=(index, read))
 
 
 def last_noisy_step(cfg: SampleConfig, table: StepTable) -> int:

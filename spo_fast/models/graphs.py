@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeAlias, TypeVar, cast
@@ -54,8 +54,8 @@ class Weights(Protocol):
         """What the network computes with."""
         ...
 
-    def hold_gradients(self) -> None:
-        """Their gradients' storages are there, and stay, from now on."""
+    def hold_gradients(self, reached: Sequence[bool] = ()) -> None:
+        """The gradients' storages of those that a backward reaches are there, and stay, from now on."""
         ...
 
 
@@ -149,7 +149,7 @@ class Graphs:
             if self._inside:
                 return function(*args, **kwargs)
             if not self.waits:
-                weights.hold_gradients()  # where they are added: before it is captured, and whatever was done since
+                weights.hold_gradients()  # where they are added, whatever was done since
             captured = self._find(name, function, args, kwargs, weights)
             if captured is None:
                 return self._first(function, args, kwargs)
@@ -215,13 +215,18 @@ class Graphs:
         static = [next(there).tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, spec)
 
+        reached: list[bool] = []
+
         def once() -> None:
             outputs = function(*args, **kwargs)
             if weights is not None:
-                made = _tensors(outputs)
-                torch.autograd.grad(made, weights.network_weights, list(map(torch.zeros_like, made)), allow_unused=True)
+                made, of = _tensors(outputs), weights.network_weights
+                found = torch.autograd.grad(made, of, list(map(torch.zeros_like, made)), allow_unused=True)
+                reached.extend(gradient is not None for gradient in found)
 
         self.capture.warm_up(once)
+        if weights is not None:
+            weights.hold_gradients(reached)
         gradients: list[Tensor] = []
         replay_backward: Replay | None = None
         replay, outputs = self.capture.record(lambda: function(*args, **kwargs))

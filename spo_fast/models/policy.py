@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -158,9 +157,12 @@ class Policy(TrainedWeights):
             rows = rows.where(rows < B, 0)  # what is computed of the rest gets no gradient: it adds zeros
             m = self.predict(x_t[rows], t if t.ndim == 0 else t[rows], cond.select(rows), guided)
             return m.select(slice(B))
-        trained = torch.is_grad_enabled() and self.shards is None  # whole gradients of parts come and go
-        wrap = functools.partial(self.graphs.wrap_trained, weights=self) if trained else self.graphs.wrap
-        return wrap(f"predict {self._which}", denoise)(self.unet, x_t, t, cond, guided)
+        call, name = denoise, f"predict {self._which}"
+        if not torch.is_grad_enabled():
+            call = self.graphs.wrap(name, denoise)
+        elif self.shards is None:  # whole gradients of parts come and go: no graph could add to them
+            call = self.graphs.wrap_trained(name, denoise, self)
+        return call(self.unet, x_t, t, cond, guided)
 
     @torch.no_grad()
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class TrainedWeights:
         """If `masters` are this process's parts only; gradients arrive in `_sums` then, whole."""
         self.averages: list[Tensor] | None = None  # moving ones of the masters, if they are kept
         self.decay = 0.0
-        self._held: list[Tensor] = []  # the gradients' storages, once they are to stay
+        self._held: dict[int, Tensor] = {}  # gradients' storages, once they are to stay, by the master's number
 
     @property
     def network_weights(self) -> list[Tensor]:
@@ -53,22 +53,25 @@ class TrainedWeights:
         return bool(self._held)
 
     @torch.no_grad()
-    def hold_gradients(self) -> None:
-        """From now on each master has a gradient, in a storage that stays: CUDA graphs add to it."""
-        if not self._held:
-            self._held = [torch.zeros_like(m) if m.grad is None else m.grad for m in self.masters]
-        for master, held in zip(self.masters, self._held, strict=True):
+    def hold_gradients(self, reached: Sequence[bool] = ()) -> None:
+        """From now on each master that a backward reaches has a gradient, in a storage that stays: CUDA graphs add to
+        it. Others, and those of which it has not been said, have none: an optimizer leaves their weights alone."""
+        for i, here in enumerate(reached):
+            if here and i not in self._held:
+                master = self.masters[i]
+                self._held[i] = torch.zeros_like(master) if master.grad is None else master.grad
+        for i, held in self._held.items():
+            master = self.masters[i]
             if master.grad is not held:
                 held.zero_() if master.grad is None else held.copy_(master.grad)
                 master.grad = held
 
     def drop_gradients(self) -> None:
         """After an optimizer step."""
-        if self.holds_gradients:
-            torch._foreach_zero_(self._held)
-            return
-        for master in self.masters:
-            master.grad = None
+        for i, master in enumerate(self.masters):
+            master.grad = self._held.get(i)
+        if self._held:
+            torch._foreach_zero_(list(self._held.values()))
 
     def shard(self) -> None:
         """Keep this process's part of the masters only. Call it before averages and an optimizer are made."""

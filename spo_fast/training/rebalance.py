@@ -99,5 +99,4 @@ def _joined(parts: list[list[Tensor]], like: Experience) -> Experience:
         cond=Cond(dict(zip(like.cond.cond, cond, strict=True)), like.cond.uncond),
         advantage=None if like.advantage is None else advantage,
         order=None,
-        read=None,
     )
