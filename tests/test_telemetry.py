@@ -64,12 +64,14 @@ def test_gpu_hours_and_energy_go_on_after_a_resume(monkeypatch):
     meter = iter([1000.0, 1750.0, None])
     monkeypatch.setattr(throughput, "nvml_energy_j", lambda index: next(meter))
     monkeypatch.setattr(throughput, "nvml_missing", lambda index: None)
-    for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 3 * 2**30)):
+    peaks = {"max_memory_allocated": 3 * 2**30, "max_memory_reserved": 4 * 2**30}
+    for name, value in {"reset_peak_memory_stats": None, **peaks}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     hours = Telemetry(torch.device("cuda"), "a new card", COSTS, [{"gpu_hours": 1.5}, {"gpu_hours": 2.0}, {}])
     assert hours.notes() == ["this card's peak FLOP/s is not known here: mfu is not logged"]
     first = hours.read(RECORD, {**TIMES, "save_ms": 3.2e6})
     assert first["joules"] == 750.0 and first["peak_memory_gib"] == 3.0 and "mfu" not in first
+    assert first["reserved_memory_gib"] == 4.0
     assert first["gpu_hours"] == pytest.approx(2.0 + 3_204_000 / 3.6e6)
     second = hours.read(RECORD, TIMES)
     assert "joules" not in second and second["gpu_hours"] > first["gpu_hours"]

@@ -41,7 +41,7 @@ def main() -> None:
     from spo_fast.training.plan.fit_memory import choose
 
     if args.expandable:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     watch = Watch(Ledger(), tables=False)
     patches.apply(watch.ledger)
     fields = {name: yaml.safe_load(value) for name, value in (field.split("=") for field in args.fields)}

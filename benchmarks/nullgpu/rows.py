@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--label", help="what is measured, where the commit does not say it")
     args = parser.parse_args()
     if args.expandable:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     watch = Watch(Ledger())
     patches.apply(watch.ledger, args.share)
     technique = iteration.ROWS[args.row]

@@ -49,7 +49,8 @@ class Telemetry:
 
         tflop: model FLOPs counted from the shapes for this share of valid pairs, in 10^12; recomputed ones not counted.
         tflop_per_s over the phases of WORK; mfu: its share of the card's data-sheet peak. images_per_s: scored;
-        pairs_per_s: trained on. gpu_hours: of the run so far, every phase. joules, peak_memory_gib: of this iteration.
+        pairs_per_s: trained on. gpu_hours: of the run so far, every phase. Of this iteration: joules; peak_memory_gib of
+        tensors; reserved_memory_gib, all that the allocator holds: replayed graphs compute there without allocating.
         """
         seconds = sum(times_ms.get(f"{phase}_ms", 0.0) for phase in WORK) / 1000
         if seconds <= 0:
@@ -66,6 +67,7 @@ class Telemetry:
             self.gpu_hours += self.devices * math.fsum(times_ms.values()) / 3.6e6
             values["gpu_hours"] = self.gpu_hours
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            values["reserved_memory_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
             before, self.energy_j = self.energy_j, nvml_energy_j(self.device.index or 0)
             if before is not None and self.energy_j is not None:
