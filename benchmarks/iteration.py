@@ -517,7 +517,7 @@ def run_row(
             warmup_s, _ = timed_iteration(contender, decisions)
             reset_peak(setup.device)
             if technique.graphs and deadline() > 0:
-                # a graph is recorded at the second call of its shape; later ones allocate nothing: this one's peak counts
+                # a graph is recorded at the second call of its shape; later ones allocate nothing: its peak counts
                 timed_iteration(contender, decisions)
             setup.timer.read_ms()
             times: list[float] = []

@@ -49,8 +49,8 @@ class Telemetry:
 
         tflop: model FLOPs counted from the shapes for this share of valid pairs, in 10^12; recomputed ones not counted.
         tflop_per_s over the phases of WORK; mfu: its share of the card's data-sheet peak. images_per_s: scored;
-        pairs_per_s: trained on. gpu_hours: of the run so far, every phase. Of this iteration: joules; peak_memory_gib of
-        tensors; reserved_memory_gib, all that the allocator holds: replayed graphs compute there without allocating.
+        pairs_per_s: trained on. gpu_hours: of the run so far, every phase. Of this iteration: joules; peak_memory_gib,
+        of tensors; reserved_memory_gib, all that the allocator holds: replayed graphs compute there without allocating.
         """
         seconds = sum(times_ms.get(f"{phase}_ms", 0.0) for phase in WORK) / 1000
         if seconds <= 0:
