@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spo_fast.config.presets import PRESETS
@@ -265,7 +266,13 @@ def test_text_computed_once_serves_a_rollout(directories):
     policy.copy_to_network()
     assert not torch.allclose(outputs(policy.precompute_text(cond, guided=True)), outputs(told), atol=1e-3)
     assert torch.equal(outputs(policy.precompute_text(cond, guided=True)), outputs(cond))
-    assert told.select(torch.tensor([0])).text is None  # of other rows
+    told, rows = (
+        policy.precompute_text(cond, guided=True),
+        torch.tensor([1, 0, 1]),
+    )  # of other rows: theirs, both halves
+    parts = (told.select(rows).text, policy.precompute_text(cond.select(rows), guided=True).text)
+    got, want = ([v for v in pytree.tree_leaves(part) if isinstance(v, torch.Tensor)] for part in parts)
+    assert len(got) == len(want) > 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
 
 
 def test_nothing_that_is_saved_changes(directories, tmp_path):
