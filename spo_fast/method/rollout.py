@@ -230,8 +230,8 @@ def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
     for i in range(cfg.branch_start):
         x = rollout.advance(x, i)
     m = rollout.predict(x, cfg.branch_start)
-    ends = [end for first, end in segments(cfg) if first not in batch.skipped and end < cfg.last_branch]
-    picks = draws.picks(ends, K)
+    starts = [end for first, end in segments(cfg) if first not in batch.skipped and end < cfg.last_branch]
+    picks = draws.picks(starts if cfg.next_start == "random" else [], K)
 
     x_t, x_prev, valid, rows, shared, scores = [], [], [], [], [], []
     for first, end in segments(cfg):

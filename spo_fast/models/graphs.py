@@ -96,9 +96,9 @@ class Graphs:
     """Wraps functions so that a call whose shapes came before is a replay. capture: None never captures.
 
     The first call with new shapes runs as it is, which also warms up what chooses kernels by timing them; the second is
-    captured. So shapes that come once (an epoch's short last batch) cost no graph. waits: nothing is captured until
-    that is set to False: in a run, before its first iteration's end, when everything has been compiled and made that is
-    made once, outside of the graphs' memory. A wrapped function that another one calls is a part of that one.
+    captured. So shapes that come once (an epoch's short last batch) cost no graph. waits: nothing is captured until it
+    is set to False, which a run does once an iteration has ended: what is compiled or made once, has been then, outside
+    of the graphs' memory. A wrapped function that another one calls is a part of that one.
     """
 
     def __init__(self, capture: Capture | None, waits: bool = False):

@@ -247,9 +247,9 @@ class Learner(WeightUpdates):
         return self.policy.graphs.wrap("size", self.policy.size)()
 
     def copy_to_network(self) -> None:
-        """As the policy's."""
+        """As the policy's, whose copies are replayed if there are any: not of weights that are their own masters."""
         policy = self.policy
-        if policy.shards is not None:
+        if policy.shards is not None or policy.dtype.itemsize > 2:
             policy.copy_to_network()
             return
         policy.graphs.wrap("copy", policy.copy_masters)()

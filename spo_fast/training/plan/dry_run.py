@@ -121,7 +121,7 @@ def memory_table(costs: Costs, device: Device) -> str:
     held += [(f"scorer {name}", "unknown, not counted") for name in costs.unknown]
     peaks = [("peak of a phase", "")] + [(phase, size_text(n)) for phase, n in costs.peaks.items()]
     if costs.graphs:
-        peaks.append(("of these, the pool of all CUDA graphs", size_text(costs.kept_by_graphs)))
+        peaks.append(("of these, kept by CUDA graphs", size_text(costs.kept_by_graphs)))
     text = columns([*held, ("", ""), *peaks])
     if device.usable_bytes is None:
         return text

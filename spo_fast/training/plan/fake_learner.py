@@ -30,8 +30,8 @@ class FakeLearner(Learner):
         super().__init__(policy, run.objective, run.table, whole, total_iterations=1)
         self.once, self.step_bytes = run.once, run.held.step(cfg, policy.masters)
         self.guided, self.most, self.accumulates = run.objective.guided(cfg.sample), 0, False
-        self.first: bool | None = None
-        """Whether the largest micro-batch was the first; None: it has not run yet."""
+        self.ran = False
+        """Whether the largest micro-batch has run."""
         self.straddles = cfg.optim.accumulation == "published" and cfg.optim.gradient_accumulation_steps > 1
         """Gradients can outlive an iteration."""
 
@@ -51,9 +51,9 @@ class FakeLearner(Learner):
     def backward(self, e: Experience, weight: float) -> tuple[Prediction, Tensor, Tensor]:
         """Of the largest micro-batch, where several add up beside the gradients of those before."""
         states, whole, optim = len(e.states), super().backward, self.cfg.optim
-        if states < self.most or self.first is not None:
+        if states < self.most or self.ran:
             return self._nothing(e)
-        self.first = self.last is None
+        self.ran = True
         if self.accumulates:
             self.fill_gradients()
         how = (self.accumulates, optim.gradient_checkpointing, self.cfg.engine.memory)

@@ -139,7 +139,6 @@ class FakeRun(Iterates):
         assert isinstance(states, int)
         del record
         kept, self.learner.last = live.current_bytes, None
-        earlier = {"rollout", "score", "reference", *(["backward"] if self.learner.first else [])}
-        for phase in earlier & live.peaks.keys():
+        for phase in {"rollout", "score", "reference"} & live.peaks.keys():
             live.peaks[phase] += kept - live.current_bytes
         return states
