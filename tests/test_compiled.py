@@ -72,7 +72,7 @@ def test_nothing_is_recompiled(how, tmp_path, monkeypatch):
     run = built(tmp_path / "run", **TOY, compile=how)
     batches.encode_prompts(run)
     plain = built(tmp_path / "plain", **TOY)
-    plain.encode_prompts()
+    batches.encode_prompts(plain)
     seen = []
     for number, share in enumerate((1.0, 0.55, 0.3, 0.0)):
         torch.compiler.set_stance("fail_on_recompile" if number else "default")

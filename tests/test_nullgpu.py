@@ -272,6 +272,21 @@ def test_a_graph_counts_where_it_is_replayed(device: Device) -> None:
     assert runtime.cudaFree(p) == SUCCESS
 
 
+def test_a_copy_from_the_host_inside_a_capture_is_a_fault(device: Device) -> None:
+    """Each replay would copy from the address that was the host tensor's then."""
+    runtime, stream, host = device.runtime, device.pointer("cudaStreamCreate"), ctypes.create_string_buffer(16)
+    p, q = (device.pointer("cudaMalloc", ctypes.c_size_t(2 * MIB)) for _ in range(2))
+    assert runtime.cudaStreamBeginCapture(stream, 0) == SUCCESS
+    assert runtime.cudaMemcpyAsync(q, p, ctypes.c_size_t(16), 3, stream) == SUCCESS  # between the device's: none
+    assert "FAULT" not in str(device.entries())
+    assert runtime.cudaMemcpyAsync(p, host, ctypes.c_size_t(16), 1, stream) == SUCCESS
+    graph = ctypes.c_void_p()
+    assert runtime.cudaStreamEndCapture(stream, ctypes.byref(graph)) == SUCCESS
+    (fault,) = [name for how, _, name in device.entries() if how == "FAULT"]
+    assert fault.startswith("memcpy H2D inside a capture")
+    assert runtime.cudaFree(p) == runtime.cudaFree(q) == SUCCESS
+
+
 def test_what_a_capture_forbids_is_a_fault(device: Device) -> None:
     runtime = device.runtime
     stream, other = device.pointer("cudaStreamCreate"), device.pointer("cudaStreamCreate")
