@@ -1,7 +1,9 @@
-// Compiled into both libraries: version, error texts, thread count, and Philox for its known-answer test.
+// Compiled into both libraries: version, error texts, threads, instruction set, and Philox for its known-answer test.
 #include "common.h"
 
 #include <atomic>
+
+#include "isa.h"
 
 #ifdef SPO_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -9,7 +11,25 @@
 
 namespace spo {
 std::atomic<int> num_threads{0};  // 0: one per processor
+
+namespace {
+
+int best_isa() {
+#ifdef SPO_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return SPO_ISA_AVX512;
+  if (__builtin_cpu_supports("avx2")) return SPO_ISA_AVX2;
+#endif
+  return SPO_ISA_PLAIN;
 }
+
+}  // namespace
+
+std::atomic<int> isa{best_isa()};
+
+}  // namespace spo
 
 extern "C" {
 
@@ -30,6 +50,7 @@ const char *spo_error_string(int code) {
     case SPO_ERROR_STATE: return "a state index lies outside [0, number of states)";
     case SPO_ERROR_MEMORY: return "out of host memory";
     case SPO_ERROR_SIZE: return "the C library was built from other sources than this Python code: `pip install -e .` again";
+    case SPO_ERROR_ISA: return "this processor, or this build of the library, lacks that instruction set";
     default: return "unknown error code";
   }
 }
@@ -37,6 +58,13 @@ const char *spo_error_string(int code) {
 int spo_set_num_threads(int num_threads) {
   if (num_threads < 0) return SPO_ERROR_SHAPE;
   spo::num_threads.store(num_threads);
+  return SPO_OK;
+}
+
+int spo_set_isa(int isa) {
+  const int best = spo::best_isa();
+  if (isa < SPO_ISA_BEST || isa > best) return SPO_ERROR_ISA;
+  spo::isa.store(isa == SPO_ISA_BEST ? best : isa);
   return SPO_OK;
 }
 

@@ -21,16 +21,16 @@ namespace spo {
 
 extern std::atomic<int> num_threads;
 
-constexpr int64_t MIN_PIECES_PER_THREAD = 8;  // starting a thread costs about as much as one piece
+constexpr int64_t MIN_PIECES_PER_THREAD = 8;  // of a few microseconds each: less would not pay for starting a thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs piece(0) ... piece(num_pieces - 1), contiguous runs of them on each thread.
 template <class F>
-void parallel_for(int64_t num_pieces, F piece) {
+void parallel_for(int64_t num_pieces, F piece, int64_t min_pieces = MIN_PIECES_PER_THREAD) {
   const int wanted =
       num_threads.load() > 0 ? num_threads.load() : static_cast<int>(std::thread::hardware_concurrency());
-  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(wanted, num_pieces / MIN_PIECES_PER_THREAD));
+  const int64_t count = std::max<int64_t>(1, std::min<int64_t>(wanted, num_pieces / min_pieces));
   const auto run = [&](int64_t worker) {
     for (int64_t i = num_pieces * worker / count; i < num_pieces * (worker + 1) / count; ++i) piece(i);
   };

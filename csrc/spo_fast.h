@@ -13,9 +13,11 @@
 #include <stdint.h>
 
 #define SPO_API __attribute__((visibility("default")))
-#define SPO_ABI_VERSION 3 /* raise it with every change of a field or a meaning; c_library.py refuses any other */
+#define SPO_ABI_VERSION 4 /* raise it with every change of a field or a meaning; c_library.py refuses any other */
 
 enum { SPO_FLOAT32 = 0, SPO_FLOAT64 = 1, SPO_BFLOAT16 = 2, SPO_FLOAT16 = 3 };
+
+enum { SPO_ISA_BEST = 0, SPO_ISA_PLAIN = 1, SPO_ISA_AVX2 = 2, SPO_ISA_AVX512 = 3 };
 
 enum {
   SPO_OK = 0,
@@ -26,6 +28,7 @@ enum {
   SPO_ERROR_STATE = 5, /* a state index outside [0, U) (checked on CPU only) */
   SPO_ERROR_MEMORY = 6,
   SPO_ERROR_SIZE = 7, /* the struct has another size than the library was built for */
+  SPO_ERROR_ISA = 8,  /* an instruction set that this processor, or this build, does not have */
   SPO_ERROR_CUDA = 1000 /* plus the cudaError_t */
 };
 
@@ -36,6 +39,10 @@ extern "C" {
 SPO_API int spo_abi_version(void);
 SPO_API const char *spo_error_string(int code);
 SPO_API int spo_set_num_threads(int num_threads); /* CPU only; 0 means one per processor */
+
+/* CPU only: the instruction set of the loops, so that a test can hold each against the others: all give the same bits.
+ * The best one of this processor is in use until this is called. */
+SPO_API int spo_set_isa(int isa);
 
 /* One Philox4x32-10 block, so that a test can hold it against the published known answers. */
 SPO_API int spo_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "isa.h"
 #include "parallel.h"
 #include "transition.h"
 
@@ -11,71 +12,150 @@ namespace spo {
 namespace {
 
 constexpr int64_t CHUNK = 4096;  // elements of one piece
+constexpr int64_t STRIP = 256;   // of them at a time: buffers that stay in the first cache
+constexpr int64_t GROUPS = 64;   // Philox groups at a time, four elements each
 
 bool all_within(const int64_t *indices, int64_t count, int64_t limit) {
   return std::all_of(indices, indices + count, [&](int64_t i) { return 0 <= i && i < limit; });
 }
 
+// What a sample's row says, in the type of the arithmetic.
+template <class X>
+struct Row {
+  X a, b, c, d, std_dev;
+
+  explicit Row(const double *row)
+      : a(static_cast<X>(row[0])), b(static_cast<X>(row[1])), c(static_cast<X>(row[2])), d(static_cast<X>(row[3])),
+        std_dev(static_cast<X>(row[4])) {}
+};
+
+// m = uncond + g (cond - uncond), or cond where uncond is null, of a strip of elements. Loops of their own, as
+// conversions inside those of the arithmetic keep compilers from vectorising.
 template <class M, class X>
-void sample_groups(const Transition<M, X> &op, int64_t sample, int64_t begin, int64_t end, int64_t q) {
-  const double *row = op.row(sample);
-  const X a = static_cast<X>(row[0]), b = static_cast<X>(row[1]), c = static_cast<X>(row[2]),
-          d = static_cast<X>(row[3]);
-  const X std_dev = static_cast<X>(row[4]);
-  for (int64_t group = begin; group < end; ++group) {
-    X mean[4] = {};
+SPO_INLINE void guided_strip(const M *cond, const M *uncond, int64_t count, X guidance, X *__restrict m) {
+  if (uncond == nullptr) {
+    for (int64_t j = 0; j < count; ++j) m[j] = static_cast<X>(widen(cond[j]));
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) m[j] = guided(cond, uncond, j, guidance);
+}
+
+// The means of elements [i, i + count), and x0.
+template <class M, class X>
+SPO_INLINE void mean_strip(const Transition<M, X> &op, const Row<X> &row, int64_t i, int64_t count, X *__restrict mean) {
+  const X *x_t = op.x_t + i;
+  guided_strip(op.cond + i, op.uncond == nullptr ? nullptr : op.uncond + i, count, op.guidance, mean);
+  if (op.x0 != nullptr) {
+    X *__restrict x0 = op.x0 + i;
+    for (int64_t j = 0; j < count; ++j) x0[j] = row.c * x_t[j] + row.d * mean[j];
+  }
+  for (int64_t j = 0; j < count; ++j) mean[j] = row.a * x_t[j] + row.b * mean[j];
+}
+
+template <class Z, class X>
+SPO_INLINE void child_strip(const X *mean, X std_dev, const Z *z, int64_t count, X *__restrict child) {
+  for (int64_t j = 0; j < count; ++j) child[j] = mean[j] + std_dev * static_cast<X>(z[j]);
+}
+
+// The normals of groups first ... first + GROUPS - 1, a row a lane.
+SPO_INLINE void normals(const int64_t *key, int64_t child, int64_t first, float (&z)[4][GROUPS]) {
+  uint32_t words[4][GROUPS];
+  for (int64_t j = 0; j < GROUPS; ++j) {
+    uint32_t word[4];
+    group_words(key, child, first + j, word);
+    for (int lane = 0; lane < 4; ++lane) words[lane][j] = word[lane];
+  }
+  for (int lane = 0; lane < 4; lane += 2)
+    for (int64_t j = 0; j < GROUPS; ++j) box_muller(words[lane][j], words[lane + 1][j], &z[lane][j], &z[lane + 1][j]);
+}
+
+// Children of groups [begin, end) of a sample with keyed noise; a group's four lanes lie q apart.
+template <class M, class X>
+SPO_INLINE void keyed_children(const Transition<M, X> &op, int64_t sample, int64_t begin, int64_t end, int64_t q) {
+  const Row<X> row(op.row(sample));
+  X mean[4][GROUPS];
+  float z[4][GROUPS];
+  for (int64_t first = begin; first < end; first += GROUPS) {
+    int64_t start[4], count[4];  // of each lane's elements: the last lanes may have fewer, or none
     for (int lane = 0; lane < 4; ++lane) {
-      const int64_t element = lane * q + group, i = sample * op.n + element;
-      if (element >= op.n) break;
-      const X m = guided(op.cond, op.uncond, i, op.guidance);
-      if (op.x0 != nullptr) op.x0[i] = c * op.x_t[i] + d * m;
-      mean[lane] = a * op.x_t[i] + b * m;
+      const int64_t element = lane * q + first;
+      start[lane] = sample * op.n + element;
+      count[lane] = std::max<int64_t>(0, std::min(std::min(GROUPS, end - first), op.n - element));
+      mean_strip(op, row, start[lane], count[lane], mean[lane]);
     }
     for (int64_t k = 0; k < op.K; ++k) {
-      float z[4];
-      if (op.noise == nullptr) group_normals(op.keys + sample * 5, k, group, z);
-      for (int lane = 0; lane < 4; ++lane) {
-        const int64_t element = lane * q + group, i = (k * op.B + sample) * op.n + element;
-        if (element >= op.n) break;
-        op.children[i] = mean[lane] + std_dev * (op.noise != nullptr ? op.noise[i] : static_cast<X>(z[lane]));
-      }
+      normals(op.keys + sample * 5, k, first, z);
+      for (int lane = 0; lane < 4; ++lane)
+        child_strip(mean[lane], row.std_dev, z[lane], count[lane], op.children + k * op.B * op.n + start[lane]);
+    }
+  }
+}
+
+// Children of elements [begin, end) of a sample with supplied noise.
+template <class M, class X>
+SPO_INLINE void supplied_children(const Transition<M, X> &op, int64_t sample, int64_t begin, int64_t end) {
+  const Row<X> row(op.row(sample));
+  X mean[STRIP];
+  for (int64_t first = begin; first < end; first += STRIP) {
+    const int64_t i = sample * op.n + first, count = std::min(STRIP, end - first);
+    mean_strip(op, row, i, count, mean);
+    for (int64_t k = 0; k < op.K; ++k) {
+      const int64_t at = k * op.B * op.n + i;
+      child_strip(mean, row.std_dev, op.noise + at, count, op.children + at);
     }
   }
 }
 
 template <class M, class X>
 void transition(const Transition<M, X> &op) {
-  const int64_t q = ceil_div(op.n, 4), pieces = ceil_div(q, CHUNK / 4);
+  const bool keyed = op.K > 0 && op.noise == nullptr;
+  const int64_t units = keyed ? ceil_div(op.n, 4) : op.n;  // of a sample: groups, or elements
+  const int64_t chunk = keyed ? CHUNK / 4 : CHUNK, pieces = ceil_div(units, chunk);
   parallel_for(op.B * pieces, [&](int64_t i) {
-    const int64_t begin = i % pieces * (CHUNK / 4);
-    sample_groups(op, i / pieces, begin, std::min(begin + CHUNK / 4, q), q);
-  });
+    const int64_t sample = i / pieces, begin = i % pieces * chunk, end = std::min(begin + chunk, units);
+    vectorised([&] SPO_LOOP {
+      if (keyed)
+        keyed_children(op, sample, begin, end, units);
+      else
+        supplied_children(op, sample, begin, end);
+    });
+  }, keyed ? 1 : MIN_PIECES_PER_THREAD);
 }
 
 struct Sums {
   double log_ratio, kl;
 };
 
-// Sums of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) and (mu_p - mu_r)^2 over one chunk of transition t.
+// Sums of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) and (mu_p - mu_r)^2 over elements [begin, end) of transition t.
 template <class M, class X>
-Sums sum_chunk(const LogRatio<M, X> &op, int64_t t, int64_t begin) {
-  constexpr int LANES = 8;  // independent accumulators: one alone would wait for its own adder
+SPO_INLINE Sums sum_chunk(const LogRatio<M, X> &op, int64_t t, int64_t begin, int64_t end) {
+  constexpr int64_t LANES = 8;  // independent accumulators, as one alone would wait for its own adder; divides STRIP
   double log_ratio[LANES] = {}, kl[LANES] = {};
-  const int64_t state = op.states[t], end = std::min(begin + CHUNK, op.n);
-  const double *row = op.row(state);
-  const X a = static_cast<X>(row[0]), b = static_cast<X>(row[1]);
-  for (int64_t element = begin; element < end; ++element) {
-    const int64_t i = state * op.n + element, lane = element % LANES;
-    const X policy = guided(op.cond, op.uncond, i, op.guidance);
-    const X frozen = guided(op.frozen_cond, op.frozen_uncond, i, op.guidance);
-    const X drift = a * op.x_t[i], next = op.x_prev[t * op.n + element];
-    const X difference = b * (policy - frozen);  // never mu_p - mu_r: a x_t would eat the digits
-    const X residuals = (next - (drift + b * policy)) + (next - (drift + b * frozen));
-    log_ratio[lane] += static_cast<double>(difference) * static_cast<double>(residuals);
-    kl[lane] += static_cast<double>(difference) * static_cast<double>(difference);
+  X policy[STRIP], frozen[STRIP], residuals[STRIP];
+  const int64_t state = op.states[t];
+  const Row<X> row(op.row(state));
+  for (int64_t first = begin; first < end; first += STRIP) {
+    const int64_t i = state * op.n + first, count = std::min(STRIP, end - first);
+    const X *x_t = op.x_t + i, *next = op.x_prev + t * op.n + first;
+    const bool both = op.uncond != nullptr;
+    guided_strip(op.cond + i, both ? op.uncond + i : nullptr, count, op.guidance, policy);
+    guided_strip(op.frozen_cond + i, both ? op.frozen_uncond + i : nullptr, count, op.guidance, frozen);
+    X *difference = policy;
+    for (int64_t j = 0; j < count; ++j) {
+      const X drift = row.a * x_t[j];
+      residuals[j] = (next[j] - (drift + row.b * policy[j])) + (next[j] - (drift + row.b * frozen[j]));
+      difference[j] = row.b * (policy[j] - frozen[j]);  // never mu_p - mu_r: a x_t would eat the digits
+    }
+    for (int64_t j = count; j < ceil_div(count, LANES) * LANES; ++j) difference[j] = residuals[j] = 0;
+    for (int64_t j = 0; j < count; j += LANES)
+      for (int64_t lane = 0; lane < LANES; ++lane) {
+        const double d = static_cast<double>(difference[j + lane]);
+        log_ratio[lane] += d * static_cast<double>(residuals[j + lane]);
+        kl[lane] += d * d;
+      }
   }
   Sums sums{0, 0};
-  for (int lane = 0; lane < LANES; ++lane) {
+  for (int64_t lane = 0; lane < LANES; ++lane) {
     sums.log_ratio += log_ratio[lane];
     sums.kl += kl[lane];
   }
@@ -86,7 +166,10 @@ template <class M, class X>
 void log_ratio_forward(const LogRatio<M, X> &op) {
   const int64_t pieces = ceil_div(op.n, CHUNK);
   std::vector<Sums> partial(static_cast<size_t>(op.T * pieces));
-  parallel_for(op.T * pieces, [&](int64_t i) { partial[i] = sum_chunk(op, i / pieces, i % pieces * CHUNK); });
+  parallel_for(op.T * pieces, [&](int64_t i) {
+    const int64_t t = i / pieces, begin = i % pieces * CHUNK, end = std::min(begin + CHUNK, op.n);
+    vectorised([&] SPO_LOOP { partial[i] = sum_chunk(op, t, begin, end); });
+  });
   for (int64_t t = 0; t < op.T; ++t) {
     Sums total{0, 0};
     for (int64_t i = t * pieces; i < (t + 1) * pieces; ++i) {
@@ -100,6 +183,41 @@ void log_ratio_forward(const LogRatio<M, X> &op) {
   }
 }
 
+// The gradients of elements [begin, end) of a state, summed over its transitions in increasing t.
+template <class M, class X>
+SPO_INLINE void gradients(const LogRatio<M, X> &op, int64_t state, const std::vector<int64_t> &transitions,
+                          int64_t begin, int64_t end) {
+  const Row<X> row(op.row(state));
+  const X scale = static_cast<X>(op.row(state)[1] / (op.row(state)[4] * op.row(state)[4] * static_cast<double>(op.n)));
+  X policy[STRIP], frozen[STRIP], sum[STRIP];
+  for (int64_t first = begin; first < end; first += STRIP) {
+    const int64_t i = state * op.n + first, count = std::min(STRIP, end - first);
+    const X *x_t = op.x_t + i;
+    const bool both = op.uncond != nullptr;
+    guided_strip(op.cond + i, both ? op.uncond + i : nullptr, count, op.guidance, policy);
+    guided_strip(op.frozen_cond + i, both ? op.frozen_uncond + i : nullptr, count, op.guidance, frozen);
+    X *mean = policy, *difference = frozen;
+    for (int64_t j = 0; j < count; ++j) {
+      difference[j] = row.b * (policy[j] - frozen[j]);
+      mean[j] = row.a * x_t[j] + row.b * policy[j];
+      sum[j] = 0;
+    }
+    for (const int64_t t : transitions) {
+      const X *x_prev = op.x_prev + t * op.n + first, weight = op.grad_log_ratio[t], kl_weight = op.grad_kl[t];
+      for (int64_t j = 0; j < count; ++j) sum[j] += weight * (x_prev[j] - mean[j]) + kl_weight * difference[j];
+    }
+    for (int64_t j = 0; j < count; ++j)
+      sum[j] = transitions.empty() ? X(0) : scale * sum[j];  // not inf * 0 in a row whose std is 0
+    M *__restrict grad_cond = op.grad_cond + i;
+    const X share = both ? op.guidance : X(1);
+    for (int64_t j = 0; j < count; ++j) narrow(share * sum[j], grad_cond + j);
+    if (op.grad_uncond != nullptr) {
+      M *__restrict grad_uncond = op.grad_uncond + i;
+      for (int64_t j = 0; j < count; ++j) narrow((1 - op.guidance) * sum[j], grad_uncond + j);
+    }
+  }
+}
+
 template <class M, class X>
 void log_ratio_backward(const LogRatio<M, X> &op) {
   std::vector<std::vector<int64_t>> transitions(static_cast<size_t>(op.B));  // of each state, in increasing t
@@ -107,21 +225,7 @@ void log_ratio_backward(const LogRatio<M, X> &op) {
   const int64_t pieces = ceil_div(op.n, CHUNK);
   parallel_for(op.B * pieces, [&](int64_t piece) {
     const int64_t state = piece / pieces, begin = piece % pieces * CHUNK, end = std::min(begin + CHUNK, op.n);
-    const double *row = op.row(state);
-    const X a = static_cast<X>(row[0]), b = static_cast<X>(row[1]);
-    const X scale = static_cast<X>(row[1] / (row[4] * row[4] * static_cast<double>(op.n)));
-    for (int64_t element = begin; element < end; ++element) {
-      const int64_t i = state * op.n + element;
-      const X policy = guided(op.cond, op.uncond, i, op.guidance);
-      const X frozen = guided(op.frozen_cond, op.frozen_uncond, i, op.guidance);
-      const X mean = a * op.x_t[i] + b * policy, difference = b * (policy - frozen);
-      X sum = 0;
-      for (const int64_t t : transitions[state])
-        sum += op.grad_log_ratio[t] * (op.x_prev[t * op.n + element] - mean) + op.grad_kl[t] * difference;
-      const X grad = transitions[state].empty() ? X(0) : scale * sum;  // not inf * 0 in a row whose std is 0
-      narrow(op.uncond == nullptr ? grad : op.guidance * grad, op.grad_cond + i);
-      if (op.grad_uncond != nullptr) narrow((1 - op.guidance) * grad, op.grad_uncond + i);
-    }
+    vectorised([&] SPO_LOOP { gradients(op, state, transitions[state], begin, end); });
   });
 }
 

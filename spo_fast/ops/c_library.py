@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3  # SPO_ABI_VERSION of csrc/spo_fast.h
+ABI_VERSION = 4  # SPO_ABI_VERSION of csrc/spo_fast.h
 LIBRARIES = {"cpu": "libspo_fast_cpu.so", "cuda": "libspo_fast_cuda.so"}
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
