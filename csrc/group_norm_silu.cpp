@@ -4,9 +4,9 @@
 // channels-last, stretches x offsets of one channel's plane otherwise. Moments are taken a column at a time, twice over
 // a piece that fits the cache (first the mean, then squared deviations from it), and merged in float64 in a fixed order.
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
+#include "activations.h"
 #include "common.h"
 #include "parallel.h"
 
@@ -24,29 +24,6 @@ namespace {
 constexpr int64_t PIECE = 16384;  // elements: 64 KiB of float32 stay in a core's cache between two sweeps
 constexpr int64_t COLUMNS = 256;  // of a tile, at most
 constexpr int64_t PLANE_COLUMNS = 64;  // where all of them belong to one channel
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-inline double exponential(double x) { return std::exp(x); }
-
-// e^x = 2^k e^r, |r| <= ln 2 / 2, a Taylor polynomial in r (remainder 5e-9): branch-free, so that compilers vectorise it.
-inline float exponential(float x) {
-  constexpr float LIMIT = 87.0f, LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
-  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
-  const float kept = x < -LIMIT ? -LIMIT : x > LIMIT ? LIMIT : x;
-  const float k = (kept * LOG2_E + ROUND) - ROUND;
-  const float r = (kept - k * LN2_HIGH) - k * LN2_LOW;
-  float series = 1.0f / 5040;
-  series = series * r + 1.0f / 720;
-  series = series * r + 1.0f / 120;
-  series = series * r + 1.0f / 24;
-  series = series * r + 1.0f / 6;
-  series = series * r + 0.5f;
-  series = series * r + 1;
-  series = series * r + 1;
-  return series * float_from_bits(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
-}
 
 template <class A>
 inline A sigmoid(A z) {

@@ -167,6 +167,25 @@ SPO_API int spo_group_norm_silu_forward(const spo_group_norm_silu_args *args, vo
 /* grad_x = rstd (t - mean(t) - x_hat mean(t x_hat)), t = weight dL/dz, means over a group. CPU library only. */
 SPO_API int spo_group_norm_silu_backward(const spo_group_norm_silu_args *args, void *stream);
 
+typedef struct {
+  int64_t bytes;
+  int64_t dtype;        /* of all tensors */
+  const void *h;        /* (rows, 2 D) */
+  const void *bias;     /* (2 D), or NULL */
+  const void *grad_y;   /* backward: (rows, D) */
+  int64_t rows;
+  int64_t D;
+  void *y;              /* forward: (rows, D) out */
+  void *grad_h;         /* backward: (rows, 2 D) out */
+} spo_geglu_args;
+
+/* y = a g Phi(g), a and g the halves of a row of h + bias, Phi the standard normal's distribution; in float32 inside, or
+ * float64 for float64. CPU library only. */
+SPO_API int spo_geglu_forward(const spo_geglu_args *args, void *stream);
+
+/* grad_h = (dy g Phi(g), dy a (Phi(g) + g phi(g))), phi the density. CPU library only. */
+SPO_API int spo_geglu_backward(const spo_geglu_args *args, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

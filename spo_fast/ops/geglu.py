@@ -1,6 +1,6 @@
-"""GEGLU: y = a gelu(g) with (a, g) = h.chunk(2, -1), the gate of a diffusion transformer's feed-forward (exact gelu).
+"""GEGLU: y = a gelu(g), (a, g) = (h + bias).chunk(2, -1), the gate of a diffusion transformer's feed-forward.
 
-gelu(g) = g Phi(g), Phi(g) = (1 + erf(g / sqrt 2)) / 2; the backward computes it again from h, the only tensor saved:
+gelu(g) = g Phi(g), exact: Phi(g) = (1 + erf(g / sqrt 2)) / 2. The backward computes it again from h, and saves no more:
     dL/da = dy gelu(g),   dL/dg = dy a (Phi(g) + g phi(g)),   phi(g) = exp(-g^2 / 2) / sqrt(2 pi)
 
 # 3 D elements moved a row forward (h read, y written), 5 D backward (h and dy read, dh written); memory-bound. At
@@ -18,25 +18,28 @@ from torch import Tensor
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import Context, differentiate, implementations
+from spo_fast.ops.c_library import INT64, POINTER, Arguments, call, fields
 from spo_fast.ops.optional_triton import jit, launch, tl
 
 backend.register(
     "geglu",
-    cpu=("eager",),
+    cpu=("c", "eager"),
     cuda=("eager", "triton"),
-    why="the definition on a CPU; on CUDA it awaits measurement, so PyTorch's stays first",
-    absent={
-        "c": "at the toy's size a C call costs as much as eager; on CUDA C++ could move no fewer bytes than Triton"
-    },
+    why="on a CPU one pass, which adds the bias too; on CUDA it awaits measurement, so PyTorch's stays first",
+    absent={"c cuda": "bound by memory: CUDA C++ could move no fewer bytes than Triton's kernel"},
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
 
 
-def geglu_ref(h: Tensor) -> Tensor:
+def geglu_ref(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition."""
-    a, g = h.chunk(2, -1)
+    a, g = _with(h, bias).chunk(2, -1)
     return a * F.gelu(g)
+
+
+def _with(h: Tensor, bias: Tensor | None) -> Tensor:
+    return h if bias is None else h + bias
 
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels
@@ -69,7 +72,8 @@ def _geglu_backward_kernel(h_ptr, grad_y_ptr, grad_h_ptr, D, BLOCK: tl.constexpr
 BLOCK = 1024  # columns a program: 8 a thread
 
 
-def _launch(h: Tensor) -> Tensor:
+def _launch(h: Tensor, bias: Tensor | None) -> Tensor:
+    h = _with(h, bias)  # on a GPU a product brings its own
     D = h.shape[-1] // 2
     y = torch.empty((*h.shape[:-1], D), dtype=h.dtype, device=h.device)
     if y.numel():
@@ -77,7 +81,8 @@ def _launch(h: Tensor) -> Tensor:
     return y
 
 
-def _launch_backward(h: Tensor, grad_y: Tensor) -> Tensor:
+def _launch_backward(h: Tensor, bias: Tensor | None, grad_y: Tensor) -> Tensor:
+    h = _with(h, bias)
     D = h.shape[-1] // 2
     grad_h = torch.empty_like(h)
     if h.numel():
@@ -85,35 +90,77 @@ def _launch_backward(h: Tensor, grad_y: Tensor) -> Tensor:
     return grad_h
 
 
+# ---------------------------------------------------------------------------------------------------- C library
+
+
+class GegluArguments(Arguments):
+    """spo_geglu_args of csrc/spo_fast.h."""
+
+    _fields_ = fields(
+        dtype=INT64, h=POINTER, bias=POINTER, grad_y=POINTER, rows=INT64, D=INT64, y=POINTER, grad_h=POINTER
+    )
+
+    def __init__(self, h, bias, **more):
+        D = h.shape[-1] // 2
+        super().__init__(dtype=h.dtype, h=h, bias=bias, rows=h.numel() // (2 * D), D=D, **more)
+
+
+def _forward_c(h, bias):
+    y = _fake(h, bias)
+    if y.numel():
+        call("spo_geglu_forward", h.device, GegluArguments(h, bias, y=y))
+    return y
+
+
+def _backward_c(h, bias, grad_y):
+    grad_h = torch.empty_like(h)
+    if h.numel():
+        call("spo_geglu_backward", h.device, GegluArguments(h, bias, grad_y=grad_y, grad_h=grad_h))
+    return grad_h
+
+
 # ---------------------------------------------------------------------------------------------------- torch.library op
 
 
-def _fake(h):
+def _fake(h, bias):
     return h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
 
 
-def _backward_fake(h, grad_y):
+def _backward_fake(h, bias, grad_y):
     return torch.empty_like(h)
 
 
-GEGLU = implementations("geglu", triton=_launch, fake=_fake)
+GEGLU = implementations("geglu", triton=_launch, c=_forward_c, fake=_fake)
+GRADIENT = implementations("geglu_backward", triton=_launch_backward, c=_backward_c, fake=_backward_fake)
 
 
-def _save(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor) -> tuple[Tensor]:
-    return (gradient(*ctx.saved_tensors, grad_y.contiguous()),)
+def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor) -> tuple[Tensor, Tensor | None]:
+    grad_h = gradient(*ctx.saved_tensors, grad_y.contiguous())
+    return grad_h, grad_h.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
 
 
-differentiate(GEGLU, implementations("geglu_backward", triton=_launch_backward, fake=_backward_fake), _save, _backward)
+differentiate(GEGLU, GRADIENT, _save, _backward)
 
 # ---------------------------------------------------------------------------------------------------- public function
 
 
-def geglu(h: Tensor) -> Tensor:  # h (..., 2D) any float type -> (..., D)
-    """a gelu(g), (a, g) = h.chunk(2, -1), inside a kernel in float32. Raises ValueError if the last size is odd."""
+def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:  # h (..., 2D) any float type, bias (2D) -> (..., D)
+    """a gelu(g), (a, g) = (h + bias).chunk(2, -1), inside a kernel in float32.
+
+    Raises ValueError if the last size is odd, or the bias is none of it.
+    """
     if h.ndim == 0 or h.shape[-1] % 2:
         raise ValueError(f"h is {tuple(h.shape)}: its last size must be even, a's channels and then g's")
-    return GEGLU["triton"](h.contiguous()) if backend.choose("geglu", h) == "triton" else geglu_ref(h)
+    if bias is not None and (bias.shape != h.shape[-1:] or bias.dtype != h.dtype or bias.device != h.device):
+        raise ValueError(
+            f"the bias is {tuple(bias.shape)}, {bias.dtype} on {bias.device}; h asks for ({h.shape[-1]},), {h.dtype} "
+            f"on {h.device}"
+        )
+    chosen = backend.choose("geglu", h)
+    if chosen == "eager":
+        return geglu_ref(h, bias)
+    return GEGLU[chosen](h.contiguous(), None if bias is None else bias.contiguous())
