@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;  // elements of one piece
 constexpr int64_t STRIP = 256;   // of them at a time: buffers that stay in the first cache
-constexpr int64_t GROUPS = 64;   // Philox groups at a time, four elements each
 
 bool all_within(const int64_t *indices, int64_t count, int64_t limit) {
   return std::all_of(indices, indices + count, [&](int64_t i) { return 0 <= i && i < limit; });
@@ -60,11 +59,7 @@ SPO_INLINE void child_strip(const X *mean, X std_dev, const Z *z, int64_t count,
 // The normals of groups first ... first + GROUPS - 1, a row a lane.
 SPO_INLINE void normals(const int64_t *key, int64_t child, int64_t first, float (&z)[4][GROUPS]) {
   uint32_t words[4][GROUPS];
-  for (int64_t j = 0; j < GROUPS; ++j) {
-    uint32_t word[4];
-    group_words(key, child, first + j, word);
-    for (int lane = 0; lane < 4; ++lane) words[lane][j] = word[lane];
-  }
+  strip_words(key, child, first, words);
   for (int lane = 0; lane < 4; lane += 2)
     for (int64_t j = 0; j < GROUPS; ++j) box_muller(words[lane][j], words[lane + 1][j], &z[lane][j], &z[lane + 1][j]);
 }
