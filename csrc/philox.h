@@ -27,7 +27,7 @@ SPO_HD void philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint
   uint32_t k0 = key[0], k1 = key[1];
 #if defined(__CUDA_ARCH__) || defined(__clang__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)  // whose compiler of host code does not know it
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
