@@ -15,13 +15,17 @@ from spo_fast.ops.resize_normalize import resize_normalize, resize_normalize_ref
 from spo_fast.scorers.preprocess import CLIP_MEAN, CLIP_STD
 
 
-def resize_normalize_case(shape: ScorerShape, dtype: torch.dtype, device: str, modes: tuple[str, ...]) -> Case:
+def resize_normalize_case(
+    shape: ScorerShape, dtype: torch.dtype, device: str, modes: tuple[str, ...], channels_last: bool = False
+) -> Case:
     """Square images; pixels and output in `dtype`."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     N, H, S = shape.images, shape.pixels, shape.side
 
     def make(seed: int) -> tuple:
         generator = torch.Generator(device).manual_seed(seed)
-        return (torch.randn((N, 3, H, H), generator=generator, device=device).mul_(0.5).to(dtype),)
+        pixels = torch.randn((N, 3, H, H), generator=generator, device=device).mul_(0.5).to(dtype)
+        return (pixels.contiguous(memory_format=layout),)
 
     def call(pixels: Tensor) -> Tensor:
         return resize_normalize(pixels, S, CLIP_MEAN, CLIP_STD, dtype)
@@ -43,7 +47,8 @@ def resize_normalize_case(shape: ScorerShape, dtype: torch.dtype, device: str, m
     # every source pixel (in float32 of 512 pixels all sectors hold a tap, of 1024 pixels 88 %), every output once
     bytes_moved = 3 * N * (H * H + S * S) * dtype.itemsize
     shapes = {"N": N, "pixels": H, "side": S}
-    return Case(f"resize_normalize {shape.name}", str(dtype)[6:], shapes, bytes_moved, make, truth, runnable, skipped)
+    name = f"resize_normalize {shape.name}{' channels-last' if channels_last else ''}"
+    return Case(name, str(dtype)[6:], shapes, bytes_moved, make, truth, runnable, skipped)
 
 
 def cases(size: str, device: str, modes: tuple[str, ...] = ()) -> list[Case]:

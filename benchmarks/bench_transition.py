@@ -35,13 +35,15 @@ def contenders(
             return call(*inputs)
 
     runnable: dict[str, Callable[..., Any]] = {"eager": functools.partial(forced, "eager")}
+    if device == "cpu":
+        runnable["ours"] = call  # the automatic choice, which there depends on the call
     skipped = {}
     for mode in modes:
         options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
         name = "compile" if mode == "default" else f"compile {mode}"
         runnable[name] = torch.compile(definition, fullgraph=True, dynamic=False, **options)
     if not modes:
-        skipped["compile"] = "torch.compile is timed on CUDA only"
+        skipped["compile"] = "torch.compile is not asked for"
     for name in ("triton", "c"):
         reason = backend.why_not(op, name, device)
         if reason is None:
@@ -51,8 +53,10 @@ def contenders(
     return runnable, skipped
 
 
-def transition_case(shape: StepShape, dtype: torch.dtype, device: str, modes: tuple[str, ...]) -> Case:
-    """Children with keyed noise, as the rollout draws them; with K = 0, the x0 estimate that is judged."""
+def transition_case(
+    shape: StepShape, dtype: torch.dtype, device: str, modes: tuple[str, ...], supplied: bool = False
+) -> Case:
+    """Children with keyed noise, as the rollout draws them, or supplied; with K = 0, the x0 estimate that is judged."""
     table, (C, H, W), B, K = coefficients(device), shape.latent, shape.parents, shape.children
     n, width, want_x0 = C * H * W, dtype.itemsize, shape.children == 0
 
@@ -61,26 +65,32 @@ def transition_case(shape: StepShape, dtype: torch.dtype, device: str, modes: tu
         draw = functools.partial(torch.randn, (B, C, H, W), generator=generator, device=device)
         rows = torch.arange(4, 4 + B, device=device) % 20
         keys = torch.arange(B * 5, device=device).view(B, 5) + 1000 * seed
-        return draw().to(dtype), draw().to(dtype), draw(), rows, keys
+        drawn = torch.randn((K, B, C, H, W), generator=generator, device=device) if supplied else keys
+        return draw().to(dtype), draw().to(dtype), draw(), rows, drawn
 
-    def call(cond: Tensor, uncond: Tensor, x_t: Tensor, rows: Tensor, keys: Tensor) -> Any:
-        return transition(cond, uncond, x_t, rows, table, GUIDANCE, num_children=K, keys=keys, want_x0=want_x0)
+    def call(cond: Tensor, uncond: Tensor, x_t: Tensor, rows: Tensor, drawn: Tensor) -> Any:
+        noise = {"noise" if supplied else "keys": drawn}
+        return transition(cond, uncond, x_t, rows, table, GUIDANCE, num_children=K, want_x0=want_x0, **noise)
 
-    def definition(cond: Tensor, uncond: Tensor, x_t: Tensor, rows: Tensor, keys: Tensor) -> Any:
-        return transition_ref(cond, uncond, x_t, rows, table, GUIDANCE, K, keys, None, want_x0)
+    def definition(cond: Tensor, uncond: Tensor, x_t: Tensor, rows: Tensor, drawn: Tensor) -> Any:
+        keys, noise = (None, drawn) if supplied else (drawn, None)
+        return transition_ref(cond, uncond, x_t, rows, table, GUIDANCE, K, keys, noise, want_x0)
 
-    def truth(cond: Tensor, uncond: Tensor, x_t: Tensor, rows: Tensor, keys: Tensor) -> Any:
+    def truth(cond: Tensor, uncond: Tensor, x_t: Tensor, rows: Tensor, drawn: Tensor) -> Any:
         a, b, c, d, std = (v.view(-1, 1, 1, 1) for v in table[rows].unbind(1))
         m, x = uncond.double() + GUIDANCE * (cond.double() - uncond.double()), x_t.double()
         x0 = c * x + d * m if want_x0 else x.new_empty((0, C, H, W))
         children = []
         for k in range(K):
-            child_keys = keys + torch.tensor([0, 0, 0, 0, k], device=device)
-            children.append(a * x + b * m + std * philox.normal(child_keys, n).double().view_as(x))
+            if supplied:
+                z = drawn[k]
+            else:
+                z = philox.normal(drawn + torch.tensor([0, 0, 0, 0, k], device=device), n).view_as(x)
+            children.append(a * x + b * m + std * z.double())
         return x0, torch.stack(children) if children else x.new_empty((0, B, C, H, W))
 
     runnable, skipped = contenders("transition", call, definition, device, modes)
-    bytes_moved = B * n * (2 * width + 4 + 4 * (K + want_x0))
+    bytes_moved = B * n * (2 * width + 4 + 4 * (K + want_x0 + K * supplied))
     shapes = {"B": B, "K": K, "latent": shape.latent}
     return Case(f"transition {shape.name}", str(dtype)[6:], shapes, bytes_moved, make, truth, runnable, skipped)
 

@@ -1,6 +1,7 @@
 """`pytest benchmarks/`: the op table of this machine, all its ratios from one run. Asserts facts, never a time.
 
-Records are appended to results/<date>_<device>_ops.jsonl; without a CUDA device they are of small shapes, and say so.
+Records are appended to results/<date>_<device>_ops.jsonl; without a CUDA device they are of small shapes, and say so,
+but for those of test_cpu_table: real shapes on one thread of a CPU.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import importlib
 import pytest
 import torch
 
+from benchmarks import cpu_ops
 from benchmarks.gpu_run import LAYER_OPS, OPS, summary
 from benchmarks.records import Records, read, results_path
-from benchmarks.timing import time_cases
+from benchmarks.timing import compare_on_cpu, time_cases
 from spo_fast.ops.backend import available_backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,3 +41,22 @@ def test_op_table(bench, capsys):
         for row in mine.values():  # the style guide's bound: at most twice what eager errs
             assert row["max_error"] <= 2 * mine["eager"]["max_error"] + 1e-6
             assert row["n"] >= 3 and row["bytes"] == case.bytes_moved
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's table, of a machine that has no better")
+def test_cpu_table(capsys):
+    records, earlier = Records(PATH, "cpu ops", "cpu"), len(read(PATH))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for case in cpu_ops.cases():
+            compare_on_cpu(case, records)
+    finally:
+        torch.set_num_threads(before)
+    rows = read(PATH)[earlier:]
+    with capsys.disabled():
+        print(f"\none CPU thread, appended to {PATH}\n{cpu_ops.summary(rows)}")
+    for row in rows:
+        (eager,) = (r for r in rows if (r["name"], r["dtype"], r["contender"]) == (row["name"], row["dtype"], "eager"))
+        # compile keeps more digits than eager in 16 bits, and is not ours to judge
+        assert row["contender"] == "compile" or row["max_error"] <= 2 * eager["max_error"] + 1e-6

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.records import Records, quantiles
 from spo_fast.models.graphs import CudaCapture
+from spo_fast.ops import backend
 
 L2_BYTES = 128 << 20  # rotate inputs over more than twice the largest cache in use (60 MB)
 
@@ -136,3 +137,44 @@ def time_cases(cases: Sequence[Case], records: Records, device: str, size: str) 
     tb_per_s = copy_bandwidth(device, size)["tb_per_s"] if device == "cuda" else None
     for case in cases:
         time_case(case, records, device, tb_per_s)
+
+
+# ---------------------------------------------------------------------------------------------------- on a CPU
+
+TURNS = 5
+TURN_MS = 20  # of a contender, at least
+
+
+def cpu_ms(fn: Callable[[], Any], turn_ms: float = TURN_MS) -> float:
+    """CPU milliseconds of one call, of as many as fill a turn, after one that finds the caches as others left them."""
+    fn()
+    calls, start = 0, time.process_time()
+    while calls == 0 or time.process_time() - start < turn_ms / 1000:
+        fn()
+        calls += 1
+    return 1000 * (time.process_time() - start) / calls
+
+
+def compare_on_cpu(case: Case, records: Records, turns: int = TURNS) -> None:
+    """A record a contender: its error, its CPU time, and its ratio to "ours": of each turn, in which all had theirs."""
+    inputs, again = case.make(0), case.make(1)
+    common = {"dtype": case.dtype, "shapes": case.shapes, "bytes": case.bytes_moved}
+    torch._dynamo.reset()  # all shapes compile one function: its limit of recompilations is not theirs
+    errors = dict.fromkeys(case.contenders, 0.0)
+    for x in (inputs, again):  # a kernel that left last run's output in place would pass the first
+        truth = case.truth(*x)
+        for name, fn in case.contenders.items():
+            errors[name] = max(errors[name], relative_error(fn(*x), truth))
+    times: dict[str, list[float]] = {name: [] for name in case.contenders}
+    for turn in range(turns):
+        order = [*times]
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody always follows the same one
+            times[name].append(cpu_ms(functools.partial(case.contenders[name], *inputs)))
+    for name, mine in times.items():
+        ratios = sorted(a / b for a, b in zip(mine, times["ours"], strict=True))
+        values: dict[str, Any] = {f"cpu_{k}" if k.endswith("ms") else k: v for k, v in quantiles(mine).items()}
+        values["to_ours"] = [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
+        if name == "ours":
+            values["chosen"] = backend.choose(case.name.split()[0], inputs[0])
+        threads = torch.get_num_threads()
+        records.write(case.name, contender=name, max_error=errors[name], threads=threads, **common, **values)

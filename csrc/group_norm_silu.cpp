@@ -8,15 +8,8 @@
 
 #include "activations.h"
 #include "common.h"
+#include "isa.h"
 #include "parallel.h"
-
-// One copy of a loop per instruction set, the best chosen when the library is loaded; without fused multiply-adds
-// (CMakeLists.txt) all give the same bits.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define SPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SPO_CLONES
-#endif
 
 namespace spo {
 namespace {
@@ -26,7 +19,7 @@ constexpr int64_t COLUMNS = 256;  // of a tile, at most
 constexpr int64_t PLANE_COLUMNS = 64;  // where all of them belong to one channel
 
 template <class A>
-inline A sigmoid(A z) {
+SPO_INLINE A sigmoid(A z) {
   return 1 / (1 + exponential(-z));
 }
 
@@ -39,18 +32,18 @@ struct Columns {
 
 // A row in the wide type and back, by loops of their own: those of the arithmetic vectorise better without conversions.
 template <class T, class A>
-[[gnu::always_inline]] inline void widen_row(const T *__restrict x, int64_t columns, A *__restrict row) {
+SPO_INLINE void widen_row(const T *__restrict x, int64_t columns, A *__restrict row) {
   for (int64_t j = 0; j < columns; ++j) row[j] = static_cast<A>(widen(x[j]));
 }
 
 template <class T, class A>
-[[gnu::always_inline]] inline void narrow_row(const A *__restrict row, int64_t columns, T *__restrict y) {
+SPO_INLINE void narrow_row(const A *__restrict row, int64_t columns, T *__restrict y) {
   for (int64_t j = 0; j < columns; ++j) narrow(row[j], y + j);
 }
 
 // Sum of a column, then of deviations from its mean (what rounding left) and of their squares.
 template <class T, class A>
-SPO_CLONES void column_moments(const T *x, int64_t rows, int64_t stride, int64_t columns, A *__restrict mean,
+SPO_INLINE void column_moments(const T *x, int64_t rows, int64_t stride, int64_t columns, A *__restrict mean,
                                A *__restrict rest, A *__restrict squares) {
   A row[COLUMNS];
   for (int64_t j = 0; j < columns; ++j) mean[j] = rest[j] = squares[j] = 0;
@@ -70,7 +63,7 @@ SPO_CLONES void column_moments(const T *x, int64_t rows, int64_t stride, int64_t
 }
 
 template <class T, class A>
-SPO_CLONES void normalise(const T *x, int64_t rows, int64_t stride, int64_t columns, const Columns<A> &c, bool silu,
+SPO_INLINE void normalise(const T *x, int64_t rows, int64_t stride, int64_t columns, const Columns<A> &c, bool silu,
                           T *y) {
   A row[COLUMNS], z[COLUMNS];
   for (int64_t i = 0; i < rows; ++i) {
@@ -84,7 +77,7 @@ SPO_CLONES void normalise(const T *x, int64_t rows, int64_t stride, int64_t colu
 
 // x_hat of a row, and w dz: the gradient of the loss with respect to it.
 template <class T, class A>
-[[gnu::always_inline]] inline void grad_row(const T *x, const T *grad_y, int64_t columns, const Columns<A> &c,
+SPO_INLINE void grad_row(const T *x, const T *grad_y, int64_t columns, const Columns<A> &c,
                                             bool silu, A *__restrict x_hat, A *__restrict grad) {
   widen_row(x, columns, x_hat);
   widen_row(grad_y, columns, grad);
@@ -100,7 +93,7 @@ template <class T, class A>
 }
 
 template <class T, class A>
-SPO_CLONES void column_sums(const T *x, const T *grad_y, int64_t rows, int64_t stride, int64_t columns,
+SPO_INLINE void column_sums(const T *x, const T *grad_y, int64_t rows, int64_t stride, int64_t columns,
                             const Columns<A> &c, bool silu, A *__restrict total, A *__restrict projection) {
   A x_hat[COLUMNS], grad[COLUMNS];
   for (int64_t j = 0; j < columns; ++j) total[j] = projection[j] = 0;
@@ -114,7 +107,7 @@ SPO_CLONES void column_sums(const T *x, const T *grad_y, int64_t rows, int64_t s
 }
 
 template <class T, class A>
-SPO_CLONES void grad_input(const T *x, const T *grad_y, int64_t rows, int64_t stride, int64_t columns,
+SPO_INLINE void grad_input(const T *x, const T *grad_y, int64_t rows, int64_t stride, int64_t columns,
                            const Columns<A> &c, bool silu, T *grad_x) {
   A x_hat[COLUMNS], grad[COLUMNS];
   for (int64_t i = 0; i < rows; ++i) {
@@ -248,7 +241,9 @@ struct GroupNorm {
     parallel_for(pieces(), [&](int64_t piece) {
       tiles(piece, [&](const Tile &tile) {
         A center[COLUMNS], rest[COLUMNS], squares[COLUMNS];
-        column_moments(x + tile.start, tile.rows, tile.stride, tile.columns, center, rest, squares);
+        vectorised([&] SPO_LOOP {
+          column_moments(x + tile.start, tile.rows, tile.stride, tile.columns, center, rest, squares);
+        });
         runs(tile, [&](int64_t slot, int64_t j, int64_t columns) {
           parts[piece * slots() + slot].add(
               moments_of(center + j, rest + j, squares + j, columns, static_cast<double>(tile.rows)));
@@ -262,7 +257,9 @@ struct GroupNorm {
     parallel_for(pieces(), [&](int64_t piece) {
       tiles(piece, [&](const Tile &tile) {
         const Columns<A> c = columns_of(tile, mean, rstd, nullptr);
-        normalise(x + tile.start, tile.rows, tile.stride, tile.columns, c, silu, y + tile.start);
+        vectorised([&] SPO_LOOP {
+          normalise(x + tile.start, tile.rows, tile.stride, tile.columns, c, silu, y + tile.start);
+        });
       });
     });
   }
@@ -276,8 +273,10 @@ struct GroupNorm {
       tiles(piece, [&](const Tile &tile) {
         const Columns<A> c = columns_of(tile, mean, rstd, nullptr);
         A total[COLUMNS], projection[COLUMNS];
-        column_sums(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu, total,
-                    projection);
+        vectorised([&] SPO_LOOP {
+          column_sums(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu, total,
+                      projection);
+        });
         runs(tile, [&](int64_t slot, int64_t first, int64_t columns) {
           for (int64_t j = first; j < first + columns; ++j) parts[piece * slots() + slot].add({total[j], projection[j]});
         });
@@ -288,8 +287,10 @@ struct GroupNorm {
     parallel_for(pieces(), [&](int64_t piece) {
       tiles(piece, [&](const Tile &tile) {
         const Columns<A> c = columns_of(tile, mean, rstd, &grads);
-        grad_input(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu,
-                   grad_x + tile.start);
+        vectorised([&] SPO_LOOP {
+          grad_input(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu,
+                     grad_x + tile.start);
+        });
       });
     });
   }

@@ -13,7 +13,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SPO_X86 1
 #define SPO_TARGET_AVX2 __attribute__((target("avx2")))
-#define SPO_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define SPO_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #endif
 
 // A lambda for `vectorised`: [&] SPO_LOOP { ... }

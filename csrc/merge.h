@@ -58,20 +58,21 @@ struct Merge {
   int64_t n;
   typename Pattern<M>::type *out;
 
+  SPO_HD void element(int64_t i, int lane, uint32_t word) const {
+    const uint32_t random = lane < 4 ? word & 0xFFFFu : word >> 16;
+    out[i] = round_stochastic(widen(weight[i]) + delta[i], random, M{});
+  }
+
   SPO_HD void group(int64_t group, int64_t q) const {
-    const uint32_t philox_key[2] = {static_cast<uint32_t>(key[0]), static_cast<uint32_t>(key[1])};
-    const uint32_t counter[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(key[4]),
-                                 static_cast<uint32_t>(key[3]), static_cast<uint32_t>(key[2])};
     uint32_t words[4];
-    philox4x32_10(counter, philox_key, words);
+    group_words(key, 0, group, words);
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
     for (int lane = 0; lane < MERGE_LANES; ++lane) {
       const int64_t i = lane * q + group;
       if (i >= n) break;
-      const uint32_t random = lane < 4 ? words[lane] & 0xFFFFu : words[lane - 4] >> 16;
-      out[i] = round_stochastic(widen(weight[i]) + delta[i], random, M{});
+      element(i, lane, words[lane % 4]);
     }
   }
 };

@@ -27,7 +27,7 @@ SPO_HD void philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint
   uint32_t k0 = key[0], k1 = key[1];
 #if defined(__CUDA_ARCH__) || defined(__clang__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)  // whose compiler of host code does not know it
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
@@ -116,7 +116,17 @@ SPO_HD void group_words(const int64_t sample_key[5], int64_t child, int64_t grou
   philox4x32_10(counter, key, words);
 }
 
-// Its four normals.
+// The words of groups first ... first + GROUPS - 1, a row a lane, by a loop that vectorises.
+constexpr int64_t GROUPS = 64;
+SPO_INLINE void strip_words(const int64_t *sample_key, int64_t child, int64_t first, uint32_t (&words)[4][GROUPS]) {
+  for (int64_t j = 0; j < GROUPS; ++j) {
+    uint32_t word[4];
+    group_words(sample_key, child, first + j, word);
+    for (int lane = 0; lane < 4; ++lane) words[lane][j] = word[lane];
+  }
+}
+
+// The four normals of one group.
 SPO_HD void group_normals(const int64_t sample_key[5], int64_t child, int64_t group, float z[4]) {
   uint32_t words[4];
   group_words(sample_key, child, group, words);

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;  // elements of one piece
 constexpr int64_t STRIP = 256;   // of them at a time: buffers that stay in the first cache
-constexpr int64_t GROUPS = 64;   // Philox groups at a time, four elements each
 
 bool all_within(const int64_t *indices, int64_t count, int64_t limit) {
   return std::all_of(indices, indices + count, [&](int64_t i) { return 0 <= i && i < limit; });
@@ -29,27 +28,33 @@ struct Row {
         std_dev(static_cast<X>(row[4])) {}
 };
 
-// m = uncond + g (cond - uncond), or cond where uncond is null, of a strip of elements. Loops of their own, as
-// conversions inside those of the arithmetic keep compilers from vectorising.
-template <class M, class X>
-SPO_INLINE void guided_strip(const M *cond, const M *uncond, int64_t count, X guidance, X *__restrict m) {
-  if (uncond == nullptr) {
-    for (int64_t j = 0; j < count; ++j) m[j] = static_cast<X>(widen(cond[j]));
-    return;
-  }
-  for (int64_t j = 0; j < count; ++j) m[j] = guided(cond, uncond, j, guidance);
+// Calls f(j, m) for the `count` elements behind i, m = uncond + g (cond - uncond), or cond without uncond: one loop each,
+// which vectorises.
+template <class M, class X, class F>
+SPO_INLINE void for_guided(const M *cond, const M *uncond, int64_t count, X guidance, F f) {
+  if (uncond == nullptr)
+    for (int64_t j = 0; j < count; ++j) f(j, static_cast<X>(widen(cond[j])));
+  else
+    for (int64_t j = 0; j < count; ++j) f(j, guided(cond, uncond, j, guidance));
 }
 
 // The means of elements [i, i + count), and x0.
 template <class M, class X>
 SPO_INLINE void mean_strip(const Transition<M, X> &op, const Row<X> &row, int64_t i, int64_t count, X *__restrict mean) {
+  const M *cond = op.cond + i, *uncond = op.uncond == nullptr ? nullptr : op.uncond + i;
   const X *x_t = op.x_t + i;
-  guided_strip(op.cond + i, op.uncond == nullptr ? nullptr : op.uncond + i, count, op.guidance, mean);
-  if (op.x0 != nullptr) {
-    X *__restrict x0 = op.x0 + i;
-    for (int64_t j = 0; j < count; ++j) x0[j] = row.c * x_t[j] + row.d * mean[j];
-  }
-  for (int64_t j = 0; j < count; ++j) mean[j] = row.a * x_t[j] + row.b * mean[j];
+  X *__restrict x0 = op.x0 == nullptr ? nullptr : op.x0 + i;
+  const auto x0_alone = [&](int64_t j, X m) __attribute__((always_inline)) { x0[j] = row.c * x_t[j] + row.d * m; };
+  const auto mean_alone = [&](int64_t j, X m) __attribute__((always_inline)) { mean[j] = row.a * x_t[j] + row.b * m; };
+  if (x0 == nullptr)
+    for_guided(cond, uncond, count, op.guidance, mean_alone);
+  else if (op.K == 0)
+    for_guided(cond, uncond, count, op.guidance, x0_alone);
+  else
+    for_guided(cond, uncond, count, op.guidance, [&](int64_t j, X m) __attribute__((always_inline)) {
+      x0_alone(j, m);
+      mean_alone(j, m);
+    });
 }
 
 template <class Z, class X>
@@ -60,11 +65,7 @@ SPO_INLINE void child_strip(const X *mean, X std_dev, const Z *z, int64_t count,
 // The normals of groups first ... first + GROUPS - 1, a row a lane.
 SPO_INLINE void normals(const int64_t *key, int64_t child, int64_t first, float (&z)[4][GROUPS]) {
   uint32_t words[4][GROUPS];
-  for (int64_t j = 0; j < GROUPS; ++j) {
-    uint32_t word[4];
-    group_words(key, child, first + j, word);
-    for (int lane = 0; lane < 4; ++lane) words[lane][j] = word[lane];
-  }
+  strip_words(key, child, first, words);
   for (int lane = 0; lane < 4; lane += 2)
     for (int64_t j = 0; j < GROUPS; ++j) box_muller(words[lane][j], words[lane + 1][j], &z[lane][j], &z[lane + 1][j]);
 }
@@ -126,49 +127,95 @@ struct Sums {
   double log_ratio, kl;
 };
 
-// Sums of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) and (mu_p - mu_r)^2 over elements [begin, end) of transition t.
+// Independent accumulators in float64: one alone would wait for its own adder. As two vectors of a width that compilers
+// have instructions for, or two halves of one.
+constexpr int64_t WIDTH = 4, LANES = 2 * WIDTH;  // divides STRIP
+typedef double Vector __attribute__((vector_size(WIDTH * sizeof(double))));
+struct Lanes {
+  Vector half[2] = {};
+
+  // Adds x y of LANES elements.
+  template <class X>
+  SPO_INLINE void add_product(const X *x, const X *y) {
+    typedef X Narrow __attribute__((vector_size(WIDTH * sizeof(X))));
+    for (int h = 0; h < 2; ++h) {
+      Narrow a, b;
+      std::memcpy(&a, x + h * WIDTH, sizeof a);
+      std::memcpy(&b, y + h * WIDTH, sizeof b);
+      half[h] += __builtin_convertvector(a, Vector) * __builtin_convertvector(b, Vector);
+    }
+  }
+
+  SPO_INLINE double sum() const {
+    double total = 0;
+    for (int64_t lane = 0; lane < LANES; ++lane) total += half[lane / WIDTH][lane % WIDTH];
+    return total;
+  }
+};
+
+// What the policy's and the frozen network's outputs say of elements [i, i + count): their means, and the difference.
 template <class M, class X>
-SPO_INLINE Sums sum_chunk(const LogRatio<M, X> &op, int64_t t, int64_t begin, int64_t end) {
-  constexpr int64_t LANES = 8;  // independent accumulators, as one alone would wait for its own adder; divides STRIP
-  double log_ratio[LANES] = {}, kl[LANES] = {};
-  X policy[STRIP], frozen[STRIP], residuals[STRIP];
-  const int64_t state = op.states[t];
+SPO_INLINE void two_means(const LogRatio<M, X> &op, const Row<X> &row, int64_t i, int64_t count, X *__restrict policy,
+                          X *__restrict frozen, X *__restrict difference) {
+  const bool both = op.uncond != nullptr;
+  const X *x_t = op.x_t + i;
+  for_guided(op.frozen_cond + i, both ? op.frozen_uncond + i : nullptr, count, op.guidance,
+             [&](int64_t j, X m) __attribute__((always_inline)) { frozen[j] = m; });
+  for_guided(op.cond + i, both ? op.uncond + i : nullptr, count, op.guidance,
+             [&](int64_t j, X m) __attribute__((always_inline)) {
+               const X drift = row.a * x_t[j];
+               difference[j] = row.b * (m - frozen[j]);  // never mu_p - mu_r: a x_t would eat the digits
+               policy[j] = drift + row.b * m;
+               frozen[j] = drift + row.b * frozen[j];
+             });
+}
+
+// Sums of (mu_p - mu_r)(2 x_prev - mu_p - mu_r) and (mu_p - mu_r)^2 over elements [begin, end) of a state, for `count`
+// of its transitions: sums[t * pieces].
+constexpr int64_t TOGETHER = 4;  // transitions, at most
+template <class M, class X>
+SPO_INLINE void sum_chunk(const LogRatio<M, X> &op, int64_t state, const int64_t *transitions, int64_t num_transitions,
+                          int64_t begin, int64_t end, Sums *sums, int64_t pieces) {
+  Lanes log_ratio[TOGETHER], kl;
+  X policy[STRIP], frozen[STRIP], difference[STRIP], residuals[STRIP];
   const Row<X> row(op.row(state));
   for (int64_t first = begin; first < end; first += STRIP) {
-    const int64_t i = state * op.n + first, count = std::min(STRIP, end - first);
-    const X *x_t = op.x_t + i, *next = op.x_prev + t * op.n + first;
-    const bool both = op.uncond != nullptr;
-    guided_strip(op.cond + i, both ? op.uncond + i : nullptr, count, op.guidance, policy);
-    guided_strip(op.frozen_cond + i, both ? op.frozen_uncond + i : nullptr, count, op.guidance, frozen);
-    X *difference = policy;
-    for (int64_t j = 0; j < count; ++j) {
-      const X drift = row.a * x_t[j];
-      residuals[j] = (next[j] - (drift + row.b * policy[j])) + (next[j] - (drift + row.b * frozen[j]));
-      difference[j] = row.b * (policy[j] - frozen[j]);  // never mu_p - mu_r: a x_t would eat the digits
+    const int64_t count = std::min(STRIP, end - first), padded = ceil_div(count, LANES) * LANES;
+    two_means(op, row, state * op.n + first, count, policy, frozen, difference);
+    for (int64_t j = count; j < padded; ++j) difference[j] = residuals[j] = 0;
+    for (int64_t j = 0; j < padded; j += LANES) kl.add_product(difference + j, difference + j);
+    for (int64_t k = 0; k < num_transitions; ++k) {
+      const X *next = op.x_prev + transitions[k] * op.n + first;
+      for (int64_t j = 0; j < count; ++j) residuals[j] = (next[j] - policy[j]) + (next[j] - frozen[j]);
+      Lanes sum = log_ratio[k];
+      for (int64_t j = 0; j < padded; j += LANES) sum.add_product(difference + j, residuals + j);
+      log_ratio[k] = sum;
     }
-    for (int64_t j = count; j < ceil_div(count, LANES) * LANES; ++j) difference[j] = residuals[j] = 0;
-    for (int64_t j = 0; j < count; j += LANES)
-      for (int64_t lane = 0; lane < LANES; ++lane) {
-        const double d = static_cast<double>(difference[j + lane]);
-        log_ratio[lane] += d * static_cast<double>(residuals[j + lane]);
-        kl[lane] += d * d;
-      }
   }
-  Sums sums{0, 0};
-  for (int64_t lane = 0; lane < LANES; ++lane) {
-    sums.log_ratio += log_ratio[lane];
-    sums.kl += kl[lane];
-  }
-  return sums;
+  for (int64_t k = 0; k < num_transitions; ++k) sums[transitions[k] * pieces] = {log_ratio[k].sum(), kl.sum()};
+}
+
+// Those of each state, in increasing t.
+template <class M, class X>
+std::vector<std::vector<int64_t>> transitions_of(const LogRatio<M, X> &op) {
+  std::vector<std::vector<int64_t>> transitions(static_cast<size_t>(op.B));
+  for (int64_t t = 0; t < op.T; ++t) transitions[op.states[t]].push_back(t);
+  return transitions;
 }
 
 template <class M, class X>
 void log_ratio_forward(const LogRatio<M, X> &op) {
+  const std::vector<std::vector<int64_t>> transitions = transitions_of(op);
   const int64_t pieces = ceil_div(op.n, CHUNK);
   std::vector<Sums> partial(static_cast<size_t>(op.T * pieces));
-  parallel_for(op.T * pieces, [&](int64_t i) {
-    const int64_t t = i / pieces, begin = i % pieces * CHUNK, end = std::min(begin + CHUNK, op.n);
-    vectorised([&] SPO_LOOP { partial[i] = sum_chunk(op, t, begin, end); });
+  parallel_for(op.B * pieces, [&](int64_t i) {
+    const int64_t state = i / pieces, begin = i % pieces * CHUNK, end = std::min(begin + CHUNK, op.n);
+    const int64_t *mine = transitions[state].data(), count = static_cast<int64_t>(transitions[state].size());
+    Sums *sums = partial.data() + i % pieces;
+    for (int64_t k = 0; k < count; k += TOGETHER)
+      vectorised([&] SPO_LOOP {
+        sum_chunk(op, state, mine + k, std::min(TOGETHER, count - k), begin, end, sums, pieces);
+      });
   });
   for (int64_t t = 0; t < op.T; ++t) {
     Sums total{0, 0};
@@ -189,19 +236,12 @@ SPO_INLINE void gradients(const LogRatio<M, X> &op, int64_t state, const std::ve
                           int64_t begin, int64_t end) {
   const Row<X> row(op.row(state));
   const X scale = static_cast<X>(op.row(state)[1] / (op.row(state)[4] * op.row(state)[4] * static_cast<double>(op.n)));
-  X policy[STRIP], frozen[STRIP], sum[STRIP];
+  X mean[STRIP], frozen[STRIP], difference[STRIP], sum[STRIP];
+  const bool both = op.uncond != nullptr;
   for (int64_t first = begin; first < end; first += STRIP) {
     const int64_t i = state * op.n + first, count = std::min(STRIP, end - first);
-    const X *x_t = op.x_t + i;
-    const bool both = op.uncond != nullptr;
-    guided_strip(op.cond + i, both ? op.uncond + i : nullptr, count, op.guidance, policy);
-    guided_strip(op.frozen_cond + i, both ? op.frozen_uncond + i : nullptr, count, op.guidance, frozen);
-    X *mean = policy, *difference = frozen;
-    for (int64_t j = 0; j < count; ++j) {
-      difference[j] = row.b * (policy[j] - frozen[j]);
-      mean[j] = row.a * x_t[j] + row.b * policy[j];
-      sum[j] = 0;
-    }
+    two_means(op, row, i, count, mean, frozen, difference);
+    for (int64_t j = 0; j < count; ++j) sum[j] = 0;
     for (const int64_t t : transitions) {
       const X *x_prev = op.x_prev + t * op.n + first, weight = op.grad_log_ratio[t], kl_weight = op.grad_kl[t];
       for (int64_t j = 0; j < count; ++j) sum[j] += weight * (x_prev[j] - mean[j]) + kl_weight * difference[j];
@@ -220,8 +260,7 @@ SPO_INLINE void gradients(const LogRatio<M, X> &op, int64_t state, const std::ve
 
 template <class M, class X>
 void log_ratio_backward(const LogRatio<M, X> &op) {
-  std::vector<std::vector<int64_t>> transitions(static_cast<size_t>(op.B));  // of each state, in increasing t
-  for (int64_t t = 0; t < op.T; ++t) transitions[op.states[t]].push_back(t);
+  const std::vector<std::vector<int64_t>> transitions = transitions_of(op);
   const int64_t pieces = ceil_div(op.n, CHUNK);
   parallel_for(op.B * pieces, [&](int64_t piece) {
     const int64_t state = piece / pieces, begin = piece % pieces * CHUNK, end = std::min(begin + CHUNK, op.n);

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from spo_fast.ops import c_library, group_norm_silu, log_ratio, merge_lora, resize_normalize, transition
+from spo_fast.ops import c_library, group_norm_silu, log_ratio, merge_lora, philox, resize_normalize, transition
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
@@ -137,7 +138,7 @@ CPU_ONLY = {"spo_group_norm_silu_forward", "spo_group_norm_silu_backward"}
 def test_libraries_export_the_interface_and_nothing_else():
     declared = set(re.findall(r"^SPO_API .*?(spo_\w+)\(", HEADER, re.MULTILINE))
     called = re.findall(r'call\("(spo_\w+)"', "".join(p.read_text() for p in (ROOT / "spo_fast/ops").glob("*.py")))
-    others = {"spo_abi_version", "spo_error_string", "spo_set_num_threads", "spo_philox"}
+    others = {"spo_abi_version", "spo_error_string", "spo_set_num_threads", "spo_set_isa", "spo_philox"}
     assert len(called) == len(set(called)) and {*called, *others} == declared
     for library in filter(None, map(c_library.load, c_library.LIBRARIES)):
         listing = subprocess.run(
@@ -245,6 +246,78 @@ def test_threads_never_show_in_the_result():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ISA_BEST, ISA_PLAIN, ISA_AVX512, ERROR_ISA = 0, 1, 3, 8  # of csrc/spo_fast.h
+
+
+@pytest.fixture
+def instruction_sets() -> Iterator[Iterator[int]]:
+    """Each one of this processor in turn, in use while it is looked at; the plain one first."""
+    library = c_library.load("cpu")
+    yield (code for code in range(ISA_PLAIN, ISA_AVX512 + 1) if library.spo_set_isa(code) == 0)
+    assert library.spo_set_isa(ISA_BEST) == 0
+
+
+@needs_library
+def test_an_unknown_instruction_set_is_refused():
+    library = c_library.load("cpu")
+    assert {library.spo_set_isa(code) for code in (-1, ISA_AVX512 + 1)} == {ERROR_ISA}
+    assert "instruction set" in library.spo_error_string(ERROR_ISA).decode()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_instruction_sets_never_show_in_the_result(dtype, instruction_sets):
+    """Bit for bit, with sizes that are multiples of no vector; tests/test_<op>.py hold the best against float64."""
+    latents = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = log_ratio_inputs(sample=(3, 33, 31))
+    inputs[:6] = [*(m.to(dtype) for m in inputs[:4]), *(x.to(latents) for x in inputs[4:6])]
+    x, grad = randn(2, 30, 19, 7, dtype=dtype), randn(2, 30, 19, 7, dtype=dtype, seed=1)
+    weight, bias = randn(30, dtype=dtype), randn(30, dtype=dtype, seed=1)
+    noise = randn(3, *inputs[4].shape, dtype=latents, seed=6)
+    merged = torch.bfloat16 if dtype == torch.float64 else dtype
+
+    def results():
+        cond, uncond, x_t, rows, table = (inputs[i] for i in (0, 1, 4, 7, 8))
+        out, delta = torch.zeros(4999, dtype=merged), randn(4999, seed=1)
+        merge_lora.merge_c(randn(4999, dtype=merged), delta, torch.arange(5), out)
+        found = [out]
+        for draws in ((torch.arange(15).view(3, 5), None), (None, noise)):
+            found += transition.transition_c(cond, uncond, x_t, rows, table, 5.0, 3, *draws)
+        found += log_ratio.log_ratio_forward(*inputs)
+        found += log_ratio.log_ratio_backward(*inputs, randn(5, dtype=latents), randn(5, dtype=latents, seed=1))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            pixels = randn(2, 3, 41, 37, dtype=dtype).contiguous(memory_format=layout)
+            found.append(resize_normalize.resize_normalize_c(pixels, 24, [0.5] * 3, [0.2] * 3, dtype))
+            last = layout == torch.channels_last
+            x_, grad_ = (v.contiguous(memory_format=layout) for v in (x, grad))
+            y, mean, rstd = group_norm_silu._forward_c(x_, weight, bias, 6, 1e-5, True, last)
+            found += y, group_norm_silu._backward_c(x_, weight, bias, mean, rstd, grad_, 6, True, last)
+        return found
+
+    plain, *others = [results() for _ in instruction_sets]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+@needs_library
+def test_normals_are_those_of_their_words_in_float64(instruction_sets):
+    """Box-Muller of the words, in float64 from the float32 uniforms: four roundings off at most, near zero too."""
+    keys, zeros, n = torch.tensor([[7, 0, 2**31, 5, 2**32 - 1]]), torch.zeros(1, 2**20), 2**20
+    w0, w1, w2, w3 = philox.words(keys, n // 4)
+    parts = []
+    for a, b in ((w0, w1), (w2, w3)):
+        u, v = (w.float() * 2.0**-32 + 2.0**-33 for w in (a, b))
+        radius = (-2 * u.double().log()).sqrt()
+        theta = (v * torch.tensor(2 * torch.pi, dtype=torch.float32)).double()
+        parts += [radius * theta.cos(), radius * theta.sin()]
+    truth = torch.cat(parts, 1)
+    table, row = torch.tensor([[1, 0, 1, 0, 1]], dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    for _ in instruction_sets:
+        z = transition.transition_c(zeros, None, zeros, row, table, 1.0, 1, keys, None)[1][0]
+        # rounded: log, halved by the root; the root; cosine or sine; their product
+        assert ((z.double() - truth) / truth).abs().max() < 3.5 * 2**-24 * 1.01
 
 
 @needs_library

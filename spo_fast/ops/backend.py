@@ -2,8 +2,9 @@
 
 Every op exists as `eager` (plain PyTorch, the definition); some also as `triton` (GPU, or CPU through
 TRITON_INTERPRET=1) and as `c` (csrc/ through ctypes, CPU and CUDA). Each op declares an order per device, taken from
-measurements; the first backend of that order that can run here is used. SPO_FAST_BACKEND=name or `with
-use_backend(name)` forces one, and a forced backend that cannot run raises: nothing falls back silently.
+measurements, and another for those calls there that were measured otherwise; the first backend of that order that can
+run here is used. SPO_FAST_BACKEND=name or `with use_backend(name)` forces one, and a forced backend that cannot run
+raises: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -27,20 +28,37 @@ BACKENDS = ("eager", "triton", "c")
 
 
 @dataclass(frozen=True)
-class Op:
-    """An op's name, its backends in order of preference per device type, and why some do not exist."""
+class Order:
+    """Backends, the preferred first, and why."""
 
-    name: str
-    order: Mapping[str, tuple[str, ...]]
-    """device type -> backends, the preferred first."""
+    backends: tuple[str, ...]
     why: str
     """Where the order comes from."""
+
+
+def _device(case: str) -> str:
+    return case.partition(" ")[0]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's name, its backends in order of preference, and why some do not exist."""
+
+    name: str
+    orders: Mapping[str, Order]
+    """By device type, or by what the call is: whatever `case` gives."""
     absent: Mapping[str, str]
     """backend, or "backend device" -> why this op has no such implementation."""
+    case: Callable[[Tensor], str] | None
+    """A call's tensor -> its key in `orders` ("cpu channels-last"); one that is none stands for the device type."""
 
     def why_absent(self, backend: str, device_type: str) -> str | None:
         """Why there is no such implementation on this device type; None if there is one."""
         return self.absent.get(backend) or self.absent.get(f"{backend} {device_type}")
+
+    def order(self, case: str) -> Order:
+        """Of a case, else of its device type; eager on one that nobody has thought of."""
+        return self.orders.get(case) or self.orders.get(_device(case)) or Order(("eager",), "the definition")
 
 
 OPS: dict[str, Op] = {}
@@ -48,10 +66,21 @@ _forced: str | None = os.environ.get("SPO_FAST_BACKEND") or None
 
 
 def register(
-    name: str, *, cpu: tuple[str, ...], cuda: tuple[str, ...], why: str, absent: Mapping[str, str] | None = None
+    name: str,
+    *,
+    cpu: tuple[str, ...],
+    cuda: tuple[str, ...],
+    why: str,
+    absent: Mapping[str, str] | None = None,
+    case: Callable[[Tensor], str] | None = None,
+    cases: Mapping[str, Order] | None = None,
 ) -> None:
-    """Add an op to the table that `python -m spo_fast.ops` prints; arguments as in Op, the orders by device type."""
-    OPS[name] = Op(name, {"cpu": cpu, "cuda": cuda}, why, absent or {})
+    """Add an op to the table that `python -m spo_fast.ops` prints: its orders by device type, and by case if any.
+
+    `case` must read no more of the tensor than torch.compile guards on: its type, sizes and strides.
+    """
+    orders = {"cpu": Order(cpu, why), **(cases or {}), "cuda": Order(cuda, why)}
+    OPS[name] = Op(name, orders, absent or {}, case)
 
 
 @functools.cache
@@ -76,7 +105,8 @@ def available_backends(name: str, device_type: str = "cpu") -> list[str]:
 
 
 @functools.cache
-def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) -> str:
+def _cached_choice(name: str, case: str, forced: str | None, wide: bool) -> str:
+    device_type = _device(case)
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
     # an op that has no such backend keeps its own choice
@@ -88,20 +118,22 @@ def _cached_choice(name: str, device_type: str, forced: str | None, wide: bool) 
                 f"Available: {', '.join(available_backends(name, device_type))}."
             )
         return forced
-    order = OPS[name].order.get(device_type, ("eager",))
     # no GPU kernel is tuned for float64: it is left to the others unless Triton is forced
+    order = OPS[name].order(case).backends
     return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
 
 
 @torch.compiler.assume_constant_result
-def _choose(name: str, device_type: str, forced: str | None, wide: bool = False) -> str:
-    return _cached_choice(name, device_type, forced, wide)  # torch.compile must not look inside the cache
+def _choose(name: str, case: str, forced: str | None, wide: bool = False) -> str:
+    return _cached_choice(name, case, forced, wide)  # torch.compile must not look inside the cache
 
 
 def choose(name: str, like: Tensor) -> str:
-    """The backend that op `name` uses for tensors such as `like`."""
-    # _forced is read here, outside the constant function, so that torch.compile guards on it.
-    return _choose(name, like.device.type, _forced, like.dtype == torch.float64)
+    """The backend that op `name` uses for tensors such as `like`: of its device, type and memory layout."""
+    # The case and _forced are read here, outside the constant function, so that torch.compile guards on them.
+    op = OPS[name]
+    case = like.device.type if op.case is None else op.case(like)
+    return _choose(name, case, _forced, like.dtype == torch.float64)
 
 
 @contextlib.contextmanager
@@ -180,22 +212,25 @@ def differentiate(
 
 
 def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, str, str]]:
-    """Rows (op, device, backend, reason): what runs on this machine, why, and why the others do not."""
+    """Rows (op, device or case, backend, reason): what runs on this machine, why, and why the others do not."""
     if device_types is None:
         device_types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     rows = []
     for op in OPS.values():
-        for device_type in device_types:
-            chosen = _choose(op.name, device_type, _forced)
+        for case in op.orders:
+            device_type = _device(case)
+            if device_type not in device_types:
+                continue
+            chosen, order = _choose(op.name, case, _forced), op.order(case)
             for backend in BACKENDS:
                 reason = why_not(op.name, backend, device_type)
                 if backend == chosen:
-                    order = op.order.get(device_type, ("eager",))
                     if backend == _forced:
                         reason = "chosen: forced"
-                    elif backend == order[0]:
-                        reason = f"chosen: {op.why}"
+                    elif backend == order.backends[0]:
+                        reason = f"chosen: {order.why}"
                     else:
-                        reason = f"chosen: {' and '.join(order[: order.index(backend)])} cannot run"
-                rows.append((op.name, device_type, backend, reason or f"available, {chosen} goes before"))
+                        before = order.backends[: order.backends.index(backend)]
+                        reason = f"chosen: {' and '.join(before)} cannot run"
+                rows.append((op.name, case, backend, reason or f"available, {chosen} goes before"))
     return rows

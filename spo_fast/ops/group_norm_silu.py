@@ -24,13 +24,31 @@ from spo_fast.ops.backend import Context, differentiate, implementations
 from spo_fast.ops.c_library import DOUBLE, INT64, POINTER, Arguments, call, fields
 from spo_fast.ops.optional_triton import jit, launch, tl
 
+SMALL = 2**17  # elements: below, a call of the C library costs more than it saves
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.stride(1) == 1
+
+
+def _case(x: Tensor) -> str:
+    device_type = x.device.type
+    large = device_type == "cpu" and _channels_last(x) and x.numel() >= SMALL
+    return f"{device_type} channels-last" if large else device_type
+
+
 backend.register(
     "group_norm_silu",
-    # C is the faster one for channels-last on a CPU, PyTorch for NCHW and small tensors, which is what runs there
     cpu=("eager", "c"),
     cuda=("eager", "triton"),
-    why="on a CPU as measured for NCHW (benchmarks/LOG.md); on CUDA it awaits measurement: PyTorch's is first",
+    why="on a CPU as measured for NCHW and for small tensors; on CUDA it awaits measurement: PyTorch's is first",
     absent={"c cuda": "bound by memory: Triton's kernels already read and write as little as CUDA C++ could"},
+    case=_case,
+    cases={
+        "cpu channels-last": backend.Order(
+            ("c", "eager"), f"reads it as it lies, where eager goes through NCHW (from {SMALL} elements)"
+        )
+    },
 )
 
 # ---------------------------------------------------------------------------------------------------- definition
@@ -439,7 +457,7 @@ def group_norm_silu(
             raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, expected {(x.shape[1],)} {x.dtype}")
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, and none is computed: freeze it with .requires_grad_(False)")
-    channels_last = not x.is_contiguous() and x.stride(1) == 1
+    channels_last = _channels_last(x)
     x = x.contiguous(memory_format=_format(channels_last))
     name = backend.choose("group_norm_silu", x)
     if name == "eager" or x.numel() == 0:
