@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import networks
 from benchmarks.records import Records
-from benchmarks.shapes import LATENTS, TINY_LATENTS, iteration_config
+from benchmarks.shapes import iteration_config, latent_shape
 from benchmarks.timing import capture, measure, relative_error
 from spo_fast.method.schedule import ddim_table
 from spo_fast.models.policy import Policy
@@ -35,7 +35,7 @@ class GuidedStep:
         scheduler = networks.ddim_scheduler(kind, cfg.sample.num_steps)
         self.table = ddim_table(scheduler.alphas_cumprod, scheduler.timesteps, 1.0, "epsilon").to(device)
         self.cond = networks.conditioning(kind, size, PROMPTS, device, dtype)
-        latent = LATENTS[kind] if size == "full" else TINY_LATENTS
+        latent = latent_shape(kind, size)
         self.x = torch.empty(PROMPTS, *latent, device=device)
         self.t = torch.zeros((), dtype=torch.int64, device=device)
         self.rows = torch.zeros(PROMPTS, dtype=torch.int64, device=device)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import iteration, networks
 from benchmarks.records import RESULTS, Records, quantiles, read
-from benchmarks.shapes import LATENTS, TINY_LATENTS, unet_config
+from benchmarks.shapes import latent_shape, unet_config
 from spo_fast import train
 from spo_fast.config.preference import PreferenceConfig
 from spo_fast.config.presets import PREFERENCE_PRESETS
@@ -55,7 +55,7 @@ class Pairs:
         where = (kind, size, device, dtype)
         self.unet, self.vae = networks.make_unet(*where), networks.make_vae(*where)
         self.encoders = networks.make_text_encoders(*where)
-        self.latent = LATENTS[kind] if size == "full" else TINY_LATENTS
+        self.latent = latent_shape(kind, size)
         self.pixels = 2 ** (len(self.vae.config.block_out_channels) - 1) * self.latent[-1]
         self.alphas = networks.ddim_scheduler(kind, 20).alphas_cumprod.to(device)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import networks
 from benchmarks.published import PublishedLoop
 from benchmarks.records import Records, quantiles
-from benchmarks.shapes import LATENTS, TINY_LATENTS, iteration_config
+from benchmarks.shapes import iteration_config, latent_shape
 from spo_fast.config.training import Config
 from spo_fast.method.experience import Candidates, Cond, Experience, Prediction, States, judges
 from spo_fast.method.noise import KeyedDraws, permutation
@@ -385,14 +385,14 @@ class Setup:
         self.where = (kind, size, device)
         self.size = size
         self.cfg = cfg or iteration_config(kind, size, prompts, mixed_precision)
-        self.latent = LATENTS[kind] if size == "full" else TINY_LATENTS
+        self.latent = latent_shape(kind, size)
         sample = self.cfg.sample
         self.scheduler = networks.ddim_scheduler(kind, sample.num_steps)
         table = ddim_table(self.scheduler.alphas_cumprod, self.scheduler.timesteps, sample.eta, "epsilon")
         self.table: StepTable = table.to(device)
         self.timer = Timer(device)
         self._cond: dict[torch.dtype, Cond] = {}
-        self.ids = networks.token_ids(sample.sample_batch_size, device)
+        self.ids = networks.token_ids(sample.sample_batch_size, device, size)
 
     def parts(self, dtype: torch.dtype, scorer_dtype: torch.dtype) -> dict[str, Any]:
         unet = networks.make_unet(*self.where, dtype)
@@ -452,10 +452,10 @@ def gate(errors: dict[str, float], published: dict[str, float], mixed_precision:
 
 def truth(setup: Setup, scratch: Path, records: Records) -> None:
     """The recorded pairs and what float32 (float64 if tiny) makes of them, into scratch for the other rows."""
-    tiny = setup.size == "tiny"
+    precision = "no" if setup.size == "full" else "fp64"
     with tf32(False, False):
-        # tiny networks in float64; at full size float32 is exact enough to judge 16 bits by, and fits
-        row = Published(setup, Technique(published=True, mixed_precision="fp64" if tiny else "no"), exact=True)
+        # smaller networks in float64; at full size float32 is exact enough to judge 16 bits by, and fits
+        row = Published(setup, Technique(published=True, mixed_precision=precision), exact=True)
         pairs = random_states(setup.cfg, setup.latent, setup.device)
         pairs = with_children(pairs, row.loop, setup.conditioning(row.loop.dtype))
         evaluation = row.evaluate(pairs)

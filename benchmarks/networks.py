@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shapes import unet_config
+from benchmarks.shapes import text_config, text_length, unet_config, vae_config, vocabulary
 from spo_fast.method.experience import Cond
 from spo_fast.models.files.sources import CONFIGS
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
@@ -65,11 +65,8 @@ def make_unet(kind: str, size: str, device: str, dtype: torch.dtype) -> Any:
 def make_vae(kind: str, size: str, device: str, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
-    config = json.loads((CONFIGS / kind / "vae" / "config.json").read_text())
-    if size == "tiny":
-        config |= {"block_out_channels": (8, 8, 8, 16), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
     with built_on(device, seed=2):
-        vae = AutoencoderKL.from_config(config)
+        vae = AutoencoderKL.from_config(vae_config(kind, size))
     return frozen(vae, device, dtype)
 
 
@@ -79,11 +76,8 @@ def make_text_encoders(kind: str, size: str, device: str, dtype: torch.dtype) ->
 
     encoders = []
     for part in ("text_encoder", "text_encoder_2") if kind == "sdxl" else ("text_encoder",):
-        config = json.loads((CONFIGS / kind / part / "config.json").read_text())
+        config = text_config(kind, size, part)
         projected = "CLIPTextModelWithProjection" in config.get("architectures", ())
-        if size == "tiny":
-            config |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-            config |= {"projection_dim": 16}
         with built_on(device, seed=3):
             encoder = (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**config))
         encoders.append(frozen(encoder, device, dtype))
@@ -91,16 +85,28 @@ def make_text_encoders(kind: str, size: str, device: str, dtype: torch.dtype) ->
 
 
 def spm_config(size: str) -> ClipConfig:
-    """ViT-H/14 with timestep modulations (the step-aware preference model), or 32 px of it."""
-    if size == "tiny":
-        text = TowerConfig(width=32, mlp_width=64, num_layers=2, num_heads=4, activation="gelu")
-        vision = TowerConfig(width=48, mlp_width=96, num_layers=2, num_heads=4, activation="gelu")
-        sizes = {"image_size": 32, "patch_size": 8, "projection_dim": 24}
-    else:
-        text = TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu")
-        vision = TowerConfig(width=1280, mlp_width=5120, num_layers=32, num_heads=16, activation="gelu")
-        sizes = {"image_size": 224, "patch_size": 14, "projection_dim": 1024}
-    return ClipConfig(text=text, vision=vision, vocab_size=49408, max_length=77, time_conditioned=True, **sizes)
+    """ViT-H/14 with timestep modulations (the step-aware preference model), or a smaller one (shapes.SIZES)."""
+    text, vision, pixels, patch, shared = {  # width, layers and heads of each tower
+        "full": ((1024, 24, 16), (1280, 32, 16), 224, 14, 1024),
+        "mid": ((256, 8, 4), (384, 12, 6), 224, 16, 256),
+        "toy": ((48, 2, 4), (72, 3, 4), 16, 4, 32),
+        "tiny": ((32, 2, 4), (48, 2, 4), 32, 8, 24),
+    }[size]
+
+    def tower(width: int, layers: int, heads: int) -> TowerConfig:
+        mlp = (4 if width > 100 else 2) * width
+        return TowerConfig(width=width, mlp_width=mlp, num_layers=layers, num_heads=heads, activation="gelu")
+
+    return ClipConfig(
+        text=tower(*text),
+        vision=tower(*vision),
+        vocab_size=vocabulary(size),
+        max_length=text_length(size),
+        image_size=pixels,
+        patch_size=patch,
+        projection_dim=shared,
+        time_conditioned=True,
+    )
 
 
 def make_spm(size: str, device: str, dtype: torch.dtype) -> ClipScorer:
@@ -121,11 +127,11 @@ def make_spm(size: str, device: str, dtype: torch.dtype) -> ClipScorer:
     return ClipScorer(clip, no_tokenizer, dtype=dtype)
 
 
-def token_ids(prompts: int, device: str) -> Tensor:
+def token_ids(prompts: int, device: str, size: str = "full") -> Tensor:
     """(P, 77) int64: start, random words, and the end token (the largest id) at the last place."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, 49406, (prompts, 77), generator=generator)
-    ids[:, 0], ids[:, -1] = 49406, 49407
+    generator, words = torch.Generator().manual_seed(5), vocabulary(size)
+    ids = torch.randint(0, words - 2, (prompts, text_length(size)), generator=generator)
+    ids[:, 0], ids[:, -1] = words - 2, words - 1
     return ids.to(device)
 
 
@@ -137,7 +143,7 @@ def conditioning(kind: str, size: str, prompts: int, device: str, dtype: torch.d
         return torch.randn(shape, generator=generator).bfloat16().to(device, dtype)
 
     width = config["cross_attention_dim"]
-    cond, uncond = {"prompt_embeds": draw(prompts, 77, width)}, {"prompt_embeds": draw(1, 77, width)}
+    cond, uncond = ({"prompt_embeds": draw(n, text_length(size), width)} for n in (prompts, 1))
     if kind == "sdxl":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         pixels = 8.0 * config["sample_size"]

@@ -11,11 +11,22 @@ from typing import Any
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.training import Config
 from spo_fast.models.files.sources import CONFIGS
+from spo_fast.models.files.toy import WEIGHTS
 
 KINDS = ("sd15", "sdxl")
 
 LATENTS = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128)}  # C, H, W at 512 and 1024 pixels
 TINY_LATENTS = (4, 8, 8)
+
+SIZES = ("full", "mid", "toy", "tiny")
+"""Of the networks: as shipped; SD-1.5's with 37 M weights for 256 pixels, what a CPU can do in seconds; the embedded
+toy's, which are SDXL's parts; two levels of 16 and 32 channels, for tests of the code."""
+
+
+def latent_shape(kind: str, size: str) -> tuple[int, int, int]:
+    """C, H, W."""
+    return {"full": LATENTS[kind], "mid": (4, 32, 32), "toy": (3, 16, 16), "tiny": TINY_LATENTS}[size]
+
 
 PREFERENCE_TERMS = (16, 320)  # a micro-batch's pairs; twice what an iteration of SD1.5 can keep
 
@@ -209,11 +220,24 @@ def _recorded(name: str, model: Any, forward: Any) -> list[LayerShape]:
     return [replace(shape, calls=count) for shape, count in calls.items() if not shape.groups or len(shape.x) == 4]
 
 
+def network_config(kind: str, size: str, part: str) -> dict[str, Any]:
+    """The settings that are shipped: of the toy if size says so, else the kind's."""
+    config = json.loads(((WEIGHTS if size == "toy" else CONFIGS / kind) / part / "config.json").read_text())
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
 def unet_config(kind: str, size: str = "full") -> dict[str, Any]:
-    """The shipped UNet settings, or the same architecture with two levels of 16 and 32 channels."""
-    config = json.loads((CONFIGS / kind / "unet" / "config.json").read_text())
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    if size == "full":
+    """The UNet's settings at a size (SIZES)."""
+    config = network_config(kind, size, "unet")
+    if size == "mid":
+        channels = (128, 256, 256, 256)
+        return config | {
+            "sample_size": 32,
+            "block_out_channels": channels,
+            "layers_per_block": 1,
+            "attention_head_dim": 4,  # heads: as wide as the full size's, 32 and 64 in place of 40 to 160
+        }
+    if size != "tiny":
         return config
     config |= {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
     if kind == "sd15":
@@ -249,8 +273,38 @@ def lora_shapes(kind: str, rank: int, size: str = "full") -> list[tuple[int, int
     return shapes
 
 
+def vocabulary(size: str) -> int:
+    """Words that text encoders and preference models know."""
+    return 555 if size == "toy" else 49408
+
+
+def text_length(size: str) -> int:
+    """Tokens of a prompt."""
+    return 16 if size == "toy" else 77
+
+
+def vae_config(kind: str, size: str) -> dict[str, Any]:
+    """The VAE's settings at a size (SIZES)."""
+    config = network_config(kind, size, "vae")
+    small = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
+    channels = {"mid": (16, 32, 64, 64), "tiny": (8, 8, 8, 16)}
+    return config | {**small, "block_out_channels": channels[size]} if size in channels else config
+
+
+def text_config(kind: str, size: str, part: str) -> dict[str, Any]:
+    """A text encoder's settings at a size (SIZES)."""
+    config = network_config(kind, size, part)
+    widths = {"mid": (256, 1024, 8, 8), "tiny": (16, 32, 2, 2)}
+    if size in widths:
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        config |= dict(zip(names, widths[size], strict=True)) | {"projection_dim": widths[size][0]}
+    return config
+
+
 def iteration_config(kind: str, size: str, prompts: int | None, mixed_precision: str) -> Config:
     """The published settings of one iteration (presets.py), or fewer prompts; tiny has a ragged last micro-batch."""
+    if size == "toy":
+        return PRESETS["toy"]().with_fields(sample_batch_size=prompts or 16, mixed_precision=mixed_precision)
     cfg = PRESETS[kind]().with_fields(
         mixed_precision=mixed_precision, last_step="extend" if kind == "sdxl" else "compare"
     )

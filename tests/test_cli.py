@@ -40,10 +40,15 @@ def written(path: Path, **settings: Any) -> str:
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
 def test_pytorch_is_told_what_the_user_did_not_tell_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    segments = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    assert for_pytorch({}) == {"OMP_WAIT_POLICY": "PASSIVE", **segments}
-    assert for_pytorch({"OMP_WAIT_POLICY": "ACTIVE"}) == segments
-    assert for_pytorch({name: "", "OMP_WAIT_POLICY": "ACTIVE"}) == {}
+    waits, segments, pages = (
+        {"OMP_WAIT_POLICY": "PASSIVE"},
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        {"THP_MEM_ALLOC_ENABLE": "1"},
+    )
+    assert for_pytorch({}) == waits | segments | pages
+    assert for_pytorch({"OMP_WAIT_POLICY": "ACTIVE"}) == segments | pages
+    assert for_pytorch({name: "", "OMP_WAIT_POLICY": "ACTIVE"}) == pages
+    assert for_pytorch({name: "", "THP_MEM_ALLOC_ENABLE": "0"}) == waits
     monkeypatch.setattr(sys, "platform", "win32")
     assert for_pytorch({}) == {"OMP_WAIT_POLICY": "PASSIVE"}
 

@@ -152,6 +152,31 @@ def test_compiling_is_chosen_where_it_saves_more_than_it_takes(monkeypatch: pyte
     assert unfused.engine.compile == "off" and found["compile"].reason == "--no-fuse"
 
 
+@pytest.mark.parametrize(
+    ("model", "tiles", "words"),
+    [
+        ("sd15", True, "--mixed_precision bf16 --compile off --fuse"),
+        ("sd15", False, "--mixed_precision no --compile off --fuse --rollout_weights merged"),
+        ("sdxl", False, "--mixed_precision no --compile off --fuse --rollout_weights merged"),
+        ("toy", True, "--compile off --no-fuse"),  # its preset says float32
+    ],
+)
+def test_what_a_cpu_is_given(model: str, tiles: bool, words: str) -> None:
+    """By what its products are and by the network's width; what was asked for stays."""
+    cpu = Device("CPU", "cpu", None, bf16_tiles=tiles)
+    _, found = choose(PRESETS[model](), cpu)
+    flags = ("mixed_precision", "compile", "fuse", "rollout_weights")
+    assert " ".join(choice.words for choice in found if choice.flag in flags) == words
+    narrow, _ = choose(PRESETS["toy"]().with_fields(mixed_precision="auto"), cpu)
+    assert narrow.model.mixed_precision == "no" and narrow.sample.rollout_weights is None
+    given = {"mixed_precision": "no", "rollout_weights": "unmerged", "fuse": False}
+    asked, found = choose(PRESETS[model]().with_fields(**given), cpu)
+    assert {flag: asked.flat()[flag] for flag in given} == given and not {c.flag for c in found} & given.keys()
+    for other in ({"full_finetune": True}, {"method": "dpo", "pairs": "nowhere"}):
+        whole, _ = choose(PRESETS["sd15"]().with_fields(mixed_precision="no", **other), cpu)
+        assert whole.sample.rollout_weights is None
+
+
 def test_how_long_a_run_is() -> None:
     """All of it, resumed or not; pairs are not opened for it."""
     toy = PRESETS["toy"]()
@@ -204,7 +229,7 @@ def test_choices_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     chosen = "--rows_per_forward 8 --decode_chunk 4 --states_per_forward 4 --memory fast --no-gradient_checkpointing"
     assert f"  {chosen}: memory is not planned" in printed and "--no-cuda_graphs: a CPU has none" in printed
-    assert "--no-fuse: a CPU would take more time, for less memory" in printed
+    assert "--no-fuse: the network is narrow: a CPU would take more time, for less memory" in printed
     assert train.parse(["--config", str(out / "config.yaml")]).sample.rows_per_forward == 8
 
 

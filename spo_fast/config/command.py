@@ -82,6 +82,9 @@ def for_pytorch(environment: Mapping[str, str]) -> dict[str, str]:
     named = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
     if sys.platform == "linux" and not named & environment.keys():
         found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    # on a CPU large tensors in pages of 2 MiB, where Linux has them: fewer to clear, and to look up
+    if sys.platform == "linux" and "THP_MEM_ALLOC_ENABLE" not in environment:
+        found["THP_MEM_ALLOC_ENABLE"] = "1"
     return found
 
 

@@ -107,9 +107,10 @@ class SampleConfig(Section):
     branch_window: Literal["all", "auto"] = "all"
     """auto: comparisons whose pairs are almost never valid are left out, one candidate goes on there: less time, a few
     pairs lost, both logged. Inexact."""
-    rollout_weights: Literal["unmerged", "merged"] = "unmerged"
-    """merged: rollouts use a copy of the weights with the LoRA added in, rounded stochastically in 16 bits: fewer
-    products, and right on average only. Candidates are compared among themselves either way."""
+    rollout_weights: Literal["unmerged", "merged"] | None = None
+    """merged: rollouts use a copy of the weights with the LoRA added in: fewer products. In float32 exact but for the
+    order of sums; in 16 bits rounded stochastically, right on average only. Candidates are compared among themselves
+    either way. None: merged on a CPU in float32, if the network is wide; else unmerged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -350,7 +351,7 @@ class Config(Settings):
             f"base_weights={rounded} rounds the weights that full_finetune trains: leave one of them out.",
         )
         require(
-            rounded == "full" or self.sample.rollout_weights == "unmerged",
+            rounded == "full" or self.sample.rollout_weights != "merged",
             f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
             "--rollout_weights unmerged, or --base_weights full.",
         )

@@ -16,6 +16,7 @@ from spo_fast.models.accelerate import prepare_drawing
 from spo_fast.models.compile import compile_network, keep_cache
 from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed
 from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.files.layout import unet_width
 from spo_fast.models.files.load import load_unet, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.sources import Resolved
@@ -92,15 +93,18 @@ def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def decided(cfg: EvaluationConfig, device: torch.device, prompts: int) -> tuple[EvaluationConfig, list[Choice]]:
+def decided(
+    cfg: EvaluationConfig, resolved: Resolved, device: torch.device, prompts: int
+) -> tuple[EvaluationConfig, list[Choice]]:
     """cfg with what it leaves to the device filled in as a training fills it in, and why."""
     asked = {f.name: getattr(cfg.engine, f.name) for f in fields(cfg.engine)}
     training = Config(model=cfg.model, engine=EngineConfig(**asked))
     # of one contender, as on an H200: another contender, or another card, goes on with the same pictures
     pays = compile_pays(prompts * cfg.pictures.images_per_prompt * picture_flops(cfg), None, DRAWING_S)
-    resolved, choices = how_computed(training, found_device(device), lambda _: pays)
+    width = unet_width(resolved, cfg.model.model)
+    chosen, choices = how_computed(training, found_device(device), lambda _: pays, width)
     names = ("mixed_precision", "compile", "fuse")
-    filled = cfg.with_fields(**{name: resolved.flat()[name] for name in names})
+    filled = cfg.with_fields(**{name: chosen.flat()[name] for name in names})
     return filled, [choice for choice in choices if choice.flag in names]
 
 

@@ -35,7 +35,7 @@ def evaluate(
     prompts, set_name = prompts_of(cfg)
     device = pick_device(cfg.pictures.device)
     check_scores(cfg, prompts, device)
-    cfg, choices = decided(cfg, device, len(prompts))
+    cfg, choices = decided(cfg, resolved, device, len(prompts))
     if choices:
         print(f"chosen for this device ({found_device(device).name}):\n{textwrap.indent(listed(choices), '  ')}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.model.allow_tf32

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spo_fast.config.methods import find_method
 from spo_fast.config.training import Config
 
 GIB = 2**30
@@ -70,6 +71,7 @@ class Device:
     memory_bytes: int | None  # None: not planned with
     taken_bytes: int = CONTEXT  # by this process's CUDA context and by other programs
     capability: tuple[int, int] | None = None  # of a CUDA device
+    bf16_tiles: bool = False  # of a CPU: it multiplies bf16 matrices by tiles (AMX), at 16 times float32's rate
 
     @property
     def usable_bytes(self) -> int | None:
@@ -97,7 +99,7 @@ def pick_device(name: str) -> torch.device:
 def found_device(device: torch.device) -> Device:
     """A device as choices see it. A CPU's memory is not planned with: what does not fit is swapped, not refused."""
     if device.type != "cuda":
-        return Device("CPU", device.type, None)
+        return Device("CPU", device.type, None, bf16_tiles=torch.cpu._is_amx_tile_supported())
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -115,12 +117,25 @@ def compile_pays(flops: float, peak: float | None, compile_s: float) -> tuple[bo
     )
 
 
-def how_computed(
-    cfg: Config, device: Device, pays: Callable[[Config], tuple[bool, str]]
-) -> tuple[Config, list[Choice]]:
-    """cfg with precision, compile and fuse filled in where they were left open, and why.
+WIDE = 128
+"""Channels of a UNet's widest level from which on a CPU's time goes into products and passes over memory; below, calls
+cost as much: the toy's 64 are fastest as they are, 256 are not (benchmarks/LOG.md)."""
 
-    pays: whether compiling does (compile_pays), asked of cfg on a GPU only.
+
+def merges(cfg: Config, device: Device, width: int) -> bool:
+    """Whether rollouts use merged weights without being told to: where that is exact, and less work."""
+    possible = not cfg.adapter.full_finetune and cfg.engine.base_weights == "full"
+    draws = "rollout_weights" in find_method(cfg.objective.method).reads
+    is_open = cfg.sample.rollout_weights is None and possible and draws
+    return is_open and device.type == "cpu" and width >= WIDE and cfg.model.mixed_precision == "no"
+
+
+def how_computed(
+    cfg: Config, device: Device, pays: Callable[[Config], tuple[bool, str]], width: int
+) -> tuple[Config, list[Choice]]:
+    """cfg with precision, compile, fuse and a rollout's weights filled in where they were left open, and why.
+
+    pays: whether compiling does (compile_pays), asked of cfg on a GPU only. width: channels of the UNet's widest level.
 
     Raises ValueError for base weights that the device cannot multiply with.
     """
@@ -140,21 +155,27 @@ def how_computed(
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))
 
+    narrow = width < WIDE
     if cfg.model.mixed_precision == "auto":
-        on_gpu = device.type == "cuda"
-        why = "a GPU; the published runs used it" if on_gpu else "float32 is fastest on a CPU"
-        take("mixed_precision", cfg.model.precision_on(device.type), why)
+        if device.type == "cuda":
+            take("mixed_precision", "fp16", "a GPU; the published runs used it")
+        elif device.bf16_tiles and not narrow:
+            take("mixed_precision", "bf16", "this CPU multiplies bf16 by tiles (AMX), and the network is wide")
+        else:
+            why = "the network is narrow" if device.bf16_tiles else "this CPU has no faster products"
+            take("mixed_precision", "no", why)
     if cfg.engine.compile is None:
         on, why = False, "a CPU waits longer than it gains" if device.type != "cuda" else "--no-fuse"
         if device.type == "cuda" and cfg.engine.fuse is not False:
             on, why = pays(cfg)
         take("compile", "regional" if on else "off", why)
     if cfg.engine.fuse is None:
-        engine, on = cfg.engine, device.type == "cuda"
+        engine, wide = cfg.engine, not narrow
         needs = {"memory=balanced": engine.memory == "balanced", f"compile={engine.compile}": engine.compile != "off"}
-        why = next(
-            (f"{name} needs it" for name, need in needs.items() if need),
-            "a CPU would take more time, for less memory",
-        )
-        take("fuse", on or any(needs.values()), "fewer operations and bytes" if on else why)
+        needed = next((name for name, need in needs.items() if need), "")
+        on = device.type == "cuda" or wide or bool(needed)
+        why = "fewer operations and bytes" if device.type == "cuda" or wide else f"{needed} needs it"
+        take("fuse", on, why if on else "the network is narrow: a CPU would take more time, for less memory")
+    if merges(cfg, device, width):
+        take("rollout_weights", "merged", "fewer products on a CPU, exact in float32 but for the order of sums")
     return cfg, choices

@@ -28,7 +28,7 @@ from spo_fast.models.device import (
     how_computed,
     peak_tflops,
 )
-from spo_fast.models.files.layout import scheduler_config
+from spo_fast.models.files.layout import scheduler_config, unet_width
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.fake_run import predict
@@ -43,7 +43,8 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
 
     Raises ValueError for one that the device cannot do.
     """
-    cfg, choices = how_computed(cfg, device, lambda cfg: _compile_pays(cfg, device, resolved))
+    width = unet_width(resolved, cfg.model.model)
+    cfg, choices = how_computed(cfg, device, lambda cfg: _compile_pays(cfg, device, resolved), width)
 
     def take(flag: str, value: int | bool, reason: str) -> None:
         nonlocal cfg

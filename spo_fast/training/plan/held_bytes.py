@@ -60,7 +60,7 @@ class HeldBytes:
             "UNet": self.of(rest),
             "LoRA": 0 if full else self.of(policy._weights),
             "float32 masters": self.of(_own(cfg, copies)),
-            "merged weights": 0 if full or cfg.sample.rollout_weights == "unmerged" else self.of(merged),
+            "merged weights": 0 if full or cfg.sample.rollout_weights != "merged" else self.of(merged),
             "optimizer state": sum(map(self.rounded, state)),
             "moving averages": self.of(policy.averages or ()),
             "reference copy": self.of(copy.parameters() if (copy := policy._frozen_copy) else policy._start or ()),
