@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -19,12 +20,14 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks import iteration
 from benchmarks.iteration import Decisions, Setup, Technique
 from benchmarks.records import Records, read, table
+from spo_fast.config.command import for_pytorch
 from spo_fast.training.monitor.timer import Timer
 
 KINDS = {"mid": "sd15", "toy": "sdxl"}  # whose parts a size has
@@ -34,7 +37,7 @@ CONTENDERS: dict[str, Technique] = {
     "published": Technique(published=True, mixed_precision="no"),
     "published bf16": Technique(published=True, mixed_precision="bf16", scorer_dtype="no"),
     "plain": Technique(mixed_precision="no"),
-    "float32": Technique(mixed_precision="no", fuse=True),
+    "float32": Technique(mixed_precision="no", fuse=True, merged=True),
     "bf16": Technique(mixed_precision="bf16", scorer_dtype="bf16", fuse=True),
 }
 """The published script as it runs on a CPU, and under its own autocast; ours without what is chosen for a CPU, and with
@@ -114,9 +117,11 @@ class Worker:
 
     def __init__(self, name: str, size: str, scratch: Path, out: Path):
         spawn = multiprocessing.get_context("spawn")
+        ours = {} if CONTENDERS[name].published else for_pytorch(os.environ)
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(name, size, scratch, out, theirs), daemon=True)
-        self.process.start()
+        with mock.patch.dict(os.environ, ours):
+            self.process.start()
         theirs.close()
         self.quality = self.answer()
 

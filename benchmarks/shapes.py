@@ -287,7 +287,7 @@ def vae_config(kind: str, size: str) -> dict[str, Any]:
     """The VAE's settings at a size (SIZES)."""
     config = network_config(kind, size, "vae")
     small = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
-    channels = {"mid": (16, 32, 64, 64), "tiny": (8, 8, 8, 16)}
+    channels = {"mid": (32, 64, 128, 128), "tiny": (8, 8, 8, 16)}
     return config | {**small, "block_out_channels": channels[size]} if size in channels else config
 
 
