@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_fast.ops import c_library, group_norm_silu, log_ratio, merge_lora, philox, resize_normalize, transition
+from spo_fast.ops import c_library, geglu, group_norm_silu, log_ratio, merge_lora, philox, resize_normalize, transition
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
@@ -131,7 +131,7 @@ def log_ratio_inputs(num_states=3, num_transitions=5, sample=(4, 65, 64)):
 
 
 HEADER = (ROOT / "csrc/spo_fast.h").read_text()
-CPU_ONLY = {"spo_group_norm_silu_forward", "spo_group_norm_silu_backward"}
+CPU_ONLY = {"spo_group_norm_silu_forward", "spo_group_norm_silu_backward", "spo_geglu_forward", "spo_geglu_backward"}
 
 
 @needs_library
@@ -154,6 +154,7 @@ MIRRORS = {
     "spo_resize_normalize_args": resize_normalize.ResizeNormalizeArguments,
     "spo_merge_args": merge_lora.MergeArguments,
     "spo_group_norm_silu_args": group_norm_silu.GroupNormSiluArguments,
+    "spo_geglu_args": geglu.GegluArguments,
 }
 
 
@@ -294,6 +295,8 @@ def test_instruction_sets_never_show_in_the_result(dtype, instruction_sets):
             x_, grad_ = (v.contiguous(memory_format=layout) for v in (x, grad))
             y, mean, rstd = group_norm_silu._forward_c(x_, weight, bias, 6, 1e-5, True, last)
             found += y, group_norm_silu._backward_c(x_, weight, bias, mean, rstd, grad_, 6, True, last)
+        h, gate_bias, grad_y = (5 * randn(*shape, dtype=dtype) for shape in ((7, 11, 598), (598,), (7, 11, 299)))
+        found += geglu._forward_c(h, gate_bias), geglu._backward_c(h, gate_bias, grad_y)
         return found
 
     plain, *others = [results() for _ in instruction_sets]

@@ -28,7 +28,7 @@ def case(shape, dtype=torch.float32, scale=2.0):
 def truth(h, grad_y):
     """y = a g Phi(g) and its gradient, Phi from the error function (Shazeer 2020; Hendrycks and Gimpel 2016)."""
     a, g = h.double().chunk(2, -1)
-    cdf = torch.special.ndtr(g)
+    cdf = torch.special.erfc(-g / 2**0.5) / 2  # torch.special.ndtr has no digits in the tail
     density = torch.exp(-(g**2) / 2) / math.sqrt(2 * math.pi)
     grad = grad_y.double()
     return a * g * cdf, torch.cat([grad * g * cdf, grad * a * (cdf + g * density)], -1)
@@ -60,6 +60,40 @@ def test_output_and_gradient_match_float64(backend, dtype, shape, scale):
         assert got.dtype == dtype and got.shape == exact.shape
         assert max_error(got, exact) <= 2 * max_error(eager, exact) + floor
         assert max_error(got, exact) < {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_bias_is_added_first(backend, dtype):
+    """With the gradient of a bias that is trained; the same from a product that brings none as from one that does."""
+    h, grad_y = case((3, 7, 600), dtype)
+    bias = torch.linspace(-2, 2, 600, dtype=torch.float64).to(DEVICE, dtype)
+    inputs = h.detach().requires_grad_(), bias.requires_grad_()
+    with use_backend(backend):
+        y = geglu(*inputs)
+    found = [y.detach(), *torch.autograd.grad(y, inputs, grad_y)]
+    exact_y, exact = truth(h.double() + bias.detach().double(), grad_y)
+    limit = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-2)
+    for got, want in zip(found, (exact_y, exact, exact.sum((0, 1))), strict=True):
+        assert got.shape == want.shape and max_error(got, want) < limit
+    for wrong in (bias[:300], bias.double() if dtype != torch.float64 else bias.float()):
+        with pytest.raises(ValueError, match=r"the bias is .* h asks for \(600,\)"):
+            geglu(h, wrong)
+
+
+@pytest.mark.skipif("c" not in BACKENDS, reason="the C library is the CPU's")
+def test_the_tail_keeps_its_digits():
+    """Gates of -12 to -1, where 1 + erf has none left; a gate of infinity or NaN shows."""
+    g = torch.linspace(-12, -1, 1001)
+    h = torch.cat([torch.ones_like(g), g])[None]
+    y, grad = run("c", h, torch.ones(1, 1001))
+    wide = g.double()
+    cdf, density = torch.special.erfc(-wide / 2**0.5) / 2, torch.exp(-(wide**2) / 2) / math.sqrt(2 * math.pi)
+    exact = wide * cdf
+    for got, want in ((y[0], exact), (grad[0, :1001], exact), (grad[0, 1001:], cdf + wide * density)):
+        assert ((got.double() - want) / want).abs().max() < 1e-5
+    with use_backend("c"):
+        assert str(geglu(torch.tensor([[1.0, 1.0, torch.inf, torch.nan]])).tolist()) == "[[inf, nan]]"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
