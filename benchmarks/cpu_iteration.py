@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,8 +31,8 @@ from benchmarks.records import Records, read, table
 from spo_fast.config.command import for_pytorch
 from spo_fast.training.monitor.timer import Timer
 
-KINDS = {"mid": "sd15", "toy": "sdxl"}  # whose parts a size has
-PROMPTS = {"mid": 1, "toy": 16}
+KINDS = {"mid": "sd15", "toy": "sdxl", "tiny": "sd15"}  # whose parts a size has
+PROMPTS = {"mid": 1, "toy": 16, "tiny": 2}
 
 CONTENDERS: dict[str, Technique] = {
     "published": Technique(published=True, mixed_precision="no"),
@@ -42,6 +43,9 @@ CONTENDERS: dict[str, Technique] = {
 }
 """The published script as it runs on a CPU, and under its own autocast; ours without what is chosen for a CPU, and with
 it in both types."""
+
+
+TYPES = {technique.mixed_precision for technique in CONTENDERS.values()}
 
 
 class Phases(Timer):
@@ -162,8 +166,13 @@ def run(out: Path, size: str, names: Sequence[str], shares: Sequence[float], tur
     records, written = Records(out, "cpu", size=size), []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        iteration.truth(Setup(KINDS[size], size, "cpu", PROMPTS[size], "fp64", rollouts=False), scratch, records)
-        workers = {name: Worker(name, size, scratch, out) for name in names}
+        setup = Setup(KINDS[size], size, "cpu", PROMPTS[size], "fp64", rollouts=False)
+        iteration.truth(setup, scratch, records)
+        for technique in map(
+            CONTENDERS.__getitem__, names
+        ):  # a type's errors are judged by the published strategy's in it
+            shutil.copytree(scratch, scratch / technique.mixed_precision, ignore=lambda *_: TYPES, dirs_exist_ok=True)
+        workers = {name: Worker(name, size, scratch / CONTENDERS[name].mixed_precision, out) for name in names}
         for share in shares:
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for turn in range(turns + 1):  # the first warms up
