@@ -1,5 +1,5 @@
-"""`pytest benchmarks/test_cpu_iteration.py`: the published strategy beside ours on this CPU, at the toy's size and at one
-of 37 M weights, every pair kept and half of them.
+"""`pytest benchmarks/test_cpu_iteration.py`: the published strategy beside ours on this CPU, for the toy's networks and
+for 37 M weights, every pair kept and half of them.
 
 Ratios of CPU seconds turn by turn, peak memory, errors against float64. Records are appended to
 results/<date>_cpu_iteration.jsonl. Minutes for the toy, half an hour for the other: `-k toy` takes one.
