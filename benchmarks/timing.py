@@ -145,11 +145,11 @@ TURNS = 5
 TURN_MS = 20  # of a contender, at least
 
 
-def cpu_ms(fn: Callable[[], Any], turn_ms: float = TURN_MS) -> float:
+def cpu_ms(fn: Callable[[], Any]) -> float:
     """CPU milliseconds of one call, of as many as fill a turn, after one that finds the caches as others left them."""
     fn()
     calls, start = 0, time.process_time()
-    while calls == 0 or time.process_time() - start < turn_ms / 1000:
+    while calls == 0 or time.process_time() - start < TURN_MS / 1000:
         fn()
         calls += 1
     return 1000 * (time.process_time() - start) / calls

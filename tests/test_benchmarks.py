@@ -404,3 +404,22 @@ def test_a_torn_line_is_left_out(tmp_path):
     Records(path, "x").write("whole")
     path.write_text(path.read_text() + json.dumps({"name": "torn"})[:7])
     assert [r["name"] for r in read(path)] == ["whole"]
+
+
+def test_the_table_of_a_cpu(tmp_path, monkeypatch):
+    """Tiny: a record a contender, ratios to our own choice, a line a case; every case of the real table can be made."""
+    from benchmarks import cpu_ops, timing
+    from benchmarks.bench_transition import transition_case
+
+    monkeypatch.setattr(timing, "TURN_MS", 0)
+    records = Records(tmp_path / "records.jsonl", "cpu ops")
+    case = transition_case(shapes.StepShape("x", 2, 2, (4, 8, 8)), torch.float32, "cpu", (), supplied=True)
+    timing.compare_on_cpu(case, records, turns=3)
+    rows = {r["contender"]: r for r in read(records.path)}
+    assert set(rows) == set(case.contenders) >= {"eager", "ours"}
+    assert rows["ours"]["to_ours"] == [1, 1, 1] and rows["ours"]["chosen"] in rows and rows["ours"]["n"] == 3
+    assert all(r["max_error"] < 1e-6 and 0 < r["to_ours"][0] <= r["to_ours"][2] for r in rows.values())
+    heading, line = cpu_ops.summary([*rows.values()]).splitlines()
+    assert heading.startswith("op ") and "eager / ours" in heading
+    assert line.startswith("transition x") and rows["ours"]["chosen"] in line.split()
+    assert len({(case.name, case.dtype) for case in cpu_ops.cases()}) == len(cpu_ops.cases()) > 30
