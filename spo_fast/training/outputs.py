@@ -9,7 +9,6 @@ from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.models.device import listed
-from spo_fast.models.prompt_cache import count_truncated
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.progress import ProgressLine
@@ -39,9 +38,6 @@ def announce(run: Parts) -> None:
     print(f"{data}; {run.total} iterations of {of}")
     if pairs is not None:
         print(repeated(len(pairs.train_rows), each, "an iteration"), end="")
-    elif cut := count_truncated(model.tokenizers[0], run.prompts):
-        limit = model.tokenizers[0].model_max_length
-        print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
 
 class Monitor:

@@ -50,7 +50,8 @@ class Costs:
 
     @property
     def own_peaks(self) -> dict[str, int]:
-        """Phase -> bytes, without what other phases' graphs keep. Prompts come before the optimizer has state."""
+        """Phase -> bytes, without what other phases' graphs keep. Prompts come before the optimizer has state, but
+        those that a CPU encodes later (batches.WINDOW)."""
         held = sum(self.resident.values())
         found = {phase: held + n for phase, n in self.transient.items()}
         if self.graphs:

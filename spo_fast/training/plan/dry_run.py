@@ -85,7 +85,7 @@ def steps_text(cfg: Config) -> tuple[int, int, str]:
     terms = total * B * len(make_objective(cfg.objective).term_states(cfg.sample))
     kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
-    return total, len(prompts), f"{said}, {terms:,} {kept}"
+    return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}"
 
 
 def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[float] = SHARES) -> str:
