@@ -15,7 +15,7 @@ from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.throughput import Telemetry
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.pair_batches import repeated
-from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.counted import predict
 
 if TYPE_CHECKING:
     from spo_fast.training.setup import Parts

@@ -16,14 +16,12 @@ from spo_fast.config.training import Config
 from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.run_record import duration, read_metrics
 from spo_fast.evaluation.required_files import look_for, resolve, run_paths
-from spo_fast.method.objectives import make_objective
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
 from spo_fast.models.files.load import check_weights
 from spo_fast.models.files.lora import find_lora
 from spo_fast.training.plan.costs import WORK, Costs
-from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.counted import predict, processes
 from spo_fast.training.plan.fit_memory import choose
-from spo_fast.training.plan.held_bytes import processes
 
 if TYPE_CHECKING:
     from spo_fast.models.files.find import Present
@@ -44,7 +42,7 @@ def report(cfg: Config, device: Device | None = None) -> str:
         check_weights(resolved)
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
-    total, encoded, steps = steps_text(cfg)
+    total, encoded, steps = steps_text(cfg, costs.terms_per_prompt)
     shares = SHARES if find_method(cfg.objective.method).compares else SHARES[:1]
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
@@ -69,7 +67,7 @@ def files_table(looked: Iterable[Present | Missing]) -> str:
     return columns(rows)
 
 
-def steps_text(cfg: Config) -> tuple[int, int, str]:
+def steps_text(cfg: Config, terms_per_prompt: int) -> tuple[int, int, str]:
     """Iterations, prompts that are encoded, and what to say of both."""
     B = cfg.sample.sample_batch_size
     if find_method(cfg.objective.method).on_pairs:
@@ -82,7 +80,7 @@ def steps_text(cfg: Config) -> tuple[int, int, str]:
         return total, total * B, f"{said}; images are encoded in the first pass only if their latents are kept"
     prompts, sampler = training_prompts(cfg)
     total = cfg.run.iterations(sampler.iterations_per_epoch)
-    terms = total * B * len(make_objective(cfg.objective).term_states(cfg.sample))
+    terms = total * B * terms_per_prompt
     kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
     return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}"

@@ -12,18 +12,13 @@ from spo_fast.config.training import Config
 from spo_fast.models.merged import base_weight, lora_layers
 from spo_fast.models.policy import Policy
 from spo_fast.models.sharded import BUCKET
+from spo_fast.training.plan.counted import processes
 from spo_fast.training.plan.fake_networks import networks_of
-from spo_fast.training.processes import world_size
 
 if TYPE_CHECKING:
     from torch import nn
 
     from spo_fast.scorers.base import Scorer
-
-
-def processes(cfg: Config) -> int:
-    """Over which the masters and the optimizer's state are sharded: those that this one was launched with."""
-    return world_size() if cfg.adapter.full_finetune else 1
 
 
 def optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:
