@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
-from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.models.device import listed
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog
@@ -46,8 +45,8 @@ class Monitor:
     def __init__(self, run: Parts, log: MetricsLog | None, timer: Timer):
         self.run, self.log, self.timer = run, log, timer
         costs = None if run.found.memory_bytes is None else predict(run.cfg, run.model.resolved, run.device.type)
-        records = () if log is None else read_metrics(log.path)
-        self.telemetry = Telemetry(run.device, run.found.name, costs, records, run.group.size)
+        hours = run.history.latest("gpu_hours") or 0.0
+        self.telemetry = Telemetry(run.device, run.found.name, costs, hours, run.group.size)
         print("".join(f"{note}\n" for note in self.telemetry.notes()), end="")
         self.progress = ProgressLine(run.total)
 

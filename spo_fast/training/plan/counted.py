@@ -24,7 +24,7 @@ from spo_fast.config.scorers import scorer_specs
 from spo_fast.config.training import Config
 from spo_fast.data.files import write_atomically
 from spo_fast.training.plan.costs import Costs
-from spo_fast.training.processes import world_size
+from spo_fast.training.processes import sharing
 
 if TYPE_CHECKING:
     from spo_fast.models.files.sources import Resolved
@@ -51,11 +51,6 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
     return found
 
 
-def processes(cfg: Config) -> int:
-    """Over which the masters and the optimizer's state are sharded: those that this one was launched with."""
-    return world_size() if cfg.adapter.full_finetune else 1
-
-
 def kept_file(cfg: Config, resolved: Resolved | None, device_type: str) -> Path | None:
     """Where this count is kept; None where none is: of a user's own code nobody knows when it changes."""
     names = [cfg.objective.method, *(name for name, _ in scorer_specs(cfg.scorer.scorer))]
@@ -67,17 +62,18 @@ def kept_file(cfg: Config, resolved: Resolved | None, device_type: str) -> Path 
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
-    key = [settings, shapes, repr(resolved), device_type, processes(cfg), _installed()]
+    key = [settings, shapes, repr(resolved), device_type, sharing(cfg), _installed()]
     name = hashlib.sha256(json.dumps([*key, _source()]).encode()).hexdigest()
     return home / "spo_fast" / "costs" / f"{name[:32]}.json"
 
 
 def _files(cfg: Config, resolved: Resolved | None) -> Iterator[tuple[str, int, int]]:
     """Path, size and time of every file that a count may read."""
-    roots = [cfg.adapter.lora_path and Path(cfg.adapter.lora_path).expanduser()]
+    roots = [] if cfg.adapter.lora_path is None else [Path(cfg.adapter.lora_path).expanduser()]
     if resolved is not None:
-        roots += [resolved.config_dir, resolved.model_path, resolved.vae_path, *resolved.scorer_paths.values()]
-    for root in filter(None, roots):
+        roots += [resolved.config_dir, resolved.model_path, *resolved.scorer_paths.values()]
+        roots += [] if resolved.vae_path is None else [resolved.vae_path]
+    for root in roots:
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             if path.is_file():
                 status = path.stat()

@@ -20,8 +20,9 @@ from spo_fast.models.device import GIB, Device, found_device, listed, pick_devic
 from spo_fast.models.files.load import check_weights
 from spo_fast.models.files.lora import find_lora
 from spo_fast.training.plan.costs import WORK, Costs
-from spo_fast.training.plan.counted import predict, processes
+from spo_fast.training.plan.counted import predict
 from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.processes import sharing
 
 if TYPE_CHECKING:
     from spo_fast.models.files.find import Present
@@ -103,7 +104,7 @@ def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[fl
 def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
     """A checkpoint holds masters, optimizer state, and the LoRA in two formats; a full fine-tune its UNet."""
     masters = costs.gradients  # as many bytes
-    state = costs.resident["optimizer state"] * processes(cfg)
+    state = costs.resident["optimizer state"] * sharing(cfg)
     checkpoint = (2 if cfg.adapter.full_finetune else 3) * masters + state
     written = -(-iterations // cfg.run.checkpointing_steps)
     kept = min(written, cfg.run.checkpoints_total_limit or written)
