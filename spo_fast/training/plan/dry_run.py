@@ -19,6 +19,7 @@ from spo_fast.evaluation.required_files import look_for, resolve, run_paths
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
 from spo_fast.models.files.load import check_weights
 from spo_fast.models.files.lora import find_lora
+from spo_fast.models.unasked import import_networks
 from spo_fast.training.plan.costs import WORK, Costs
 from spo_fast.training.plan.counted import predict
 from spo_fast.training.plan.fit_memory import choose
@@ -40,6 +41,7 @@ def report(cfg: Config, device: Device | None = None) -> str:
         find_lora(cfg.adapter.lora_path)
     resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, run_paths(cfg))
     if resolved is not None:
+        import_networks()
         check_weights(resolved)
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)

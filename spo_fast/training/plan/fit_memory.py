@@ -50,6 +50,9 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         choices.append(Choice(flag, value, reason))
 
     if resolved is not None:
+        from spo_fast.models.unasked import import_networks
+
+        import_networks()
         from spo_fast.method.rollout import last_noisy_step  # its ops import Triton, and that the compiler
 
         scheduler = ddim_scheduler(scheduler_config(resolved))

@@ -59,6 +59,8 @@ class Networks:
         policy.forget_full_base()
         for network in networks:
             once.repeat_blocks(network, BLOCKS)
+            # diffusers walks all modules for it, a hundred times an iteration
+            network.__class__ = type("FakeUNet", (type(network),), {"dtype": network.dtype})
             network.forward = once.wrap(network.forward)
         policy.text = once.wrap(policy.text, samples=False)  # type: ignore[method-assign]
         return policy
