@@ -36,6 +36,7 @@ from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method.objectives import predict_states
 from spo_fast.models.device import found_device
 from spo_fast.models.files.toy import toy_files
+from spo_fast.models.prompt_cache import PromptCache
 from spo_fast.scorers.registry import load_metric
 from spo_fast.training import batches, checkpoint, loop, run_directory, validation
 from spo_fast.training import run as training_run
@@ -648,3 +649,26 @@ def test_iteration_uses_every_pair_once(tmp_path: Path) -> None:
     batches.encode_prompts(run)
     record = run.iterate(0, Timer())
     assert (record["pairs"], run.state.pairs, run.state.optimizer_steps) == (PAIRS, PAIRS, round(PAIRS / 3))
+
+
+def test_prompts_are_encoded_a_window_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the run draws, a window at a time, and its log is the same to the bit."""
+    asked: list[int] = []
+    ensure = PromptCache._encode
+    monkeypatch.setattr(
+        PromptCache, "_encode", lambda self, prompts: (asked.append(len(prompts)), ensure(self, prompts))[1]
+    )
+    settings = {"max_prompts": 12, "max_train_steps": 3}  # 2 prompts an iteration
+    whole = run_toy(tmp_path / "whole", **settings)
+    assert asked == [7]  # and the empty one
+    monkeypatch.setattr(batches, "WINDOW", 3)
+    parts = run_toy(tmp_path / "parts", **settings)
+    assert asked == [7, 5, 2]
+
+    def logged(run_dir: Path) -> list[dict[str, object]]:
+        times = ("time", "_ms", "_per_s")
+        records = read_metrics(run_dir / "metrics.jsonl")
+        return [{k: v for k, v in r.items() if not k.endswith(times)} for r in records]
+
+    assert len(logged(whole)) == 3 and logged(whole) == logged(parts)
+    assert "encode prompts_ms" in read_metrics(parts / "metrics.jsonl")[2]
