@@ -326,7 +326,7 @@ def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pyte
 def test_a_report_that_fails_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(run_dir: Path) -> None:
+    def fails(run_dir: Path, history: object) -> None:
         raise KeyError("odd")
 
     monkeypatch.setattr(training_run, "write_report", fails)
