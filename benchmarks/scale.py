@@ -122,7 +122,8 @@ def measured(run_dir: Path, skip: int = 1) -> Work:
         slices = [f.get_slice(name) for name in f.keys()]  # noqa: SIM118
         weights = sum(math.prod(s.get_shape()) for s in slices)
         width = 8 if slices[0].get_dtype() == "F64" else 4
-    row = next((run_dir / "prompt_cache").rglob("*.safetensors"), None)
+    shard = next((run_dir / "prompt_cache").rglob("*.safetensors"), None)
+    row = 0 if shard is None else shard.stat().st_size // held(shard)
     pixels, factor = IMAGES[cfg["model"]]
     latent = 4 * ((cfg["height"] or pixels) // factor) * ((cfg["width"] or pixels) // factor) * width
     return Work(
@@ -133,9 +134,15 @@ def measured(run_dir: Path, skip: int = 1) -> Work:
         possible=round(median(r["pairs"] / r["valid_share"] for r in records)),
         valid_share=statistics.fmean(r["valid_share"] for r in records),
         terms_per_step=cfg["train_batch_size"] * cfg["gradient_accumulation_steps"],
-        term_bytes=3 * latent + (row.stat().st_size if row else 0),
+        term_bytes=3 * latent + row,
         gradient_bytes=weights * width,
     )
+
+
+def held(shard: Path) -> int:
+    """Prompts of a file of the cache."""
+    with safe_open(shard, "pt") as f:
+        return len(json.loads(f.metadata()["keys"]))
 
 
 def table(work: Work, links: Links, sizes: tuple[int, ...] = SIZES) -> str:

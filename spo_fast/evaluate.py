@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         cfg = parse(arguments)
         found = find_files(cfg)  # all of them, before anything heavy is imported
+        from spo_fast.models.unasked import import_networks
+
+        import_networks()
         from spo_fast.evaluation.evaluate import evaluate
 
         evaluate(cfg, *found)

@@ -35,7 +35,9 @@ def parse(arguments: list[str] | None = None) -> Config:
     flags.first(arguments, "method", find_method)  # one of the user's own has flags of its own
     parser = flags.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
     parser.add_argument(
-        "--dry_run", action="store_true", help="Print what the run would need and cost; load and write nothing."
+        "--dry_run",
+        action="store_true",
+        help="Print what the run would need and cost. Loads nothing, writes only counts (in ~/.cache/spo_fast).",
     )
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +63,9 @@ def build(cfg: Config) -> Run:
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
     resolve(cfg.model, run_paths(cfg))  # everything missing is named at once, before PyTorch is imported
+    from spo_fast.models.unasked import import_networks
+
+    import_networks()
     from spo_fast.models.device import found_device, pick_device
     from spo_fast.training.loop import Run
     from spo_fast.training.plan.fit_memory import is_out_of_memory, out_of_memory

@@ -58,6 +58,9 @@ def build(cfg: PreferenceConfig) -> PreferenceRun:
         if path is not None and not Path(path).exists():
             raise FileNotFoundError(f"{path} does not exist: give a preference model's file or directory.")
     resolved = resolve(cfg.model, needed_scorers(cfg))  # all that is missing is named before PyTorch is imported
+    from spo_fast.models.unasked import import_networks
+
+    import_networks()
     from spo_fast.training.preference_run import PreferenceRun
 
     return PreferenceRun(cfg, resolved)

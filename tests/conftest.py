@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # before any test imports PyTorch: spinning OpenMP threads make a shared machine several times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# what is compiled stays where it was; counted costs go where no run outside the tests finds them, nor they its
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spo_fast" / "compile"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="spo_fast_tests_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -70,9 +70,9 @@ def test_nothing_is_recompiled(how, tmp_path, monkeypatch):
     whole = loop.Run.compile
     monkeypatch.setattr(loop.Run, "compile", lambda run: whole(run, backend="aot_eager"))
     run = built(tmp_path / "run", **TOY, compile=how)
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     plain = built(tmp_path / "plain", **TOY)
-    batches.encode_prompts(plain)
+    batches.encode_first(plain)
     seen = []
     for number, share in enumerate((1.0, 0.55, 0.3, 0.0)):
         torch.compiler.set_stance("fail_on_recompile" if number else "default")

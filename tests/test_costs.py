@@ -84,7 +84,7 @@ def moments(run: Run) -> int:
 def measure(output_dir: Path, **settings: Any) -> Measured:
     """The second of two iterations (the optimizer has its state then), every pair kept: threshold -1."""
     run = built(output_dir, **{**TOY, **settings})
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     rows, images = [], []
     run.model.unet.register_forward_pre_hook(
         lambda _, args: rows.append(0 if torch.is_grad_enabled() else len(args[0]))
@@ -216,7 +216,7 @@ def test_other_directories_bring_their_own_sizes(kind, fuse, tmp_path):
 def test_predicted_memory_is_what_the_gpu_allocates(name, tmp_path):
     settings = {**SETTINGS[name], "mixed_precision": "fp16", "sample_batch_size": 16, "train_batch_size": 32}
     run = built(tmp_path / "run", **{**TOY, **settings, "max_prompts": 32, "device": "cuda"})
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     with LiveStorage(counters.CUDA_BLOCK) as live:
         live.count(weights(run))
         run.iterate(1, live.phase)  # type: ignore[arg-type]

@@ -154,7 +154,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(
     """In micro-batches of odd sizes, with a policy that is not the reference: old and new are one to the last bit."""
     settings = of(method, train_batch_size=64, states_per_forward=3, mixed_precision=precision, kl_weight=None)
     run = built(tmp_path / "run", **settings)
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     generator = torch.Generator().manual_seed(0)
     weights = run.policy.state_dict()
     run.policy.load_state_dict({n: 0.2 * torch.randn(v.shape, generator=generator) for n, v in weights.items()})
@@ -325,7 +325,7 @@ def test_pairs_are_read_preferred_image_first(tmp_path: Path, of: Callable[..., 
 
 def test_lpo_needs_no_vae_and_one_unet_row_a_step(tmp_path: Path, of: Callable[..., Any]) -> None:
     run = built(tmp_path / "run", **of("lpo", num_candidates=3, threshold=-1))
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     rows, seen = [], []
     run.model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     run.model.vae.decoder.register_forward_pre_hook(lambda *_: pytest.fail("LPO decodes nothing"))
@@ -400,7 +400,7 @@ def test_without_a_latent_reward_model_its_flag_is_named(
 
 def test_gradspos_average_collects_and_follows_each_step(tmp_path: Path, of: Callable[..., Any]) -> None:
     run = built(tmp_path / "run", **of("gradspo", ema_decay=0.8, train_batch_size=1, learning_rate=1e-2))
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     want = {name: v.clone() for name, v in run.policy.state_dict().items()}
     step, steps = run.learner.step, []
 
@@ -508,7 +508,7 @@ def test_scorers_change_the_judgement_and_not_the_first_candidates(tmp_path: Pat
     kept = {}
     for name, settings in scorers.items():
         run = built(tmp_path / name, **of("spo", **settings))
-        batches.encode_prompts(run)
+        batches.encode_first(run)
         inputs = batches.inputs(run, 0).batch
         sampler = dataclasses.replace(run.sampler, decode=run.model.decode, decode_chunk=64)
         kept[name] = rollout_segments(sampler, inputs)

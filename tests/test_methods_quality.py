@@ -68,7 +68,7 @@ def brightness(run: Any) -> torch.Tensor:  # (64,)
 def gain(output_dir: Path, method: str, seed: int, random: bool) -> float:
     run = built(output_dir, **POLICY_GRADIENT, method=method, seed=seed)
     run.scorer = Brightness(random)
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     before = brightness(run)
     for iteration in range(run.total):
         run.iterate(iteration, Timer())
@@ -117,7 +117,7 @@ def test_offline_methods_raise_held_out_accuracy(tmp_path: Path, method: str, se
         run = built(
             tmp_path / str(seed), **{**PAIRS, **settings}, method=method, seed=seed, pairs=tmp_path / "pairs.parquet"
         )
-        batches.encode_prompts(run)
+        batches.encode_first(run)
         before.append(run.validator.held_out_accuracy())
         for iteration in range(run.total):
             run.iterate(iteration, Timer())

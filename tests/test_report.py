@@ -13,12 +13,14 @@ import pytest
 import yaml
 from jinja2 import UndefinedError
 from PIL import Image
-from runs import leave_grid, leave_run
+from runs import leave_grid, leave_run, run_toy
 
 from spo_fast import report
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.evaluation.pages import charts, run_record, run_report
+from spo_fast.evaluation.pages.history import History
 from spo_fast.evaluation.pages.render import environment, render
+from spo_fast.training import run
 
 
 class Page(HTMLParser):
@@ -63,6 +65,53 @@ def assert_drawn(parts: list[np.ndarray], x: Any, y: Any) -> None:
         slope, shift = np.polyfit(values, drawn[:, column], 1)
         assert slope * direction > 0
         np.testing.assert_allclose(drawn[:, column], slope * values + shift, atol=1e-3)
+
+
+def test_a_runs_reports_read_no_record_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a run take what it logs, a resumed one reads its log once; the pages are what the log alone gives."""
+    read: list[int] = []
+    parsed = run_record.read_metrics
+
+    def counted(path: str | Path) -> list[dict[str, Any]]:
+        records = parsed(path)
+        read.append(len(records))
+        return records
+
+    for module in (run_record, run):
+        monkeypatch.setattr(module, "read_metrics", counted)
+    out, pages = tmp_path / "run", []
+    settings = {"max_train_steps": 4, "num_train_epochs": 100, "validation_steps": 1, "num_validation_images": 1}
+    settings |= {"validation_prompt": ["a red ring"], "checkpointing_steps": 2}
+    write = run.write_report
+    monkeypatch.setattr(run, "write_report", lambda *given: pages.append(write(*given).read_text(encoding="utf-8")))
+    monkeypatch.setattr("spo_fast.training.outputs.write_card", lambda *given: None)
+    run_toy(out, **settings)
+    assert len(pages) == 4 and read == []
+    assert run_report.write_report(out).read_text(encoding="utf-8") == pages[-1] and read == [4]
+    run_toy(out, **settings | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
+    assert len(pages) == 6 and read == [4, 4]
+    assert run_report.write_report(out).read_text(encoding="utf-8") == pages[-1]
+
+
+def test_a_history_is_what_its_records_say() -> None:
+    """Against sums and searches over all records."""
+    records: list[dict[str, Any]] = [
+        {"iteration": i, "epoch": i // 3, "pairs": [4, 0, None][i % 3], "rollout_ms": 10.5 + i, "loss": 0.1 * i}
+        | ({"held_out_clip": None if i == 7 else float(i), "hacking": "sharp" * (i == 3)} if i % 2 else {})
+        | ({"nonfinite": {"loss": "nan"}, "loss": None, "warnings": ["w"]} if i in (2, 5) else {})
+        for i in range(8)
+    ]
+    history = History()
+    for record in records:
+        history.add(record)
+    assert history.pairs == 4 * 3 and history.milliseconds == sum(r["rollout_ms"] for r in records)
+    assert history.epoch_starts == [3, 6] and history.signs == ""
+    assert history.latest("held_out_clip") == 5.0 and history.latest("none") is None
+    assert history.warnings == {"w": (3, 2), "loss was not finite": (3, 2)}
+    done, loss = history.curve("loss")
+    assert done.tolist() == list(range(1, 9)) and np.isnan(loss[[2, 5]]).all() and loss[7] == 0.1 * 7
+    assert history.curve("held_out_clip")[0].tolist() == [2, 4, 6, 8]
+    assert history.filled("loss").tolist() == [0.0, 0.1, 0.0, 0.1 * 3, 0.1 * 4, 0.0, 0.1 * 6, 0.1 * 7]
 
 
 # ------------------------------------------------------------------------------------------------------------- curves

@@ -67,7 +67,7 @@ def test_gpu_hours_and_energy_go_on_after_a_resume(monkeypatch):
     peaks = {"max_memory_allocated": 3 * 2**30, "max_memory_reserved": 4 * 2**30}
     for name, value in {"reset_peak_memory_stats": None, **peaks}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    hours = Telemetry(torch.device("cuda"), "a new card", COSTS, [{"gpu_hours": 1.5}, {"gpu_hours": 2.0}, {}])
+    hours = Telemetry(torch.device("cuda"), "a new card", COSTS, 2.0)
     assert hours.notes() == ["this card's peak FLOP/s is not known here: mfu is not logged"]
     first = hours.read(RECORD, {**TIMES, "save_ms": 3.2e6})
     assert first["joules"] == 750.0 and first["peak_memory_gib"] == 3.0 and "mfu" not in first

@@ -6,14 +6,16 @@ import gc
 import json
 import logging
 import os
+import shutil
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from spo_fast.models import tensor_cache
+from spo_fast.models import prompt_cache, tensor_cache
 from spo_fast.models.prompt_cache import PromptCache, count_truncated
 from spo_fast.models.tensor_cache import fingerprint_files
 
@@ -124,36 +126,92 @@ def test_fingerprint_separates_encoders(tmp_path):
     PromptCache(tmp_path, "f", Loader()).ensure(["a"])
     loader = Loader()
     assert PromptCache(tmp_path, "g", loader).ensure(["a"]) == 1
-    assert PromptCache(tmp_path, "fa", loader).path("b") != PromptCache(tmp_path, "f", loader).path("ab")
+    assert PromptCache(tmp_path, "f", loader).ensure(["a"]) == 0
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "header", "flipped byte", "other file"])
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def test_files_hold_many_prompts(tmp_path, monkeypatch):
+    """As many as fit; the next process and one that is there already find them."""
+    beside = PromptCache(tmp_path, "f", Loader())
+    assert beside.shards.missing(PROMPTS) == PROMPTS
+    PromptCache(tmp_path, "f", Loader()).ensure(f"prompt {i}" for i in range(2000))
+    assert len(shards(tmp_path)) == 2
+    assert beside.ensure(PROMPTS) == 1 and beside.load_encoder.batches == [[""] * 8]
+    one_row = sum(v[0].nbytes for v in ToyEncoder()(["a"]).values())
+    monkeypatch.setattr(prompt_cache, "SHARD_BYTES", 16 * one_row)
+    PromptCache(tmp_path / "small", "f", Loader()).ensure(f"prompt {i}" for i in range(40))
+    assert len(shards(tmp_path / "small")) == 3
+
+
+def test_a_kill_keeps_what_was_encoded(tmp_path, monkeypatch):
+    """Full files stand; what is not written yet goes with the process, or stays if it only stops."""
+    one_row = sum(v[0].nbytes for v in ToyEncoder()(["a"]).values())
+    monkeypatch.setattr(prompt_cache, "SHARD_BYTES", 16 * one_row)
+    cache, met = PromptCache(tmp_path, "f", Loader()), []
+
+    def dies(prompts):
+        met.append(prompts)
+        if len(met) == 4:
+            raise KeyboardInterrupt
+        return ToyEncoder()(prompts)
+
+    cache.load_encoder = lambda: dies
+    with pytest.raises(KeyboardInterrupt):
+        cache.ensure(f"prompt {i}" for i in range(40))
+    resumed = PromptCache(tmp_path, "f", Loader())
+    assert resumed.ensure(f"prompt {i}" for i in range(40)) == 40 - 3 * 8
+    shards(tmp_path)[-1].unlink()
+    assert PromptCache(tmp_path, "f", Loader()).ensure(f"prompt {i}" for i in range(40)) == 40 - 3 * 8
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "header", "no list", "flipped byte", "other file"])
 def test_a_damaged_file_is_encoded_again(tmp_path, caplog, damage):
     cache = PromptCache(tmp_path, "f", Loader())
+    cache.ensure(PROMPTS[:5])
     cache.ensure(PROMPTS)
-    path = cache.path("prompt 4")
+    path, other = shards(tmp_path)
     content = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        row = file.get_tensor("pooled")[4:5].numpy().tobytes()
+    place = content.index(row)
     broken = {
         "torn": content[:-7],
         "empty": b"",
         "header": b"\xff" * 8 + content[8:],
-        "flipped byte": content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
-        "other file": cache.path("prompt 5").read_bytes(),
+        "no list": content.replace(b'"keys"', b'"yeks"'),
+        "flipped byte": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        "other file": content.replace(b"prompt 4", b"prompt X"),
     }[damage]
     path.write_bytes(broken)
 
     loader = Loader()
     mended = PromptCache(tmp_path, "f", loader)
+    again = {"flipped byte": PROMPTS[4:5], "other file": PROMPTS[4:5]}.get(damage, PROMPTS[:5])
     with caplog.at_level(logging.WARNING):
         # the header shows a torn file at once; changed values show when they are read
-        assert mended.ensure(PROMPTS) == (0 if damage in ("flipped byte", "other file") else 1)
+        assert mended.ensure(PROMPTS) == {"flipped byte": 0}.get(damage, len(again))
         rows = mended.get(PROMPTS, "cpu", torch.float32)
-    assert "damaged" in caplog.text and str(path) in caplog.text
+        made_again = loader.batches
+        if damage == "other file":  # its row of a prompt that nobody asked for
+            mended.get(["prompt X"], "cpu", torch.float32)
+    assert "damaged" in caplog.text and str(path) in caplog.text and str(other) not in caplog.text
     assert torch.equal(rows["prompt_embeds"], torch.stack([expected(p) for p in PROMPTS]))
-    assert loader.loads == 1 and loader.batches == [["prompt 4"] + [""] * 7]
-    untouched = PromptCache(tmp_path, "f", loader)
-    assert torch.equal(untouched.get(["prompt 4"], "cpu", torch.float32)["prompt_embeds"][0], expected("prompt 4"))
-    assert loader.loads == 1
+    assert made_again[0] == again + [""] * (8 - len(again))
+    untouched = PromptCache(tmp_path, "f", Loader())  # the row that was made again is the one that counts
+    rows = untouched.get(PROMPTS, "cpu", torch.float32)
+    assert untouched.load_encoder.loads == 0
+    assert torch.equal(rows["prompt_embeds"], torch.stack([expected(p) for p in PROMPTS]))
+
+
+def test_a_file_that_goes_away_is_made_again(tmp_path):
+    cache = PromptCache(tmp_path, "f", Loader())
+    cache.ensure(PROMPTS)
+    shutil.rmtree(tmp_path)
+    rows = cache.get(PROMPTS, "cpu", torch.float32)
+    assert torch.equal(rows["prompt_embeds"], torch.stack([expected(p) for p in PROMPTS]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -161,11 +219,11 @@ def test_a_row_that_is_not_finite_is_encoded_again(tmp_path, caplog, monkeypatch
     """Its header and checksum are whole: an earlier version wrote it, this one does not."""
     cache = PromptCache(tmp_path, "f", Loader())
     cache.ensure(["a", "b"])
-    row = {name: values.clone() for name, values in cache.read("a").items()}
+    row = cache.shards.read(["a"])["a"]
     row["pooled"][3] = value
     with monkeypatch.context() as earlier:
         earlier.setattr("spo_fast.models.tensor_cache.is_finite", lambda row: True)
-        PromptCache(tmp_path, "f", Loader()).write("a", row)
+        PromptCache(tmp_path, "f", Loader()).shards.write({"a": row})
     loader = Loader()
     mended = PromptCache(tmp_path, "f", loader)
     with caplog.at_level(logging.WARNING):
@@ -193,11 +251,11 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
 
     monkeypatch.undo()
     assert cache.ensure(["a"]) == 1
-    with safe_open(cache.path("a"), framework="pt") as file:
-        assert file.metadata()["key"] == "a"
+    with safe_open(shards(tmp_path)[0], framework="pt") as file:
+        assert json.loads(file.metadata()["keys"]) == ["a"]
 
 
-def test_memory_is_bounded_and_used(tmp_path):
+def test_memory_is_bounded_and_used(tmp_path, monkeypatch):
     one_row = sum(v[0].nbytes for v in ToyEncoder()(["a"]).values())
     cache = PromptCache(tmp_path, "f", Loader(), memory_bytes=2 * one_row)
     cache.ensure("abc")
@@ -205,9 +263,11 @@ def test_memory_is_bounded_and_used(tmp_path):
         cache.get([prompt], "cpu", torch.float32)
     assert list(cache._recent) == ["a", "c"]  # b was used least recently
     assert cache._recent_bytes == 2 * one_row
-    cache.path("a").unlink()
-    cache.get(["a"], "cpu", torch.float32)
-    assert cache.load_encoder.loads == 1  # from memory
+    file = shards(tmp_path)[0]
+    with monkeypatch.context() as away:
+        away.setattr(cache.shards, "read", lambda keys: dict.fromkeys(keys, 1 / 0) if list(keys) else {})
+        cache.get(["a"], "cpu", torch.float32)  # from memory
+    assert file.exists() and cache.load_encoder.loads == 1
     rows = cache.get(["a", "b", "c"], "cpu", torch.float32)  # more than fits
     assert torch.equal(rows["prompt_embeds"], torch.stack([expected(p) for p in "abc"]))
     assert cache._recent_bytes <= 2 * one_row

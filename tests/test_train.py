@@ -36,6 +36,7 @@ from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method.objectives import predict_states
 from spo_fast.models.device import found_device
 from spo_fast.models.files.toy import toy_files
+from spo_fast.models.prompt_cache import PromptCache
 from spo_fast.scorers.registry import load_metric
 from spo_fast.training import batches, checkpoint, loop, run_directory, validation
 from spo_fast.training import run as training_run
@@ -132,7 +133,7 @@ def test_grids_during_training(shown_run: Path) -> None:
 
 def test_grids_are_of_the_weights_of_their_iteration(shown_run: Path, tmp_path: Path) -> None:
     run = built(tmp_path / "run", **GRIDS)
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     assert run.validator.show("before")._asdict() == json.loads((shown_run / "samples" / "before.json").read_text())
     checkpoint.load(shown_run / "checkpoint-2", run.learner, run.cfg.flat())
     assert run.validator.show("again").score == facts(shown_run)[1]["validation_score"]
@@ -219,7 +220,7 @@ def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.C
     assert "held-out layout" in capsys.readouterr().out
     records = [r for r in facts(out) if "validation_score" in r]
     run = built(tmp_path / "again", **settings)
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     texts = [prompt for prompt in run.validator.prompts for _ in range(2)]
     start = json.loads((out / "samples" / "before.json").read_text())
     for where, expected in ((None, start["values"]), ("checkpoint-4", records[-1])):
@@ -246,7 +247,7 @@ def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.C
 
 def test_a_held_out_metric_is_that_of_evaluate(tmp_path: Path) -> None:
     run = built(tmp_path / "run", **GRIDS, validation_metrics="pickscore")
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     images, _ = run.validator.validate()
     scorer = load_metric("pickscore", toy_files(), run.model.tokenize, "cpu", torch.float32)
     texts = run.validator.prompts
@@ -317,7 +318,7 @@ def test_garish_pictures_raise_the_alarm(
 
 def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
-    monkeypatch.setattr(training_run, "write_report", lambda run_dir: written.append(len(facts(run_dir))))
+    monkeypatch.setattr(training_run, "write_report", lambda run_dir, history: written.append(len(facts(run_dir))))
     run_toy(tmp_path / "run", validation_steps=2, **{**GRIDS, "checkpointing_steps": 4})
     assert written == [2, 4]
 
@@ -325,7 +326,7 @@ def test_report_is_there_while_the_run_goes_on(tmp_path: Path, monkeypatch: pyte
 def test_a_report_that_fails_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(run_dir: Path) -> None:
+    def fails(run_dir: Path, history: object) -> None:
         raise KeyError("odd")
 
     monkeypatch.setattr(training_run, "write_report", fails)
@@ -543,7 +544,7 @@ def test_sixteen_bit_compute(tmp_path: Path, precision: str) -> None:
 
 def one_gradient(run: loop.Run, slots: list[slice]) -> list[list[torch.Tensor]]:
     """Gradients of the masters after each of these parts of the first iteration's experience, added up."""
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     batch = batches.rollout_batch(run, run.prompt_order.batch(0).indices, 0)
     e = run.objective.collect(dataclasses.replace(run.sampler, decode=run.model.decode, decode_chunk=8), batch)
     randomise_lora(run)
@@ -598,7 +599,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 
 def test_reference_switches_the_adapter_off_and_on_again(tmp_path: Path) -> None:
     run = built(tmp_path / "run")
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     cond = run.model.cond(run.prompts[:2])
     x = torch.randn(2, *run.model.latent_shape, generator=torch.Generator().manual_seed(0))
 
@@ -645,6 +646,29 @@ def test_full_finetune(tmp_path: Path) -> None:
 
 def test_iteration_uses_every_pair_once(tmp_path: Path) -> None:
     run = built(tmp_path / "run", train_batch_size=3)
-    batches.encode_prompts(run)
+    batches.encode_first(run)
     record = run.iterate(0, Timer())
     assert (record["pairs"], run.state.pairs, run.state.optimizer_steps) == (PAIRS, PAIRS, round(PAIRS / 3))
+
+
+def test_prompts_are_encoded_a_window_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the run draws, a window at a time, and its log is the same to the bit."""
+    asked: list[int] = []
+    ensure = PromptCache._encode
+    monkeypatch.setattr(
+        PromptCache, "_encode", lambda self, prompts: (asked.append(len(prompts)), ensure(self, prompts))[1]
+    )
+    settings = {"max_prompts": 12, "max_train_steps": 3}  # 2 prompts an iteration
+    whole = run_toy(tmp_path / "whole", **settings)
+    assert asked == [7]  # and the empty one
+    monkeypatch.setattr(batches, "WINDOW", 3)
+    parts = run_toy(tmp_path / "parts", **settings)
+    assert asked == [7, 5, 2]
+
+    def logged(run_dir: Path) -> list[dict[str, object]]:
+        times = ("time", "_ms", "_per_s")
+        records = read_metrics(run_dir / "metrics.jsonl")
+        return [{k: v for k, v in r.items() if not k.endswith(times)} for r in records]
+
+    assert len(logged(whole)) == 3 and logged(whole) == logged(parts)
+    assert "encode prompts_ms" in read_metrics(parts / "metrics.jsonl")[2]

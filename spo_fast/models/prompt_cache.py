@@ -1,13 +1,14 @@
 """Prompt embeddings on disk: every prompt is encoded once, then the text encoders leave memory.
 
-SDXL's two text encoders take 1.6 GB in 16 bits and would run again each epoch for rows that never change. One small
-safetensors file a prompt (0.3 MB for SDXL in 16 bits) makes the cache shareable between runs and processes.
+SDXL's two text encoders take 1.6 GB in 16 bits and would run again each epoch for rows that never change. Rows (0.3 MB
+for SDXL in 16 bits) are kept in files of many, which runs and processes share (row_shards.py).
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from spo_fast.method.experience import to_device
-from spo_fast.models.tensor_cache import Row, RowCache
+from spo_fast.models.row_shards import RowShards
+from spo_fast.models.tensor_cache import Row, check_finite, row_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,16 +28,20 @@ logger = logging.getLogger(__name__)
 # Prompts always travel in batches of this size, the last padded with empty prompts: matrix products sum in an order
 # that depends on the batch's shape, so with a fixed shape a row's bits do not depend on which prompts share its batch.
 ENCODE_BATCH = 8
+SHARD_BYTES, SHARD_ROWS = 32 << 20, 1024
+"""A file is written when so much has been encoded, or when nothing is left to encode; a kill loses no more."""
+TOKENIZE_BATCH = 1024
 
 Encoder = Callable[[list[str]], dict[str, Tensor]]  # B prompts -> e.g. prompt_embeds (B, L, D), pooled (B, P)
 
 
-class PromptCache(RowCache):
+class PromptCache:
     """Rows of prompt embeddings, kept in `directory`, encoded on demand.
 
-    fingerprint: of the encoder's and tokenizer's files, its dtype, its settings (see RowCache).
+    fingerprint: of the encoder's and tokenizer's files, its dtype, its settings (see RowShards).
     load_encoder: called only when a row is missing; the encoder is dropped again before ensure returns, unless
     keep_encoder is set (by whoever meets new prompts all the time).
+    memory_bytes: how much of what was read stays in host memory (the least recently used rows go first).
     The empty prompt "" (the unconditional one) is an ordinary entry.
     """
 
@@ -46,18 +52,20 @@ class PromptCache(RowCache):
         load_encoder: Callable[[], Encoder],
         memory_bytes: int = 256 << 20,
     ) -> None:
-        super().__init__(directory, fingerprint, memory_bytes)
+        self.directory, self.fingerprint, self.memory_bytes = Path(directory), fingerprint, memory_bytes
+        self.shards = RowShards(directory, fingerprint)
         self.load_encoder = load_encoder
         self.keep_encoder = False
         self._encoder: Encoder | None = None
+        self._recent: OrderedDict[str, Row] = OrderedDict()  # oldest first
+        self._recent_bytes = 0
 
     def ensure(self, prompts: Iterable[str]) -> int:
         """Encode the prompts that are not on disk yet. Returns how many that were.
 
         Looks at each file's header, which tells a torn file; get checks the values too.
         """
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._recent]
-        missing = [prompt for prompt in missing if not self.is_whole(prompt)]
+        missing = self.shards.missing(prompt for prompt in prompts if prompt not in self._recent)
         if missing:
             self._encode(missing)
         return len(missing)
@@ -73,17 +81,28 @@ class PromptCache(RowCache):
 
     def _rows(self, prompts: Sequence[str]) -> list[Row]:
         """One row a prompt; all that are missing are encoded in one go."""
-        rows = {prompt: self.read(prompt) for prompt in dict.fromkeys(prompts)}
-        missing = [prompt for prompt, row in rows.items() if row is None]
-        if missing:
-            self._encode(missing)
-            rows |= {prompt: self.read(prompt) for prompt in missing}
-        whole = {prompt: row for prompt, row in rows.items() if row is not None}
-        if len(whole) < len(rows):
+        wanted = list(dict.fromkeys(prompts))
+        rows = {prompt: self._recent[prompt] for prompt in wanted if prompt in self._recent}
+        self.ensure(wanted)
+        rows |= self.shards.read(prompt for prompt in wanted if prompt not in rows)
+        if damaged := [prompt for prompt in wanted if prompt not in rows]:
+            self._encode(damaged)
+            rows |= self.shards.read(damaged)
+        if len(rows) < len(wanted):
             raise OSError(f"{self.directory}: a prompt's file cannot be read back after writing it. Check the disk.")
-        for prompt, row in whole.items():
-            self.remember(prompt, row)
-        return [whole[prompt] for prompt in prompts]
+        for prompt in wanted:
+            self._remember(prompt, rows[prompt])
+        return [rows[prompt] for prompt in prompts]
+
+    def _remember(self, prompt: str, row: Row) -> None:
+        """Keep the row in memory while there is room."""
+        if prompt not in self._recent:
+            self._recent[prompt] = row
+            self._recent_bytes += row_bytes(row)
+        self._recent.move_to_end(prompt)
+        while self._recent_bytes > self.memory_bytes:
+            _, oldest = self._recent.popitem(last=False)
+            self._recent_bytes -= row_bytes(oldest)
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> None:
@@ -93,12 +112,20 @@ class PromptCache(RowCache):
             encoder = self.load_encoder()
         if self.keep_encoder:
             self._encoder = encoder
+        rows: dict[str, Row] = {}
         try:
             for start in range(0, len(prompts), ENCODE_BATCH):
                 batch = prompts[start : start + ENCODE_BATCH]
-                for prompt, row in zip(batch, encode_rows(encoder, batch), strict=True):
-                    self.write(prompt, row)
+                found = dict(zip(batch, encode_rows(encoder, batch), strict=True))
+                for prompt, row in found.items():
+                    check_finite(prompt, row)
+                rows |= found
+                if len(rows) >= min(SHARD_ROWS, SHARD_BYTES // row_bytes(row)):
+                    self.shards.write(rows)
+                    rows = {}
         finally:
+            if rows:  # whole, also where it was stopped
+                self.shards.write(rows)
             if not self.keep_encoder:
                 encoder = None
                 gc.collect()  # modules hold reference cycles; without this the weights outlive the name
@@ -123,8 +150,8 @@ def encode_rows(encoder: Encoder, prompts: list[str]) -> list[Row]:
 
 def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77 for CLIP): their ends are cut off."""
-    # verbose=False: transformers would print its own warning about indexing errors, which truncation prevents
-    if not prompts:
-        return 0  # transformers cannot tokenize an empty list
-    lengths = (len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids)
+    # in parts: the ids of 100,000 prompts take a gigabyte. verbose=False: transformers would print its own warning
+    # about indexing errors, which truncation prevents
+    parts = (list(prompts[start : start + TOKENIZE_BATCH]) for start in range(0, len(prompts), TOKENIZE_BATCH))
+    lengths = (len(ids) for part in parts for ids in tokenizer(part, truncation=False, verbose=False).input_ids)
     return sum(length > tokenizer.model_max_length for length in lengths)

@@ -11,7 +11,6 @@ import logging
 import os
 import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,35 +31,18 @@ class RowCache:
 
     fingerprint: names everything but the key that decides a row's values: the network's files (fingerprint_files), its
     dtype, its settings. Another fingerprint reads other files.
-    memory_bytes: how much of what was read stays in host memory (the least recently used rows go first).
     """
 
-    def __init__(self, directory: str | Path, fingerprint: str, memory_bytes: int = 0) -> None:
-        self.directory, self.fingerprint, self.memory_bytes = Path(directory), fingerprint, memory_bytes
-        self._recent: OrderedDict[str, Row] = OrderedDict()  # oldest first
-        self._recent_bytes = 0
+    def __init__(self, directory: str | Path, fingerprint: str) -> None:
+        self.directory, self.fingerprint = Path(directory), fingerprint
 
     def path(self, key: str) -> Path:
         """The key's file, in one of 256 folders. The zero byte keeps ("ab", "c") and ("a", "bc") apart."""
         digest = hashlib.sha256(f"{self.fingerprint}\0{key}".encode()).hexdigest()
         return self.directory / digest[:2] / f"{digest}.safetensors"
 
-    def is_whole(self, key: str) -> bool:
-        """Whether the key's file is there and complete. Reads the header only, which pins the file's length."""
-        try:
-            with safe_open(self.path(key), framework="pt") as file:
-                return "crc32" in (file.metadata() or {})
-        except FileNotFoundError:
-            return False
-        except (SafetensorError, OSError) as error:
-            self._warn_corrupt(key, error)
-            return False
-
     def read(self, key: str) -> Row | None:
-        """The row in memory or on disk; None if there is none or it is damaged or not finite (with a warning)."""
-        if key in self._recent:
-            self._recent.move_to_end(key)
-            return self._recent[key]
+        """The row on disk; None if there is none or it is damaged or not finite (with a warning)."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 row = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator of its own)
@@ -70,42 +52,15 @@ class RowCache:
         except (SafetensorError, OSError) as error:
             self._warn_corrupt(key, error)
             return None
-        if expected != checksum(key, row):
-            self._warn_corrupt(key, "its checksum does not match")
-            return None
-        if not is_finite(row):
-            self._warn_corrupt(key, "it holds a NaN or an infinity")
+        if wrong := wrong_with(key, row, expected):
+            self._warn_corrupt(key, wrong)
             return None
         return row
 
     def write(self, key: str, row: Row) -> None:
         """Keep a row. Raises ValueError for one that is not finite."""
-        # Renamed into place, so a reader sees the whole file or none; two processes that make the same row replace
-        # each other's equal tensors. No fsync: what a power cut tears is found by its header or checksum and redone.
-        if not is_finite(row):
-            dtypes = {str(values.dtype).removeprefix("torch.") for values in row.values()}
-            raise ValueError(
-                f"what a network made of {key!r:.60} is not finite in {', '.join(sorted(dtypes))}: nothing is kept of "
-                "it. Use --mixed_precision bf16 or no, or mend the network's weights."
-            )
-        content = save(row, {"crc32": checksum(key, row), "key": key})
-        final = self.path(key)
-        temporary = final.with_name(f".{final.stem}.{uuid.uuid4().hex}.tmp")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def remember(self, key: str, row: Row) -> None:
-        """Keep the row in memory while there is room."""
-        if key not in self._recent:
-            self._recent[key] = row
-            self._recent_bytes += row_bytes(row)
-        while self._recent_bytes > self.memory_bytes:
-            _, oldest = self._recent.popitem(last=False)
-            self._recent_bytes -= row_bytes(oldest)
+        check_finite(key, row)
+        write_whole(self.path(key), save(row, {"crc32": checksum(key, row), "key": key}))
 
     def _warn_corrupt(self, key: str, why: object) -> None:
         logger.warning(f"{self.path(key)} is damaged ({why}); making the row of {key!r:.60} again")
@@ -124,6 +79,36 @@ def checksum(key: str, row: Row) -> str:
 def is_finite(row: Row) -> bool:
     """Whether every number of a row is."""
     return all(bool(values.isfinite().all()) for values in row.values())
+
+
+def check_finite(key: str, row: Row) -> None:
+    """Raises ValueError for a row that is not, made of `key`."""
+    if not is_finite(row):
+        dtypes = {str(values.dtype).removeprefix("torch.") for values in row.values()}
+        raise ValueError(
+            f"what a network made of {key!r:.60} is not finite in {', '.join(sorted(dtypes))}: nothing is kept of "
+            "it. Use --mixed_precision bf16 or no, or mend the network's weights."
+        )
+
+
+def wrong_with(key: str, row: Row, expected: str | None) -> str | None:
+    """Why a row that was read back is not to be used; None if it is what was written."""
+    if expected != checksum(key, row):
+        return "its checksum does not match"
+    return None if is_finite(row) else "it holds a NaN or an infinity"
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """The file is there whole or not at all; folders are made."""
+    # Renamed into place; two processes that make the same row replace each other's equal tensors. No fsync: what a
+    # power cut tears is found by its header or checksum and made again.
+    temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def row_bytes(row: Row) -> int:

@@ -123,9 +123,13 @@ def _cached_choice(name: str, case: str, forced: str | None, wide: bool) -> str:
     return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
 
 
-@torch.compiler.assume_constant_result
 def _choose(name: str, case: str, forced: str | None, wide: bool = False) -> str:
-    return _cached_choice(name, case, forced, wide)  # torch.compile must not look inside the cache
+    return _cached_choice(name, case, forced, wide)
+
+
+# torch.compile must not look inside the cache. torch.compiler.assume_constant_result does no more, but imports the
+# compiler: a second that nobody who does not compile has to wait
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(name: str, like: Tensor) -> str:

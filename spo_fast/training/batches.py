@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +15,14 @@ from spo_fast.method.experience import Rows, judges, to_device
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
+from spo_fast.models.prompt_cache import count_truncated
 
 if TYPE_CHECKING:
-    from spo_fast.training.iteration import Iterates
+    from spo_fast.training.iteration import Iterates, Timer
     from spo_fast.training.setup import Parts
+
+
+WINDOW = 1024  # prompts encoded ahead on a CPU: a few seconds of loading among minutes of encoding
 
 
 class Inputs(NamedTuple):
@@ -28,16 +34,52 @@ class Inputs(NamedTuple):
     epoch: int
 
 
-def encode_prompts(run: Parts) -> None:
-    """All prompts through the text encoders once; they leave memory afterwards."""
-    prompts = run.prompts if run.pairs is None else []  # those of pairs are encoded as they come
+def encode_first(run: Parts) -> None:
+    """What is read before the loop, and, unless a checkpoint has yet to say where that begins, the first window."""
+    shown = run.validator.prompts if run.cfg.run.num_validation_images else []
+    ahead, run.encoded = upcoming(run, 0) if run.resume is None or run.device.type == "cuda" else ([], 0)
+    encode(run, ahead, ["", *shown])
+
+
+def encode_ahead(run: Parts, iteration: int, timer: Timer) -> None:
+    """The next window, if the prompts of `iteration` lie beyond the last one."""
+    if run.pairs is None and iteration >= run.encoded:
+        with timer("encode prompts"):
+            ahead, run.encoded = upcoming(run, iteration)
+            encode(run, ahead)
+
+
+def upcoming(run: Parts, iteration: int) -> tuple[list[str], int]:
+    """A window of prompts, of `iteration` and those after it, and the first iteration that it does not serve.
+
+    On a GPU it is all that the run will draw: text encoders are there once, before the optimizer has state and graphs
+    keep memory, and take minutes of a run of days. A CPU, where 100,000 prompts would take hours before the first
+    iteration, loads them again for each WINDOW. Not in a thread beside: no core is idle, and a GPU's memory is planned
+    without them.
+    """
+    if run.pairs is not None:  # theirs are encoded as they come
+        return [], run.total
+    most = math.inf if run.device.type == "cuda" else WINDOW
+    found: dict[int, None] = {}
+    while iteration < run.total and len(found) < min(most, len(run.prompts)):
+        found |= dict.fromkeys(run.prompt_order.batch(iteration).indices)
+        iteration += 1
+    whole = len(found) == len(run.prompts)
+    return [run.prompts[i] for i in found], run.total if whole else iteration
+
+
+def encode(run: Parts, prompts: list[str], others: Sequence[str] = ()) -> None:
+    """The run's prompts, and others, through the text encoders, which leave memory again; says how many are cut."""
     if not run.group.main:
         run.group.any(False)  # process 0 encodes them, the others read
-    encoded = run.model.prompt_cache.ensure([*prompts, "", *run.validator.prompts])
+    encoded = run.model.prompt_cache.ensure([*others, *prompts])
     if run.group.main:
         run.group.any(False)
     if encoded:
         print(f"encoded {encoded} prompts into {run.model.prompt_cache.directory}")
+    if run.group.main and (cut := count_truncated(run.model.tokenizers[0], prompts)):
+        limit = run.model.tokenizers[0].model_max_length
+        print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
 
 def inputs(run: Iterates, iteration: int) -> Inputs:

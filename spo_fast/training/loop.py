@@ -41,7 +41,7 @@ class Run(Parts):
     def _train(self, timer: Timer) -> None:
         outputs.announce(self)
         with timer("encode prompts"):
-            batches.encode_prompts(self)
+            batches.encode_first(self)
         reading = contextlib.closing(self.pairs) if self.pairs is not None else contextlib.nullcontext()
         with self.start(Watch(self.cfg).look) as log, reading:
             if log is not None:
@@ -59,6 +59,7 @@ class Run(Parts):
     def _loop(self, monitor: outputs.Monitor, timer: Timer) -> bool:
         """False if the run was asked to stop before its end."""
         while (iteration := self.state.iteration) < self.total:
+            batches.encode_ahead(self, iteration, timer)
             before = copy.deepcopy(self.state)
             record = self.iterate(iteration, timer)
             if record is None:

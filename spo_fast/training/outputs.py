@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
-from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.models.device import listed
-from spo_fast.models.prompt_cache import count_truncated
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.throughput import Telemetry
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.pair_batches import repeated
-from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.counted import predict
 
 if TYPE_CHECKING:
     from spo_fast.training.setup import Parts
@@ -39,9 +37,6 @@ def announce(run: Parts) -> None:
     print(f"{data}; {run.total} iterations of {of}")
     if pairs is not None:
         print(repeated(len(pairs.train_rows), each, "an iteration"), end="")
-    elif cut := count_truncated(model.tokenizers[0], run.prompts):
-        limit = model.tokenizers[0].model_max_length
-        print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
 
 
 class Monitor:
@@ -50,8 +45,8 @@ class Monitor:
     def __init__(self, run: Parts, log: MetricsLog | None, timer: Timer):
         self.run, self.log, self.timer = run, log, timer
         costs = None if run.found.memory_bytes is None else predict(run.cfg, run.model.resolved, run.device.type)
-        records = () if log is None else read_metrics(log.path)
-        self.telemetry = Telemetry(run.device, run.found.name, costs, records, run.group.size)
+        hours = run.history.latest("gpu_hours") or 0.0
+        self.telemetry = Telemetry(run.device, run.found.name, costs, hours, run.group.size)
         print("".join(f"{note}\n" for note in self.telemetry.notes()), end="")
         self.progress = ProgressLine(run.total)
 

@@ -14,7 +14,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from spo_fast.config.errors import RunError
 from spo_fast.method.experience import Rows
+
+if TYPE_CHECKING:
+    from spo_fast.config.training import Config
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and accelerate launch set
 
@@ -130,6 +133,11 @@ def _peers() -> Iterator[None]:
 def world_size() -> int:
     """Processes that were launched together; 1 alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharing(cfg: Config) -> int:
+    """Over how many the masters and the optimizer's state are sharded: those that this one was launched with."""
+    return world_size() if cfg.adapter.full_finetune else 1
 
 
 def own_device(name: str) -> str:

@@ -13,6 +13,7 @@ import yaml
 from spo_fast.config.preference import PreferenceConfig
 from spo_fast.config.training import Config
 from spo_fast.data import files
+from spo_fast.evaluation.pages.history import History
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.evaluation.pages.run_report import write_report
 from spo_fast.models.device import pick_device
@@ -43,6 +44,7 @@ class TrainingRun(Generic[C]):
         found = run_directory.find(self.run_dir, cfg.run.resume_from_checkpoint) if self.group.main else None
         self.resume: Path | None = self.group.from_main(found)
         self.state = TrainState()
+        self.history = History()
 
     def settings(self) -> dict[str, object]:
         """As a checkpoint keeps them; prompt_cache names what the prompts' embeddings come from."""
@@ -85,11 +87,12 @@ class TrainingRun(Generic[C]):
                 notes.append(f"{self.run_dir} has no checkpoint yet: starting anew")
             files.set_aside(self.run_dir / "metrics.jsonl")
         print("".join(note + "\n" for note in notes), end="")
-        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=watch)
+        log = MetricsLog(self.run_dir, self.cfg.run.report_to, self.cfg.flat(), watch=watch, history=self.history)
         if self.resume is not None:
             log.truncate_after(self.state.iteration - 1)
             for record in read_metrics(log.path):  # so that it warns as if the run had never stopped
                 watch(record)
+                self.history.add(record)
         files.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.cfg.flat(), sort_keys=False))
         return log
 
@@ -118,7 +121,7 @@ class TrainingRun(Generic[C]):
     def report(self) -> None:
         """Write report.html. Training never ends because of it."""
         try:
-            write_report(self.run_dir)
+            write_report(self.run_dir, self.history)
         except Exception as error:
             again = f"python -m spo_fast.report {self.run_dir} makes it later"
             print(f"no report.html ({type(error).__name__}: {error}); {again}")

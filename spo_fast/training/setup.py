@@ -26,6 +26,8 @@ class Parts(TrainingRun[Config], Iterates):
     """What a run of preference optimisation is made of."""
 
     learner: Learner
+    encoded = 0
+    """Iterations whose prompts' embeddings are there."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)

@@ -93,8 +93,7 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    known = list(dict.fromkeys(name for r in run.records for name in r))
-    names = [n for pattern in chart.fields for n in known if fnmatch.fnmatchcase(n, pattern)]
+    names = [n for pattern in chart.fields for n in run.history.columns if fnmatch.fnmatchcase(n, pattern)]
     curves = {n: binned(*run.curve(n)) for n in names if np.isfinite(run.curve(n)[1]).any()}
     if not curves:
         return None
@@ -146,8 +145,8 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
 
 def stack(axes: Axes, run: RunRecord, names: list[str]) -> None:
     """Phases on top of each other; one that an iteration lacks took no time."""
-    x = np.array([r["iteration"] + 1.0 for r in run.records])
-    values = {n: np.array([(r.get(n) or 0.0) / 1000 for r in run.records]) for n in names}
+    x = np.array(run.history.iterations, dtype=float) + 1
+    values = {n: run.history.filled(n) / 1000 for n in names}
     heights = [binned(x, y)[1] for y in values.values()]
     if len(x) == 1:  # an area needs two
         x, heights = np.array([0.5, 1.5]) + x - 1, [h.repeat(2) for h in heights]
@@ -179,9 +178,5 @@ def mark_level(axes: Axes, level: float) -> None:
 
 def epoch_starts(run: RunRecord) -> list[float]:
     """Where a new epoch begins, thinned out."""
-    starts = [
-        b["iteration"] + 0.5
-        for a, b in zip(run.records, run.records[1:], strict=False)
-        if a.get("epoch") != b.get("epoch")
-    ]
+    starts = [iteration + 0.5 for iteration in run.history.epoch_starts]
     return starts[:: math.ceil(len(starts) / MAX_EPOCH_MARKS) or 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from spo_fast.config.presets import PRESETS
 from spo_fast.config.training import DECIDES
 from spo_fast.data.files import read_json
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS
+from spo_fast.evaluation.pages.history import History
 from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import DEFAULTS, Resolved
 
@@ -29,12 +29,15 @@ class RunRecord:
 
     run_dir: Path
     settings: dict[str, Any]  # config.yaml
-    records: list[dict[str, Any]]  # metrics.jsonl
+    history: History  # of metrics.jsonl
     start: dict[str, float]  # field -> its value before training: validation score, held-out metrics, image statistics
 
     @classmethod
-    def read(cls, run_dir: str | Path) -> RunRecord:
-        """Raises FileNotFoundError or ValueError if the directory holds no run of spo_fast.train."""
+    def read(cls, run_dir: str | Path, history: History | None = None) -> RunRecord:
+        """Raises FileNotFoundError or ValueError if the directory holds no run of spo_fast.train.
+
+        history: of the run, by who has it already; None reads metrics.jsonl.
+        """
         run_dir = Path(run_dir)
         if not (run_dir / "config.yaml").is_file():
             raise FileNotFoundError(f"{run_dir} holds no run: it has no config.yaml. Give a run's --output_dir.")
@@ -49,7 +52,7 @@ class RunRecord:
         return cls(
             run_dir,
             settings,
-            read_metrics(metrics) if metrics.is_file() else [],
+            read_history(metrics) if history is None else history,
             started(read_json(before)) if before.is_file() else {},
         )
 
@@ -61,36 +64,38 @@ class RunRecord:
     @property
     def held_out(self) -> dict[str, tuple[float | None, float]]:
         """Metric that was not trained on -> before training, and the latest."""
-        fields = dict.fromkeys(f for r in self.records for f in r if f.startswith("held_out_") and r[f] is not None)
-        latest = {field: next(r[field] for r in reversed(self.records) if r.get(field) is not None) for field in fields}
-        return {field.removeprefix("held_out_"): (self.start.get(field), now) for field, now in latest.items()}
+        fields = {field: self.history.latest(field) for field in self.history.columns if field.startswith("held_out_")}
+        return {
+            field.removeprefix("held_out_"): (self.start.get(field), now)
+            for field, now in fields.items()
+            if now is not None
+        }
 
     @property
     def signs(self) -> str:
         """Of reward hacking, in the latest validation."""
-        return next((r["hacking"] for r in reversed(self.records) if "hacking" in r), "")
+        return self.history.signs
 
     @property
     def iterations(self) -> int:
         """Done so far, those before a resume from another directory included."""
-        return self.records[-1]["iteration"] + 1 if self.records else 0
+        return self.history.iterations[-1] + 1 if len(self.history) else 0
 
     @property
     def pairs(self) -> int:
         """Terms trained on so far."""
-        return sum(r.get("pairs") or 0 for r in self.records)
+        return self.history.pairs
 
     @property
     def seconds(self) -> float:
         """Time in all phases; unlike the clock it does not count what lies between a kill and a resume."""
-        return sum(v for r in self.records for k, v in r.items() if k.endswith("_ms") and v is not None) / 1000
+        return self.history.milliseconds / 1000
 
     def curve(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """(iterations done, values) of the records that have the field; NaN where it was not finite."""
-        points = [(r["iteration"] + 1, math.nan if r[field] is None else r[field]) for r in self.records if field in r]
+        x, y = self.history.curve(field)
         if field in self.start:
-            points.insert(0, (0, self.start[field]))
-        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+            x, y = np.insert(x, 0, 0.0), np.insert(y, 0, self.start[field])
         return x, y
 
     @property
@@ -132,14 +137,9 @@ class RunRecord:
 
     def warnings(self) -> list[str]:
         """What went wrong, each once, with how often and since when."""
-        seen: list[tuple[str, int]] = []
-        for r in self.records:
-            bad = [f"{name} was not finite" for name in r.get("nonfinite", {})]
-            seen += [(text, r["iteration"] + 1) for text in (*r.get("warnings", []), *bad)]
-        first = dict(reversed(seen))
-        counts = Counter(text for text, _ in seen)
         return [
-            f"{text} (iteration {first[text]}{f' and {n - 1} later' if n > 1 else ''})" for text, n in counts.items()
+            f"{text} (iteration {first}{f' and {n - 1} later' if n > 1 else ''})"
+            for text, (first, n) in self.history.warnings.items()
         ]
 
     @property
@@ -224,3 +224,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not a record ({error}). Delete this line.") from error
     return records
+
+
+def read_history(path: Path) -> History:
+    """Of a metrics.jsonl; empty if there is none."""
+    found = History()
+    for record in read_metrics(path) if path.is_file() else ():
+        found.add(record)
+    return found

@@ -11,6 +11,7 @@ import yaml
 from spo_fast.config.methods import find_method
 from spo_fast.data.files import write_atomically
 from spo_fast.evaluation.pages.charts import MAX_POINTS, Chart, charts_of, draw
+from spo_fast.evaluation.pages.history import History
 from spo_fast.evaluation.pages.render import data_url, render
 from spo_fast.evaluation.pages.run_record import RunRecord
 from spo_fast.evaluation.pictures import MAX_IMAGE_BYTES, STRIP_WIDTHS, cut_rows, encoded, narrowed, sheet_prompts
@@ -94,8 +95,8 @@ def page(run: RunRecord) -> str:
     )
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write report.html of a run from what is in its directory."""
+def write_report(run_dir: str | Path, history: History | None = None) -> Path:
+    """Write report.html of a run from what is in its directory, and its records as RunRecord.read takes them."""
     path = Path(run_dir) / "report.html"
-    write_atomically(path, page(RunRecord.read(run_dir)))
+    write_atomically(path, page(RunRecord.read(run_dir, history)))
     return path

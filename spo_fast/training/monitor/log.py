@@ -20,6 +20,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from spo_fast.evaluation.pages.history import History
 from spo_fast.training.monitor.reporters import make_reporter
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class MetricsLog:
 
     report_to: none, tensorboard or wandb. config: the resolved settings, shown by wandb.
     watch: sees every record before it is written; the warnings it returns go into the record as `warnings`.
+    history: takes each record as it is written.
     clock: seconds since 1970, written to each record as `time`.
     Made by one process of a run (rank 0).
     """
@@ -45,10 +47,11 @@ class MetricsLog:
         config: Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.time,
         watch: Callable[[Record], list[str]] = lambda record: [],
+        history: History | None = None,
     ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.path, self.clock, self.watch = run_dir / "metrics.jsonl", clock, watch
+        self.path, self.clock, self.watch, self.history = run_dir / "metrics.jsonl", clock, watch, history
         self.reporter = make_reporter(report_to, run_dir, config or {})
         cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
@@ -71,6 +74,8 @@ class MetricsLog:
             record["warnings"] = warnings
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        if self.history is not None:
+            self.history.add(record)
         self.reporter.report(iteration, {k: v for k, v in finite.items() if isinstance(v, (int, float))})
         return record
 

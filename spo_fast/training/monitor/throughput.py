@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -17,7 +17,7 @@ class Telemetry:
     """Turns an iteration's record and times into what people compare.
 
     costs: counted FLOPs of an iteration, or None: then nothing is said of FLOPs (a CPU's run does not count them).
-    records: those of the run so far, which GPU-hours go on from. devices: of the run, for GPU-hours; FLOPs, memory and
+    gpu_hours: of the run so far, which go on. devices: of the run, for GPU-hours; FLOPs, memory and
     energy are this one's, images and pairs everybody's.
     """
 
@@ -26,12 +26,12 @@ class Telemetry:
         device: torch.device,
         name: str,
         costs: Costs | None,
-        records: Iterable[Record] = (),
+        gpu_hours: float = 0.0,
         devices: int = 1,
     ) -> None:
         self.device, self.costs, self.peak, self.devices = device, costs, peak_tflops(name), devices
         self.on_gpu = device.type == "cuda"
-        self.gpu_hours = max((number(r, "gpu_hours") or 0.0 for r in records), default=0.0)
+        self.gpu_hours = gpu_hours
         self.energy_j = nvml_energy_j(device.index or 0) if self.on_gpu else None
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)

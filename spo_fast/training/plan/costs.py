@@ -26,6 +26,8 @@ class Costs:
     """Bytes of the float32 gradients, which the backward's and the step's transients include."""
     transient: Mapping[str, int]
     """Phase -> most bytes alive at once besides the resident ones."""
+    terms_per_prompt: int = 0
+    """Of the loss, if every pair is kept: of a prompt's rollout."""
     unknown: tuple[str, ...] = ()
     """Scorers whose FLOPs and bytes are not known, and not counted."""
     graphs: bool = False
@@ -50,7 +52,8 @@ class Costs:
 
     @property
     def own_peaks(self) -> dict[str, int]:
-        """Phase -> bytes, without what other phases' graphs keep. Prompts come before the optimizer has state."""
+        """Phase -> bytes, without what other phases' graphs keep. Prompts come before the optimizer has state, but
+        those that a CPU encodes later (batches.WINDOW)."""
         held = sum(self.resident.values())
         found = {phase: held + n for phase, n in self.transient.items()}
         if self.graphs:

@@ -16,14 +16,14 @@ from spo_fast.config.training import Config
 from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.run_record import duration, read_metrics
 from spo_fast.evaluation.required_files import look_for, resolve, run_paths
-from spo_fast.method.objectives import make_objective
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
 from spo_fast.models.files.load import check_weights
 from spo_fast.models.files.lora import find_lora
+from spo_fast.models.unasked import import_networks
 from spo_fast.training.plan.costs import WORK, Costs
-from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.counted import predict
 from spo_fast.training.plan.fit_memory import choose
-from spo_fast.training.plan.held_bytes import processes
+from spo_fast.training.processes import sharing
 
 if TYPE_CHECKING:
     from spo_fast.models.files.find import Present
@@ -41,10 +41,11 @@ def report(cfg: Config, device: Device | None = None) -> str:
         find_lora(cfg.adapter.lora_path)
     resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, run_paths(cfg))
     if resolved is not None:
+        import_networks()
         check_weights(resolved)
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
-    total, encoded, steps = steps_text(cfg)
+    total, encoded, steps = steps_text(cfg, costs.terms_per_prompt)
     shares = SHARES if find_method(cfg.objective.method).compares else SHARES[:1]
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
@@ -69,7 +70,7 @@ def files_table(looked: Iterable[Present | Missing]) -> str:
     return columns(rows)
 
 
-def steps_text(cfg: Config) -> tuple[int, int, str]:
+def steps_text(cfg: Config, terms_per_prompt: int) -> tuple[int, int, str]:
     """Iterations, prompts that are encoded, and what to say of both."""
     B = cfg.sample.sample_batch_size
     if find_method(cfg.objective.method).on_pairs:
@@ -82,10 +83,10 @@ def steps_text(cfg: Config) -> tuple[int, int, str]:
         return total, total * B, f"{said}; images are encoded in the first pass only if their latents are kept"
     prompts, sampler = training_prompts(cfg)
     total = cfg.run.iterations(sampler.iterations_per_epoch)
-    terms = total * B * len(make_objective(cfg.objective).term_states(cfg.sample))
+    terms = total * B * terms_per_prompt
     kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
-    return total, len(prompts), f"{said}, {terms:,} {kept}"
+    return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}"
 
 
 def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[float] = SHARES) -> str:
@@ -105,7 +106,7 @@ def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[fl
 def disk_text(cfg: Config, costs: Costs, iterations: int) -> str:
     """A checkpoint holds masters, optimizer state, and the LoRA in two formats; a full fine-tune its UNet."""
     masters = costs.gradients  # as many bytes
-    state = costs.resident["optimizer state"] * processes(cfg)
+    state = costs.resident["optimizer state"] * sharing(cfg)
     checkpoint = (2 if cfg.adapter.full_finetune else 3) * masters + state
     written = -(-iterations // cfg.run.checkpointing_steps)
     kept = min(written, cfg.run.checkpoints_total_limit or written)

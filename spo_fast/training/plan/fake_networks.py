@@ -17,7 +17,7 @@ from spo_fast.data.files import read_header, weight_files
 from spo_fast.data.weights import read_tensors
 from spo_fast.scorers.aesthetic import AestheticScorer
 from spo_fast.scorers.base import PixelScorer, Scorer
-from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
+from spo_fast.scorers.clip import Clip, ClipConfig, Layer, TowerConfig
 from spo_fast.scorers.clip_files import find_weights, load_clip, read_hf_config
 from spo_fast.scorers.geneval import GenEval, fake_detector
 from spo_fast.scorers.image_reward import MAX_TOKENS, ImageReward, ImageRewardScorer, Sizes
@@ -79,7 +79,7 @@ def networks_of(scorer: object) -> list[nn.Module]:
 def run_once(scorer: PixelScorer, once: Once) -> PixelScorer:
     """The scorer of pictures with fake weights, which runs once for each shape."""
     for network in networks_of(scorer):
-        once.weights(network)
+        once.repeat_blocks(once.weights(network), (Layer,))
     if isinstance(scorer, GenEval):  # it looks at pictures singly
         scorer.logits = once.wrap(scorer.logits, "score")  # type: ignore[method-assign]
     elif networks_of(scorer):

@@ -116,6 +116,7 @@ class FakeRun(Iterates):
             flops_per_prompt=encoded["flops"] // encoded["samples"],
             resident=resident,
             gradients=self.held.of(self.policy.masters),
+            terms_per_prompt=0 if self.pairs else len(self.objective.term_states(cfg.sample)),
             unknown=self.networks.unknown,
             graphs=self.networks.cuda and cfg.engine.cuda_graphs is not False,
             inputs=text,

@@ -16,7 +16,6 @@ import torch
 from spo_fast.config.methods import find_method
 from spo_fast.config.training import DECIDES, LEAST, Config
 from spo_fast.data.prompt_order import training_prompts
-from spo_fast.method.rollout import last_noisy_step
 from spo_fast.method.schedule import ddim_scheduler, table_of
 from spo_fast.models.device import (
     COMPILE_S,
@@ -31,7 +30,7 @@ from spo_fast.models.device import (
 from spo_fast.models.files.layout import scheduler_config, unet_width
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
-from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.counted import predict
 from spo_fast.training.processes import world_size
 
 HALF = 0.5  # of the pairs kept: not known before the run
@@ -52,6 +51,11 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         choices.append(Choice(flag, value, reason))
 
     if resolved is not None:
+        from spo_fast.models.unasked import import_networks
+
+        import_networks()
+        from spo_fast.method.rollout import last_noisy_step  # its ops import Triton, and that the compiler
+
         scheduler = ddim_scheduler(scheduler_config(resolved))
         if not find_method(cfg.objective.method).on_pairs:
             table = table_of(scheduler, cfg.sample.num_steps, cfg.sample.eta)

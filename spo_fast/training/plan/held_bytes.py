@@ -13,17 +13,12 @@ from spo_fast.models.merged import base_weight, lora_layers
 from spo_fast.models.policy import Policy
 from spo_fast.models.sharded import BUCKET
 from spo_fast.training.plan.fake_networks import networks_of
-from spo_fast.training.processes import world_size
+from spo_fast.training.processes import sharing
 
 if TYPE_CHECKING:
     from torch import nn
 
     from spo_fast.scorers.base import Scorer
-
-
-def processes(cfg: Config) -> int:
-    """Over which the masters and the optimizer's state are sharded: those that this one was launched with."""
-    return world_size() if cfg.adapter.full_finetune else 1
 
 
 def optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:
@@ -51,7 +46,7 @@ class HeldBytes:
     def resident(self, cfg: Config, policy: Policy, vae: nn.Module, scorers: dict[str, Scorer]) -> dict[str, int]:
         """Part -> bytes held through the training."""
         trained, full = {id(p) for p in policy._weights}, cfg.adapter.full_finetune
-        copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if processes(cfg) > 1 or m is not p]
+        copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharing(cfg) > 1 or m is not p]
         rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
         merged = [base_weight(layer) for _, layer in lora_layers(policy.unet)]
         state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
@@ -75,9 +70,9 @@ class HeldBytes:
         sizes = [self.of([part]) for part in _own(cfg, masters)]
         adamw = sum(sizes) if self.together else 2 * max(sizes)
         travels = sum(sizes) + 2 * masters[0].element_size() * min(BUCKET, sum(m.numel() for m in masters))
-        return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if processes(cfg) > 1 else 0)
+        return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if sharing(cfg) > 1 else 0)
 
 
 def _own(cfg: Config, masters: list[Tensor]) -> list[Tensor]:
     """The largest process's rows of the masters, which are all of them unless they are sharded."""
-    return [m.detach()[: -(-len(m) // processes(cfg))] for m in masters]
+    return [m.detach()[: -(-len(m) // sharing(cfg))] for m in masters]

@@ -8,6 +8,7 @@ import torch
 
 from spo_fast.config.scorers import find_scorer, scorer_specs
 from spo_fast.config.training import Config
+from spo_fast.models.compile import BLOCKS
 from spo_fast.models.diffusion import DTYPES
 from spo_fast.models.files.lora import read_lora
 from spo_fast.models.files.sources import Resolved
@@ -57,6 +58,9 @@ class Networks:
                 policy._start = [torch.empty_like(p) for p in policy._weights]
         policy.forget_full_base()
         for network in networks:
+            once.repeat_blocks(network, BLOCKS)
+            # diffusers walks all modules for it, a hundred times an iteration
+            network.__class__ = type("FakeUNet", (type(network),), {"dtype": network.dtype})
             network.forward = once.wrap(network.forward)
         policy.text = once.wrap(policy.text, samples=False)  # type: ignore[method-assign]
         return policy

@@ -37,6 +37,7 @@ class Once:
         self.setting: Hashable = None
         # a call's bytes on its way, its FLOPs, its outputs anew
         self._seen: dict[Hashable, tuple[int, int, Callable[[], object]]] = {}
+        self._counters: list[CountFlops] = []  # of the calls that are running, the outermost first
         with self.mode:
             self._like = torch.empty(0, device=self.device)
 
@@ -78,21 +79,59 @@ class Once:
 
     def run(self, key: Hashable, part: str, samples: int, function: Callable[[], R]) -> R:
         """function(), or what it left behind when this key was first met: its outputs, peak and FLOPs."""
+        out, flops = self._repeat(key, function)
+        self.tally.setdefault(part, Counter()).update(samples=samples, flops=flops)
+        return out
+
+    def repeat_blocks(self, network: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
+        """Of the network's blocks that are alike, one runs without gradient, for each set of inputs; its outputs must
+        share nothing with its inputs."""
+        for block in (m for m in network.modules() if isinstance(m, blocks)):
+            block.forward = self._block(block.forward, structure(block))
+
+    def _block(self, function: Callable[P, R], like: Hashable) -> Callable[P, R]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.is_grad_enabled():
+                return function(*args, **kwargs)
+            told = [
+                (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
+                for x in pytree.tree_leaves((args, kwargs))
+            ]
+            key = (like, self.live.phase_name, self.setting, *told)
+            return self._repeat(key, lambda: function(*args, **kwargs))[0]
+
+        return call
+
+    def _repeat(self, key: Hashable, function: Callable[[], R]) -> tuple[R, int]:
+        """(function() or its outputs anew, its FLOPs)."""
         if key in self._seen:
             rise, flops, outputs = self._seen[key]
             self.live.note(self.live.current_bytes + rise)
-            out = cast("R", outputs())
-        else:
-            with CountFlops() as counter:
+            for counter in self._counters:
+                counter.total += flops
+            return cast("R", outputs()), flops
+        with CountFlops() as counter:
+            self._counters.append(counter)
+            try:
                 out, rise = self.live.rise(function)
-            flops = counter.total
-            leaves, tree = pytree.tree_flatten(out)
-            made = [
-                functools.partial(self.empty, *x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in leaves
-            ]
-            self._seen[key] = rise, flops, lambda: tree.unflatten([x() if callable(x) else x for x in made])
-        self.tally.setdefault(part, Counter()).update(samples=samples, flops=flops)
-        return out
+            finally:
+                self._counters.pop()
+        leaves, tree = pytree.tree_flatten(out)
+        made = [
+            functools.partial(self._made, x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves
+        ]
+        self._seen[key] = rise, counter.total, lambda: tree.unflatten([x() if callable(x) else x for x in made])
+        return out, counter.total
+
+    def _made(self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._like.new_empty_strided(shape, stride, dtype=dtype)
+
+
+def structure(module: nn.Module) -> Hashable:
+    """What two modules share that compute the same of other weights."""
+    parts = tuple((name, type(m), m.extra_repr()) for name, m in module.named_modules())
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return parts, tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in tensors)
 
 
 _aten = torch.ops.aten
