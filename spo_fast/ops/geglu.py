@@ -134,8 +134,8 @@ GEGLU = implementations("geglu", triton=_launch, c=_forward_c, fake=_fake)
 GRADIENT = implementations("geglu_backward", triton=_launch_backward, c=_backward_c, fake=_backward_fake)
 
 
-def _save(ctx: Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)  # the bias may be None
 
 
 def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor) -> tuple[Tensor, Tensor | None]:
