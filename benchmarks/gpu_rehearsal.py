@@ -95,7 +95,9 @@ def run_call(work: Path, cache: Path, call: int, only: Sequence[str], size: str,
     out = work / f"{name}{call}"
     shutil.rmtree(out, ignore_errors=True)
     asked, fills = gpu_run.chosen(only), name == "fill"
-    jobs = [job for job in gpu_run.CALLS[call].jobs if job in asked and job != "tests"]  # tests would compare zeros
+    planned = gpu_run.CALLS[call]
+    # tests would compare zeros
+    jobs = [job for job in (*planned.jobs, *planned.spare) if job in asked and job != "tests"]
     if fills:
         jobs = [job for job in jobs if "/ours+" in job or job.startswith("ops") or job.endswith(("-spo", "-lpo"))]
     patient = {stage: {n: replace(j, limit_s=20_000.0) for n, j in js.items()} for stage, js in gpu_run.STAGES.items()}

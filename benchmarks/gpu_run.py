@@ -279,34 +279,32 @@ STAGES: dict[str, dict[str, Job]] = {
 class Call:
     """Jobs in order of value for a GPU that is there for minutes."""
 
-    jobs: tuple[str, ...]
+    jobs: tuple[str, ...]  # what fits by the estimate (LOG.md)
+    spare: tuple[str, ...]  # where the GPU's machine is faster than that
     budget_s: float
     repetitions: int
 
 
 CALLS = {
     1: Call(
-        (
-            *("tests", "ceilings"),
-            *(f"sdxl/{row}" for row in ("truth", "published", "ours+all", "ours")),
-            *(f"sd15/{row}" for row in ("truth", "published", "ours+all")),
-            *("ops/short", "sdxl/modern", "sd15/ours", "sd15/modern"),
-        ),
+        ("tests", "ceilings", *(f"sdxl/{row}" for row in ("truth", "published", "ours+all", "ours")), "ops/short"),
+        ("sdxl/modern", "sdxl/ours+fuse"),
         budget_s=420,
         repetitions=3,
     ),
     2: Call(
         (
-            *(f"sdxl/{row}" for row in ("truth", "ours+compile", "ours+graphs", "ours+fuse")),
-            *(f"sd15/{row}" for row in ("truth", "ours+compile", "ours+graphs", "ours+fuse")),
-            *("ops", "ops/group_norm_silu", "ops/geglu"),
-            *(f"hours/{kind}-{name}" for name in ("dpo", "spm", "lrm") for kind in ("sdxl", "sd15")),
-            *("hours/sd15-lpo", "libraries", "graph"),
-            # what follows does not fit by the estimate (LOG.md), and is taken where the GPU is faster than that
-            *("hours/sdxl-spo", "hours/sd15-spo", "hours/sdxl-lpo", "sdxl/ours+spm_bf16"),
+            *(f"sd15/{row}" for row in ("truth", "published", "ours+all", "ours")),
+            *(f"hours/{kind}-{name}" for name in ("dpo", "spm") for kind in ("sdxl", "sd15")),
+        ),
+        (
+            *("sd15/modern", "sdxl/truth", "sdxl/modern", "sdxl/ours+graphs", "sdxl/ours+fuse", "sdxl/ours+compile"),
+            *(f"sd15/ours+{row}" for row in ("graphs", "fuse", "compile")),
+            *("ops", "ops/group_norm_silu", "ops/geglu", "hours/sdxl-lrm", "hours/sd15-lrm", "hours/sd15-lpo"),
+            *("libraries", "graph", "hours/sdxl-spo", "hours/sd15-spo", "hours/sdxl-lpo", "sdxl/ours+spm_bf16"),
         ),
         budget_s=420,
-        repetitions=2,
+        repetitions=3,
     ),
 }
 """A row alone needs `truth` in the same call, and the published row's errors from it or from --done."""
@@ -327,12 +325,14 @@ def planned(args: argparse.Namespace) -> dict[str, Job]:
     """Jobs by name in the order they run in: --only's, or a call's without those that ended before (--done)."""
     if args.call is None:
         return chosen(args.only)
-    names = list(CALLS[args.call].jobs)
-    if args.done:
-        ended = {r["name"].removeprefix("job ") for r in read(args.done) if r["status"] == "ok"}
-        earlier = [name for n in sorted(CALLS) if n < args.call for name in CALLS[n].jobs]
-        needed = [name for name in names if name.endswith("/truth")]  # its file is of a call
-        names = [n for n in dict.fromkeys([*earlier, *names]) if n not in ended or n in needed]
+    call = CALLS[args.call]
+    ended = {r["name"].removeprefix("job ") for r in read(args.done) if r["status"] == "ok"} if args.done else set()
+    before = [name for n in sorted(CALLS) if n < args.call and args.done for name in CALLS[n].jobs]
+    left = [name for name in before if name not in ended]
+    truths = [name for name in before if name.endswith("/truth") and stage_of(name) in map(stage_of, left)]
+    # of what ended only `truth` runs again: its file is of a call
+    own = [name for name in (*call.jobs, *call.spare) if name not in ended or name.endswith("/truth")]
+    names = list(dict.fromkeys([*truths, *left, *own]))
     kept = set(chosen(args.only)) if args.only else set(names)
     jobs = {name: job for stage in STAGES.values() for name, job in stage.items()}
     return {name: jobs[name] for name in names if name in kept}
