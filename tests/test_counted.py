@@ -47,7 +47,7 @@ def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("toy", "cpu", {}),
         ("toy", "cuda", {"fuse": True, "mixed_precision": "bf16"}),
         ("toy", "cuda", {"gradient_checkpointing": True, "mixed_precision": "fp16"}),
-        ("sd15", "cpu", {}),
+        pytest.param("sd15", "cpu", {}, marks=pytest.mark.slow),
         pytest.param("sdxl", "cpu", {}, marks=pytest.mark.slow),
         pytest.param("sdxl", "cuda", {"fuse": True, "mixed_precision": "bf16"}, marks=pytest.mark.slow),
     ],

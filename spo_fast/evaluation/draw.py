@@ -14,9 +14,8 @@ from spo_fast.evaluation.pictures import write_picture
 from spo_fast.evaluation.sampling import Drawn, draw_latents
 from spo_fast.models.accelerate import prepare_drawing
 from spo_fast.models.compile import compile_network, keep_cache
-from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed
+from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, unet_width
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.files.layout import unet_width
 from spo_fast.models.files.load import load_unet, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.sources import Resolved

@@ -9,6 +9,9 @@ import torch
 
 from spo_fast.config.methods import find_method
 from spo_fast.config.training import Config
+from spo_fast.data.files import read_json
+from spo_fast.models.files.sources import CONFIGS, Resolved
+from spo_fast.models.files.toy import WEIGHTS
 
 GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
@@ -120,6 +123,13 @@ def compile_pays(flops: float, peak: float | None, compile_s: float) -> tuple[bo
 WIDE = 128
 """Channels of a UNet's widest level from which on a CPU's time goes into products and passes over memory; below, calls
 cost as much: the toy's 64 are fastest as they are, 256 are not (benchmarks/LOG.md)."""
+
+
+def unet_width(resolved: Resolved | None, model: str) -> int:
+    """Channels of the UNet's widest level; of the model's published, or shipped, UNet if nothing is resolved."""
+    shipped = WEIGHTS if model == "toy" else CONFIGS / model
+    folder = shipped if resolved is None else resolved.config_dir
+    return int(max(read_json(folder / "unet" / "config.json")["block_out_channels"]))
 
 
 def merges(cfg: Config, device: Device, width: int) -> bool:

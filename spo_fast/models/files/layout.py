@@ -11,8 +11,7 @@ from spo_fast.data.files import read_json
 from spo_fast.models.files import prediction
 from spo_fast.models.files.lora import LORA_FILE, PEFT_CONFIG, choose_lora
 from spo_fast.models.files.single_file import vae_settings_of_file
-from spo_fast.models.files.sources import CONFIGS, TEXT_PARTS, Resolved, settings_directory
-from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.models.files.sources import TEXT_PARTS, Resolved, settings_directory
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -131,13 +130,6 @@ def vae_files(resolved: Resolved) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(file for file in vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
-
-
-def unet_width(resolved: Resolved | None, model: str) -> int:
-    """Channels of the UNet's widest level; of the model's published, or shipped, UNet if nothing is resolved."""
-    shipped = WEIGHTS if model == "toy" else CONFIGS / model
-    folder = shipped if resolved is None else resolved.config_dir
-    return int(max(read_json(folder / "unet" / "config.json")["block_out_channels"]))
 
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from spo_fast.models.device import (
     found_device,
     how_computed,
     peak_tflops,
+    unet_width,
 )
-from spo_fast.models.files.layout import scheduler_config, unet_width
+from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.counted import predict
