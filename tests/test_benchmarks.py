@@ -427,3 +427,41 @@ def test_the_table_of_a_cpu(tmp_path, monkeypatch):
     assert heading.startswith("op ") and "eager / ours" in heading
     assert line.startswith("transition x") and rows["ours"]["chosen"] in line.split()
     assert len({(case.name, case.dtype) for case in cpu_ops.cases()}) == len(cpu_ops.cases()) > 30
+
+
+def test_cpu_iterations_take_turns_and_are_judged_in_their_own_type(tmp_path):
+    """Two contenders of each type at the tiny size: ratios are to the first, and every record says how exact it is."""
+    from benchmarks import cpu_iteration
+
+    names = ["published", "published bf16", "float32", "bf16"]
+    path = tmp_path / "records.jsonl"
+    found = cpu_iteration.run(path, "tiny", names, (1.0,), turns=1)
+    assert [r["name"] for r in found] == [f"tiny/{name}/v=1" for name in names]
+    assert {r["gate"] for r in found} == {"passed"}
+    first, *others = found
+    assert {v for part in first["ratios"].values() for v in part.values()} == {1.0}
+    for r in others:
+        assert r["ratio_to"] == "published" and r["pairs"] == first["pairs"] > 0
+        assert r["ratios"]["iteration"]["median"] == pytest.approx(first["cpu_s"]["median"] / r["cpu_s"]["median"])
+        assert {"rollout", "reference", "backward", "peak memory"} <= r["ratios"].keys()
+        assert r["peak_mib"] > 100 and set(r["phases_s"]) >= {"rollout", "reference", "backward"}
+    assert found[1]["log_ratio_error"] > 10 * found[0]["log_ratio_error"]  # of bf16
+    lines = cpu_iteration.summary(read(path)).splitlines()
+    assert len(lines) == 5 and lines[1].split()[:2] == ["tiny/published/v=1", f"{first['cpu_s']['median']:.4g}"]
+
+
+def test_ratios_are_of_one_turn():
+    from benchmarks.cpu_iteration import ratios
+
+    def turn(seconds, rollout, peak):
+        return {"cpu_s": seconds, "phases_s": {"rollout": rollout, "mine": 1.0}, "peak_mib": peak}
+
+    theirs = [turn(8.0, 4.0, 300.0), turn(30.0, 9.0, 300.0), turn(9.0, 5.0, 300.0)]
+    for r in theirs:
+        del r["phases_s"]["mine"]
+    mine = [turn(4.0, 1.0, 100.0), turn(10.0, 9.0, 150.0), turn(3.0, 5.0, 100.0)]
+    assert ratios(mine, theirs) == {
+        "iteration": {"min": 2.0, "median": 3.0, "max": 3.0},
+        "rollout": {"min": 1.0, "median": 1.0, "max": 4.0},
+        "peak memory": {"min": 2.0, "median": 3.0, "max": 3.0},
+    }
