@@ -47,7 +47,9 @@ def cases() -> list[Case]:
         for dtype in (F32, BF16):
             for channels_last in (False, True):
                 found.append(bench_group_norm_silu.case(shape, dtype, "cpu", modes, channels_last, backward))
-    found.append(bench_geglu.case(LayerShape("sd15 4096x2560", (2, 4096, 2560), 1), F32, "cpu", COMPILED, False))
+    gate = LayerShape("sd15 4096x2560", (2, 4096, 2560), 1)
+    for dtype, backward in ((F32, False), (F32, True), (BF16, False), (BF16, True)):
+        found.append(bench_geglu.case(gate, dtype, "cpu", COMPILED, backward))
     for pixels in (512, 1024):
         shape = ScorerShape(f"{pixels} N=2", 2, pixels, 224)
         for dtype, last in ((F32, False), (BF16, False), (BF16, True)):
