@@ -120,7 +120,7 @@ class Worker:
     """A contender's process, seen from outside."""
 
     def __init__(self, name: str, size: str, scratch: Path, out: Path):
-        spawn = multiprocessing.get_context("spawn")
+        self.name, spawn = name, multiprocessing.get_context("spawn")
         ours = {} if CONTENDERS[name].published else for_pytorch(os.environ)
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(name, size, scratch, out, theirs), daemon=True)
@@ -130,11 +130,18 @@ class Worker:
         self.quality = self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """Raises EOFError if the process has died; its traceback is on the terminal."""
-        return self.pipe.recv()
+        """What it sent. Raises RuntimeError if it has died."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            code = self.process.exitcode
+            why = "for want of memory, most likely: compare fewer at a time (--only)" if code == -9 else f"with {code}"
+            raise RuntimeError(f"the process of {self.name} ended {why}") from None
 
     def iterate(self, share: float) -> dict[str, Any]:
-        self.pipe.send(share)
+        with contextlib.suppress(ConnectionError):  # answer says why
+            self.pipe.send(share)
         return self.answer()
 
     def end(self) -> None:

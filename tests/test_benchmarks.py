@@ -450,6 +450,13 @@ def test_cpu_iterations_take_turns_and_are_judged_in_their_own_type(tmp_path):
     assert len(lines) == 5 and lines[1].split()[:2] == ["tiny/published/v=1", f"{first['cpu_s']['median']:.4g}"]
 
 
+def test_a_contender_that_dies_is_named(tmp_path):
+    from benchmarks import cpu_iteration
+
+    with pytest.raises(RuntimeError, match="process of float32 ended with 1"):
+        cpu_iteration.Worker("float32", "no such size", tmp_path, tmp_path / "records.jsonl")
+
+
 def test_ratios_are_of_one_turn():
     from benchmarks.cpu_iteration import ratios
 
