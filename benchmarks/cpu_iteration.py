@@ -116,6 +116,12 @@ def serve(name: str, size: str, scratch: Path, out: Path, pipe: Connection) -> N
         pipe.send({"cpu_s": seconds, "phases_s": phases, "peak_mib": max(peaks.values()), "peaks_mib": peaks} | facts)
 
 
+def write_truth(size: str, scratch: Path, out: Path) -> None:
+    """A process: float64's loss, log-ratios and gradients, into scratch; its memory goes with it."""
+    setup = Setup(KINDS[size], size, "cpu", PROMPTS[size], "fp64", rollouts=False)
+    iteration.truth(setup, scratch, Records(out, "cpu", size=size))
+
+
 class Worker:
     """A contender's process, seen from outside."""
 
@@ -173,11 +179,11 @@ def run(out: Path, size: str, names: Sequence[str], shares: Sequence[float], tur
     records, written = Records(out, "cpu", size=size), []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        setup = Setup(KINDS[size], size, "cpu", PROMPTS[size], "fp64", rollouts=False)
-        iteration.truth(setup, scratch, records)
-        for technique in map(
-            CONTENDERS.__getitem__, names
-        ):  # a type's errors are judged by the published strategy's in it
+        first = multiprocessing.get_context("spawn").Process(target=write_truth, args=(size, scratch, out))
+        first.start()
+        first.join()
+        # a type's errors are judged by the published strategy's in it
+        for technique in (CONTENDERS[name] for name in names):
             shutil.copytree(scratch, scratch / technique.mixed_precision, ignore=lambda *_: TYPES, dirs_exist_ok=True)
         workers = {name: Worker(name, size, scratch / CONTENDERS[name].mixed_precision, out) for name in names}
         for share in shares:
