@@ -109,12 +109,15 @@ class Step:
         self.clip = clip.set_compute_dtype(DTYPES["fp64" if how.frozen == "fp64" else how.reward])
         self.scheduler = networks.ddim_scheduler(KIND, 20)
         self.alphas = self.scheduler.alphas_cumprod
-        self.empty = networks.token_ids(1, "cpu", size)
         self.cfg = PREFERENCE_PRESETS[KIND]()
 
+        self.cond = networks.conditioning(KIND, size, PAIRS[size], "cpu", self.dtype)
+
     @torch.no_grad()
-    def told(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
-        return embeddings(KIND, self.encoders, [ids])["prompt_embeds"]
+    def told(self, ids: Tensor) -> Cond:  # (B, L)
+        """The prompts through the text encoder: its work is timed, but it is narrower than the UNet expects."""
+        embeddings(KIND, self.encoders, [ids])
+        return self.cond
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, C, h, w) scaled latents
@@ -149,13 +152,13 @@ class Published(Step):
         self.optimizer = torch.optim.AdamW(
             self.clip.parameters(), o.learning_rate, betas, o.adam_epsilon, o.adam_weight_decay
         )
-        self.negative = self.told(self.empty)
 
     @torch.no_grad()
     def predicted(self, batch: Batch) -> list[Tensor]:
         """Both images of the pairs, decoded from the estimate of x0."""
         t, B = batch.t, len(batch.t)
-        embeds = torch.cat([self.negative.expand(B, -1, -1), self.told(batch.ids)])
+        cond = self.told(batch.ids)
+        embeds = torch.cat([cond.uncond["prompt_embeds"].expand(B, -1, -1), cond.cond["prompt_embeds"]])
         noisy = []
         for pixels, noise in zip(batch.pixels, batch.posterior, strict=True):
             latents = self.encode(pixels, noise)
@@ -210,17 +213,16 @@ class Ours(Step):
         if how.fused:
             fuse(self.unet)
             fuse(self.vae)
-        self.ids = self.empty
+        self.ids = torch.empty(0)
         model: Any = SimpleNamespace(
             alphas_cumprod=self.alphas,
             prediction_type="epsilon",
             device=torch.device("cpu"),
             unet=self.unet,
             decode=functools.partial(decode, self.vae),
-            cond=lambda _: Cond({"prompt_embeds": self.told(self.ids)}, {"prompt_embeds": self.negative}),
+            cond=lambda _: self.told(self.ids),
             tokenize=lambda _: self.ids,
         )
-        self.negative = self.told(self.empty)
         self.reward = PixelReward(self.clip, model, GUIDANCE, self.cfg.model.images_per_decode)
         self.learner = RewardLearner(self.reward, self.cfg.optim, total=self.cfg.run.max_train_steps or 1)
 
@@ -228,7 +230,8 @@ class Ours(Step):
         B = len(batch.t)
         self.ids = batch.ids
         with self.phase("frozen"):
-            parts = zip(batch.pixels.flatten(0, 1).split(ENCODE_BATCH), batch.posterior.flatten(0, 1).split(ENCODE_BATCH))
+            flat = (x.flatten(0, 1).split(ENCODE_BATCH) for x in (batch.pixels, batch.posterior))
+            parts = zip(*flat, strict=True)
             latents = torch.cat([self.encode(*part) for part in parts]).float().unflatten(0, (2, B))
             prompts = [""] * B
             images = Images(prompts, latents, None)
@@ -429,13 +432,21 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     """A line a contender, and one a size of pictures."""
     rows: list[list[Any]] = [["name", "CPU s", "step", "frozen", "backward", "peak MiB", "less", "gate"]]
     for r in (r for r in records if "ratios" in r):
-        cells = ["{min:.2f} {median:.2f} {max:.2f}".format(**r["ratios"][p]) for p in ("iteration", "frozen", "backward")]
+        cells = [
+            "{min:.2f} {median:.2f} {max:.2f}".format(**r["ratios"][p]) for p in ("iteration", "frozen", "backward")
+        ]
         memory = f"{r['ratios']['peak memory']['median']:.2f}"
         rows.append([r["name"], f"{r['cpu_s']['median']:.2f}", *cells, f"{r['peak_mib']:.0f}", memory, r["gate"]])
-    read_rows: list[list[Any]] = [["pictures", "pairs/s, Pillow", "ours", "ratio", "decoding's share", "max, mean of 255"]]
+    read_rows: list[list[Any]] = [
+        ["pictures", "pairs/s, Pillow", "ours", "ratio", "decoding's share", "max, mean of 255"]
+    ]
     for r in (r for r in records if "pairs_per_second" in r):
         speed, steps = r["pairs_per_second"], r["steps_of_255"]
-        cells = [f"{speed['pillow']:.1f}", f"{speed['ours']:.1f}", "{min:.2f} {median:.2f} {max:.2f}".format(**r["ratio"])]
+        cells = [
+            f"{speed['pillow']:.1f}",
+            f"{speed['ours']:.1f}",
+            "{min:.2f} {median:.2f} {max:.2f}".format(**r["ratio"]),
+        ]
         apart = f"{steps['max']:.0f}, {steps['mean']:.4f}"
         read_rows.append([r["name"].removeprefix("pairs/"), *cells, f"{r['decode_share_of_ours']:.2f}", apart])
     return "\n\n".join(table(part) for part in (rows, read_rows) if len(part) > 1)

@@ -20,8 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo_fast.data import pair_rows, pair_stream
-from spo_fast.data import images
+from spo_fast.data import images, pair_rows, pair_stream
 from spo_fast.data.images import decode_image, to_square
 from spo_fast.data.pair_rows import BadRowError, BadRows
 from spo_fast.data.pair_sources import open_pairs
