@@ -849,10 +849,11 @@ def check_values(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "to"), [((61, 97), 40), ((300, 403), 224), ((403, 300), 224), ((512, 512), 224), ((96, 128), 160)]
+    ("size", "to"),
+    [((61, 97), 40), ((60, 150), 40), ((300, 403), 224), ((403, 300), 224), ((512, 512), 224), ((96, 128), 160)],
 )
 def test_to_square_is_pillows_resize_width_first(size, to):
-    """As every Pillow has it in two calls; in one call, from 13 on, it takes the height of the upright ones first."""
+    """As every Pillow has it in two calls; in one, 13 takes the height of the very upright one first."""
     rng = np.random.default_rng(3)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))  # what is smooth, and what clips
     texture = rng.integers(-40, 40, (size[1], size[0], 1))
