@@ -306,10 +306,17 @@ def judged_by(how: Contender) -> str:
     return "published" if how.frozen == "no" else "published fp16"
 
 
+def true_evaluation(size: str) -> iteration.Evaluation:
+    """The published step in float64."""
+    torch.set_num_threads(1)
+    return make_step(size, Contender(published=True, frozen="fp64"), Phases()).evaluate(batch_of(size, 0))
+
+
 def run_steps(out: Path, size: str, names: Sequence[str], turns: int) -> list[dict[str, Any]]:
     """A record a contender; the first of `names` is what ratios are taken to."""
     records = Records(out, "cpu", size=size)
-    truth = make_step(size, Contender(published=True, frozen="fp64"), Phases()).evaluate(batch_of(size, 0))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # whose memory goes with it
+        truth = pool.apply(true_evaluation, (size,))
     judges = {"published", *(judged_by(CONTENDERS[name]) for name in names)}
     errors = {}
     for name in judges - {*names}:
