@@ -78,9 +78,9 @@ RESIZER = "PyTorch" if torch.backends.cpu.get_cpu_capability().startswith("AVX")
 def resized(image: Image.Image, width: int, height: int) -> Tensor:  # (3, height, width) uint8, not contiguous
     """Bicubic, antialiased; width first, rounded to 8 bits after either axis.
 
-    PyTorch's weights have 16 bits where Pillow's have 24: fewer than 1 in 100 values differ, by 1 of 255, very few by
-    2. Pillow is called for either axis: by itself its version 13 shrinks pictures more than twice as high as wide height
-    first, which changes more values.
+    PyTorch's weights have 16 bits where Pillow's have 24: fewer than 1 in 100 values differ, by 1 of 255, very few
+    by 2. Pillow is called for either axis: by itself its version 13 shrinks pictures more than twice as high as wide
+    height first, which changes more values.
     """
     if RESIZER == "Pillow":
         for size in (width, image.height), (width, height):
