@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_graph, bench_libraries, gpu_run, iteration, networks, shapes
+from benchmarks import bench_graph, bench_libraries, cpu_spm, gpu_run, iteration, networks, shapes
 from benchmarks.records import Records, command, quantiles, read
 from benchmarks.timing import relative_error
 
@@ -115,6 +115,29 @@ def test_ours_agrees_with_the_published_loop(kind, tmp_path):
     contender.objective = dataclasses.replace(contender.objective, beta=1.01 * contender.objective.beta)
     verdict = iteration.gate(contender.evaluate(pairs).errors(truth), published.errors(truth), "no")
     assert verdict.startswith("failed"), "the gate does not notice another beta"
+
+
+def test_a_step_of_the_preference_models_training_is_the_published_one():
+    """Published against ours, and either against the published one in float64: what is timed computes the same."""
+    torch.set_num_threads(1)
+    how = {"truth": "fp64", "published": "no", "float32": "no"}
+    found = {}
+    for name, frozen in how.items():
+        contender = cpu_spm.CONTENDERS.get(name, cpu_spm.Contender(published=True, frozen=frozen))
+        step = cpu_spm.make_step("tiny", contender, cpu_spm.Phases())
+        found[name] = step.evaluate(cpu_spm.batch_of("tiny", 0))
+    for name in ("published", "float32"):
+        errors = found[name].errors(found["truth"])
+        assert errors["loss_error"] < 1e-4 and errors["gradient_error"] < 1e-4, (name, errors)
+    assert found["truth"].loss > 0.01
+
+
+def test_reading_pairs_is_measured_on_equal_pictures():
+    data = cpu_spm.photograph(96, 64, seed=1)
+    assert 2000 < len(data) < 20_000
+    found = [reader(data, 48) for reader in cpu_spm.READERS.values()]
+    steps = (found[0] - found[1]).abs() * 127.5
+    assert found[0].shape == (3, 48, 48) and found[0].std() > 0.1 and steps.max() < 2.5 and steps.mean() < 0.02
 
 
 def test_gate_refuses_what_is_not_finite():

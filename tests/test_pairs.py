@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo_fast.data import pair_rows, pair_stream
+from spo_fast.data import images, pair_rows, pair_stream
 from spo_fast.data.images import decode_image, to_square
 from spo_fast.data.pair_rows import BadRowError, BadRows
 from spo_fast.data.pair_sources import open_pairs
@@ -838,13 +838,41 @@ def test_to_square_is_what_clip_does(size):
     expected = processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"][0]
     got = to_square(Image.fromarray(noise), 40)
     assert got.dtype == torch.float32 and got.is_contiguous() and got.min() >= -1 and got.max() <= 1
-    torch.testing.assert_close(got, expected * 2 - 1, rtol=0, atol=1e-6)
+    check_values(got, expected * 2 - 1)
+
+
+def check_values(got: torch.Tensor, expected: torch.Tensor, exact: bool = False) -> None:
+    """Of 8 bits, in [-1, 1]: apart by 1 of 255 in fewer than 1 of 100, by 2 in fewer than 1 of 1000; exact: nowhere."""
+    steps = (got - expected).abs() * 127.5
+    assert not exact or steps.max() < 1e-4
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert steps.max() < 2.5 and (steps > 1.5).float().mean() < 1e-3 and (steps > 0.5).float().mean() < 1e-2
+
+
+@pytest.mark.parametrize("resizer", ["PyTorch", "Pillow"])
+@pytest.mark.parametrize(
+    ("size", "to"),
+    [((61, 97), 40), ((60, 150), 40), ((300, 403), 224), ((403, 300), 224), ((512, 512), 224), ((96, 128), 160)],
+)
+def test_to_square_is_pillows_resize_width_first(size, to, resizer, monkeypatch):
+    """As every Pillow has it in two calls; in one, 13 takes the height of the very upright one first."""
+    monkeypatch.setattr(images, "RESIZER", resizer)
+    rng = np.random.default_rng(3)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))  # what is smooth, and what clips
+    texture = rng.integers(-40, 40, (size[1], size[0], 1))
+    image = Image.fromarray((np.array(coarse.resize(size)) + texture).clip(0, 255).astype(np.uint8))
+    width, height = (to * side // min(size) for side in size)
+    whole = image.resize((width, size[1]), Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - to) // 2, (height - to) // 2
+    expected = np.asarray(whole)[top : top + to, left : left + to].transpose(2, 0, 1) / 127.5 - 1
+    check_values(to_square(image, to), torch.from_numpy(expected).float(), exact=resizer == "Pillow")
 
 
 def test_to_square_leaves_an_image_of_that_size_alone(monkeypatch):
     values = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     image = Image.fromarray(values)
-    monkeypatch.setattr(Image.Image, "resize", None)
+    monkeypatch.setattr(images.F, "interpolate", None)
+    monkeypatch.setattr(images, "RESIZER", "PyTorch")
     expected = torch.from_numpy(values.transpose(2, 0, 1) / 255 * 2 - 1).float()
     torch.testing.assert_close(to_square(image, 16), expected, rtol=0, atol=1e-6)
 

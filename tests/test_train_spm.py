@@ -40,12 +40,15 @@ from spo_fast import train_spm
 from spo_fast.data.toy_world import TUNE
 from spo_fast.evaluation.agreement import Judgements, write_report
 from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.models import device
+from spo_fast.models.device import Device
 from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.models.fuse import FusedAttention, FusedResnet
 from spo_fast.scorers.clip_files import load_clip
 from spo_fast.scorers.latent_files import load_latent_reward
 from spo_fast.scorers.registry import load_scorer
 from spo_fast.toy.build import write_pairs
-from spo_fast.training import checkpoint, pair_batches
+from spo_fast.training import checkpoint, pair_batches, preference_run
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.preference_learner import RewardLearner, learning_rate_factor
 from spo_fast.training.preference_run import PreferenceRun
@@ -533,6 +536,56 @@ def test_bf16_reward_has_float32_masters(pairs: Path, tmp_path: Path) -> None:
     start = load_clip(WEIGHTS / "pickscore", time_conditioned=False).state_dict()
     moved = torch.cat([(masters[name] - value).flatten() for name, value in start.items()])
     assert 0 < moved.abs().max() < 4e-5  # from the file's values, not from their roundings
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tiles: bool, wide: int = 128) -> None:
+    """A CPU with or without tiles for bf16, and the channels from which on a UNet is called wide."""
+    monkeypatch.setattr(preference_run, "found_device", lambda _: Device("CPU", "cpu", None, bf16_tiles=tiles))
+    for module in (preference_run, device):
+        monkeypatch.setattr(module, "WIDE", wide)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "wide", "asked", "dtype", "why"),
+    [
+        (True, 64, "auto", torch.bfloat16, "multiplies bf16 by tiles"),
+        (False, 64, "auto", torch.float32, "no faster products"),
+        (True, 128, "auto", torch.float32, "the network is narrow"),  # as the toy's is
+        (True, 64, "no", torch.float32, ""),
+        (False, 128, "bf16", torch.bfloat16, ""),
+    ],
+)
+def test_frozen_networks_are_computed_as_is_fastest_on_a_cpu(
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiles: bool,
+    wide: int,
+    asked: str,
+    dtype: torch.dtype,
+    why: str,
+) -> None:
+    on_cpu(monkeypatch, tiles, wide)
+    run = built(tmp_path / "run", pairs=pairs, mixed_precision=asked)
+    assert run.model.unet.dtype == run.model.vae.dtype == dtype
+    assert {master.dtype for master in run.reward.weights.masters} == {torch.float32}
+    assert {p.dtype for p in run.reward.clip.parameters()} == {torch.float32}  # type: ignore[attr-defined]
+    norms = [type(m) for network in (run.model.unet, run.model.vae) for m in network.modules()]
+    assert (FusedAttention in norms) == (wide == 64) == (FusedResnet in norms)
+    run.announce()
+    told = capsys.readouterr().out
+    assert ("chosen for this device" in told) == (asked == "auto") and why in told
+    assert ("frozen networks are fused" in told) == (wide == 64)
+    assert run.cfg.model.mixed_precision == {torch.bfloat16: "bf16", torch.float32: "no"}[dtype]
+
+
+def test_fused_frozen_networks_change_no_gradient(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name, wide, precision in (("plain", 128, "no"), ("fused", 64, "no"), ("bf16", 64, "auto")):
+        on_cpu(monkeypatch, True, wide)
+        found.append(gradients(built(tmp_path / name, pairs=pairs, mixed_precision=precision)))
+    assert 0 < distance(found[0], found[1]) < 1e-4 < distance(found[0], found[2]) < 0.2
 
 
 @pytest.mark.parametrize("parameterisation", ["pixel", "latent"])

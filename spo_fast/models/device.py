@@ -132,6 +132,19 @@ def unet_width(resolved: Resolved | None, model: str) -> int:
     return int(max(read_json(folder / "unet" / "config.json")["block_out_channels"]))
 
 
+def fastest_precision(device: Device, width: int) -> Choice:
+    """What mixed_precision=auto is there. width: channels of the UNet's widest level."""
+    if device.type == "cuda":
+        value, why = "fp16", "a GPU; the published runs used it"
+    elif not device.bf16_tiles:
+        value, why = "no", "this CPU has no faster products"
+    elif width < WIDE:
+        value, why = "no", "the network is narrow"
+    else:
+        value, why = "bf16", "this CPU multiplies bf16 by tiles (AMX), and the network is wide"
+    return Choice("mixed_precision", value, why)
+
+
 def merges(cfg: Config, device: Device, width: int) -> bool:
     """Whether rollouts use merged weights without being told to: where that is exact, and less work."""
     possible = not cfg.adapter.full_finetune and cfg.engine.base_weights == "full"
@@ -160,20 +173,15 @@ def how_computed(
         inexact = "as given. Inexact: policy and reference share a rounded base; its error is printed in iteration 0"
         choices.append(Choice("base_weights", rounded, inexact))
 
-    def take(flag: str, value: str | bool, reason: str) -> None:
+    def take(flag: str, value: str | int | float | bool | None, reason: str) -> None:
         nonlocal cfg
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))
 
     narrow = width < WIDE
     if cfg.model.mixed_precision == "auto":
-        if device.type == "cuda":
-            take("mixed_precision", "fp16", "a GPU; the published runs used it")
-        elif device.bf16_tiles and not narrow:
-            take("mixed_precision", "bf16", "this CPU multiplies bf16 by tiles (AMX), and the network is wide")
-        else:
-            why = "the network is narrow" if device.bf16_tiles else "this CPU has no faster products"
-            take("mixed_precision", "no", why)
+        precision = fastest_precision(device, width)
+        take(precision.flag, precision.value, precision.reason)
     if cfg.engine.compile is None:
         on, why = False, "a CPU waits longer than it gains" if device.type != "cuda" else "--no-fuse"
         if device.type == "cuda" and cfg.engine.fuse is not False:

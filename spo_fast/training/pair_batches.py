@@ -20,7 +20,7 @@ from torch import Tensor
 from spo_fast.config.sections import PairSourceConfig
 from spo_fast.config.training import Config
 from spo_fast.data import files
-from spo_fast.data.images import decode_image, to_square
+from spo_fast.data.images import RESIZER, decode_image, to_square
 from spo_fast.data.pair_rows import BadRows, PairRow, PairSource
 from spo_fast.data.pair_sources import open_pairs
 from spo_fast.data.pair_stream import PairBatch, PairStream, split_by_prompt
@@ -73,7 +73,7 @@ class ImageLoader:
         if model.height != model.width:
             raise ValueError(f"labelled pairs are read as square images, not {model.width}x{model.height}.")
         self.model, self.labeller, self.gap, self.noise = model, labeller, relabel_gap, noise
-        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise} upright"
+        fingerprint = f"{model.vae_fingerprint()} {model.vae.dtype} {model.height} {self.noise} upright, by {RESIZER}"
         if labeller is not None:
             fingerprint += f" {labeller_fingerprint}"
         directory = cfg.latent_cache_dir or run_dir / "latent_cache"
@@ -152,7 +152,7 @@ class ImageLoader:
         if self.noise:
             for name, values in zip(MOMENTS, self.model.posterior(padded([i.pixels for i in images])), strict=True):
                 for row, value in zip(rows, values.cpu(), strict=False):
-                    row[name] = value.clone()
+                    row[name] = value.clone(memory_format=torch.contiguous_format)  # a fused VAE's is channels-last
         if self.labeller is not None:
             clip = self.labeller.model
             x = normalise(padded([i.original for i in images]) / 2 + 0.5)

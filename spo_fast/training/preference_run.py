@@ -8,6 +8,7 @@ model, which sees the decoded predictions and t, is trained by cross-entropy to 
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from spo_fast.config.preference import PreferenceConfig
 from spo_fast.data.pair_stream import PairBatch, PairStream
 from spo_fast.evaluation.agreement import Judgements, write_report
 from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
+from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, unet_width
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.sources import Resolved
+from spo_fast.models.fuse import fuse
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.timer import Timer
@@ -47,7 +50,11 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         super().__init__(cfg)
         if self.group.size > 1:
             raise ValueError("preference models train on one process. Start train_spm without torchrun.")
-        self.cfg = cfg = cfg.with_fields(mixed_precision=cfg.model.precision_on(self.device.type))
+        width = unet_width(resolved, cfg.model.model)
+        self.found, self.choices = found_device(self.device), list[Choice]()
+        if cfg.model.mixed_precision == "auto":
+            self.choices = [fastest_precision(self.found, width)]
+            self.cfg = cfg = cfg.with_fields(mixed_precision=self.choices[0].value)
         assert cfg.pairs.pairs is not None
         self.lock()
 
@@ -59,6 +66,10 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         prompt_cache = cfg.pairs.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
         self.model.prompt_cache.keep_encoder = True  # new prompts come all the time
+        self.fused = self.device.type == "cpu" and width >= WIDE
+        if self.fused:
+            fuse(self.model.unet)
+            fuse(self.model.vae)
         self.rewards = Rewards(cfg, self.model)
         self.reward = self.rewards.initial()
         self.rewards.check_compared()
@@ -214,6 +225,10 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         """What the run is about to do, in a few lines."""
         cfg = self.cfg
         trained = sum(p.numel() for p in self.reward.weights.masters)
+        if self.choices:
+            print(f"chosen for this device ({self.found.name}):\n{textwrap.indent(listed(self.choices), '  ')}")
+        if self.fused:
+            print("frozen networks are fused: fewer operations and bytes, for a wide network on a CPU")
         print(f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device}")
         held_out = f"{len(self.valid_rows):,} held out, {len(self.bad):,} rows unusable"
         print(f"pairs from {cfg.pairs.pairs}: {len(self.train_rows):,} to train on, {held_out}")
