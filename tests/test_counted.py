@@ -90,12 +90,22 @@ def test_kept_is_of_the_same_settings_files_and_source(
     before = counted.kept_file(start, None, "cpu")
     (lora / "w.safetensors").write_bytes(b"1")
     assert before != counted.kept_file(start, None, "cpu") != counted.kept_file(cfg, None, "cpu")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "unet").symlink_to(lora, target_is_directory=True)
+    through = cfg.with_fields(lora_path=str(tmp_path / "parts"))
+    before = counted.kept_file(through, None, "cpu")
+    (lora / "w.safetensors").write_bytes(b"22")  # behind a folder that is a link
+    assert before != counted.kept_file(through, None, "cpu")
+    before = counted.kept_file(cfg, None, "cpu")
+    with monkeypatch.context() as other:
+        other.setenv("SPO_FAST_LIB_DIR", str(tmp_path))  # decides which backends there are
+        assert before != counted.kept_file(cfg, None, "cpu")
     (tmp_path / "mine.py").write_text("def judge(pictures, prompts): ...")
     monkeypatch.syspath_prepend(tmp_path)
     assert counted.kept_file(cfg.with_fields(scorer=("mine:judge",)), None, "cpu") is None
 
 
-@pytest.mark.parametrize("damage", ["torn", "digit", "no object", "other fields", "no file", "not writable"])
+@pytest.mark.parametrize("damage", ["torn", "digit", "no object", "deep", "other fields", "no file", "not writable"])
 def test_what_cannot_be_read_is_counted_anew(counts: list[str], tmp_path: Path, damage: str) -> None:
     cfg = settings("toy")
     if damage == "not writable":
@@ -110,6 +120,7 @@ def test_what_cannot_be_read_is_counted_anew(counts: list[str], tmp_path: Path, 
             "torn": text[:-9],
             "digit": text[:place] + str(9 - int(text[place])) + text[place + 1 :],
             "no object": "[]",
+            "deep": "[" * 200_000,
             "other fields": text.replace("gradients", "gradient"),
         }
         file.unlink() if damage == "no file" else file.write_text(broken[damage])

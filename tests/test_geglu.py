@@ -165,3 +165,13 @@ def test_compiles_without_a_graph_break(backend):
         y, grad = run(backend, h, grad_y)
         torch.testing.assert_close(got.detach(), y)
         torch.testing.assert_close(torch.autograd.grad(got, mine, grad_y)[0], grad)
+
+
+def test_one_row_without_a_batch_has_a_bias_gradient():
+    h = torch.tensor([1.0, 2.0, 3.0, -1.0, 0.5, 0.25], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    for backend_name in ("c", "eager"):
+        if backend_name in available_backends("geglu", "cpu"):
+            with use_backend(backend_name):
+                grad_h, grad_bias = torch.autograd.grad(geglu(h, bias).sum(), (h, bias))
+            assert torch.equal(grad_h, grad_bias)

@@ -24,7 +24,7 @@ from spo_fast.models.tensor_cache import Row, check_finite, checksum, write_whol
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError)
 """What a file that is torn, or none of ours, gives rise to."""
 
 

@@ -140,7 +140,7 @@ def _save(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor) -> tuple[Tensor, Tensor | None]:
     grad_h = gradient(*ctx.saved_tensors, grad_y.contiguous())
-    return grad_h, grad_h.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+    return grad_h, grad_h.sum_to_size(grad_h.shape[-1:]) if ctx.needs_input_grad[1] else None
 
 
 differentiate(GEGLU, GRADIENT, _save, _backward)

@@ -74,7 +74,9 @@ def _files(cfg: Config, resolved: Resolved | None) -> Iterator[tuple[str, int, i
         roots += [resolved.config_dir, resolved.model_path, *resolved.scorer_paths.values()]
         roots += [] if resolved.vae_path is None else [resolved.vae_path]
     for root in roots:
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        # os.walk, as rglob passes over folders that are links
+        below = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+        for path in sorted(below) if root.is_dir() else [root]:
             if path.is_file():
                 status = path.stat()
                 yield str(path), status.st_size, status.st_mtime_ns
@@ -91,7 +93,7 @@ def _source() -> str:
 
 def _installed() -> list[object]:
     triton = importlib.util.find_spec("triton") is not None
-    backends = [os.environ.get(name) for name in ("SPO_FAST_BACKEND", "TRITON_INTERPRET")]
+    backends = [os.environ.get(name) for name in ("SPO_FAST_BACKEND", "SPO_FAST_LIB_DIR", "TRITON_INTERPRET")]
     return [*(version(name) for name in LIBRARIES), triton, *backends]
 
 
@@ -105,7 +107,7 @@ def read(file: Path) -> Costs | None:
         kept = json.loads(file.read_bytes())
         whole = kept["sha256"] == _sum(kept["costs"])
         return Costs(**kept["costs"] | {"unknown": tuple(kept["costs"]["unknown"])}) if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
