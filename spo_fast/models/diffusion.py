@@ -16,6 +16,7 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.files import layout, load, sources
 from spo_fast.models.files.lora import written_settings
+from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.tensor_cache import fingerprint_files
@@ -112,6 +113,11 @@ class DiffusionModel:
         return Cond(cond, uncond)
 
     # ------------------------------------------------------------------------------------------------ images
+
+    def fuse(self) -> None:
+        """From now on UNet and VAE compute by our ops; LoRA layers must be there already."""
+        fuse(self.unet)
+        fuse(self.vae)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]

@@ -28,7 +28,7 @@ class Run(Parts):
         """From the first or the resumed iteration to the last; returns the run directory."""
         timer = Timer(self.device)
         try:
-            with self.stop:
+            with self.held, self.stop:
                 self._train(timer)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -22,7 +22,6 @@ from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, unet_width
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.sources import Resolved
-from spo_fast.models.fuse import fuse
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.timer import Timer
@@ -68,8 +67,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         self.model.prompt_cache.keep_encoder = True  # new prompts come all the time
         self.fused = self.device.type == "cpu" and width >= WIDE
         if self.fused:
-            fuse(self.model.unet)
-            fuse(self.model.vae)
+            self.model.fuse()
         self.rewards = Rewards(cfg, self.model)
         self.reward = self.rewards.initial()
         self.rewards.check_compared()
@@ -241,7 +239,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         """From the first or the resumed step to the last; returns the run directory."""
         cfg = self.cfg
         self.announce()
-        with self.stop, self.start() as log, self.stream() as stream, ProgressLine(self.total) as progress:
+        with self.held, self.stop, self.start() as log, self.stream() as stream, ProgressLine(self.total) as progress:
             assert log is not None
             self.learner.go_to(self.state.iteration)
             timer = Timer(self.device)

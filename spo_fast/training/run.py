@@ -51,8 +51,10 @@ class TrainingRun(Generic[C]):
         return {**self.cfg.flat(), "prompt_cache": self.model.prompt_cache.fingerprint}
 
     def lock(self) -> None:
-        """The run directory is this run's from now on."""
-        self._lock = files.lock(self.run_dir) if self.group.main else None
+        """The run directory is this run's from now on, until it has trained."""
+        self.held = contextlib.ExitStack()
+        if self.group.main:
+            self.held.enter_context(files.lock(self.run_dir))
 
     @property
     def done(self) -> bool:
