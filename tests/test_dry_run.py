@@ -168,13 +168,13 @@ def test_what_a_cpu_is_given(model: str, tiles: bool, words: str) -> None:
     flags = ("mixed_precision", "compile", "fuse", "rollout_weights")
     assert " ".join(choice.words for choice in found if choice.flag in flags) == words
     narrow, _ = choose(PRESETS["toy"]().with_fields(mixed_precision="auto"), cpu)
-    assert narrow.model.mixed_precision == "no" and narrow.sample.rollout_weights is None
+    assert narrow.model.mixed_precision == "no" and narrow.sample.rollout_weights == "unmerged"
     given = {"mixed_precision": "no", "rollout_weights": "unmerged", "fuse": False}
     asked, found = choose(PRESETS[model]().with_fields(**given), cpu)
     assert {flag: asked.flat()[flag] for flag in given} == given and not {c.flag for c in found} & given.keys()
     for other in ({"full_finetune": True}, {"method": "dpo", "pairs": "nowhere"}):
         whole, _ = choose(PRESETS["sd15"]().with_fields(mixed_precision="no", **other), cpu)
-        assert whole.sample.rollout_weights is None
+        assert whole.sample.rollout_weights == "unmerged"
 
 
 def test_how_long_a_run_is() -> None:

@@ -94,6 +94,8 @@ def test_the_tail_keeps_its_digits():
         assert ((got.double() - want) / want).abs().max() < 1e-5
     with use_backend("c"):
         assert str(geglu(torch.tensor([[1.0, 1.0, torch.inf, torch.nan]])).tolist()) == "[[inf, nan]]"
+    _, grad = run("c", torch.tensor([[1.0, 1.0, -1e38, 1e38]]), torch.ones(1, 2))
+    assert torch.equal(grad.abs(), torch.tensor([[0.0, 1e38, 0.0, 1.0]]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

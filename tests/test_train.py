@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -672,3 +673,14 @@ def test_prompts_are_encoded_a_window_ahead(tmp_path: Path, monkeypatch: pytest.
 
     assert len(logged(whole)) == 3 and logged(whole) == logged(parts)
     assert "encode prompts_ms" in read_metrics(parts / "metrics.jsonl")[2]
+
+
+def test_a_directory_is_let_go_when_its_run_has_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not when Python happens to free what the run was made of: the next one may be a line below."""
+    gc.collect()
+    gc.disable()
+    try:
+        for steps in (1, 2):
+            assert train.main(flags(tmp_path / "run", max_train_steps=steps, resume_from_checkpoint="latest")) == 0
+    finally:
+        gc.enable()

@@ -196,4 +196,6 @@ def how_computed(
         take("fuse", on, why if on else "the network is narrow: a CPU would take more time, for less memory")
     if merges(cfg, device, width):
         take("rollout_weights", "merged", "fewer products on a CPU, exact in float32 but for the order of sums")
+    elif cfg.sample.rollout_weights is None:
+        cfg = cfg.with_fields(rollout_weights="unmerged")
     return cfg, choices
