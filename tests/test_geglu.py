@@ -66,6 +66,8 @@ def test_output_and_gradient_match_float64(backend, dtype, shape, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_a_bias_is_added_first(backend, dtype):
     """With the gradient of a bias that is trained; the same from a product that brings none as from one that does."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernel computes in float32; float64 is left to the other backends")
     h, grad_y = case((3, 7, 600), dtype)
     bias = torch.linspace(-2, 2, 600, dtype=torch.float64).to(DEVICE, dtype)
     inputs = h.detach().requires_grad_(), bias.requires_grad_()
@@ -154,7 +156,8 @@ def test_gradcheck_of_the_definition():
 
 @needs_triton
 def test_library_op_is_sound():
-    torch.library.opcheck(module.GEGLU["triton"], (case((3, 8))[0].requires_grad_(),))
+    for bias in (None, torch.ones(8, device=DEVICE)):
+        torch.library.opcheck(module.GEGLU["triton"], (case((3, 8))[0].requires_grad_(), bias))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
