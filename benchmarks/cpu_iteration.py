@@ -17,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,16 @@ def write_truth(size: str, scratch: Path, out: Path) -> None:
 
 
 class Worker:
-    """A contender's process, seen from outside."""
+    """A contender's process, seen from outside; ours has the environment that the package's commands give themselves.
 
-    def __init__(self, name: str, size: str, scratch: Path, out: Path):
+    serve(name, *arguments, pipe) sends its errors, and then an answer for each request until that is None.
+    """
+
+    def __init__(self, name: str, published: bool, serve: Callable[..., None], *arguments: Any):
         self.name, spawn = name, multiprocessing.get_context("spawn")
-        ours = {} if CONTENDERS[name].published else for_pytorch(os.environ)
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(name, size, scratch, out, theirs), daemon=True)
-        with mock.patch.dict(os.environ, ours):
+        self.process = spawn.Process(target=serve, args=(name, *arguments, theirs), daemon=True)
+        with mock.patch.dict(os.environ, {} if published else for_pytorch(os.environ)):
             self.process.start()
         theirs.close()
         self.quality = self.answer()
@@ -145,9 +147,10 @@ class Worker:
             why = "for want of memory, most likely: compare fewer at a time (--only)" if code == -9 else f"with {code}"
             raise RuntimeError(f"the process of {self.name} ended {why}") from None
 
-    def iterate(self, share: float) -> dict[str, Any]:
+    def iterate(self, request: float) -> dict[str, Any]:
+        """One iteration of this share of kept pairs; of a preference model's training one step of this seed."""
         with contextlib.suppress(ConnectionError):  # answer says why
-            self.pipe.send(share)
+            self.pipe.send(request)
         return self.answer()
 
     def end(self) -> None:
@@ -185,7 +188,10 @@ def run(out: Path, size: str, names: Sequence[str], shares: Sequence[float], tur
         # a type's errors are judged by the published strategy's in it
         for technique in (CONTENDERS[name] for name in names):
             shutil.copytree(scratch, scratch / technique.mixed_precision, ignore=lambda *_: TYPES, dirs_exist_ok=True)
-        workers = {name: Worker(name, size, scratch / CONTENDERS[name].mixed_precision, out) for name in names}
+        workers = {}
+        for name in names:
+            how = CONTENDERS[name]
+            workers[name] = Worker(name, how.published, serve, size, scratch / how.mixed_precision, out)
         for share in shares:
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for turn in range(turns + 1):  # the first warms up

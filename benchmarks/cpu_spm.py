@@ -14,16 +14,15 @@ import argparse
 import functools
 import io
 import multiprocessing
-import os
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -31,11 +30,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import cpu_iteration, iteration, networks
-from benchmarks.cpu_iteration import Phases, ratios, spread
+from benchmarks import iteration, networks
+from benchmarks.cpu_iteration import Phases, Worker, ratios, spread
 from benchmarks.records import Records, read, table
 from benchmarks.shapes import latent_shape
-from spo_fast.config.command import for_pytorch
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.data.images import decode_image, to_square
 from spo_fast.method.experience import Cond
@@ -98,7 +96,7 @@ def batch_of(size: str, seed: int) -> Batch:
 # ---------------------------------------------------------------------------------------------------- the steps
 
 
-class Step:
+class Step(ABC):
     """What both have: networks with the same random weights, and the optimizer's settings."""
 
     def __init__(self, size: str, how: Contender, phase: Phases):
@@ -124,15 +122,17 @@ class Step:
         found = self.vae.encode(pixels.to(self.dtype)).latent_dist
         return (found.mean + found.std * noise.to(self.dtype)) * self.vae.config.scaling_factor
 
+    @abstractmethod
     def backward(self, batch: Batch) -> Tensor:
         """The batch's loss, its gradients added to the preference model's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self) -> None:
-        raise NotImplementedError
+        """The optimizer's step on them."""
 
+    @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """By the weights' names."""
 
     def evaluate(self, batch: Batch) -> iteration.Evaluation:
         loss = self.backward(batch)
@@ -287,18 +287,9 @@ def serve(name: str, size: str, truth: iteration.Evaluation, pipe: Connection) -
         pipe.send({"cpu_s": seconds, "phases_s": phases, "peak_mib": max(peaks.values()), "loss": float(loss)})
 
 
-class Worker(cpu_iteration.Worker):
-    """A contender's process, seen from outside."""
-
-    def __init__(self, name: str, size: str, truth: iteration.Evaluation):
-        spawn = multiprocessing.get_context("spawn")
-        ours = {} if CONTENDERS[name].published else for_pytorch(os.environ)
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(name, size, truth, theirs), daemon=True)
-        with mock.patch.dict(os.environ, ours):
-            self.process.start()
-        theirs.close()
-        self.quality = self.answer()
+def worker_of(name: str, size: str, truth: iteration.Evaluation) -> Worker:
+    """Of this file's contenders."""
+    return Worker(name, CONTENDERS[name].published, serve, size, truth)
 
 
 def judged_by(how: Contender) -> str:
@@ -320,10 +311,10 @@ def run_steps(out: Path, size: str, names: Sequence[str], turns: int) -> list[di
     judges = {"published", *(judged_by(CONTENDERS[name]) for name in names)}
     errors = {}
     for name in judges - {*names}:
-        worker = Worker(name, size, truth)
+        worker = worker_of(name, size, truth)
         errors[name] = worker.quality
         worker.end()
-    workers = {name: Worker(name, size, truth) for name in names}
+    workers = {name: worker_of(name, size, truth) for name in names}
     errors |= {name: worker.quality for name, worker in workers.items()}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(turns + 1):  # the first warms up

@@ -477,7 +477,7 @@ def test_a_contender_that_dies_is_named(tmp_path):
     from benchmarks import cpu_iteration
 
     with pytest.raises(RuntimeError, match="process of float32 ended with 1"):
-        cpu_iteration.Worker("float32", "no such size", tmp_path, tmp_path / "records.jsonl")
+        cpu_iteration.Worker("float32", False, cpu_iteration.serve, "no such size", tmp_path, tmp_path / "x.jsonl")
 
 
 def test_ratios_are_of_one_turn():

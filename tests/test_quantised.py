@@ -247,6 +247,9 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     seen: list[Any] = []
     whole = diagnosis.base_errors
     monkeypatch.setattr(diagnosis, "base_errors", lambda *a: seen.append((a[2], whole(*a))) or seen[-1][1])
+    predictions: list[Any] = []
+    predict = diagnosis.frozen_predictions
+    monkeypatch.setattr(diagnosis, "frozen_predictions", lambda *a: predictions.append(predict(*a)) or predictions[-1])
     run_toy(tmp_path / "run", base_weights=how, max_train_steps=1)
     ((e, found),) = seen
     outputs = []
@@ -271,17 +274,20 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     tolerance = 1e-3 if how == "nf4" else 0.2  # one x rounded otherwise, and all after it are
     assert error(errors, want) < tolerance and 1e-3 < want.mean() < 0.2
     a, b, _, _, std = run.table.coefficients.double()[e.states.rows].view(-1, 5, 1, 1, 1).unbind(1)
-    log_p = [
-        -((e.x_prev.double() - (a * e.states.x_t + b * m)[e.index]) ** 2 / (2 * std[e.index] ** 2)).mean((-3, -2, -1))
-        for m in (mine, full)
-    ]
+
+    def log_ratios(m: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        means = ((a * e.states.x_t + b * x)[e.index] for x in (m, of))
+        log_p, log_q = (-((e.x_prev.double() - x) ** 2 / (2 * std[e.index] ** 2)).mean((-3, -2, -1)) for x in means)
+        return (log_p - log_q).abs().flatten()
+
     timesteps, ratios = found["base_log_ratio"]
     assert torch.equal(timesteps, t[e.index].flatten())
-    want_ratios = (log_p[0] - log_p[1]).abs().flatten()
-    if how == "fp8":  # as large an error in another direction, on which a log-ratio depends: no digit, but the size
-        assert 0.2 < ratios.mean() / want_ratios.mean() < 5
-    else:
-        loose = tolerance if how == "nf4" else 0.5
+    # of the predictions that were compared, every digit
+    given = [(u.double() + 2.0 * (c.double() - u.double())) for c, u in predictions]
+    assert error(ratios, log_ratios(*given)) < 1e-3
+    assert error(given[1], full) < 1e-5
+    if how != "fp8":  # whose errors of the same size have another direction, on which a log-ratio depends
+        loose, want_ratios = tolerance if how == "nf4" else 0.5, log_ratios(mine, full)
         assert error(ratios, want_ratios) < loose
         assert ratios.mean().item() == pytest.approx(want_ratios.mean().item(), rel=loose)
     text = diagnosis.base_text(how, found)

@@ -54,7 +54,10 @@ class ModelConfig(Section):
         return self.decode_chunk or 8
 
     def precision_on(self, device_type: str) -> str:
-        """mixed_precision on a cuda or cpu device, auto resolved: no, fp16, bf16 or fp64."""
+        """mixed_precision on a cuda or cpu device: no, fp16, bf16 or fp64; auto as far as that tells.
+
+        What a CPU is faster in, models/device.py chooses before.
+        """
         if self.mixed_precision != "auto":
             return self.mixed_precision
         return "fp16" if device_type == "cuda" else "no"
