@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE, COMFYUI_FILE = "lora_kohya.safetensors", "lora_comfyui.safetensors"
+"""Beside it for other programs: of UNets with kohya's names, of flow transformers with ComfyUI's."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 DOWN = r"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A)"
@@ -519,9 +521,6 @@ def written_settings(config: LoraConfig) -> dict[str, object]:
     """
     plain, always = type(config)().to_dict(), {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
     return {key: value for key, value in config.to_dict().items() if key in always or value != plain[key]}
-
-
-COMFYUI_FILE = "lora_comfyui.safetensors"
 
 
 def save_transformer_lora(
