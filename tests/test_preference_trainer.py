@@ -66,12 +66,12 @@ class Recorded:
     """The golden networks in place of a DiffusionModel; counts UNet calls."""
 
     def __init__(self, prompts: Cond, ids: Tensor):
-        self.unet, self.decode = networks("sd15", torch.float32)
+        self.network, self.decode = networks("sd15", torch.float32)
         _, config = load("models_sd15")
         self.device, self.prediction_type = torch.device("cpu"), "epsilon"
         self.alphas_cumprod = load("ddim")[0]["alphas_cumprod"]
         self.prompts, self.ids, self.calls = prompts, ids, []
-        self.unet.register_forward_pre_hook(lambda _, args: self.calls.append(len(args[0])))
+        self.network.register_forward_pre_hook(lambda _, args: self.calls.append(len(args[0])))
 
     def cond(self, prompts: list[str]) -> Cond:
         return self.prompts

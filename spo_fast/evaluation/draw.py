@@ -37,7 +37,7 @@ def draw_all(
     model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
     for contender in (gallery.contender for gallery in todo if gallery.contender.kind == "lora"):
         assert contender.path is not None
-        read_file(contender.path, model.unet)  # one that does not fit is told before anything is drawn
+        read_file(contender.path, model.network)  # one that does not fit is told before anything is drawn
     model.prompt_cache.ensure([*prompts, ""])
     if engine.fuse:
         fuse(model.vae)
@@ -50,28 +50,28 @@ def draw_all(
         contender = gallery.contender
         if contender.kind == "unet":
             assert contender.path is not None
-            model.unet = None  # type: ignore[assignment]  # its memory goes first
-            model.unet = load_unet_from(contender.path, model.dtype).to(device)  # type: ignore[arg-type]
-        elif model.unet is None:
-            model.unet = load_unet(resolved, model.dtype).to(device)
+            model.network = None  # type: ignore[assignment]  # its memory goes first
+            model.network = load_unet_from(contender.path, model.dtype).to(device)  # type: ignore[arg-type]
+        elif model.network is None:
+            model.network = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":
             assert contender.path is not None
-            print(f"{contender.name}: {apply_lora(contender.path, model.unet)}", flush=True)
+            print(f"{contender.name}: {apply_lora(contender.path, model.network)}", flush=True)
         if engine.fuse:
             rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
             tokens = model.tokenizers[0].model_max_length
-            kernel = prepare_drawing(model.unet, engine, rows, model.latent_shape, tokens)
+            kernel = prepare_drawing(model.network, engine, rows, model.latent_shape, tokens)
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
         if engine.fuse or contender.kind == "lora":
             # fused with what it wore, or changed for good: the next one starts from the file
-            model.unet = None  # type: ignore[assignment]
+            model.network = None  # type: ignore[assignment]
 
 
 def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts: list[str]) -> None:
     """Plain DDIM (eta 0). A batch that lacks a picture is drawn whole: its numbers depend on its company."""
     c, files = cfg.pictures, gallery.files
-    table, policy = model.table(c.num_steps, 0.0), Drawn(model.unet, bool(cfg.engine.fuse))
+    table, policy = model.table(c.num_steps, 0.0), Drawn(model.network, bool(cfg.engine.fuse))
     for start in range(0, len(files), c.images_at_once):
         numbers = range(start, min(start + c.images_at_once, len(files)))
         if all(files[n].is_file() for n in numbers):

@@ -50,16 +50,16 @@ class DiffusionModel:
         dtype = vae_dtype(self.kind, self.dtype, read_json(layout.vae_config_file(resolved)))
         # diffusers' decorator hides what `to` takes
         self.vae: VAE = load.load_vae(resolved, dtype).to(device)  # type: ignore[arg-type]
-        self.unet: UNet2DConditionModel = load.load_unet(resolved, self.dtype).to(device)  # type: ignore[arg-type]
+        self.network: UNet2DConditionModel = load.load_unet(resolved, self.dtype).to(device)  # type: ignore[arg-type]
         self._take_sizes(cfg)
 
     def _take_sizes(self, cfg: ModelConfig) -> None:
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        default: int = self.unet.config["sample_size"] * factor
+        default: int = self.network.config["sample_size"] * factor
         self.height, self.width = cfg.height or default, cfg.width or default
         check_size(self.height, self.width, factor)
         self.size_told = (default, default) if cfg.size_told == "native" else (self.height, self.width)
-        self.latent_shape = (self.unet.config["in_channels"], self.height // factor, self.width // factor)
+        self.latent_shape = (self.network.config["in_channels"], self.height // factor, self.width // factor)
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -116,7 +116,7 @@ class DiffusionModel:
 
     def fuse(self) -> None:
         """From now on UNet and VAE compute by our ops; LoRA layers must be there already."""
-        fuse(self.unet)
+        fuse(self.network)
         fuse(self.vae)
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ class DiffusionModel:
             return []
         directory.mkdir(parents=True, exist_ok=True)
         if policy.adapter.full_finetune:
-            policy.unet.save_config(directory / "unet")
+            policy.network.save_config(directory / "unet")
             save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [directory / "unet"]
         state = {name.replace(".default.", "."): value for name, value in weights.items()}
@@ -190,7 +190,7 @@ class DiffusionModel:
         writer.save_lora_weights(
             save_directory=directory,
             unet_lora_layers=layers,
-            unet_lora_adapter_metadata=written_settings(policy.unet.peft_config["default"]),
+            unet_lora_adapter_metadata=written_settings(policy.network.peft_config["default"]),
         )
         kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
         if self.kind == "sdxl":  # diffusers reads these two layers' LoRA by their names in the original network only

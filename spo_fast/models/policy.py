@@ -32,7 +32,7 @@ class Policy(TrainedWeights):
     """UNet + trained weights. `predict` is the only way to evaluate the network."""
 
     def __init__(self, unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int):
-        self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
+        self.network, self.adapter = unet.requires_grad_(False).eval(), adapter
         self._frozen_copy: UNet2DConditionModel | None = None
         self.fused = False
         self._full: dict[QuantisedLinear, Tensor] = {}  # the base's weights before they were rounded
@@ -103,7 +103,7 @@ class Policy(TrainedWeights):
     def quantise(self, how: str) -> None:
         """Keep the frozen base in fewer bits (quantised.py), before `fuse`. Inexact."""
         import_for(how)
-        self._full = quantise_base(self.unet, how)
+        self._full = quantise_base(self.network, how)
 
     @contextlib.contextmanager
     def full_base(self) -> Iterator[None]:
@@ -123,24 +123,24 @@ class Policy(TrainedWeights):
 
     def fuse(self, recompute: bool = False) -> None:
         """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""
-        for unet in filter(None, (self.unet, self._frozen_copy)):
+        for unet in filter(None, (self.network, self._frozen_copy)):
             fuse(unet, recompute)
         self.fused = True
 
     def attend_with(self, attend: Attend) -> None:
         """Another kernel for a fused network's attentions."""
-        for unet in filter(None, (self.unet, self._frozen_copy)):
+        for unet in filter(None, (self.network, self._frozen_copy)):
             attend_with(unet, attend)
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute type."""
-        return self.unet.dtype
+        return self.network.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.unet.device
+        return self.network.device
 
     def predict(
         self,
@@ -162,28 +162,28 @@ class Policy(TrainedWeights):
             call = self.graphs.wrap(name, denoise)
         elif self.shards is None:  # whole gradients of parts come and go: no graph could add to them
             call = self.graphs.wrap_trained(name, denoise, self)
-        return call(self.unet, x_t, t, cond, guided)
+        return call(self.network, x_t, t, cond, guided)
 
     @torch.no_grad()
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:
         """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
         if not self.fused:
             return cond
-        return replace(cond, text=self.text(*inputs_of(self.unet, len(cond), cond, guided)))
+        return replace(cond, text=self.text(*inputs_of(self.network, len(cond), cond, guided)))
 
     def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
         """What a fused UNet computes of the prompts alone."""
-        return text_of(self.unet, prompt_embeds, added_cond_kwargs)
+        return text_of(self.network, prompt_embeds, added_cond_kwargs)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, `predict` is the network that training started from."""
         if self._frozen_copy is not None:
-            trained, self.unet = self.unet, self._frozen_copy
+            trained, self.network = self.network, self._frozen_copy
             try:
                 yield
             finally:
-                self.unet = trained
+                self.network = trained
             return
         if self._start is not None:
             with self._filled(self._start):
@@ -194,12 +194,12 @@ class Policy(TrainedWeights):
 
     @contextlib.contextmanager
     def _without_lora(self, which: str) -> Iterator[None]:
-        self.unet.disable_adapters()
+        self.network.disable_adapters()
         self._which = which
         try:
             yield
         finally:
-            self.unet.enable_adapters()
+            self.network.enable_adapters()
             self._which = ""
 
     @contextlib.contextmanager
@@ -213,7 +213,7 @@ class Policy(TrainedWeights):
             yield
             return
         if self._merged is None:
-            self._merged = MergedWeights(self.unet, self.state_dict())
+            self._merged = MergedWeights(self.network, self.state_dict())
         self._merged.merge(seed, iteration)
         with self._without_lora("merged"), self._merged.swapped_in():
             yield

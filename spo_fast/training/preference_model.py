@@ -125,7 +125,7 @@ class PixelReward:
         assert images.latents is not None
         x_t = noised(images.latents, t, noise, self.alphas_cumprod)
         cond = self.model.cond(images.prompts)
-        x0 = predicted_x0(self.model.unet, self.table, x_t, t, cond, self.guidance_scale).flatten(0, 1)
+        x0 = predicted_x0(self.model.network, self.table, x_t, t, cond, self.guidance_scale).flatten(0, 1)
         chunks = x0.split(self.decode_chunk)
         return torch.cat([preprocess_for_spm_training(self.model.decode(x), size) for x in chunks])
 

@@ -49,7 +49,7 @@ class FakeModel(DiffusionModel):
         self.vae.decode = once.wrap(self.vae.decode, "decode")
         self.posterior = once.wrap(super().posterior, "encode images")  # type: ignore[method-assign]
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel.from_config(self.configs()["unet"])
+            self.network = UNet2DConditionModel.from_config(self.configs()["unet"])
         self._encoders = [once.weights(self._text_encoder(part), dtype) for _, part in TEXT_PARTS[self.kind]]
         lengths = [encoder.config.max_position_embeddings for encoder in self._encoders]
         self.tokenizers = [SimpleNamespace(model_max_length=n) for n in lengths]  # type: ignore[misc]  # all that is asked
