@@ -113,7 +113,7 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
         with no_progress_bar():
             part.save_pretrained(str(path / name))
         if name.startswith("text_encoder"):
-            _with_old_names(path / name / "model.safetensors")
+            with_old_names(path / name / "model.safetensors")
         if name.startswith("tokenizer"):  # transformers < 5 reads vocab.json and merges.txt where diffusers loads one
             part.backend_tokenizer.model.save(str(path / name))
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__.removesuffix("Fast")]
@@ -125,7 +125,7 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _with_old_names(file: Path) -> None:
+def with_old_names(file: Path) -> None:
     """transformers >= 5.6 writes a CLIPTextModel without the prefix text_model., which every version reads and older
     ones need: without it they start from random weights with no more than a warning (seen with 4.57.1)."""
     from safetensors.torch import load_file, save_file
