@@ -19,6 +19,7 @@ from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.load import load_unet, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.sources import Resolved
+from spo_fast.models.flow import load_model
 from spo_fast.models.fuse import fuse
 
 NOISE = 2**32 - 3  # the iteration whose noise the pictures start from: no other use gets there
@@ -34,7 +35,7 @@ def draw_all(
     if not todo:
         return
     out, c, engine = Path(cfg.pictures.output_dir), cfg.pictures, cfg.engine
-    model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
+    model = load_model(cfg.model, resolved, device, out / "prompt_cache")
     for contender in (gallery.contender for gallery in todo if gallery.contender.kind == "lora"):
         assert contender.path is not None
         read_file(contender.path, model.network)  # one that does not fit is told before anything is drawn

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def ratio_deviations(m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig) -> dict[int, float]:
     """Timestep -> largest |ratio - 1|; before the first update: what the paths of policy and reference differ by."""
     deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten()
-    timesteps = table.timesteps[e.states.rows[e.index.flatten()]]
+    timesteps = table.timesteps[e.states.rows[e.index.flatten()]].round().long()
     found: dict[int, float] = {}
     for t, value in zip(timesteps.tolist(), deviation.tolist(), strict=True):
         found[t] = max(value, found.get(t, 0.0))

@@ -114,7 +114,7 @@ class FakePairs(PairReader):
             model.posterior(pixels)
         latents = torch.cat([self.once.empty(2, B, *model.latent_shape, dtype=model.latent_dtype)])
         draws = KeyedDraws(self.cfg.run.seed, iteration, torch.arange(B, device=self.once.device))
-        return PairInputs(cond, latents, draws, model.alphas_cumprod), position + B
+        return PairInputs(cond, latents, draws), position + B
 
 
 def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, object]:

@@ -46,7 +46,9 @@ class Networks:
             policy = Policy(model.network, replace(cfg.adapter, lora_path=None), seed=0)
         policy.reach = None
         if cfg.adapter.lora_path is not None:
-            read_lora(cfg.adapter.lora_path, model.network, cfg.adapter)  # one that does not fit is told by a dry run too
+            read_lora(
+                cfg.adapter.lora_path, model.network, cfg.adapter
+            )  # one that does not fit is told by a dry run too
         networks = [n for n in (model.network, policy._frozen_copy) if n is not None]
         for network in networks:
             once.weights(network, model.dtype)
