@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from spo_fast.config.evaluation import EvaluationConfig, MetricConfig, PicturesConfig
@@ -56,7 +57,58 @@ def toy() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"toy": toy, "sd15": sd15, "sdxl": sdxl}
+ATTENTION = tuple(
+    f"attn.{name}"  # not attn2, which a bare to_q would take too
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+def sd35() -> Config:
+    """SPO on Stable Diffusion 3.5, with the steps, LoRA and rate of the published flow recipes (Flow-GRPO)."""
+    return Config(
+        model=ModelConfig(model="sd35", mixed_precision="auto", height=512, width=512),
+        adapter=AdapterConfig(rank=32, lora_alpha=64, lora_targets=ATTENTION),
+        sample=SampleConfig(sample_batch_size=4, num_candidates=4, num_steps=10, guidance_scale=4.5, threshold=0.3),
+        objective=ObjectiveConfig(method="spo"),
+        optim=OptimConfig(learning_rate=3e-4, train_batch_size=4),
+        run=RunConfig(output_dir="runs/sd35", num_train_epochs=10, checkpoints_total_limit=2),
+    )
+
+
+def flux() -> Config:
+    """SPO on FLUX.1, with the steps, LoRA and rate of the published flow recipes. float16 would overflow."""
+    return Config(
+        model=ModelConfig(model="flux", mixed_precision="bf16", height=512, width=512),
+        adapter=AdapterConfig(rank=64, lora_alpha=128, lora_targets=(*ATTENTION, *FEED_FORWARD)),
+        sample=SampleConfig(sample_batch_size=2, num_candidates=2, num_steps=6, guidance_scale=3.5, threshold=0.3),
+        objective=ObjectiveConfig(method="spo"),
+        optim=OptimConfig(learning_rate=3e-4, train_batch_size=2, gradient_accumulation_steps=2),
+        run=RunConfig(output_dir="runs/flux", num_train_epochs=10, checkpoints_total_limit=2),
+    )
+
+
+def toy_flow() -> Config:
+    """The embedded world on a CPU, by a flow model of SD3's kind."""
+    return Config(
+        model=ModelConfig(model="toy-flow", mixed_precision="no", decode_chunk=256),
+        adapter=AdapterConfig(rank=8, lora_alpha=16, lora_targets=ATTENTION),
+        sample=SampleConfig(sample_batch_size=16, num_candidates=4, num_steps=10, threshold=0.05, guidance_scale=2.0),
+        objective=ObjectiveConfig(method="spo"),
+        optim=OptimConfig(learning_rate=5e-4, train_batch_size=16),
+        data=DataConfig(max_prompts=96),
+        run=RunConfig(output_dir="runs/toy-flow", num_train_epochs=1, num_validation_images=8),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "toy": toy,
+    "toy-flow": toy_flow,
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "sd35": sd35,
+    "flux": flux,
+}
 
 
 def _preference(
@@ -93,10 +145,16 @@ def sdxl_preference() -> PreferenceConfig:
     return _preference("sdxl", 1e-6, 7000, "pickscore")
 
 
-def toy_preference() -> PreferenceConfig:
+def flow_preference(model: Literal["sd35", "flux"]) -> PreferenceConfig:
+    """As SDXL's, on PickScore's labels: none is published for flows."""
+    found = _preference(model, 1e-6, 7000, "pickscore")
+    return replace(found, model=replace(PRESETS[model]().model, decode_chunk=4))
+
+
+def toy_preference(model: Literal["toy", "toy-flow"] = "toy") -> PreferenceConfig:
     """The embedded world's SPM, from its PickScore."""
     return PreferenceConfig(
-        model=ModelConfig(model="toy", mixed_precision="no", decode_chunk=256),
+        model=ModelConfig(model=model, mixed_precision="no", decode_chunk=256),
         optim=RewardOptimConfig(
             learning_rate=5e-4,
             adam_weight_decay=0.01,
@@ -108,15 +166,18 @@ def toy_preference() -> PreferenceConfig:
         reward=RewardConfig(train_guidance_scale=2.0),
         pairs=PairsConfig(cache_latents=False),  # its VAE is faster than a file
         run=RewardRunConfig(
-            output_dir="runs/toy-spm", num_train_epochs=1, validation_steps=200, checkpointing_steps=100
+            output_dir=f"runs/{model}-spm", num_train_epochs=1, validation_steps=200, checkpointing_steps=100
         ),
     )
 
 
 PREFERENCE_PRESETS: dict[str, Callable[[], PreferenceConfig]] = {
     "toy": toy_preference,
+    "toy-flow": lambda: toy_preference("toy-flow"),
     "sd15": sd15_preference,
     "sdxl": sdxl_preference,
+    "sd35": lambda: flow_preference("sd35"),
+    "flux": lambda: flow_preference("flux"),
 }
 
 
@@ -125,10 +186,17 @@ def evaluation(model: Literal["sd15", "sdxl"]) -> EvaluationConfig:
     return EvaluationConfig(model=ModelConfig(model=model))
 
 
-def toy_evaluation() -> EvaluationConfig:
+def flow_evaluation(model: Literal["sd35", "flux"], steps: int) -> EvaluationConfig:
+    """As the published flow recipes evaluate: more steps than in training, the same guidance."""
+    cfg = PRESETS[model]()
+    pictures = PicturesConfig(guidance_scale=cfg.sample.guidance_scale, num_steps=steps)
+    return EvaluationConfig(model=cfg.model, pictures=pictures)
+
+
+def toy_evaluation(model: Literal["toy", "toy-flow"] = "toy") -> EvaluationConfig:
     """The embedded world's true scores beside PickScore."""
     return EvaluationConfig(
-        model=toy().model,
+        model=PRESETS[model]().model,
         metric=MetricConfig(metrics=("layout", "aesthetics", "pickscore")),
         pictures=PicturesConfig(guidance_scale=2.0, images_per_prompt=2, images_at_once=128),
     )
@@ -136,6 +204,9 @@ def toy_evaluation() -> EvaluationConfig:
 
 EVALUATION_PRESETS: dict[str, Callable[[], EvaluationConfig]] = {
     "toy": toy_evaluation,
+    "toy-flow": lambda: toy_evaluation("toy-flow"),
     "sd15": lambda: evaluation("sd15"),
     "sdxl": lambda: evaluation("sdxl"),
+    "sd35": lambda: flow_evaluation("sd35", 40),
+    "flux": lambda: flow_evaluation("flux", 28),
 }

@@ -20,7 +20,12 @@ def published(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(method.asked("recipe", given))
 
 
-TINY_VAES = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+TINY_VAES = {
+    "sd15": "madebyollin/taesd",
+    "sdxl": "madebyollin/taesdxl",
+    "sd35": "madebyollin/taesd3",
+    "flux": "madebyollin/taef1",
+}
 
 
 def fast(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any
 from spo_fast.config.errors import UsageError, did_you_mean
 from spo_fast.config.outside import is_outside, load_outside
 
-KINDS = ("sd15", "sdxl")
+KINDS = ("sd15", "sdxl", "sd35", "flux")
+"""Architectures of diffusion models; those of FLOWS predict the velocity of a flow."""
+FLOWS = ("sd35", "flux")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ SCORERS: dict[str, ScorerRecord] = {
                 "SPO-Diffusion-Models/Step-Aware_Preference_Models",
                 {
                     "sd15": "sd-v1-5_step-aware_preference_model.bin",
-                    "sdxl": "sdxl_step-aware_preference_model.bin",
+                    # none is published for flows: a step of equal noise-to-signal ratio looks alike to SDXL's
+                    **dict.fromkeys(("sdxl", "sd35", "flux"), "sdxl_step-aware_preference_model.bin"),
                 },
                 flag="Local step-aware preference model (.bin or .safetensors file, or a directory). Default: the "
                 "architecture's, from the hub.",

@@ -16,18 +16,26 @@ from spo_fast.config.scorers import SCORER_SOURCES, SCORERS
 class ModelConfig(Section):
     """The diffusion model: its files, its size and its precision."""
 
-    model: Literal["toy", "sd15", "sdxl"] = "toy"
-    """Architecture: sd15 (512 px), sdxl (1024 px) or the embedded toy, a tiny SDXL pipeline that runs on a CPU."""
+    model: Literal["toy", "toy-flow", "sd15", "sdxl", "sd35", "flux"] = "toy"
+    """Architecture: sd15 (512 px), sdxl (1024 px), the flow models sd35 (Stable Diffusion 3.5, medium or large) and
+    flux (FLUX.1 dev or schnell), or an embedded toy that runs on a CPU: a tiny SDXL, or with toy-flow a tiny SD3."""
     pretrained_model_name_or_path: str | None = None
-    """Hub id, local diffusers directory, or one .safetensors file. Default: the architecture's public base model."""
+    """Hub id, local diffusers directory, or one .safetensors file (of a flow model its transformer, as Stability, BFL
+    and ComfyUI have it). Default: the architecture's public base model."""
+    base_model_name_or_path: str | None = None
+    """Hub id or local diffusers directory of all that a flow model's one file has not: text encoders, VAE, scheduler.
+    Default: those of the published model to which the file's shapes belong."""
     pretrained_vae_model_name_or_path: str | None = None
-    """Another VAE (same three forms). Default for sdxl: madebyollin/sdxl-vae-fp16-fix; otherwise the model's own."""
+    """Another VAE (a hub id, directory or file). Default for sdxl: madebyollin/sdxl-vae-fp16-fix; otherwise the model's
+    own."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model."""
     variant: str | None = None
-    """Hub file variant of the model, such as fp16."""
+    """Hub file variant of the model, such as fp16; with a question mark (fp16?) only of the parts that have it. Default:
+    of flow models in 16 bits fp16?, which halves the download of T5."""
     height: Count | None = None
-    """Image height in pixels, a multiple of the VAE's factor (8). Default: the architecture's own size."""
+    """Image height in pixels, a multiple of the VAE's factor (8; 16 for flow models). Default: the architecture's own
+    size; 512 for flow models."""
     width: Count | None = None
     """Image width in pixels, likewise."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp64"] = "auto"
@@ -50,8 +58,8 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.size_told == "own" or self.model != "sd15",
-            "size_told=native is SDXL's: an SD-1.5 is told no size. Leave it out.",
+            self.size_told == "own" or self.model in ("sdxl", "toy"),
+            f"size_told=native is SDXL's: a model of kind {self.model} is told no size. Leave it out.",
         )
 
     @property

@@ -11,23 +11,45 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from spo_fast.config.errors import Missing, MissingFilesError, Needed
-from spo_fast.config.scorers import SCORER_SOURCES
-from spo_fast.data.files import WEIGHT_NAMES, read_header, read_json, weight_files
+from spo_fast.config.scorers import FLOWS, SCORER_SOURCES
+from spo_fast.data.files import WEIGHT_NAMES, read_header, read_json, shown, weight_files
 from spo_fast.data.hub import offline_reason
 from spo_fast.models.files import kinds, prediction
 from spo_fast.models.files.layout import (
     WEIGHT_SUFFIXES,
     file_names,
+    needs,
     scheduler_config,
     select_files,
     unet_files,
     vae_config_file,
 )
 from spo_fast.models.files.lora import LORA_FILE, find_lora
-from spo_fast.models.files.single_file import check_model_file, check_vae_file, unet_sizes, vae_sizes
-from spo_fast.models.files.sources import DEFAULTS, PARTS, TEXT_PARTS, ModelSource, Resolved, unknown
+from spo_fast.models.files.single_file import (
+    base_of_file,
+    check_model_file,
+    check_vae_file,
+    transformer_sizes,
+    unet_sizes,
+    vae_sizes,
+)
+from spo_fast.models.files.sources import (
+    DEFAULTS,
+    GATED,
+    NETWORK_NAMES,
+    OPTIONAL,
+    PARTS,
+    T5S,
+    TEXT_PARTS,
+    ModelSource,
+    Resolved,
+    network_part,
+    published_settings,
+    unknown,
+)
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -55,8 +77,7 @@ def resolve_all(
     download=False only looks. Raises MissingFilesError with all that cannot be had, ValueError for a file of the
     wrong kind.
     """
-    needs = _needs(model, scorers or {})
-    found = {need.flag: _find(need, model, download) for need in needs}
+    found = {need.flag: _find(need, model, download) for need in _needs(model, scorers or {})}
     missing = [f for f in found.values() if isinstance(f, Missing)]
     if missing:
         raise MissingFilesError(missing)
@@ -66,6 +87,7 @@ def resolve_all(
         model_path=paths["--pretrained_model_name_or_path"],
         vae_path=paths.get("--pretrained_vae_model_name_or_path"),
         scorer_paths={name: paths[f"--{name}_path"] for name in scorers or {}},
+        base_path=paths.get("--base_model_name_or_path"),
     )
     check_kinds(resolved)
     return resolved
@@ -73,6 +95,8 @@ def resolve_all(
 
 def check_kinds(resolved: Resolved) -> None:
     """Raise ValueError for networks of other kinds than are trained here, or that do not belong together."""
+    if resolved.source.kind in FLOWS:
+        return _check_flow(resolved)
     settings = {part: resolved.config_dir / part / "config.json" for part in ("unet", "text_encoder", "text_encoder_2")}
     unet = read_json(settings["unet"])
     texts = [read_json(settings[encoder]) for _, encoder in TEXT_PARTS[resolved.source.kind]]
@@ -95,6 +119,46 @@ def check_kinds(resolved: Resolved) -> None:
     if not resolved.single_file:
         for file in (f for f in unet_files(resolved) if f.suffix == ".safetensors"):
             prediction.contradicts(file, scheduler)
+    return None
+
+
+def transformer_config(resolved: Resolved) -> dict[str, Any]:
+    """A flow transformer's settings: its directory's, or what its single file shows over the published ones."""
+    if not resolved.single_file:
+        return read_json(resolved.model_path / "transformer" / "config.json")
+    published = read_json(published_settings(resolved.source) / "transformer" / "config.json")
+    return published | transformer_sizes(resolved.model_path, resolved.source.kind)
+
+
+def vae_config(resolved: Resolved) -> dict[str, Any]:
+    """The VAE's settings, with the channels that a single file shows."""
+    path = resolved.vae_path or resolved.base_path or resolved.model_path
+    return read_json(vae_config_file(resolved)) | (vae_sizes(path) if path.is_file() else {})
+
+
+def _check_flow(resolved: Resolved) -> None:
+    kind, folder = resolved.source.kind, resolved.config_dir
+    file = resolved.model_path if resolved.single_file else folder / "transformer" / "config.json"
+    transformer, vae = transformer_config(resolved), vae_config(resolved)
+    vae_path = resolved.vae_path or folder
+    vae_file = vae_path if vae_path.is_file() else vae_config_file(resolved)
+    kinds.check_transformer(transformer, file, kind)
+    kinds.check_flow_vae(vae, vae_file, kind)
+    texts = {part: read_json(folder / part / "config.json") for _, part in resolved.text_parts}
+    for part, text in texts.items():
+        kinds.check_text(text, folder / part / "config.json", (kind, part) in T5S)
+    kinds.check_flow_together(kind, transformer, vae, texts, file, vae_file)
+    kinds.check_flow_scheduler(scheduler_config(resolved), folder / "scheduler" / "scheduler_config.json")
+
+
+def check_asked(resolved: Resolved, height: int | None, width: int | None, guidance_scale: float | None = None) -> None:
+    """Raise ValueError for a size in pixels or a guidance scale that a flow model does not take."""
+    if resolved.source.kind not in FLOWS:
+        return
+    transformer = transformer_config(resolved)
+    kinds.check_flow_size(transformer, vae_config(resolved), height, width)
+    if guidance_scale is not None:
+        kinds.check_guidance(transformer, guidance_scale, resolved.source.pretrained_model_name_or_path)
 
 
 @dataclass(frozen=True)
@@ -120,28 +184,50 @@ def _sized(need: _Need, found: Path | Missing) -> Present | Missing:
 
 def _needs(model: ModelSource, scorers: Mapping[str, str | None]) -> list[_Need]:
     own_vae = model.pretrained_vae_model_name_or_path is None
-    needs = [
-        _Need(
-            what=f"{model.kind}: UNet, text encoders" + (", VAE" if own_vae else ""),
-            source=model.pretrained_model_name_or_path,
-            flag="--pretrained_model_name_or_path",
-            parts=tuple(p for p in PARTS[model.kind] if own_vae or p != "vae"),
-            kind=model.kind,
-            revision=model.revision,
-            variant=model.variant,
+    part = network_part(model.kind)
+    parts = tuple(p for p in PARTS[model.kind] if own_vae or p != "vae")
+    whole = _Need(
+        what=f"{model.kind}: {NETWORK_NAMES[part]}, text encoders" + (", VAE" if own_vae else ""),
+        source=model.pretrained_model_name_or_path,
+        flag="--pretrained_model_name_or_path",
+        parts=parts,
+        kind=model.kind,
+        revision=model.revision,
+        variant=model.variant,
+    )
+    found = [whole]
+    if model.kind in FLOWS and (single := Path(os.path.expanduser(whole.source))).is_file():
+        found = [
+            replace(whole, what=f"{model.kind}: {NETWORK_NAMES[part]}", parts=(part,), revision=None),
+            replace(
+                whole,
+                what=f"{model.kind}: text encoders" + (", VAE" if own_vae else ""),
+                source=model.base_model_name_or_path or _base_of(single, model.kind),
+                flag="--base_model_name_or_path",
+                parts=tuple(p for p in parts if p != part),
+            ),
+        ]
+    elif model.base_model_name_or_path is not None:
+        raise ValueError(
+            "--base_model_name_or_path is for a transformer in one file (--model sd35 or flux): "
+            f"{shown(whole.source, 90)} is none. Leave it out."
         )
-    ]
     if model.pretrained_vae_model_name_or_path is not None:
         vae = model.pretrained_vae_model_name_or_path
-        needs.append(_Need("VAE", vae, "--pretrained_vae_model_name_or_path", parts=("vae-alone",)))
+        found.append(_Need("VAE", vae, "--pretrained_vae_model_name_or_path", parts=("vae-alone",)))
     for name, path in scorers.items():
         if name not in SCORER_SOURCES:
             raise ValueError(unknown("scorer", name, SCORER_SOURCES))
         s = SCORER_SOURCES[name]
         file = s.files[model.kind] if s.files else ""
         need = _Need(s.what, path or s.repository, f"--{name}_path", () if file else (s.part,), file)
-        needs.append(replace(need, local_only=s.local_only))
-    return needs
+        found.append(replace(need, local_only=s.local_only))
+    return found
+
+
+def _base_of(file: Path, kind: str) -> str:
+    _check_file(file, _Need("", str(file), "", parts=(network_part(kind),), kind=kind), kind)
+    return base_of_file(file, kind)
 
 
 def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Missing:
@@ -177,6 +263,8 @@ def _find(need: _Need, model: ModelSource, download: bool) -> Path | Missing:
     if need.local_only:
         return _lacks(need, need.local_only)
     cached = _find_in_cache(need, model.cache_dir)
+    if isinstance(cached, Missing) and need.source in GATED:
+        cached = replace(cached, why=f"{cached.why}; {_gated(need.source)}")
     if isinstance(cached, Path) or not download:
         return cached
     if why := offline_reason():
@@ -206,15 +294,24 @@ def _find_in_directory(directory: Path, need: _Need, why: str) -> Path | Missing
                     _check_file(shard, need, need.kind)
                 return file
         return _lacks(need, f"{why}{need.file} or model.safetensors")
-    if need.kind and (directory / "unet" / "config.json").is_file():
+    if need.kind and {"unet", "transformer"} & {*need.parts}:
         _check_directory_kind(directory, need.kind)  # before what is missing: another kind has other parts
     chosen, lacking = select_files(file_names(directory), need.parts, need.variant)
+    lacking += _promised(directory, need.parts)
     if lacking:
         return _lacks(need, why + ", ".join(lacking) + _instead(file_names(directory), lacking, need))
     for name in chosen:  # one that was cut short is named now, not after minutes of loading the others
         if name.endswith(".safetensors"):
             read_header(directory / name)
     return directory
+
+
+def _promised(directory: Path, parts: Collection[str]) -> list[str]:
+    """Parts that a directory may lack, but not this one: its model_index.json names them."""
+    index = directory / "model_index.json"
+    listed = read_json(index) if index.is_file() else {}
+    missing = [p for p in OPTIONAL if p in parts and not (directory / p).is_dir()]
+    return [f"{part}/" for part in missing if listed.get(part, [None, None]) != [None, None]]
 
 
 def _instead(names: Collection[str], lacking: Collection[str], need: _Need) -> str:
@@ -226,7 +323,7 @@ def _instead(names: Collection[str], lacking: Collection[str], need: _Need) -> s
         for there in sorted(n for n in names if n.rpartition("/")[0] == folder):
             if m := re.fullmatch(pattern, there.rpartition("/")[2]):
                 found[m[3] or m[6]] = there
-    found.pop(need.variant, None)  # shards, not all of them
+    found.pop(need.variant if needs(need.variant) else None, None)  # shards, not all of them
     if not found:
         return ""
     variant, there = next(iter(found.items()))
@@ -243,10 +340,18 @@ def _lacks(need: _Need, why: str) -> Missing:
 
 
 def _check_directory_kind(directory: Path, kind: str) -> None:
-    config = read_json(directory / "unet" / "config.json")
-    found = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+    files = {part: directory / part / "config.json" for part in NETWORK_NAMES}
+    if not (part := next((part for part, file in files.items() if file.is_file()), "")):
+        return
+    config = read_json(files[part])
+    if part == "unet":
+        found = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+    elif not (found := {name: k for k, name in kinds.TRANSFORMERS.items()}.get(config.get("_class_name", ""), "")):
+        known = ", ".join(kinds.TRANSFORMERS.values())
+        raise ValueError(f"{shown(directory)} holds a {config.get('_class_name')!s:.60}; trained here are {known}.")
     if found != kind:
-        raise ValueError(f"{directory} holds a UNet of kind {found}, but kind {kind} was asked for: use {found}.")
+        network = NETWORK_NAMES[part]
+        raise ValueError(f"{directory} holds a {network} of kind {found}, but kind {kind} was asked for: use {found}.")
 
 
 # ---------------------------------------------------------------------------------------------- the hub
@@ -258,7 +363,8 @@ def _find_in_cache(need: _Need, cache_dir: str | None) -> Path | Missing:
 
     # one file tells the snapshot's folder; snapshot_download(local_files_only=True) would not, for it refuses a
     # snapshot without the duplicates that were never wanted
-    names = [need.file] if need.file else ["unet/config.json", "vae/config.json", "config.json"]
+    folders = ("unet/", "transformer/", "vae/", "text_encoder/", "")
+    names = [need.file] if need.file else [f"{folder}config.json" for folder in folders]
     if need.parts == ("lora",):
         cache = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{need.source.replace('/', '--')}" / "snapshots"
         names = [LORA_FILE, *sorted({file.name for file in cache.glob("*/*.safetensors")})]
@@ -273,6 +379,10 @@ def _find_in_cache(need: _Need, cache_dir: str | None) -> Path | Missing:
     return _lacks(need, "no such path, and not in the hub cache")
 
 
+def _gated(source: str) -> str:
+    return f"gated: accept its terms at https://huggingface.co/{source}, then `hf auth login` or set HF_TOKEN"
+
+
 def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -285,7 +395,7 @@ def _download(need: _Need, cache_dir: str | None) -> Path | Missing:
             return _lacks(need, "the repository lacks " + ", ".join(lacking) + _instead(names, lacking, need))
         snapshot = snapshot_download(need.source, revision=need.revision, cache_dir=cache_dir, allow_patterns=chosen)
     except GatedRepoError:
-        return _lacks(need, "gated: accept its terms on the hub, then `hf auth login`")
+        return _lacks(need, _gated(need.source))
     except RepositoryNotFoundError:
         return _lacks(need, "no such repository on the hub (or private: `hf auth login`)")
     except RevisionNotFoundError:

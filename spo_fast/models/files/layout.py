@@ -11,7 +11,7 @@ from spo_fast.data.files import read_json
 from spo_fast.models.files import prediction
 from spo_fast.models.files.lora import LORA_FILE, PEFT_CONFIG, choose_lora
 from spo_fast.models.files.single_file import vae_settings_of_file
-from spo_fast.models.files.sources import TEXT_PARTS, Resolved, settings_directory
+from spo_fast.models.files.sources import OPTIONAL, Resolved, network_part, settings_directory
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -32,11 +32,14 @@ def select_files(names: Collection[str], parts: Collection[str], variant: str | 
     """(files to use, what is lacking) for these parts, out of a repository's file names.
 
     Of duplicates one is taken: safetensors before .bin, and the plain weights unless `variant` (e.g. fp16) is
-    named. A lacking variant is reported, never replaced by another.
+    named. A lacking variant is reported, never replaced by another, unless it ends in "?".
     """
-    chosen = ["model_index.json"] if "model_index.json" in names and "unet" in parts else []
+    whole = {"unet", "transformer"} & {*parts} or {"vae", "scheduler"} <= {*parts}  # or all but its single file
+    chosen = ["model_index.json"] if "model_index.json" in names and whole else []
     lacking: list[str] = []
     for part in parts:
+        if part in OPTIONAL and not any(name.startswith(f"{part}/") for name in names):
+            continue
         c, m = _select_part(names, part, variant)
         chosen, lacking = chosen + c, lacking + m
     return chosen, lacking
@@ -53,7 +56,9 @@ def _select_part(names: Collection[str], part: str, variant: str | None) -> tupl
         return ([], [lack]) if file is None else ([file, *({PEFT_CONFIG} & {*names})], [])
     if part.startswith("tokenizer"):
         if f"{part}/tokenizer.json" not in names:
-            _, lacking = _present_or_lacking([f"{part}/vocab.json", f"{part}/merges.txt"], names)
+            t5 = part == "tokenizer_3" or f"{part}/spiece.model" in names
+            files = [f"{part}/tokenizer.json"] if t5 else [f"{part}/vocab.json", f"{part}/merges.txt"]
+            _, lacking = _present_or_lacking(files, names)
             if lacking:
                 return [], lacking
         return sorted(n for n in names if re.fullmatch(rf"{part}/[^/]+\.(json|txt)", n)), []
@@ -67,7 +72,7 @@ def _select_part(names: Collection[str], part: str, variant: str | None) -> tupl
     chosen, lacking = _present_or_lacking([folder + "config.json"], names)
     weights = weight_names(names, folder, stem, variant)
     if not weights:
-        lacking.append(f"{folder}{stem}{f'.{variant}' if variant else ''}.safetensors")
+        lacking.append(f"{folder}{stem}{f'.{variant}' if needs(variant) else ''}.safetensors")
     return chosen + weights, lacking
 
 
@@ -75,8 +80,15 @@ def _present_or_lacking(wanted: list[str], names: Collection[str]) -> tuple[list
     return [n for n in wanted if n in names], [n for n in wanted if n not in names]
 
 
+def needs(variant: str | None) -> bool:
+    """Whether weights of no other variant will do."""
+    return variant is not None and not variant.endswith("?")
+
+
 def weight_names(names: Collection[str], folder: str, stem: str, variant: str | None) -> list[str]:
-    """One complete set of weights, whole or in shards, or nothing."""
+    """One complete set of weights, whole or in shards, or nothing. A variant that ends in "?" may be lacking."""
+    if variant is not None and not needs(variant):
+        return weight_names(names, folder, stem, variant[:-1]) or weight_names(names, folder, stem, None)
     v = f".{variant}" if variant else ""
     for s, suffix in ((stem, "safetensors"), ({"model": "pytorch_model"}.get(stem, stem), "bin")):
         if (whole := f"{folder}{s}{v}.{suffix}") in names:
@@ -94,13 +106,13 @@ def weight_names(names: Collection[str], folder: str, stem: str, variant: str | 
 
 def vae_folder(resolved: Resolved) -> Path:
     """Of a VAE that is no single file: its own repository, or the vae/ of a pipeline."""
-    path = resolved.vae_path or resolved.model_path
+    path = resolved.vae_path or resolved.base_path or resolved.model_path
     return path if resolved.vae_path is not None and (path / "config.json").is_file() else path / "vae"
 
 
 def vae_config_file(resolved: Resolved) -> Path:
     """The VAE's settings; of a single file those beside it, if it came out of a diffusers directory, or its model's."""
-    path = resolved.vae_path or resolved.model_path
+    path = resolved.vae_path or resolved.base_path or resolved.model_path
     if not path.is_file():
         return vae_folder(resolved) / "config.json"
     return vae_settings_of_file(path, settings_directory(resolved.source))
@@ -108,25 +120,27 @@ def vae_config_file(resolved: Resolved) -> Path:
 
 def text_files(resolved: Resolved) -> list[Path]:
     """The files that decide what a prompt is encoded to: to fingerprint a cache of embeddings with."""
-    parts = [part for pair in TEXT_PARTS[resolved.source.kind] for part in pair]
-    if resolved.single_file:
+    parts = [part for pair in resolved.text_parts for part in pair]
+    if resolved.single_file and resolved.base_path is None:
         settings = [f for part in parts for f in (resolved.config_dir / part).glob("*.json")]
         return [resolved.model_path, *sorted(settings)]
-    chosen, _ = select_files(file_names(resolved.model_path), parts, resolved.source.variant)
-    return [resolved.model_path / name for name in chosen]
+    folder = resolved.config_dir
+    chosen, _ = select_files(file_names(folder), parts, resolved.source.variant)
+    return [folder / name for name in chosen]
 
 
 def unet_files(resolved: Resolved) -> list[Path]:
-    """The files that hold the UNet."""
+    """The files that hold the UNet, or a flow model's transformer."""
     if resolved.single_file:
         return [resolved.model_path]
-    chosen, _ = select_files(file_names(resolved.model_path), ("unet",), resolved.source.variant)
-    return [resolved.model_path / name for name in chosen if name.startswith("unet/")]
+    part = network_part(resolved.source.kind)
+    chosen, _ = select_files(file_names(resolved.model_path), (part,), resolved.source.variant)
+    return [resolved.model_path / name for name in chosen if name.startswith(f"{part}/")]
 
 
 def vae_files(resolved: Resolved) -> list[Path]:
     """The files that decide what an image is encoded to."""
-    path = resolved.vae_path or resolved.model_path
+    path = resolved.vae_path or resolved.base_path or resolved.model_path
     if path.is_file():
         return [path]
     return sorted(file for file in vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
@@ -135,6 +149,6 @@ def vae_files(resolved: Resolved) -> list[Path]:
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:
     """The scheduler's settings as its JSON, and a single file itself, have them; nothing heavy is imported."""
     settings = read_json(resolved.config_dir / "scheduler" / "scheduler_config.json")
-    if not resolved.single_file:
+    if not resolved.single_file or resolved.base_path is not None:
         return settings
     return prediction.scheduler_settings(resolved.model_path, settings, resolved.source.config is not None)

@@ -1,6 +1,6 @@
-"""Loads one part of a model from the disk: UNet, VAE, text encoders, tokenizers.
+"""Loads one part of a model from the disk: UNet or transformer, VAE, text encoders, tokenizers.
 
-Each alone, so that the text encoders can be loaded, used and dropped before the UNet takes its memory.
+Each alone, so that the text encoders can be loaded, used and dropped before the network takes its memory.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from spo_fast.data.files import DAMAGED, read_json, shown
 from spo_fast.models.files import kinds
 from spo_fast.models.files.clip_tokenizer import clip_tokenizer
-from spo_fast.models.files.layout import WEIGHT_SUFFIXES, vae_folder, weight_names
+from spo_fast.models.files.layout import WEIGHT_SUFFIXES, needs, vae_folder, weight_names
 from spo_fast.models.files.single_file import TEXT_PREFIXES, text_class, vae_class
-from spo_fast.models.files.sources import TEXT_PARTS, Resolved, settings_directory
+from spo_fast.models.files.sources import T5S, Resolved, network_part, published_settings, settings_directory
 
 if TYPE_CHECKING:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
     VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
-    TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+    FlowTransformer: TypeAlias = FluxTransformer2DModel | SD3Transformer2DModel
+    TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection | T5EncoderModel
 
 Network = TypeVar("Network", bound="nn.Module")
 
@@ -32,7 +35,8 @@ Network = TypeVar("Network", bound="nn.Module")
 def check_weights(resolved: Resolved) -> None:
     """Raise ValueError for a network whose names and shapes are not its files', or a tokenizer that is not its text
     encoder's. No weight is read."""
-    for load in (load_unet, load_vae, load_text_encoders):
+    network = load_unet if network_part(resolved.source.kind) == "unet" else load_transformer
+    for load in (network, load_vae, load_text_encoders):
         load(resolved, None)
     load_tokenizers(resolved)
 
@@ -46,6 +50,20 @@ def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> UNet2DConditionM
     if resolved.single_file:
         return _frozen(unet_from_file(resolved.model_path, resolved.config_dir, dtype))
     return _from_directory(UNet2DConditionModel, resolved.model_path / "unet", dtype, resolved.source.variant)
+
+
+def load_transformer(resolved: Resolved, dtype: torch.dtype | None) -> FlowTransformer:
+    """A flow's SD3Transformer2DModel or FluxTransformer2DModel in dtype on the CPU, in eval mode, frozen."""
+    import diffusers
+
+    from spo_fast.models.files.networks import transformer_from_file
+
+    kind = resolved.source.kind
+    if resolved.single_file:
+        config = read_json(published_settings(resolved.source) / "transformer" / "config.json")
+        return _frozen(transformer_from_file(resolved.model_path, kind, config, dtype))
+    cls = getattr(diffusers, kinds.TRANSFORMERS[kind])
+    return _from_directory(cls, resolved.model_path / "transformer", dtype, resolved.source.variant)
 
 
 def load_unet_from(directory: Path, dtype: torch.dtype | None) -> UNet2DConditionModel:
@@ -62,7 +80,7 @@ def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> VAE:
 
     from spo_fast.models.files.networks import vae_from_file
 
-    path = resolved.vae_path or resolved.model_path
+    path = resolved.vae_path or resolved.base_path or resolved.model_path
     if path.is_file():
         return _frozen(vae_from_file(path, settings_directory(resolved.source), dtype))
     folder = vae_folder(resolved)
@@ -71,23 +89,30 @@ def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> VAE:
 
 
 def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[PreTrainedTokenizerBase], list[TextEncoder]]:
-    """(tokenizers, text encoders): one of each for SD1.5, two for SDXL; encoders in dtype, eval mode, frozen."""
+    """(tokenizers, text encoders) in the pipeline's order; encoders in dtype, eval mode, frozen."""
     return load_tokenizers(resolved), load_text_encoders(resolved, dtype)
 
 
 def load_tokenizers(resolved: Resolved) -> list[PreTrainedTokenizerBase]:
-    """One CLIPTokenizer for SD1.5, two for SDXL. A single file has none: they are built from the shipped merges."""
-    found = []
-    for name, encoder in TEXT_PARTS[resolved.source.kind]:
+    """In the pipeline's order: one CLIPTokenizer for SD1.5, two for SDXL and SD3, whose third is T5's, FLUX's second.
+
+    A UNet's single file has none: they are built from the shipped merges.
+    """
+    found, lengths = [], set()
+    for name, encoder in resolved.text_parts:
         folder, config = resolved.config_dir / name, read_json(resolved.config_dir / encoder / "config.json")
+        t5 = (resolved.source.kind, encoder) in T5S
         try:
-            tokenizer = _tokenizer(folder)
+            tokenizer = _tokenizer(folder, t5)
         except Exception as error:  # whatever the library makes of files that are no tokenizer's
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
-            raise ValueError(f"{shown(folder)} holds no CLIP tokenizer ({why}). {DAMAGED}") from error
-        kinds.check_tokenizer(tokenizer.model_max_length, len(tokenizer), config, folder)
+            raise ValueError(
+                f"{shown(folder)} holds no {'T5' if t5 else 'CLIP'} tokenizer ({why}). {DAMAGED}"
+            ) from error
+        kinds.check_tokenizer(tokenizer.model_max_length, len(tokenizer), config, folder, t5)
         found.append(tokenizer)
-    if len(lengths := {tokenizer.model_max_length for tokenizer in found}) > 1:
+        lengths |= set() if t5 else {tokenizer.model_max_length}
+    if len(lengths) > 1:
         raise ValueError(
             f"the tokenizers in {shown(resolved.config_dir)} have model_max_length {min(lengths)} and {max(lengths)}: "
             "their prompts are joined, so it must be one. Mend their tokenizer_config.json."
@@ -96,22 +121,26 @@ def load_tokenizers(resolved: Resolved) -> list[PreTrainedTokenizerBase]:
 
 
 def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[TextEncoder]:
-    """CLIPTextModel, and for SDXL CLIPTextModelWithProjection as well."""
+    """All of them in the pipeline's order, in memory together."""
+    return [load_text_encoder(resolved, part, dtype) for _, part in resolved.text_parts]
+
+
+def load_text_encoder(resolved: Resolved, part: str, dtype: torch.dtype | None) -> TextEncoder:
+    """One of Resolved.text_parts alone, so that a T5-XXL (9.5 GB in 16 bits) needs to sit beside no other."""
     from spo_fast.models.files.networks import text_encoder_from_file
 
-    kind, path = resolved.source.kind, resolved.model_path
-    encoders = []
-    for (_, part), prefix in zip(TEXT_PARTS[kind], TEXT_PREFIXES[kind], strict=True):
-        if resolved.single_file:
-            encoders.append(_frozen(text_encoder_from_file(path, prefix, resolved.config_dir / part, dtype)))
-        else:
-            encoders.append(_from_directory(text_class(path / part), path / part, dtype, resolved.source.variant))
-    return encoders
+    kind, folder = resolved.source.kind, resolved.config_dir / part
+    if resolved.single_file and resolved.base_path is None:
+        prefix = TEXT_PREFIXES[kind][[encoder for _, encoder in resolved.text_parts].index(part)]
+        return _frozen(text_encoder_from_file(resolved.model_path, kind, prefix, folder, dtype))
+    return _from_directory(text_class(kind, part), folder, dtype, resolved.source.variant)
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
+def _tokenizer(directory: Path, t5: bool) -> PreTrainedTokenizerBase:
+    from transformers import CLIPTokenizerFast, T5TokenizerFast  # type: ignore[attr-defined]  # aliases in transformers 5
 
+    if t5:
+        return T5TokenizerFast.from_pretrained(str(directory), local_files_only=True)
     if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return CLIPTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     settings = read_json(directory / "tokenizer_config.json")
@@ -126,7 +155,7 @@ def _from_directory(cls: type[Network], folder: Path, dtype: torch.dtype | None,
     if not chosen:
         others = sorted(file.name for file in folder.glob(f"{stem}*") if file.suffix in WEIGHT_SUFFIXES)
         mend = f"It has {others[0]}: rename that, if it is what you want." if others else DAMAGED
-        lacking = f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+        lacking = f"{stem}{f'.{variant}' if needs(variant) else ''}.safetensors"
         raise FileNotFoundError(f"{shown(folder)} has no {lacking}. {mend}")
     return _frozen(load_part(cls, folder / chosen[0], folder, dtype))
 

@@ -1,4 +1,4 @@
-"""Networks of a diffusers directory or of one file in the original (LDM) layout, filled strictly (data/weights.py).
+"""Networks of a diffusers directory or of one file in the original layout, filled strictly (data/weights.py).
 
 A single file has weights only: settings come from a directory in diffusers layout (configs/ by default).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from spo_fast.models.files.single_file import (
     VAE_PREFIX,
     VAE_UNUSED,
     text_class,
+    transformer_sizes,
     vae_class,
     vae_settings_of_file,
 )
@@ -27,12 +28,14 @@ from spo_fast.models.files.single_file import (
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    from spo_fast.models.files.load import VAE, TextEncoder
+    from spo_fast.models.files.load import VAE, FlowTransformer, TextEncoder
 
 
 def load_part(cls: type[Network], file: Path, config_dir: Path, dtype: torch.dtype | None) -> Network:
     """The network of a folder: its class, its file of weights or their index, the folder of its config.json."""
     tensors = read_tensors(file)
+    if cls.__name__ == "T5EncoderModel":
+        return t5_encoder(cls, config_dir, tensors, file, dtype)
     if cls.__module__.startswith("transformers"):
         return text_encoder(cls, config_dir, tensors, file, dtype)
     return diffusers_network(cls, read_json(config_dir / "config.json"), tensors, file, dtype)
@@ -49,6 +52,46 @@ def unet_from_file(path: Path, config_dir: Path, dtype: torch.dtype | None) -> U
     config = read_json(config_dir / "unet" / "config.json")
     tensors = _converted(path, f"UNet, {UNET_PREFIX}*", read_safetensors(path, UNET_PREFIX), convert)
     return diffusers_network(UNet2DConditionModel, config, tensors, f"the UNet in {shown(path, 90)}", dtype)
+
+
+def transformer_from_file(
+    path: Path, kind: str, config: Mapping[str, object], dtype: torch.dtype | None
+) -> FlowTransformer:
+    """A flow's transformer out of a single file; config: what its shapes do not show."""
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    classes: dict[str, tuple[Any, Callable[..., dict[str, Tensor]]]] = {
+        "sd35": (diffusers.SD3Transformer2DModel, single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers),
+        "flux": (diffusers.FluxTransformer2DModel, single_file_utils.convert_flux_transformer_checkpoint_to_diffusers),
+    }
+    cls, convert = classes[kind]
+    prefix = UNET_PREFIX if any(n.startswith(UNET_PREFIX) for n in read_header(path)) else ""
+    rest = read_safetensors(path, prefix) if dtype is not None else shapes_of(path, prefix)
+    part = f"transformer of {kind}"
+    try:
+        found = convert(rest)  # takes out what it converts
+    except (KeyError, IndexError) as error:
+        raise _incomplete(path, part, error) from error
+    except RuntimeError as error:
+        why = f"its shapes are no {kind}'s ({' '.join(str(error).split())[:80]})"
+        raise ValueError(f"{shown(path)}: {why}. {DAMAGED}") from error
+    if rest:
+        raise _unknown(path, part, [*rest])
+    sizes = transformer_sizes(path, kind)
+    return diffusers_network(cls, {**config, **sizes}, found, f"the {part} in {shown(path, 90)}", dtype)
+
+
+def shapes_of(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a .safetensors file as read_safetensors names them, on the meta device: only shapes are read."""
+    whole = ("I", "U", "BOOL")
+    return {
+        name.removeprefix(prefix): torch.empty(
+            entry["shape"], device="meta", dtype=torch.int8 if entry["dtype"].startswith(whole) else None
+        )
+        for name, entry in read_header(path).items()
+        if name.startswith(prefix)
+    }
 
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.17
@@ -76,16 +119,23 @@ def _converted(
     try:
         found = {n: t for n, t in convert(dict(tensors)).items() if t is not None}
     except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"{shown(path)} is incomplete ({part}): it lacks {some([str(error.args[0])], 90)}. {DAMAGED}"
-        ) from error
+        raise _incomplete(path, part, error) from error
     used = {t.data_ptr() for t in found.values()}  # converters rename, and cut views at most
     if unknown := [n for n, t in tensors.items() if t.data_ptr() not in used]:
-        raise ValueError(
-            f"{shown(path)} ({part}) has {len(unknown)} tensors that this architecture has not (inpainting, refiner, "
-            f"SD2?): {some(unknown, 100)}. Convert it to a diffusers directory."
-        )
+        raise _unknown(path, part, unknown)
     return found
+
+
+def _incomplete(path: Path, part: str, error: Exception) -> ValueError:
+    return ValueError(f"{shown(path)} is incomplete ({part}): it lacks {some([str(error.args[0])], 90)}. {DAMAGED}")
+
+
+def _unknown(path: Path, part: str, names: list[str]) -> ValueError:
+    others = "inpainting, refiner, SD2?" if part.startswith(("UNet", "VAE")) else "scaled fp8, control?"
+    return ValueError(
+        f"{shown(path)} ({part}) has {len(names)} tensors that this architecture has not ({others}): "
+        f"{some(names, 100)}. Convert it to a diffusers directory."
+    )
 
 
 def _modern_attention(name: str) -> str:
@@ -144,11 +194,35 @@ def text_encoder(
     return fill(network, renamed(ours, rename, name), name, dtype)
 
 
-def text_encoder_from_file(path: Path, prefix: str, config_dir: Path, dtype: torch.dtype | None) -> TextEncoder:
+def t5_encoder(
+    cls: type[Network], config_dir: Path, tensors: Mapping[str, Tensor], name: Path | str, dtype: torch.dtype | None
+) -> Network:
+    """T5's encoder of transformers. Strict: see weights.fill.
+
+    One table has two names, of which files hold one or both. A whole T5's decoder is left out. In float16 the last
+    layer of each block stays float32, as transformers keeps it: its sums overflow.
+    """
+    from transformers import T5Config
+
+    network = _built(lambda: cls(T5Config.from_pretrained(config_dir)), cls, name)
+    tables = ("shared.weight", "encoder.embed_tokens.weight")
+    ours = {n: t for n, t in tensors.items() if not n.startswith(("decoder.", "lm_head."))}
+    if given := [ours[table] for table in tables if table in ours]:
+        ours |= dict.fromkeys(tables, given[0])
+    wide = [n for n in network.state_dict() if ".wo." in n] if dtype == torch.float16 else []
+    network = fill(network, ours, name, dtype, float32=wide)
+    network.encoder.embed_tokens = network.shared  # type: ignore[union-attr]  # one in memory too
+    return network
+
+
+def text_encoder_from_file(
+    path: Path, kind: str, prefix: str, config_dir: Path, dtype: torch.dtype | None
+) -> TextEncoder:
     """Own mapping: diffusers' picks the encoder by its width, which two encoders of one width defeat."""
     tensors = read_safetensors(path, prefix)
     tensors = openclip_to_transformers(tensors) if prefix.endswith(".model.") else tensors
-    return text_encoder(text_class(config_dir), config_dir, tensors, f"{shown(path, 80)} ({prefix}*)", dtype)
+    cls = text_class(kind, config_dir.name)
+    return text_encoder(cls, config_dir, tensors, f"{shown(path, 80)} ({prefix}*)", dtype)  # type: ignore[return-value]
 
 
 OPENCLIP_NAMES = {

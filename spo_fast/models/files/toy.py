@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parents[2] / "toy" / "weights"
 """The shipped pipeline; its step-aware preference model lies in spm/, the record of the build in build.json."""
 
+FLOW_WEIGHTS = WEIGHTS.with_name("weights_flow")
+"""The shipped flow model of the same pictures and captions, judged by the same preference models."""
+
 WIDTH = 64
 """Of each text encoder of the shipped toy; the UNet attends to both side by side."""
 MAX_LENGTH = 16
@@ -92,9 +95,9 @@ def flags_of(directory: Path, scorers: bool = True) -> list[str]:
     return [*flags, "--spm_path", str(directory / "spm" / "model.safetensors")] if scorers else flags
 
 
-def toy_files() -> dict[str, Path]:
+def toy_files(model: Path = WEIGHTS) -> dict[str, Path]:
     """The shipped toy: its pipeline (model) and its preference models (spm, pickscore)."""
-    found = {"model": WEIGHTS, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
+    found = {"model": model, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
     for path in found.values():
         if not path.exists():
             raise FileNotFoundError(

@@ -63,10 +63,9 @@ class FakeModel(DiffusionModel):
         self.prompt_cache.rows = {name: values.shape[1:] for name, values in found.items()}
 
     def _text_encoder(self, part: str) -> TextEncoder:
-        from transformers import CLIPTextConfig
-
+        cls = text_class(self.kind, part)
         with torch.device("meta"):
-            return text_class(self.config_dir / part)(CLIPTextConfig.from_pretrained(self.config_dir / part))
+            return cls(cls.config_class.from_pretrained(self.config_dir / part))  # type: ignore[union-attr, arg-type]
 
     def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:
         """Zeros."""
