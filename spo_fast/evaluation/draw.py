@@ -14,7 +14,7 @@ from spo_fast.evaluation.pictures import write_picture
 from spo_fast.evaluation.sampling import Drawn, draw_latents
 from spo_fast.models.accelerate import prepare_drawing
 from spo_fast.models.compile import compile_network, keep_cache
-from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, unet_width
+from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, network_width
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.load import load_unet, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
@@ -101,7 +101,7 @@ def decided(
     training = Config(model=cfg.model, engine=EngineConfig(**asked))
     # of one contender, as on an H200: another contender, or another card, goes on with the same pictures
     pays = compile_pays(prompts * cfg.pictures.images_per_prompt * picture_flops(cfg), None, DRAWING_S)
-    width = unet_width(resolved, cfg.model.model)
+    width = network_width(resolved, cfg.model.model)
     chosen, choices = how_computed(training, found_device(device), lambda _: pays, width)
     names = ("mixed_precision", "compile", "fuse")
     filled = cfg.with_fields(**{name: chosen.flat()[name] for name in names})

@@ -44,9 +44,7 @@ class FlowDoor:
     is_told_guidance = False
     """Whether guidance is an input of the network."""
 
-    def embeddings(
-        self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], ids: Sequence[Tensor]
-    ) -> Inputs:
+    def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
         """What the network is told of P prompts, from each encoder and its tokens (P, L)."""
         raise NotImplementedError
 
@@ -77,9 +75,7 @@ class SD3Door(FlowDoor):
 
     lengths = (None, None, 256)
 
-    def embeddings(
-        self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], ids: Sequence[Tensor]
-    ) -> Inputs:
+    def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
         """Both CLIPs' layers before the last, and T5's last: (P, L, joint_attention_dim); both projections: (P, D)."""
         width, (first, second, *t5) = config["joint_attention_dim"], prompts.ids
         clips = [e(row, output_hidden_states=True) for e, row in zip(encoders, (first, second), strict=False)]
@@ -113,9 +109,7 @@ class FluxDoor(FlowDoor):
     even_sigmas = True
     lengths = (None, 512)
 
-    def embeddings(
-        self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], ids: Sequence[Tensor]
-    ) -> Inputs:
+    def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
         """T5's last layer (P, L, joint_attention_dim), CLIP's pooled output (P, D)."""
         pooled, text = encoders[0](prompts.ids[0]).pooler_output, encoders[1](prompts.ids[1])[0]
         return {"prompt_embeds": text.to(pooled.dtype), "pooled": pooled}

@@ -24,8 +24,6 @@ from spo_fast.models.tensor_cache import fingerprint_files
 if TYPE_CHECKING:
     from spo_fast.models.files.load import VAE
 
-FLOWS = ("sd35", "flux")
-
 
 class FlowModel(DiffusionModel):
     """A flow's transformer, VAE, schedule and prompts; its network's door (doors.py) knows what they share."""
@@ -50,11 +48,9 @@ class FlowModel(DiffusionModel):
         door = flow_door(self.network)
         assert door is not None
         self.door, config = door, self.network.config
-        known = zip(self.tokenizers, door.lengths, strict=False)
-        lengths = [t.model_max_length if length is None else length for t, length in known]
-        if cfg.max_sequence_length is not None and door.lengths[-1] is not None:
-            lengths[len(door.lengths) - 1 :] = [cfg.max_sequence_length]
-        self.lengths = tuple(lengths)
+        own = [t.model_max_length for t in self.tokenizers]
+        asked = cfg.max_sequence_length
+        self.lengths = tuple(own[i] if n is None else n if asked is None else asked for i, n in enumerate(door.lengths))
         self.told_guidance = self._guidance(cfg)
         self.height, self.width, self.latent_shape = sizes(cfg, door, config, self.vae.config)
         self.tokens = tokens_of(door, self.latent_shape)
@@ -135,13 +131,15 @@ def tokens_of(door: FlowDoor, latent_shape: tuple[int, int, int]) -> int:
 
 def sampled_table(cfg: Config, resolved: sources.Resolved | None) -> StepTable:
     """A rollout's steps from a model's files alone, or from those of its published architecture."""
-    kind, sample = resolved.source.kind if resolved else cfg.model.model, cfg.sample
-    folder = resolved.config_dir if resolved else sources.CONFIGS / kind
+    source, sample = resolved.source if resolved else sources.MODELS[cfg.model.model](cfg.model), cfg.sample
+    folder = resolved.config_dir if resolved else sources.settings_directory(source)
     own = folder / "scheduler" / "scheduler_config.json"
     scheduler = layout.scheduler_config(resolved) if resolved else read_json(own)
-    if kind not in FLOWS:
+    if source.kind not in sources.FLOWS:
         if sample.sampler != "ddim":
-            raise ValueError(f"sampler={sample.sampler} is for flows: --model {kind} takes DDIM's steps. Leave it out.")
+            raise ValueError(
+                f"sampler={sample.sampler} is for flows: --model {source.kind} takes DDIM's steps. Leave it out."
+            )
         return table_of(ddim_scheduler(scheduler), sample.num_steps, sample.eta)
     network = read_json(folder / "transformer" / "config.json")
     door = FLOW_DOORS[str(network["_class_name"])]
@@ -155,5 +153,5 @@ def load_model(
     cfg: ModelConfig, resolved: sources.Resolved, device: torch.device, prompt_cache_dir: str | Path
 ) -> DiffusionModel:
     """The model of its kind."""
-    made = FlowModel if resolved.source.kind in FLOWS else DiffusionModel
+    made = FlowModel if resolved.source.kind in sources.FLOWS else DiffusionModel
     return made(cfg, resolved, device, prompt_cache_dir)

@@ -20,7 +20,7 @@ from spo_fast.data.pair_stream import PairBatch, PairStream
 from spo_fast.evaluation.agreement import Judgements, write_report
 from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.method.schedule import NUM_TIMESTEPS
-from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, unet_width
+from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, network_width
 from spo_fast.models.files.sources import Resolved
 from spo_fast.models.flow import load_model
 from spo_fast.training.monitor.gpu import gpu_stats
@@ -50,7 +50,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         super().__init__(cfg)
         if self.group.size > 1:
             raise ValueError("preference models train on one process. Start train_spm without torchrun.")
-        width = unet_width(resolved, cfg.model.model)
+        width = network_width(resolved, cfg.model.model)
         self.found, self.choices = found_device(self.device), list[Choice]()
         if cfg.model.mixed_precision == "auto":
             self.choices = [fastest_precision(self.found, width)]

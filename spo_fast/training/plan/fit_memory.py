@@ -24,8 +24,8 @@ from spo_fast.models.device import (
     compile_pays,
     found_device,
     how_computed,
+    network_width,
     peak_tflops,
-    unet_width,
 )
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
@@ -72,7 +72,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
     Raises ValueError for one that the device cannot do.
     """
     cfg, choices = with_trained_steps(cfg, resolved)
-    width = unet_width(resolved, cfg.model.model)
+    width = network_width(resolved, cfg.model.model)
     cfg, computed = how_computed(cfg, device, lambda cfg: _compile_pays(cfg, device, resolved), width)
     choices += computed
 
