@@ -24,8 +24,11 @@ import torch
 
 from benchmarks.records import Records, results_path, table
 from spo_fast.ops import (
+    ada_norm,
     geglu,
+    gelu_tanh,
     group_norm_silu,
+    joint_heads,
     log_ratio,
     lora_linear,
     merge_lora,
@@ -47,7 +50,7 @@ POINTERS = {  # what each argument points to
     **dict.fromkeys(("down_ptr", "up_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
     **{f"{name}_{i}_ptr": "*bf16" for name in ("down", "up") for i in range(3)},  # a rollout has no masters
     "key_ptr": "*i64",
-    **dict.fromkeys(("partial_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"), "*fp32"),
+    **dict.fromkeys(("partial_ptr", "sums_ptr", "mean_ptr", "rstd_ptr", "cos_ptr", "sin_ptr"), "*fp32"),
 }
 # all other scalars are 32-bit counts
 SCALARS = {
@@ -71,6 +74,36 @@ KERNELS = {
     "resize_normalize": (resize_normalize._resize_normalize_kernel, {"BLOCK": resize_normalize.BLOCK}),
     "geglu": (geglu._geglu_kernel, {"BLOCK": geglu.BLOCK}),
     "geglu backward": (geglu._geglu_backward_kernel, {"BLOCK": geglu.BLOCK}),
+    **{
+        f"gelu_tanh{words}": (gelu_tanh._gelu_tanh_kernel, {**flags, "BLOCK": gelu_tanh.BLOCK})
+        for words, flags in (
+            ("", {"HAS_BIAS": False, "HAS_BEFORE": False}),
+            (", bias, columns before", {"HAS_BIAS": True, "HAS_BEFORE": True}),
+        )
+    },
+    "gelu_tanh backward": (gelu_tanh._gelu_tanh_backward_kernel, {"HAS_BIAS": True, "BLOCK": gelu_tanh.BLOCK}),
+    **{
+        f"ada_norm{words}, {residuals} + {norms}, {D} channels": (
+            kernel,
+            {"RESIDUALS": residuals, "NORMS": norms, **ada_norm._block(D), **flags},
+        )
+        for words, kernel, flags in (
+            ("", ada_norm._ada_norm_kernel, {}),
+            (" backward", ada_norm._ada_norm_backward_kernel, {"HAS_GRAD_H": True}),
+        )
+        for residuals, norms, D in ((1, 1, 3072), (1, 2, 1536), (2, 1, 1536))
+    },
+    **{
+        f"joint_heads{words}, {D} channels{', rotary' * rotary}": (
+            kernel,
+            joint_heads._constants(D, norm=True, rotary=rotary, copy_v=True),
+        )
+        for words, kernel in (
+            ("", joint_heads._joint_heads_kernel),
+            (" backward", joint_heads._joint_heads_backward_kernel),
+        )
+        for D, rotary in ((64, False), (128, True))
+    },
     "group_norm_silu combine": (group_norm_silu._combine_kernel, {"BLOCK": group_norm_silu.PARTS}),
     "merge_lora": (merge_lora._merge_kernel, {"BLOCK": merge_lora.GROUPS}),
     **{
@@ -144,8 +177,10 @@ def compile_for(
     names = kernel.arg_names
     known = [i for i, name in enumerate(names) if divisible and (name.endswith("_ptr") or name in divisible)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in known}
+    options = {name: value for name, value in constants.items() if name not in names}  # num_warps
+    constants = {name: value for name, value in constants.items() if name in names}
     source = ASTSource(kernel, {name: type_of(name) for name in names}, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def resources(name: str, architecture: int, m_type: str, divisible: Sequence[str] = ()) -> Resources:

@@ -37,6 +37,7 @@ from benchmarks.shapes import latent_shape
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.data.images import decode_image, to_square
 from spo_fast.method.experience import Cond
+from spo_fast.method.schedule import full_table
 from spo_fast.models.diffusion import DTYPES, decode, embeddings
 from spo_fast.models.fuse import fuse
 from spo_fast.training.pair_batches import ENCODE_BATCH, Images
@@ -215,10 +216,9 @@ class Ours(Step):
             fuse(self.vae)
         self.ids = torch.empty(0)
         model: Any = SimpleNamespace(
-            alphas_cumprod=self.alphas,
-            prediction_type="epsilon",
+            judged_table=lambda: full_table(self.alphas, "epsilon"),
             device=torch.device("cpu"),
-            unet=self.unet,
+            network=self.unet,
             decode=functools.partial(decode, self.vae),
             cond=lambda _: self.told(self.ids),
             tokenize=lambda _: self.ids,

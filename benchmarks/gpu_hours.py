@@ -31,6 +31,7 @@ from spo_fast.config.recipes import latent_recipe
 from spo_fast.config.tables import markdown
 from spo_fast.config.training import Config
 from spo_fast.method.rollout import segments
+from spo_fast.method.schedule import full_table
 from spo_fast.models.diffusion import DTYPES, decode, embeddings
 from spo_fast.scorers.latent import LatentScorer
 from spo_fast.scorers.latent_network import LatentReward
@@ -152,10 +153,9 @@ class Judge:
         self.cfg = preference_config(kind, latent)
         given = self.data
         model: Any = SimpleNamespace(
-            alphas_cumprod=networks.ddim_scheduler(kind, 20).alphas_cumprod,  # on the CPU, as DiffusionModel has it
-            prediction_type="epsilon",
+            judged_table=lambda: full_table(networks.ddim_scheduler(kind, 20).alphas_cumprod, "epsilon").to(device),
             device=torch.device(device),
-            unet=given.unet,
+            network=given.unet,
             decode=functools.partial(decode, given.vae),
             cond=lambda prompts: networks.conditioning(kind, size, len(prompts), device, dtype),
             tokenize=lambda prompts: networks.token_ids(len(prompts), device),
@@ -273,9 +273,9 @@ def step_loss_calls(pairs: float, recomputed: bool) -> dict[str, float]:
 def spo_calls(cfg: Config, valid_share: float) -> Calls:
     """An iteration of one GPU, B prompts: a row a prompt until the first branching, then k; k images a comparison."""
     s = cfg.sample
-    B, k, branched = s.sample_batch_size, s.num_candidates, s.num_steps - s.branch_start
+    B, k, branched = s.sample_batch_size, s.num_candidates, s.num_steps - s.first_branch
     calls = step_loss_calls(valid_share * branched * B, recomputed=False)
-    calls["unet with LoRA"] += 2 * B * (s.branch_start + 1 + k * (branched - 1))
+    calls["unet with LoRA"] += 2 * B * (s.first_branch + 1 + k * (branched - 1))
     images = k * B * len(segments(s))
     return calls | {"decode": images, "score": images, "score text": images, "prompt": B}
 

@@ -141,7 +141,7 @@ def random_states(cfg: Config, latent: tuple[int, int, int], device: str, pairs:
     for n in range(pairs):
         if shared[n]:
             x_t[n, 1] = x_t[n, 0]
-    rows = torch.linspace(cfg.sample.branch_start, cfg.sample.num_steps - 1, pairs).long()
+    rows = torch.linspace(cfg.sample.first_branch, cfg.sample.num_steps - 1, pairs).long()
     return Pairs(x_t.to(device), torch.zeros_like(x_t).to(device), rows.to(device), shared)
 
 

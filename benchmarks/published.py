@@ -162,9 +162,9 @@ class PublishedLoop:
             with self.phase("unet"):
                 return self.policy(x, self.timesteps[i], c)
 
-        for i in range(sample.branch_start):
+        for i in range(sample.first_branch):
             x = self._children(predict(x, i, cond), self.timesteps[i], x, 1)[0]
-        eps = predict(x, sample.branch_start, cond)
+        eps = predict(x, sample.first_branch, cond)
         kept: dict[str, list[Tensor]] = {"x_t": [], "x_prev": [], "t": [], "prompts": []}
         for c, (first, end) in enumerate(segments(sample)):
             branches = self._children(eps, self.timesteps[first], x, K)

@@ -12,8 +12,8 @@ from spo_fast.config import command, errors, flags
 from spo_fast.config.errors import RunError
 from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
-from spo_fast.config.presets import PRESETS
-from spo_fast.config.recipes import MEMORY, RECIPES
+from spo_fast.config.presets import FLOWS, PRESETS
+from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.models.files.lora import find_lora
@@ -43,7 +43,12 @@ def parse(arguments: list[str] | None = None) -> Config:
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         method = find_method(source["method"]).defaults(given) if "method" in source and given["model"] else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
-        return method | RECIPES[source.get("recipe", "default")](given) | less_memory
+        if given["model"] in FLOWS:  # their authors' steps and guidance are a diffusion's
+            method = {
+                name: value for name, value in method.items() if name not in ("num_steps", "guidance_scale", "eta")
+            }
+        noise = {"eta": ETAS[source["sampler"]]} if source.get("sampler") in ETAS else {}
+        return method | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
 
     cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, named)

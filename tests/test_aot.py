@@ -24,11 +24,11 @@ def test_compiles_without_spills(name, architecture):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("m_type", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith(("geglu", "group_norm_silu"))])
+@pytest.mark.parametrize("name", [n for n in KERNELS if n.startswith(("ge", "group_norm_silu", "ada", "joint"))])
 def test_real_shapes_move_16_bytes_at_a_time(name, m_type, architecture):
     """C and D are multiples of 16 in every model and S from 8x8 on: loads are wide, and half a multiprocessor's
     threads or more find registers."""
-    divisible = ("C", "S", "D", "chunk")
+    divisible = ("C", "S", "D", "P", "chunk", "x_b", "h_b", "gate_b", "mod_b", "in_b", "in_l")
     found = resources(name, architecture, m_type, divisible)
     assert found.spills == 0
     if "combine" not in name:  # it reads interleaved pairs

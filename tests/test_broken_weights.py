@@ -32,7 +32,7 @@ def test_size_is_the_norm_of_what_loras_add(targets: tuple[str, ...], precision:
     run = built(tmp_path / "run", lora_targets=targets, rank=3, lora_alpha=5, mixed_precision=precision)
     policy = seeded(run.policy)
     masters, added, base = dict(zip(policy.names, policy.masters, strict=True)), 0.0, 0.0
-    for name, module in policy.unet.named_modules():
+    for name, module in policy.network.named_modules():
         if hasattr(module, "lora_A"):
             a, b = (masters[f"{name}.lora_{x}.default.weight"].detach().double() for x in "AB")
             added += float((5 / 3 * torch.einsum("orxy,rixy->oixy", b[..., None, None] if b.ndim == 2 else b,

@@ -66,7 +66,7 @@ class Measured:
 def weights(run: Run) -> list[torch.Tensor]:
     """What the run holds before its first step: each tensor once."""
     scorers: list[ClipScorer] = list(getattr(run.scorer, "scorers", [run.scorer]))
-    networks: list[Any] = [run.model.unet, run.model.vae, *(s.model for s in scorers), run.policy._frozen_copy]
+    networks: list[Any] = [run.model.network, run.model.vae, *(s.model for s in scorers), run.policy._frozen_copy]
     found = [t for n in networks if n is not None for t in (*n.parameters(), *n.buffers())]
     return list(
         {
@@ -86,7 +86,7 @@ def measure(output_dir: Path, **settings: Any) -> Measured:
     run = built(output_dir, **{**TOY, **settings})
     batches.encode_first(run)
     rows, images = [], []
-    run.model.unet.register_forward_pre_hook(
+    run.model.network.register_forward_pre_hook(
         lambda _, args: rows.append(0 if torch.is_grad_enabled() else len(args[0]))
     )
     decode = run.decode

@@ -628,16 +628,16 @@ def test_training_starts_from_every_style(unets: dict[str, Any], tmp_path: Path,
         assert torch.equal(held[f"{layer}.lora_A.default.weight"].float(), down)
         assert torch.equal(held[f"{layer}.lora_B.default.weight"].float(), up)
     truth = merged(unet, {f"{layer}.weight": product(*pair, 0.5) for layer, pair in made.items()})
-    assert close(output(policy.unet), truth)
+    assert close(output(policy.network), truth)
     with pytest.raises(ValueError, match="has alpha 2, but here it is 4: use --lora_alpha 2"):
         Policy(copy.deepcopy(unet), AdapterConfig(rank=4, lora_path=str(tmp_path)), seed=0)
     some = {name: value for name, value in state.items() if "attn2" not in name}
     save_file(some, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="is on other layers than"):
-        read_lora(tmp_path, policy.unet, adapter)
+        read_lora(tmp_path, policy.network, adapter)
     save_file({**state, "unet.conv_in.diff_b": torch.ones(16)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="changes conv_in.bias: only the two matrices"):
-        read_lora(tmp_path, policy.unet, adapter)
+        read_lora(tmp_path, policy.network, adapter)
 
 
 # ------------------------------------------------------------------------------------------------------------ finding

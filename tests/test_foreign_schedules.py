@@ -341,7 +341,7 @@ def test_pictures_are_diffusers_own(tmp_path: Path, changes: dict[str, Any]) -> 
     ours = DiffusionModel(cfg, resolve(cfg, {}), torch.device("cpu"), tmp_path / "cache")
     cond = ours.cond(["a red square"])
     x = torch.randn(1, *ours.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    policy = Drawn(ours.unet, False)
+    policy = Drawn(ours.network, False)
     drawn = sample_latents(policy, ours.table(5, 0.0), cond, 3.0, x)
     scheduler = in_float64(config_of(**changes), 5)
     for t in scheduler.timesteps:

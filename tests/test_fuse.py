@@ -145,7 +145,7 @@ def make_inputs(policy: Policy) -> tuple[torch.Tensor, torch.Tensor, Cond]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16().to(policy.dtype)  # every type holds the values
 
-    config, shapes = policy.unet.config, {}
+    config, shapes = policy.network.config, {}
     shapes["prompt_embeds"] = (7, config.cross_attention_dim)
     if config.addition_embed_type == "text_time":
         shapes["text_embeds"] = (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,)
@@ -279,11 +279,11 @@ def test_nothing_that_is_saved_changes(directories, tmp_path):
     """Names, values, configs and adapters of a fused UNet are those of a plain one."""
     plain, fused = (make_policy(directories["sdxl"], "convolutions", torch.float32) for _ in range(2))
     fused.fuse()
-    assert plain.names == fused.names and plain.unet.state_dict().keys() == fused.unet.state_dict().keys()
-    for name, value in plain.unet.state_dict().items():
-        assert torch.equal(value, fused.unet.state_dict()[name]), name
-    assert plain.unet.config == fused.unet.config and type(plain.unet) is type(fused.unet)
-    assert plain.unet.peft_config["default"].to_dict() == fused.unet.peft_config["default"].to_dict()
+    assert plain.names == fused.names and plain.network.state_dict().keys() == fused.network.state_dict().keys()
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, fused.network.state_dict()[name]), name
+    assert plain.network.config == fused.network.config and type(plain.network) is type(fused.network)
+    assert plain.network.peft_config["default"].to_dict() == fused.network.peft_config["default"].to_dict()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -292,7 +292,7 @@ def test_padding_changes_nothing(fused, directories):
     plain, padded = (make_policy(directories["sdxl"], "convolutions", torch.float64) for _ in range(2))
     padded.batch_sizes = padded.state_sizes = (2, 5, 8)
     sizes = []
-    padded.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    padded.network.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     if fused:
         padded.fuse()
     found = errors(results(padded), results(plain))
@@ -303,7 +303,7 @@ def test_padding_changes_nothing(fused, directories):
 def test_gradient_checkpointing_changes_nothing(kind, directories):
     plain, fused = (make_policy(directories[kind], "attention", torch.float64) for _ in range(2))
     fused.fuse()
-    fused.unet.enable_gradient_checkpointing()
+    fused.network.enable_gradient_checkpointing()
     found = errors(results(fused), results(plain))
     assert max(found.values()) < 1e-10, found
 
@@ -337,10 +337,10 @@ def test_saved_bytes_of_an_sdxl_row(mode):
         if mode != "plain":
             policy.fuse(recompute=mode == "balanced")
         if mode == "small":
-            policy.unet.enable_gradient_checkpointing()
+            policy.network.enable_gradient_checkpointing()
         inputs = torch.empty(1, 4, 128, 128), torch.zeros((), dtype=torch.int64), sdxl_cond(1, torch.float16)
         with LiveStorage() as live:
-            held = live.count(policy.unet.parameters())
+            held = live.count(policy.network.parameters())
             m = policy.predict(*inputs, guided=True)
             saved = live.current_bytes - held - sum(half.nbytes for half in m if half is not None)
     print(f"\n{mode}: {saved / 2 / 2**30:.2f} GiB saved a row")

@@ -309,7 +309,7 @@ def test_a_rollout_is_all_replays_but_for_branching(tmp_path):
     run = built(tmp_path / "run", num_inner_steps=1, method="mspo")
     run.record_graphs(recorded.capture)
     calls = []
-    run.policy.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    run.policy.network.register_forward_pre_hook(lambda *_: calls.append(1))
     counts = []
     for iteration in range(4):
         with torch.no_grad():

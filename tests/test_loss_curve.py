@@ -166,7 +166,7 @@ def test_16_bits_err_no_more_than_eager(tmp_path: Path) -> None:
         name: trained(built(tmp_path / name, **SETTINGS, mixed_precision=precision, fuse=fuse))
         for name, precision, fuse in (("plain", "bf16", False), ("ours", "bf16", True), ("truth", "fp64", False))
     }
-    for p in runs["truth"].policy.unet.parameters():
+    for p in runs["truth"].policy.network.parameters():
         p.data = p.data.to(torch.bfloat16).double()
     e = rolled_out(runs["plain"])
     double = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731

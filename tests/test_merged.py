@@ -33,7 +33,7 @@ def outputs(run, inputs):
 
 def test_float32_agrees_and_the_base_comes_back(tmp_path):
     run, inputs = policy_of(tmp_path)
-    state = {name: value.clone() for name, value in run.policy.unet.state_dict().items()}
+    state = {name: value.clone() for name, value in run.policy.network.state_dict().items()}
     unmerged = outputs(run, inputs)
     with run.policy.reference():
         off = outputs(run, inputs)
@@ -42,7 +42,7 @@ def test_float32_agrees_and_the_base_comes_back(tmp_path):
     assert (unmerged - off).abs().max() > 1e-2  # the LoRA matters
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
     assert torch.equal(outputs(run, inputs), unmerged)
-    after = run.policy.unet.state_dict()
+    after = run.policy.network.state_dict()
     assert state.keys() == after.keys() and all(torch.equal(state[name], after[name]) for name in state)
 
 
@@ -91,7 +91,7 @@ def test_layers_counted(tmp_path):
     run, _ = policy_of(tmp_path)
     with run.policy.merged(0, 0):
         pass
-    assert len(list(lora_layers(run.policy.unet))) == len(run.policy._merged.layers) == len(run.policy.masters) // 2
+    assert len(list(lora_layers(run.policy.network))) == len(run.policy._merged.layers) == len(run.policy.masters) // 2
 
 
 @pytest.mark.parametrize("full_finetune", [False, True])

@@ -327,7 +327,7 @@ def test_lpo_needs_no_vae_and_one_unet_row_a_step(tmp_path: Path, of: Callable[.
     run = built(tmp_path / "run", **of("lpo", num_candidates=3, threshold=-1))
     batches.encode_first(run)
     rows, seen = [], []
-    run.model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    run.model.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     run.model.vae.decoder.register_forward_pre_hook(lambda *_: pytest.fail("LPO decodes nothing"))
     score = run.scorer.model.score
     run.scorer.model.score = lambda x, t, *a: seen.append((len(x), t.tolist())) or score(x, t, *a)

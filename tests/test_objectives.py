@@ -259,7 +259,8 @@ def test_number_by_hand(method):
     objective = make_objective(ObjectiveConfig(method=method, **settings))
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     coefficients = torch.tensor([[1.0, 1.0, 2.0, -math.sqrt(3), 0.5]], dtype=torch.float64)
-    steps = StepTable(torch.tensor([500]), coefficients, torch.tensor([0.25], dtype=torch.float64))
+    t, signal, noise = torch.tensor([500]), torch.tensor([0.5]).double(), torch.tensor([0.75]).double().sqrt()
+    steps = StepTable(t, coefficients, signal, noise, t)
     children = {"ddpo": [[0.3]], "dpok": [[0.3]], "dense": [[0.3, -0.1], [-0.1, -0.1]]}
     x_prev = torch.tensor(children.get(method, [[0.3], [-0.1]]), dtype=torch.float64)
     e = Experience(
@@ -341,7 +342,7 @@ def test_renoised_pairs_share_timestep_and_noise(kind):
     latents = randn(2, B, 4, 5, 3, seed=1)
     cond = Cond({"x": torch.arange(B)[:, None]}, {})
     draws = KeyedDraws(3, 4, torch.arange(B))
-    e = renoised_pairs(steps, PairInputs(cond, latents, draws, alphas()))
+    e = renoised_pairs(steps, PairInputs(cond, latents, draws))
     assert e.index.shape == (B, 2, 1) and len(e.states) == 2 * B and len(e.scores) == 0
     assert len(set(steps.timesteps[e.states.rows].tolist())) > 1
     for b in range(B):
@@ -359,7 +360,7 @@ def test_renoised_pairs_share_timestep_and_noise(kind):
         for k in range(2):
             torch.testing.assert_close(e.x_prev[b, k, 0], want(k), rtol=1e-8, atol=1e-8)
     assert len({tuple(row) for row in e.states.x_t[:B].flatten(1).tolist()}) == B
-    other = renoised_pairs(steps, PairInputs(cond, latents, replace(draws, iteration=5), alphas()))
+    other = renoised_pairs(steps, PairInputs(cond, latents, replace(draws, iteration=5)))
     assert not torch.equal(other.states.rows, e.states.rows)
 
 
@@ -367,6 +368,6 @@ def test_float32_target_is_the_noise():
     steps = full_table(alphas(), "epsilon")
     latents = randn(2, 64, 4, 8, 8, seed=2).float()
     draws = KeyedDraws(0, 0, torch.arange(64))
-    e = renoised_pairs(steps, PairInputs(Cond({}, {}), latents, draws, alphas()))
-    wide = renoised_pairs(steps, PairInputs(Cond({}, {}), latents.double(), draws, alphas()))
+    e = renoised_pairs(steps, PairInputs(Cond({}, {}), latents, draws))
+    wide = renoised_pairs(steps, PairInputs(Cond({}, {}), latents.double(), draws))
     assert (e.x_prev.double() - wide.x_prev).abs().max() < 1e-4

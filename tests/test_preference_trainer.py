@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from spo_fast.method.experience import Cond
 from spo_fast.method.renoise import noised
+from spo_fast.method.schedule import StepTable, full_table
 from spo_fast.scorers.clip_files import load_clip
 from spo_fast.training.pair_batches import Images
 from spo_fast.training.preference_model import PixelReward, pair_loss
@@ -66,12 +67,14 @@ class Recorded:
     """The golden networks in place of a DiffusionModel; counts UNet calls."""
 
     def __init__(self, prompts: Cond, ids: Tensor):
-        self.unet, self.decode = networks("sd15", torch.float32)
+        self.network, self.decode = networks("sd15", torch.float32)
         _, config = load("models_sd15")
-        self.device, self.prediction_type = torch.device("cpu"), "epsilon"
-        self.alphas_cumprod = load("ddim")[0]["alphas_cumprod"]
+        self.device, self.table = torch.device("cpu"), full_table(load("ddim")[0]["alphas_cumprod"], "epsilon")
         self.prompts, self.ids, self.calls = prompts, ids, []
-        self.unet.register_forward_pre_hook(lambda _, args: self.calls.append(len(args[0])))
+        self.network.register_forward_pre_hook(lambda _, args: self.calls.append(len(args[0])))
+
+    def judged_table(self) -> StepTable:
+        return self.table
 
     def cond(self, prompts: list[str]) -> Cond:
         return self.prompts
@@ -118,7 +121,7 @@ def test_a_training_step_matches_published_code() -> None:
     t, noise = data["draw.000.randint"], data["draw.003.normal"]
     assert t.tolist() == facts["timesteps"]
     noise = torch.stack([noise, noise])
-    x_t = noised(images.latents, t, noise, model.alphas_cumprod)
+    x_t = noised(model.table, images.latents, 999 - t, noise)
     assert scaled_error(x_t, torch.stack([data["mid.x_t_0"], data["mid.x_t_1"]])) < 1e-5
     seen = reward.see(images, t, noise)
     assert model.calls == [4 * len(t)]  # both images and both guidance halves in one forward

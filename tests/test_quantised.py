@@ -150,7 +150,7 @@ def test_what_is_not_finite_stays_so_and_zeros_are_zeros(how):
 
 
 def base_layers(run: loop.Run) -> dict[str, Any]:
-    return {name: m for name, m in run.policy.unet.named_modules() if isinstance(m, QuantisedLinear)}
+    return {name: m for name, m in run.policy.network.named_modules() if isinstance(m, QuantisedLinear)}
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -159,9 +159,9 @@ def test_bytes_are_predicted_and_only_the_lora_is_trained(how, tmp_path):
     layers = base_layers(run)
     assert len(layers) == 4 * 12  # of each transformer: proj_in, proj_out, 8 of attention, 2 of the feed-forward
     assert run.policy.dtype == torch.bfloat16 and all("lora_" in name for name in run.policy.names)
-    trained = [p for p in run.policy.unet.parameters() if p.requires_grad]
+    trained = [p for p in run.policy.network.parameters() if p.requires_grad]
     assert len(trained) == len(run.policy.names)
-    held = [t for t in (*run.policy.unet.parameters(), *run.policy.unet.buffers()) if not t.requires_grad]
+    held = [t for t in (*run.policy.network.parameters(), *run.policy.network.buffers()) if not t.requires_grad]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     assert predict(run.cfg, device_type="cpu").resident["UNet"] == sum(storages.values())
     weights = sum(m.in_features * m.out_features for m in layers.values())
@@ -172,10 +172,10 @@ def test_bytes_are_predicted_and_only_the_lora_is_trained(how, tmp_path):
 
 def test_sdxls_base_takes_less_than_2_gib():
     mode, policy = fake_sdxl(lora=True)
-    full = sum(p.nbytes for n, p in policy.unet.named_parameters() if "lora_" not in n)
+    full = sum(p.nbytes for n, p in policy.network.named_parameters() if "lora_" not in n)
     with mode:
         policy.quantise("nf4")
-    held = [*policy.unet.named_parameters(), *policy.unet.named_buffers()]
+    held = [*policy.network.named_parameters(), *policy.network.named_buffers()]
     # 2,567,463,684 weights, 2,207,744,000 of them in the transformers' linear layers
     assert full == 2 * 2_567_463_684
     assert (
@@ -255,7 +255,7 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     outputs = []
     for base in ("full", how):
         run = built(tmp_path / base)
-        for name, m in run.policy.unet.named_modules():
+        for name, m in run.policy.network.named_modules():
             fits = type(m) is torch.nn.Linear and min(m.weight.shape) >= 16 and ("attentions" in name)
             if fits and base != "full":
                 m.weight.data = rounded(m.weight.detach().double(), base).float()

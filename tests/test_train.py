@@ -589,7 +589,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
         run = built(tmp_path / f"run{on}", gradient_checkpointing=on, clip="none")
         count: list[int] = []
         # before, not after the forward: the recomputation stops as soon as it has what it needs
-        run.policy.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        run.policy.network.mid_block.resnets[1].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         [gradients[on]] = one_gradient(run, [slice(0, PAIRS)])
         calls[on] = len(count)
     assert calls[True] == calls[False] + 1  # recomputed in the backward pass
@@ -638,7 +638,7 @@ def test_full_finetune(tmp_path: Path) -> None:
         assert torch.equal(weights[name], value)
         assert not torch.equal(value, base[name]), f"{name} was not trained"
     with run.policy.reference():
-        frozen = dict(run.policy.unet.named_parameters())
+        frozen = dict(run.policy.network.named_parameters())
     assert all(torch.equal(frozen[name], value) for name, value in base.items())
 
 

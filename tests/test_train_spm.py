@@ -439,7 +439,7 @@ def test_killed_while_writing_weights_leaves_no_checkpoint(
 @pytest.mark.parametrize(("guidance", "halves"), [(2.0, 2), (1.0, 1)])
 def test_pixel_model_needs_one_unet_forward_a_slot(pairs: Path, tmp_path: Path, guidance: float, halves: int) -> None:
     run = built(tmp_path / "run", pairs=pairs, gradient_accumulation_steps=2, train_guidance_scale=guidance)
-    unet, vision = rows_of(run.model.unet), rows_of(run.reward.clip.vision_model)  # type: ignore[attr-defined]
+    unet, vision = rows_of(run.model.network), rows_of(run.reward.clip.vision_model)  # type: ignore[attr-defined]
     decoder = rows_of(run.model.vae.decoder)
     one_step(run)
     assert unet == [2 * 4 * halves] * 2  # both images of 4 pairs
@@ -449,7 +449,7 @@ def test_pixel_model_needs_one_unet_forward_a_slot(pairs: Path, tmp_path: Path, 
 @pytest.mark.parametrize(("guidance", "halves"), [(7.5, 2), (1.0, 1)])
 def test_latent_model_needs_one_forward_of_its_own(pairs: Path, tmp_path: Path, guidance: float, halves: int) -> None:
     run = built(tmp_path / "run", pairs=pairs, parameterisation="latent", train_guidance_scale=guidance)
-    frozen, own = rows_of(run.model.unet), rows_of(run.reward.network.unet.mid_block)  # type: ignore[attr-defined]
+    frozen, own = rows_of(run.model.network), rows_of(run.reward.network.unet.mid_block)  # type: ignore[attr-defined]
     one_step(run)
     assert frozen == [] and own == [2 * 4 * halves]
 
@@ -568,10 +568,10 @@ def test_frozen_networks_are_computed_as_is_fastest_on_a_cpu(
 ) -> None:
     on_cpu(monkeypatch, tiles, wide)
     run = built(tmp_path / "run", pairs=pairs, mixed_precision=asked)
-    assert run.model.unet.dtype == run.model.vae.dtype == dtype
+    assert run.model.network.dtype == run.model.vae.dtype == dtype
     assert {master.dtype for master in run.reward.weights.masters} == {torch.float32}
     assert {p.dtype for p in run.reward.clip.parameters()} == {torch.float32}  # type: ignore[attr-defined]
-    norms = [type(m) for network in (run.model.unet, run.model.vae) for m in network.modules()]
+    norms = [type(m) for network in (run.model.network, run.model.vae) for m in network.modules()]
     assert (FusedAttention in norms) == (wide == 64) == (FusedResnet in norms)
     run.announce()
     told = capsys.readouterr().out
@@ -609,7 +609,7 @@ def test_reward_checkpointing_changes_no_gradient(pairs: Path, tmp_path: Path, p
 @pytest.mark.parametrize("noise", ["all", "none"])
 def test_without_time_conditioning_the_export_is_a_plain_clip(pairs: Path, tmp_path: Path, noise: str) -> None:
     run = built(tmp_path / "run", pairs=pairs, time_conditioned=False, noise=noise, max_train_steps=1)
-    unet, vae = rows_of(run.model.unet), rows_of(run.model.vae.encoder)
+    unet, vae = rows_of(run.model.network), rows_of(run.model.vae.encoder)
     run.train()
     file = tmp_path / "run" / "preference_model" / "model.safetensors"
     assert load_file(file).keys() == load_file(WEIGHTS / "pickscore" / "model.safetensors").keys()

@@ -45,7 +45,7 @@ def test_a_left_out_segment_costs_one_candidate(tmp_path):
     """Counted on the UNet; the rest of the rollout goes on from the child that was not compared."""
     run = built(tmp_path / "run", num_steps=8, num_inner_steps=1, method="mspo", branch_window="auto")
     sample, rows, images = run.cfg.sample, [], []
-    run.policy.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    run.policy.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
 
     def collect(left_out):
         rows.clear(), images.clear()

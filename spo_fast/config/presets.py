@@ -69,7 +69,7 @@ def sd35() -> Config:
     return Config(
         model=ModelConfig(model="sd35", mixed_precision="auto", height=512, width=512),
         adapter=AdapterConfig(rank=32, lora_alpha=64, lora_targets=ATTENTION),
-        sample=SampleConfig(sample_batch_size=4, num_candidates=4, num_steps=10, guidance_scale=4.5, threshold=0.3),
+        sample=SampleConfig(sample_batch_size=4, num_steps=10, guidance_scale=4.5, branch_start=None),
         objective=ObjectiveConfig(method="spo"),
         optim=OptimConfig(learning_rate=3e-4, train_batch_size=4),
         run=RunConfig(output_dir="runs/sd35", num_train_epochs=10, checkpoints_total_limit=2),
@@ -81,7 +81,7 @@ def flux() -> Config:
     return Config(
         model=ModelConfig(model="flux", mixed_precision="bf16", height=512, width=512),
         adapter=AdapterConfig(rank=64, lora_alpha=128, lora_targets=(*ATTENTION, *FEED_FORWARD)),
-        sample=SampleConfig(sample_batch_size=2, num_candidates=2, num_steps=6, guidance_scale=3.5, threshold=0.3),
+        sample=SampleConfig(sample_batch_size=2, num_candidates=2, num_steps=6, guidance_scale=1.0, branch_start=None),
         objective=ObjectiveConfig(method="spo"),
         optim=OptimConfig(learning_rate=3e-4, train_batch_size=2, gradient_accumulation_steps=2),
         run=RunConfig(output_dir="runs/flux", num_train_epochs=10, checkpoints_total_limit=2),
@@ -93,7 +93,7 @@ def toy_flow() -> Config:
     return Config(
         model=ModelConfig(model="toy-flow", mixed_precision="no", decode_chunk=256),
         adapter=AdapterConfig(rank=8, lora_alpha=16, lora_targets=ATTENTION),
-        sample=SampleConfig(sample_batch_size=16, num_candidates=4, num_steps=10, threshold=0.05, guidance_scale=2.0),
+        sample=SampleConfig(sample_batch_size=16, num_steps=10, threshold=0.05, guidance_scale=2.0, branch_start=None),
         objective=ObjectiveConfig(method="spo"),
         optim=OptimConfig(learning_rate=5e-4, train_batch_size=16),
         data=DataConfig(max_prompts=96),
@@ -101,6 +101,7 @@ def toy_flow() -> Config:
     )
 
 
+FLOWS = ("toy-flow", "sd35", "flux")
 PRESETS: dict[str, Callable[[], Config]] = {
     "toy": toy,
     "toy-flow": toy_flow,

@@ -56,6 +56,9 @@ def small(given: Mapping[str, Any]) -> dict[str, Any]:
 # by the value of --memory, likewise; the others are a matter of the networks alone
 MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
 
+# by the value of --sampler: the published eta, of flow_sde that of SD3.5 (FLUX .8 to .9, Qwen-Image 1.2)
+ETAS = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.8, "dance": 0.3}
+
 # ---------------------------------------------------------------------------------------------------- preference models
 
 

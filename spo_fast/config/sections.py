@@ -46,6 +46,12 @@ class ModelConfig(Section):
     size_told: Literal["own", "native"] = "own"
     """The size in pixels that SDXL's UNet is told (time_ids): the run's own, or native, the one the model was made for
     (1024) whatever the run's, as the published step-aware preference models were trained."""
+    embedded_guidance: NotNegative | None = None
+    """What FLUX.1-dev is told as guidance, as guidance_scale of diffusers' FluxPipeline. Default: 3.5. Its candidates
+    need no second, unconditional half: --guidance_scale stays 1."""
+    max_sequence_length: Annotated[int, Range(1, 512)] | None = None
+    """Flow models: tokens of T5's prompts, as max_sequence_length of diffusers' pipelines. Default: 256 of sd35, 512 of
+    flux (schnell 256)."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -77,19 +78,27 @@ class SampleConfig(Section):
     sample_batch_size: Count = 10
     """Prompts of one rollout on each rank; of dpo and mapo pairs of one iteration."""
     num_steps: Annotated[int, Range(1, 999)] = 20
-    """DDIM steps."""
-    eta: Annotated[float, Range(0.001, 1, why="at 0 a step is deterministic and has no log-probability")] = 1.0
-    """DDIM's noise level; 0 has no log-probabilities, and near it their size knows no limit."""
+    """Steps of a rollout."""
+    sampler: Literal["ddim", "flow_sde", "cps", "dance"] = "ddim"
+    """How a step adds noise. ddim: the posterior of the forward process, of diffusions the only one. On flows also
+    flow_sde (Flow-GRPO), cps (Flow-CPS), dance (DanceGRPO), each with its published eta unless that is given."""
+    eta: Annotated[float, Range(0.001, 2, why="at 0 a step is deterministic and has no log-probability")] = 1.0
+    """The sampler's noise level, of ddim and cps at most 1; 0 has no log-probabilities, and near it their size knows no
+    limit."""
     guidance_scale: Guidance = 5.0
     """Classifier-free guidance, in sampling and in training. At 1 or below the unconditional half is not evaluated."""
     num_candidates: Annotated[int, Range(2, why="two or more are needed to compare")] = 4
     """k: candidates x_{t-1} drawn at each branching step."""
     num_inner_steps: Whole = 0
     """MSPO: steps that candidates go on by themselves after they part, before they are compared. 0 is SPO."""
-    branch_start: Whole = 4
-    """First branching step, an index below num_steps. 4 of 20 is t = 751: above it there is no detail to compare."""
+    branch_start: Whole | None = 4
+    """First branching step, an index below num_steps. 4 of 20 is t = 751: above it there is no detail to compare. Of a
+    flow by default the first step that branch_sigma allows."""
+    branch_sigma: Annotated[float, Range(0, 1, "(]")] | None = None
+    """Flows: branch from the first step on whose sigma is at most this. Default: .805, the noise of SPO's t = 751."""
     branch_end: Count | None = None
-    """Stop branching before this step: with branch_start the range of timesteps that is trained. Default: num_steps."""
+    """Stop branching before this step: with branch_start the range of timesteps that is trained. Default: num_steps; of
+    a flow with ddim or cps two less, since its last step adds no noise and the one before hardly any."""
     threshold: Threshold = 0.3
     """A pair is kept if softmax([s_w, s_l]) differs by more than this: s_w - s_l > 2 artanh(threshold)."""
     threshold_max: Threshold | None = None
@@ -114,16 +123,27 @@ class SampleConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        most = 1.0 if self.sampler in ("ddim", "cps") else math.inf
+        require(self.eta <= most, f"eta={self.eta:g} of sampler={self.sampler} must be at most {most:g}.")
         require(
-            self.branch_start < self.num_steps,
+            self.branch_start is None or self.branch_sigma is None,
+            f"branch_start={self.branch_start} and branch_sigma={self.branch_sigma} say the same thing: give one.",
+        )
+        require(
+            self.first_branch < self.num_steps,
             f"branch_start={self.branch_start} leaves no steps to branch (num_steps={self.num_steps}). "
             f"Use a value from 0 to {self.num_steps - 1}; the published runs use 4 of 20.",
         )
         require(
-            self.branch_start < self.last_branch <= self.num_steps,
-            f"branch_end={self.branch_end} must lie above branch_start={self.branch_start} and not above "
+            self.first_branch < self.last_branch <= self.num_steps,
+            f"branch_end={self.branch_end} must lie above branch_start={self.first_branch} and not above "
             f"num_steps={self.num_steps}. Leave it out to branch to the end.",
         )
+
+    @property
+    def first_branch(self) -> int:
+        """branch_start; 0 until a flow's schedule has decided it."""
+        return self.branch_start or 0
 
     @property
     def last_branch(self) -> int:
@@ -133,7 +153,7 @@ class SampleConfig(Section):
     @property
     def branching_steps(self) -> int:
         """Steps whose transitions are trained: the most pairs one prompt can give."""
-        return self.last_branch - self.branch_start
+        return self.last_branch - self.first_branch
 
     @property
     def rows_of_a_step(self) -> int:

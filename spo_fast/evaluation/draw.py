@@ -14,11 +14,12 @@ from spo_fast.evaluation.pictures import write_picture
 from spo_fast.evaluation.sampling import Drawn, draw_latents
 from spo_fast.models.accelerate import prepare_drawing
 from spo_fast.models.compile import compile_network, keep_cache
-from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, unet_width
+from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, network_width
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.load import load_unet, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.sources import Resolved
+from spo_fast.models.flow import load_model
 from spo_fast.models.fuse import fuse
 
 NOISE = 2**32 - 3  # the iteration whose noise the pictures start from: no other use gets there
@@ -34,10 +35,10 @@ def draw_all(
     if not todo:
         return
     out, c, engine = Path(cfg.pictures.output_dir), cfg.pictures, cfg.engine
-    model = DiffusionModel(cfg.model, resolved, device, out / "prompt_cache")
+    model = load_model(cfg.model, resolved, device, out / "prompt_cache")
     for contender in (gallery.contender for gallery in todo if gallery.contender.kind == "lora"):
         assert contender.path is not None
-        read_file(contender.path, model.unet)  # one that does not fit is told before anything is drawn
+        read_file(contender.path, model.network)  # one that does not fit is told before anything is drawn
     model.prompt_cache.ensure([*prompts, ""])
     if engine.fuse:
         fuse(model.vae)
@@ -50,28 +51,28 @@ def draw_all(
         contender = gallery.contender
         if contender.kind == "unet":
             assert contender.path is not None
-            model.unet = None  # type: ignore[assignment]  # its memory goes first
-            model.unet = load_unet_from(contender.path, model.dtype).to(device)  # type: ignore[arg-type]
-        elif model.unet is None:
-            model.unet = load_unet(resolved, model.dtype).to(device)
+            model.network = None  # type: ignore[assignment]  # its memory goes first
+            model.network = load_unet_from(contender.path, model.dtype).to(device)  # type: ignore[arg-type]
+        elif model.network is None:
+            model.network = load_unet(resolved, model.dtype).to(device)
         if contender.kind == "lora":
             assert contender.path is not None
-            print(f"{contender.name}: {apply_lora(contender.path, model.unet)}", flush=True)
+            print(f"{contender.name}: {apply_lora(contender.path, model.network)}", flush=True)
         if engine.fuse:
             rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
             tokens = model.tokenizers[0].model_max_length
-            kernel = prepare_drawing(model.unet, engine, rows, model.latent_shape, tokens)
+            kernel = prepare_drawing(model.network, engine, rows, model.latent_shape, tokens)
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
         if engine.fuse or contender.kind == "lora":
             # fused with what it wore, or changed for good: the next one starts from the file
-            model.unet = None  # type: ignore[assignment]
+            model.network = None  # type: ignore[assignment]
 
 
 def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts: list[str]) -> None:
     """Plain DDIM (eta 0). A batch that lacks a picture is drawn whole: its numbers depend on its company."""
     c, files = cfg.pictures, gallery.files
-    table, policy = model.table(c.num_steps, 0.0), Drawn(model.unet, bool(cfg.engine.fuse))
+    table, policy = model.table(c.num_steps, 0.0), Drawn(model.network, bool(cfg.engine.fuse))
     for start in range(0, len(files), c.images_at_once):
         numbers = range(start, min(start + c.images_at_once, len(files)))
         if all(files[n].is_file() for n in numbers):
@@ -100,7 +101,7 @@ def decided(
     training = Config(model=cfg.model, engine=EngineConfig(**asked))
     # of one contender, as on an H200: another contender, or another card, goes on with the same pictures
     pays = compile_pays(prompts * cfg.pictures.images_per_prompt * picture_flops(cfg), None, DRAWING_S)
-    width = unet_width(resolved, cfg.model.model)
+    width = network_width(resolved, cfg.model.model)
     chosen, choices = how_computed(training, found_device(device), lambda _: pays, width)
     names = ("mixed_precision", "compile", "fuse")
     filled = cfg.with_fields(**{name: chosen.flat()[name] for name in names})

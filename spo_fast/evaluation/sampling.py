@@ -42,14 +42,14 @@ class Drawn:
     """What sample_latents asks of a policy."""
 
     def __init__(self, unet: UNet2DConditionModel, fused: bool) -> None:
-        self.unet, self.fused = unet, fused
+        self.network, self.fused = unet, fused
 
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:
         """As Policy's."""
         if not self.fused:
             return cond
-        return replace(cond, text=text_of(self.unet, *inputs_of(self.unet, len(cond), cond, guided)))
+        return replace(cond, text=text_of(self.network, *inputs_of(self.network, len(cond), cond, guided)))
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guided: bool) -> Prediction:
         """As Policy's."""
-        return denoise(self.unet, x_t, t, cond, guided)
+        return denoise(self.network, x_t, t, cond, guided)

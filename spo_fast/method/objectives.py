@@ -262,15 +262,15 @@ class GradSPO(SPO):
         self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
     ) -> tuple[Tensor, Tensor]:
         """As `Objective.loss`, of differences of squared errors."""
-        assert e.frozen is not None and e.second_reference is not None and table.alphas_cumprod is not None
+        assert e.frozen is not None and e.second_reference is not None
         dtype, index = e.states.x_t.dtype, e.index[:, 0, 0]
         rows = e.states.rows[index]
-        alpha, (d, std) = table.alphas_cumprod[rows], table.coefficients[rows, 3:].T
-        # as noise, up to a term in x_t that all three share: d m = dx0 = -sqrt((1 - alphabar) / alphabar) depsilon
-        to_noise = (-d * (alpha / (1 - alpha)).sqrt()).to(dtype).view(-1, 1, 1, 1)
+        signal, noise, (d, std) = table.signal[rows], table.noise[rows], table.coefficients[rows, 3:].T
+        # as noise, up to a term in x_t that all three share: d m = dx0 = -(noise / signal) depsilon
+        to_noise = (-d * signal / noise).to(dtype).view(-1, 1, 1, 1)
         outputs = (guided(*p, cfg.guidance_scale, dtype) for p in (m, e.frozen, e.second_reference))
         policy, reference, ema = (to_noise * output[index] for output in outputs)
-        reach = (self.guidance_step * (1 - alpha).sqrt() / std / 2).to(dtype).view(-1, 1, 1, 1)
+        reach = (self.guidance_step * noise / std / 2).to(dtype).view(-1, 1, 1, 1)
         shift = reach * (e.x_prev[:, 0, 0] - e.x_prev[:, 1, 0])
         r = torch.stack([error_drop(policy, reference, ema - sign * shift) for sign in (1, -1)], dim=1)
         return preference_loss(r.unsqueeze(-1), uniform_weights(r, len(e), weight), self.beta, self.clip)
@@ -281,7 +281,7 @@ class GradSPO(SPO):
 
 def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch) -> Experience:
     """Each transition of the trained steps as a term of its own (K = S = 1): term and state (s K + k) B + b."""
-    first, end = cfg.branch_start, cfg.last_branch
+    first, end = cfg.first_branch, cfg.last_branch
     S, (_, K, B), device = end - first, walk.x.shape[:3], walk.x.device
     rows = torch.arange(first, end, device=device).repeat_interleave(K * B)
     states = States(walk.x[first:end].flatten(0, 2), rows, torch.arange(B, device=device).repeat(S * K))

@@ -19,7 +19,6 @@ class PairInputs:
     cond: Cond  # of the B prompts
     latents: Tensor  # (2, B, C, h, w) clean and scaled, the preferred image first
     draws: KeyedDraws
-    alphas_cumprod: Tensor  # (T,)
 
     def __len__(self) -> int:
         return self.latents.shape[1]
@@ -27,27 +26,27 @@ class PairInputs:
 
 @torch.no_grad()
 def noised(
+    table: StepTable,
     latents: Tensor,  # (2, B, C, h, w)
-    t: Tensor,  # (B,) int64
+    rows: Tensor,  # (B,) int64 into the table
     noise: Tensor,  # (2, B, C, h, w) or (B, C, h, w)
-    alphas_cumprod: Tensor,  # (T,)
 ) -> Tensor:  # (2, B, C, h, w)
-    """x_t = sqrt(alphabar_t) x0 + sqrt(1 - alphabar_t) noise, one t for both images of a pair."""
-    alpha = alphas_cumprod[t].to(latents.dtype).view(-1, 1, 1, 1)
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    """x_t = signal x0 + noise e, one row for both images of a pair."""
+    signal, sigma = (of[rows].to(latents.dtype).view(-1, 1, 1, 1) for of in (table.signal, table.noise))
+    return signal * latents + sigma * noise
 
 
 @torch.no_grad()
 def renoised_pairs(table: StepTable, batch: PairInputs) -> Experience:  # table: of all T timesteps, noisiest first
     """One term a pair, K = 2, S = 1. In x_prev's place stands the output that would have been right.
 
-    From x0 = c x_t + d m it is (x0 - c x_t) / d, whatever the network predicts: of epsilon the noise itself.
+    From x0 = c x_t + d m it is (x0 - c x_t) / d, whatever the network predicts: of epsilon the noise itself, of a flow
+    noise - x0.
     """
     B, T, latents = len(batch), table.num_steps, batch.latents
-    t = batch.draws.integer(TIMESTEPS, T)
+    row = T - 1 - batch.draws.integer(TIMESTEPS, T)
     noise = batch.draws.normal(RENOISE, tuple(latents.shape[2:])).to(latents.dtype)
-    x_t = noised(latents, t, noise, batch.alphas_cumprod)
-    rows = (T - 1 - t).repeat(2)
+    x_t, rows = noised(table, latents, row, noise), row.repeat(2)
     c, d = table.coefficients[rows, 2:4].to(x_t.dtype).T.view(2, 2, B, 1, 1, 1)
     target = (latents - c * x_t) / d
     number = torch.arange(B)

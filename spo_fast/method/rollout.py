@@ -31,6 +31,9 @@ from spo_fast.method.protocols import Decode, Denoiser, Judge, Policy
 from spo_fast.method.schedule import StepTable
 from spo_fast.ops.transition import transition
 
+BRANCH_SIGMA = 0.805
+"""Of t = 751, where SPO begins to branch: noise / (signal + noise) is .8046 there (4.1 times as much noise)."""
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
@@ -77,18 +80,41 @@ class Segments:
         return Experience(states, x_prev.unsqueeze(2), index, cond, self.scores, order=slot, read=(index, read))
 
 
-def last_noisy_step(cfg: SampleConfig, table: StepTable) -> int:
-    """branch_end, or where the steps' noise ends before it: what has std 0 is taken, but has no log-probability.
+def trained_steps(cfg: SampleConfig, table: StepTable) -> tuple[int, int]:
+    """First step that is trained, and the one after the last, where a table's noise decides what was left open.
 
-    Only a schedule's last step can be one (ddim_table). Raises ValueError if that leaves nothing to train.
+    Without branch_start the first step whose noise / (signal + noise), of a flow sigma, is at most branch_sigma. Steps
+    with std 0 are taken, but have no log-probability: only a schedule's last can be one. Of a flow that ends with one
+    the step before is left out too, unless branch_end asks for it: its std is so small that the rounding of the
+    network's output is multiplied by about 30. Raises ValueError if that leaves nothing to train, or a flow's
+    branch_end asks for a step without noise.
     """
-    noisy = int((table.coefficients[:, 4] > 0).sum())
-    if cfg.branch_start >= noisy:
+    noisy, is_flow = int((table.coefficients[:, 4] > 0).sum()), table.timesteps.is_floating_point()
+    first = cfg.first_branch
+    if cfg.branch_start is None:
+        most = BRANCH_SIGMA if cfg.branch_sigma is None else cfg.branch_sigma
+        share = table.noise / (table.signal + table.noise)
+        first = int((share > most + 1e-6).sum())
+    end = min(cfg.last_branch, noisy)
+    at = f"sigma {float(table.noise[-1]):.3g}" if is_flow else f"t = {int(table.timesteps[-1])}"
+    if is_flow and noisy < table.num_steps:
+        if cfg.branch_end is None:
+            end = noisy - 1
+        elif cfg.branch_end > noisy:
+            raise ValueError(
+                f"branch_end={cfg.branch_end} trains the last of {table.num_steps} steps, from {at}, which adds no "
+                f"noise with sampler={cfg.sampler}: it has no log-probability. Use at most {noisy}."
+            )
+    if first >= end:
+        which = "branch_start" if cfg.branch_start is not None else "branch_sigma"
         raise ValueError(
-            f"branch_start={cfg.branch_start} leaves no step to train: on the model's noise schedule the last of "
-            f"{cfg.num_steps} steps, from t = {int(table.timesteps[-1])}, adds no noise. Use a lower --branch_start."
+            f"{which}={getattr(cfg, which)} leaves no step to train: on the model's noise schedule the last of "
+            f"{cfg.num_steps} steps, from {at}, adds no noise. Use a lower --branch_start."
+            if cfg.branch_start is not None
+            else f"{which}={cfg.branch_sigma} leaves no step to train of {cfg.num_steps}: use a higher --branch_sigma, "
+            "or more --num_steps."
         )
-    return min(cfg.last_branch, noisy)
+    return first, end
 
 
 def segments(cfg: SampleConfig) -> list[tuple[int, int]]:
@@ -98,7 +124,7 @@ def segments(cfg: SampleConfig) -> list[tuple[int, int]]:
     "extend" a comparison that would fall on the last step is left out and its group runs to the end
     (multi_sample_pipeline_sdxl.py: `i == len(timesteps) - 1` takes the last branch).
     """
-    starts = list(range(cfg.branch_start, cfg.last_branch, 1 + cfg.num_inner_steps))
+    starts = list(range(cfg.first_branch, cfg.last_branch, 1 + cfg.num_inner_steps))
     if cfg.last_step == "extend" and starts[-1] == cfg.num_steps - 1 and len(starts) > 1:
         starts.pop()
     return list(zip(starts, [*starts[1:], cfg.last_branch], strict=True))
@@ -204,14 +230,14 @@ class Rollout:
         """Of the x0 estimates of step i; i = num_steps: of the final latents, at timestep 0."""
         if m is None:
             # GradSPO's code shows the final images at the last step's timestep
-            t = self.table.timesteps[-1] if self.cfg.last_step == "keep" else torch.zeros_like(self.table.timesteps[0])
+            t = self.table.judged_at[-1] if self.cfg.last_step == "keep" else torch.zeros_like(self.table.judged_at[0])
             return self._score(None, x, t)
         arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
-        return self._score(x, transition(*arguments, num_children=0)[0], self.table.timesteps[i])
+        return self._score(x, transition(*arguments, num_children=0)[0], self.table.judged_at[i])
 
     def judge_children(self, x: Tensor, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B)
         """Of children of step i as they are, at their parent's timestep."""
-        return self._score(x, x, self.table.timesteps[i])
+        return self._score(x, x, self.table.judged_at[i])
 
     def _score(self, x_t: Tensor | None, x0: Tensor, t: Tensor) -> Tensor:
         candidates = Candidates(x_t, x0, t, self.branched_text, self.K, self.decode, self.chunk)
@@ -227,9 +253,9 @@ def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
     table, cfg, draws = sampler.table, sampler.cfg, batch.draws
     K, B, rollout = cfg.num_candidates, len(batch), Rollout(sampler, batch)
     x = draws.latents(batch.latent_shape, batch.dtype)
-    for i in range(cfg.branch_start):
+    for i in range(cfg.first_branch):
         x = rollout.advance(x, i)
-    m = rollout.predict(x, cfg.branch_start)
+    m = rollout.predict(x, cfg.first_branch)
     starts = [end for first, end in segments(cfg) if first not in batch.skipped and end < cfg.last_branch]
     picks = draws.picks(starts if cfg.next_start == "random" else [], K)
 

@@ -1,14 +1,14 @@
 """A schedule is a table. Every sampler step is a row: mean = a x_t + b m, x0 = c x_t + d m, std.
 
-m is the network's raw (guided) output. DDIM with epsilon, v or sample prediction and the flow-matching SDE differ
-only in their rows, so one set of kernels serves all of them.
+m is the network's raw (guided) output. DDIM with epsilon, v or sample prediction and the samplers of flow matching
+(flow_schedule.py) differ only in their rows, so one set of kernels serves all of them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +22,13 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a network's output m
 
 @dataclass(frozen=True)
 class StepTable:
-    """One row a denoising step, noisiest first. Only the last one's std may be 0 (if eta is not)."""
+    """One row a denoising step, noisiest first. Only the last ones' std may be 0 (if eta is not)."""
 
-    timesteps: Tensor  # (R,) int64, what the network is told
+    timesteps: Tensor  # (R,) what the network is told: int64 of a diffusion, float32 of a flow (1000 sigma)
     coefficients: Tensor  # (R, 5) float64: a, b, c, d, std
-    alphas_cumprod: Tensor | None = None  # (R,) float64 alphabar_t of a diffusion's rows; flows have none
+    signal: Tensor  # (R,) float64: x_t = signal x0 + noise e; of a diffusion sqrt(alphabar), of a flow 1 - sigma
+    noise: Tensor  # (R,) float64: sqrt(1 - alphabar), or sigma
+    judged_at: Tensor  # (R,) int64 timesteps of a diffusion, 0..999: what scorers are told
 
     @property
     def num_steps(self) -> int:
@@ -35,8 +37,7 @@ class StepTable:
 
     def to(self, device: torch.device | str) -> StepTable:
         """The same rows on a device, still in float64."""
-        alphas = None if self.alphas_cumprod is None else self.alphas_cumprod.to(device)
-        return StepTable(self.timesteps.to(device), self.coefficients.to(device), alphas)
+        return StepTable(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def ddim_table(
@@ -86,7 +87,7 @@ def ddim_table(
     towards_x0, towards_noise = alpha_prev.sqrt(), (1 - alpha_prev - std**2).clamp_min(0).sqrt()
     a = towards_x0 * c + towards_noise * e
     b = towards_x0 * d + towards_noise * f
-    return StepTable(timesteps, torch.stack([a, b, c, d, std], dim=1), alpha)
+    return StepTable(timesteps, torch.stack([a, b, c, d, std], dim=1), signal, sigma, timesteps)
 
 
 def full_table(alphas_cumprod: Tensor, prediction_type: str) -> StepTable:

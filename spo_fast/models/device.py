@@ -11,7 +11,7 @@ from spo_fast.config.methods import find_method
 from spo_fast.config.training import Config
 from spo_fast.data.files import read_json
 from spo_fast.models.files.sources import CONFIGS, Resolved
-from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.models.files.toy import FLOW_WEIGHTS, WEIGHTS
 
 GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
@@ -125,11 +125,15 @@ WIDE = 128
 cost as much: the toy's 64 are fastest as they are, 256 are not (benchmarks/LOG.md)."""
 
 
-def unet_width(resolved: Resolved | None, model: str) -> int:
-    """Channels of the UNet's widest level; of the model's published, or shipped, UNet if nothing is resolved."""
-    shipped = WEIGHTS if model == "toy" else CONFIGS / model
+def network_width(resolved: Resolved | None, model: str) -> int:
+    """Channels of a UNet's widest level, or of a transformer; of the published one if nothing is resolved."""
+    shipped = {"toy": WEIGHTS, "toy-flow": FLOW_WEIGHTS}.get(model, CONFIGS / model)
     folder = shipped if resolved is None else resolved.config_dir
-    return int(max(read_json(folder / "unet" / "config.json")["block_out_channels"]))
+    unet = folder / "unet" / "config.json"
+    if unet.is_file():
+        return int(max(read_json(unet)["block_out_channels"]))
+    config = read_json(folder / "transformer" / "config.json")
+    return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 
 def fastest_precision(device: Device, width: int) -> Choice:

@@ -14,6 +14,7 @@ from spo_fast.config.sections import ModelConfig
 from spo_fast.data.files import read_json
 from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
+from spo_fast.models.doors import Network
 from spo_fast.models.files import layout, load, sources
 from spo_fast.models.files.lora import KOHYA_FILE, LORA_FILE, written_settings
 from spo_fast.models.fuse import fuse
@@ -22,8 +23,6 @@ from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.tensor_cache import fingerprint_files
 
 if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
     from spo_fast.models.files.load import VAE, TextEncoder
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -50,16 +49,16 @@ class DiffusionModel:
         dtype = vae_dtype(self.kind, self.dtype, read_json(layout.vae_config_file(resolved)))
         # diffusers' decorator hides what `to` takes
         self.vae: VAE = load.load_vae(resolved, dtype).to(device)  # type: ignore[arg-type]
-        self.unet: UNet2DConditionModel = load.load_unet(resolved, self.dtype).to(device)  # type: ignore[arg-type]
+        self.network: Network = load.load_unet(resolved, self.dtype).to(device)  # type: ignore[arg-type]
         self._take_sizes(cfg)
 
     def _take_sizes(self, cfg: ModelConfig) -> None:
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        default: int = self.unet.config["sample_size"] * factor
+        default: int = self.network.config["sample_size"] * factor
         self.height, self.width = cfg.height or default, cfg.width or default
         check_size(self.height, self.width, factor)
         self.size_told = (default, default) if cfg.size_told == "native" else (self.height, self.width)
-        self.latent_shape = (self.unet.config["in_channels"], self.height // factor, self.width // factor)
+        self.latent_shape = (self.network.config["in_channels"], self.height // factor, self.width // factor)
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -116,7 +115,7 @@ class DiffusionModel:
 
     def fuse(self) -> None:
         """From now on UNet and VAE compute by our ops; LoRA layers must be there already."""
-        fuse(self.unet)
+        fuse(self.network)
         fuse(self.vae)
 
     @torch.no_grad()
@@ -132,10 +131,9 @@ class DiffusionModel:
             return encoded.latents, torch.zeros_like(encoded.latents)
         return encoded.latent_dist.mean, encoded.latent_dist.std
 
-    @property
-    def scaling_factor(self) -> float:
-        """Of the VAE's latents."""
-        return self.vae.config["scaling_factor"]
+    def scaled(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the network sees them."""
+        return scaled(self.vae, latents)
 
     def vae_fingerprint(self) -> str:
         """Names the VAE's weights, for what is kept of its outputs."""
@@ -151,13 +149,17 @@ class DiffusionModel:
         """What the UNet's output means: epsilon, v_prediction or sample."""
         return self._ddim.config["prediction_type"]
 
-    def table(self, num_steps: int, eta: float) -> StepTable:
-        """DDIM steps of the model's own noise schedule, on the device."""
+    def table(self, num_steps: int, eta: float, sampler: str = "ddim") -> StepTable:
+        """Steps of the model's own noise schedule, on the device; of a diffusion DDIM's, whatever the sampler."""
         return table_of(self._ddim, num_steps, eta).to(self.device)
 
     def full_table(self) -> StepTable:
         """All timesteps, noisiest first, on the device: for what is noised to any of them."""
         return full_table(self.alphas_cumprod, self.prediction_type).to(self.device)
+
+    def judged_table(self) -> StepTable:
+        """Steps of all timesteps that scorers are told, 999 first: row 999 - t is timestep t."""
+        return self.full_table()
 
     # ------------------------------------------------------------------------------------------------ export
 
@@ -177,7 +179,7 @@ class DiffusionModel:
             return []
         directory.mkdir(parents=True, exist_ok=True)
         if policy.adapter.full_finetune:
-            policy.unet.save_config(directory / "unet")
+            policy.network.save_config(directory / "unet")
             save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [directory / "unet"]
         state = {name.replace(".default.", "."): value for name, value in weights.items()}
@@ -190,7 +192,7 @@ class DiffusionModel:
         writer.save_lora_weights(
             save_directory=directory,
             unet_lora_layers=layers,
-            unet_lora_adapter_metadata=written_settings(policy.unet.peft_config["default"]),
+            unet_lora_adapter_metadata=written_settings(policy.network.peft_config["default"]),
         )
         kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
         if self.kind == "sdxl":  # diffusers reads these two layers' LoRA by their names in the original network only
@@ -234,7 +236,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, H, W) in about [-1, 1]
     """The VAE's pictures of scaled latents."""
-    return vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[0]
+    latents = latents.to(vae.dtype) / vae.config["scaling_factor"]
+    if shift := vae.config.get("shift_factor"):
+        latents = latents + shift
+    return vae.decode(latents, return_dict=False)[0]
+
+
+def scaled(vae: VAE, latents: Tensor) -> Tensor:
+    """The VAE's latents as a network sees them: of a flow's VAE shifted, too."""
+    return (latents - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
 
 
 def vae_dtype(kind: str, dtype: torch.dtype, config: Mapping[str, object]) -> torch.dtype:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
 from spo_fast.config.training import AdapterConfig
 from spo_fast.method.experience import Cond, Prediction
 from spo_fast.models.attention import Attend, attend_with
+from spo_fast.models.doors import Inputs, Network, flow_door
 from spo_fast.models.files.lora import read_lora
 from spo_fast.models.fuse import Text, fuse, text_of
 from spo_fast.models.graphs import Graphs
@@ -29,11 +29,11 @@ from spo_fast.models.trained_weights import TrainedWeights
 
 
 class Policy(TrainedWeights):
-    """UNet + trained weights. `predict` is the only way to evaluate the network."""
+    """Network + trained weights. `predict` is the only way to evaluate the network."""
 
-    def __init__(self, unet: UNet2DConditionModel, adapter: AdapterConfig, seed: int):
-        self.unet, self.adapter = unet.requires_grad_(False).eval(), adapter
-        self._frozen_copy: UNet2DConditionModel | None = None
+    def __init__(self, network: Network, adapter: AdapterConfig, seed: int):
+        self.network, self.adapter = network.requires_grad_(False).eval(), adapter
+        self._frozen_copy: Network | None = None
         self.fused = False
         self._full: dict[QuantisedLinear, Tensor] = {}  # the base's weights before they were rounded
         self.batch_sizes: tuple[int, ...] = ()
@@ -42,20 +42,20 @@ class Policy(TrainedWeights):
         """The same, of batches with a timestep a row, states of an experience: few pairs never need a rollout's sizes,
         for which no backward was compiled."""
         if adapter.full_finetune:
-            self._frozen_copy = copy.deepcopy(unet)
-            unet.requires_grad_(True)
+            self._frozen_copy = copy.deepcopy(network)
+            network.requires_grad_(True)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # PEFT draws its initial weights from the global generator
-                _add_lora(unet, adapter)
-        named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+                _add_lora(network, adapter)
+        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         # PEFT draws in the network's type (and may keep the values in another): masters start from 16-bit values then,
         # as in the published runs
-        dtype = unet.dtype  # diffusers walks all modules for it: 16 ms on SDXL
+        dtype = network.dtype  # diffusers walks all modules for it: 16 ms on SDXL
         for _, p in named:
             p.data = p.data.to(dtype)
         super().__init__(named)
-        self.reach = None if adapter.full_finetune else base_norm(unet)
+        self.reach = None if adapter.full_finetune else base_norm(network)
         """Norm of the frozen weights that a LoRA changes; None if what is trained are whole weights."""
         self._merged: MergedWeights | None = None
         self.graphs = Graphs(None)
@@ -63,7 +63,7 @@ class Policy(TrainedWeights):
         self._which = ""  # of the networks that share one: trained, reference or merged
         self._start: list[Tensor] | None = None
         if adapter.lora_path is not None:
-            self.load_state_dict(read_lora(adapter.lora_path, unet, adapter))
+            self.load_state_dict(read_lora(adapter.lora_path, network, adapter))
             self._start = [p.detach().clone() for p in self._weights]
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class Policy(TrainedWeights):
     def quantise(self, how: str) -> None:
         """Keep the frozen base in fewer bits (quantised.py), before `fuse`. Inexact."""
         import_for(how)
-        self._full = quantise_base(self.unet, how)
+        self._full = quantise_base(self.network, how)
 
     @contextlib.contextmanager
     def full_base(self) -> Iterator[None]:
@@ -123,33 +123,33 @@ class Policy(TrainedWeights):
 
     def fuse(self, recompute: bool = False) -> None:
         """Compute with our ops (fuse.py). recompute: norms and gates in the backward pass, instead of keeping them."""
-        for unet in filter(None, (self.unet, self._frozen_copy)):
-            fuse(unet, recompute)
+        for network in filter(None, (self.network, self._frozen_copy)):
+            fuse(network, recompute)
         self.fused = True
 
     def attend_with(self, attend: Attend) -> None:
         """Another kernel for a fused network's attentions."""
-        for unet in filter(None, (self.unet, self._frozen_copy)):
-            attend_with(unet, attend)
+        for network in filter(None, (self.network, self._frozen_copy)):
+            attend_with(network, attend)
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute type."""
-        return self.unet.dtype
+        return self.network.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.unet.device
+        return self.network.device
 
     def predict(
         self,
         x_t: Tensor,  # (B, C, H, W) latents
-        t: Tensor,  # () or (B,) int64 timesteps
+        t: Tensor,  # () or (B,) timesteps, as the table has them
         cond: Cond,  # of the B rows
         guided: bool,  # evaluate the unconditional half as well, in the same forward
     ) -> Prediction:
-        """The network's raw outputs, one UNet call for all rows and both halves."""
+        """The network's raw outputs, one call of it for all rows and both halves."""
         B = len(x_t)
         padded = next((size for size in (self.state_sizes if t.ndim else self.batch_sizes) if size >= B), B)
         if padded > B > 0:
@@ -162,28 +162,28 @@ class Policy(TrainedWeights):
             call = self.graphs.wrap(name, denoise)
         elif self.shards is None:  # whole gradients of parts come and go: no graph could add to them
             call = self.graphs.wrap_trained(name, denoise, self)
-        return call(self.unet, x_t, t, cond, guided)
+        return call(self.network, x_t, t, cond, guided)
 
     @torch.no_grad()
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:
         """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
         if not self.fused:
             return cond
-        return replace(cond, text=self.text(*inputs_of(self.unet, len(cond), cond, guided)))
+        return replace(cond, text=self.text(*inputs_of(self.network, len(cond), cond, guided)))
 
     def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
         """What a fused UNet computes of the prompts alone."""
-        return text_of(self.unet, prompt_embeds, added_cond_kwargs)
+        return text_of(self.network, prompt_embeds, added_cond_kwargs)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, `predict` is the network that training started from."""
         if self._frozen_copy is not None:
-            trained, self.unet = self.unet, self._frozen_copy
+            trained, self.network = self.network, self._frozen_copy
             try:
                 yield
             finally:
-                self.unet = trained
+                self.network = trained
             return
         if self._start is not None:
             with self._filled(self._start):
@@ -194,12 +194,12 @@ class Policy(TrainedWeights):
 
     @contextlib.contextmanager
     def _without_lora(self, which: str) -> Iterator[None]:
-        self.unet.disable_adapters()
+        self.network.disable_adapters()
         self._which = which
         try:
             yield
         finally:
-            self.unet.enable_adapters()
+            self.network.enable_adapters()
             self._which = ""
 
     @contextlib.contextmanager
@@ -213,13 +213,13 @@ class Policy(TrainedWeights):
             yield
             return
         if self._merged is None:
-            self._merged = MergedWeights(self.unet, self.state_dict())
+            self._merged = MergedWeights(self.network, self.state_dict())
         self._merged.merge(seed, iteration)
         with self._without_lora("merged"), self._merged.swapped_in():
             yield
 
 
-def _add_lora(unet: UNet2DConditionModel, adapter: AdapterConfig) -> None:
+def _add_lora(network: Network, adapter: AdapterConfig) -> None:
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
@@ -227,44 +227,54 @@ def _add_lora(unet: UNet2DConditionModel, adapter: AdapterConfig) -> None:
         target_modules=list(adapter.lora_targets),
     )
     try:
-        unet.add_adapter(config)
+        network.add_adapter(config)
     except ValueError as error:  # no such layer, or one of a kind that takes no LoRA
         names = " ".join(adapter.lora_targets)
-        raise ValueError(f"--lora_targets {names} fits no layer of the UNet ({error}). Try to_q to_k to_v.") from error
+        raise ValueError(
+            f"--lora_targets {names} fits no layer of the network ({error}). Try to_q to_k to_v."
+        ) from error
 
 
 @torch.no_grad()
-def base_norm(unet: UNet2DConditionModel) -> Tensor:  # () float32 or wider
+def base_norm(network: Network) -> Tensor:  # () float32 or wider
     """Norm of all frozen weights that wear a LoRA."""
-    weights = [base_weight(layer) for _, layer in lora_layers(unet)]
+    weights = [base_weight(layer) for _, layer in lora_layers(network)]
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     return torch.stack([torch.linalg.vector_norm(w, dtype=wide) for w in weights]).norm()
 
 
 def denoise(
-    unet: UNet2DConditionModel,
+    network: Network,
     x_t: Tensor,  # (B, C, H, W) latents
-    t: Tensor,  # () or (B,) int64 timesteps
+    t: Tensor,  # () or (B,) timesteps, as the table has them
     cond: Cond,  # of the B rows
     guided: bool,  # evaluate the unconditional half as well, in the same forward
 ) -> Prediction:
-    """The UNet's raw outputs, one call for all rows and both halves (unconditional first, as diffusers)."""
+    """The network's raw outputs, one call for all rows and both halves (unconditional first, as diffusers)."""
     B = x_t.shape[0]
-    x = x_t.to(unet.dtype)
+    x = x_t.to(network.dtype)
     if guided:
         x = torch.cat([x, x])
         t = t if t.ndim == 0 else torch.cat([t, t])
-    told, added = inputs_of(unet, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
-    out = unet(x, t, encoder_hidden_states=told, added_cond_kwargs=added, return_dict=False)[0]
+    if (door := flow_door(network)) is not None:
+        out = door.predict(network, x, t, told(network, B, cond, guided))
+    else:
+        told_text, added = inputs_of(network, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
+        out = network(x, t, encoder_hidden_states=told_text, added_cond_kwargs=added, return_dict=False)[0]
     return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
 
 
-def inputs_of(unet: UNet2DConditionModel, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
-    dtype, inputs = unet.dtype, cond.cond
+def told(network: Network, B: int, cond: Cond, guided: bool) -> Inputs:
+    """What the network is told of B rows, or of twice as many."""
+    inputs = cond.cond
     if guided:
         inputs = {
             name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value]) for name, value in cond.cond.items()
         }
-    added: dict[str, Tensor] = {n: inputs[n].to(dtype) for n in ("text_embeds", "time_ids") if n in inputs}
-    return inputs["prompt_embeds"].to(dtype), added or None
+    return {name: value.to(network.dtype) for name, value in inputs.items()}
+
+
+def inputs_of(unet: Network, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """A UNet's encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
+    inputs = told(unet, B, cond, guided)
+    return inputs["prompt_embeds"], {n: inputs[n] for n in ("text_embeds", "time_ids") if n in inputs} or None

@@ -147,7 +147,7 @@ class TrainedWeights:
         """The trained weights (masters, or this process's parts of them) by their names in the network."""
         return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
 
-    def network(self) -> dict[str, Tensor]:
+    def computed_weights(self) -> dict[str, Tensor]:
         """What the network computes with, by the same names; whole."""
         return {name: p.detach() for name, p in zip(self.names, self._weights, strict=True)}
 

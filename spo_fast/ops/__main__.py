@@ -1,8 +1,11 @@
 """`python -m spo_fast.ops`: op | device | backend | reason, for this machine."""
 
 from spo_fast.ops import (  # noqa: F401  (importing registers the ops)
+    ada_norm,
     geglu,
+    gelu_tanh,
     group_norm_silu,
+    joint_heads,
     log_ratio,
     lora_linear,
     merge_lora,

@@ -76,7 +76,7 @@ class LatentReward(nn.Module):
     configs: which decide the kind: with text_encoder_2 it is an SDXL.
     projection_dim: D, channels in which visual and text features are compared; SDXL's is its second encoder's.
     Every parameter takes a gradient but the end of SDXL's first text encoder, which no score depends on.
-    For gradient checkpointing: `model.unet.enable_gradient_checkpointing()`.
+    For gradient checkpointing: `model.network.enable_gradient_checkpointing()`.
     """
 
     def __init__(self, configs: Configs, projection_dim: int):

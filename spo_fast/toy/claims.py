@@ -109,7 +109,7 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         run: Run = train.build(train.parse([*arguments, "--output_dir", directory]))
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
-        meter, curve = Meter(run.policy.unet), []
+        meter, curve = Meter(run.policy.network), []
         wait = [] if tuning else [share * BUDGET for share in MARKS]
 
         def until_spent(iteration: int) -> None:

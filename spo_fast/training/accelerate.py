@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def make_policy(model: DiffusionModel, cfg: Config, processes: int) -> tuple[Policy, list[Choice]]:
     """The model's UNet as cfg has it trained, stored and computed, and the attention kernel that was picked."""
-    policy = Policy(model.unet, cfg.adapter, cfg.run.seed)
+    policy = Policy(model.network, cfg.adapter, cfg.run.seed)
     return policy, set_up(policy, model, cfg, processes)
 
 
@@ -48,7 +48,7 @@ def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 
     fuse(model.vae)
     rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
     tokens = model.tokenizers[0].model_max_length
-    choice = pick_attention(policy.unet, cfg.engine, rows, model.latent_shape, tokens)
+    choice = pick_attention(policy.network, cfg.engine, rows, model.latent_shape, tokens)
     policy.attend_with(KERNELS[str(choice.value)])
     return [choice]
 
@@ -58,9 +58,9 @@ def recompute(policy: Policy, cfg: Config) -> None:
     if cfg.optim.gradient_checkpointing:
         # nothing is random without dropout, and no generator's state can be read while a graph is recorded
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        policy.unet.enable_gradient_checkpointing(again)
+        policy.network.enable_gradient_checkpointing(again)
     else:
-        policy.unet.disable_gradient_checkpointing()
+        policy.network.disable_gradient_checkpointing()
     if cfg.engine.fuse:
         policy.fuse(recompute=cfg.engine.memory == "balanced")
 
@@ -84,7 +84,7 @@ def compile_networks(
     how = str(cfg.engine.compile)
     policy.batch_sizes, pictures = batch_sizes(cfg)
     policy.state_sizes = state_sizes(cfg)
-    for unet in filter(None, (policy.unet, policy._frozen_copy)):
+    for unet in filter(None, (policy.network, policy._frozen_copy)):
         compile_network(unet, how, backend=backend)
     if hasattr(vae, "decoder"):
         compile_network(vae.decoder, how, backend=backend, sizes=pictures)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def ratio_deviations(m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig) -> dict[int, float]:
     """Timestep -> largest |ratio - 1|; before the first update: what the paths of policy and reference differ by."""
     deviation = log_ratios(m.detach(), table, e, cfg).expm1().abs().flatten()
-    timesteps = table.timesteps[e.states.rows[e.index.flatten()]]
+    timesteps = table.timesteps[e.states.rows[e.index.flatten()]].round().long()
     found: dict[int, float] = {}
     for t, value in zip(timesteps.tolist(), deviation.tolist(), strict=True):
         found[t] = max(value, found.get(t, 0.0))
@@ -105,7 +105,7 @@ def check_agreement(run: Parts) -> None:
     """Raises RunError if the processes' weights have come apart: a faulty device, or unequal libraries."""
     if run.group.size > 1:
         parts = run.policy.shards is not None
-        weights = run.policy.network().values() if parts else run.learner.parameters
+        weights = run.policy.computed_weights().values() if parts else run.learner.parameters
         sums = torch.stack([p.detach().double().sum() for p in weights])
         if any(not torch.equal(*pair) for pair in itertools.pairwise(run.group.gather(sums[None]))):
             raise RunError(
@@ -140,7 +140,7 @@ def write_nonfinite(run: Parts) -> Path:
     """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
     from safetensors.torch import save_file
 
-    weights = run.policy.network()
+    weights = run.policy.computed_weights()
     found: dict[str, object] = {"state": dataclasses.asdict(run.state), "gradients": run.learner.broken}
     found["weights"] = [name for name, value in weights.items() if not value.isfinite().all()]
     if run.learner.scaler.is_enabled():

@@ -65,7 +65,7 @@ class Iterates:
         sample = self.cfg.sample
         if self.objective.samples_from == "data":
             return self.model.full_table()
-        return self.model.table(sample.num_steps, sample.eta)
+        return self.model.table(sample.num_steps, sample.eta, sample.sampler)
 
     @property
     def sampler(self) -> Sampler:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def announce(run: Parts) -> None:
     """What the run is about to do, in a few lines."""
     cfg, model, pairs = run.cfg, run.model, run.pairs
-    trained = sum(p.numel() for p in run.policy.network().values())
+    trained = sum(p.numel() for p in run.policy.computed_weights().values())
     if run.choices:
         print(f"chosen for this device ({run.found.name}):\n{textwrap.indent(listed(run.choices), '  ')}")
     what = f"{cfg.objective.method} on {model.resolved.model_path} ({model.height}x{model.width})"

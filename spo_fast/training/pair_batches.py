@@ -113,7 +113,7 @@ class ImageLoader:
             mean, std = (torch.stack([i.row[name] for i in loaded if i.row]).to(device).float() for name in MOMENTS)
             shape = tuple(mean.shape[1:])
             noise = torch.cat([draws.normal(POSTERIOR, shape, j) for j in range(2)])
-            latents = ((mean + std * noise) * self.model.scaling_factor).unflatten(0, (2, B))
+            latents = self.model.scaled(mean + std * noise).unflatten(0, (2, B))
         decoded = None
         if pixels or not self.noise:
             decoded = torch.stack([i.pixels for i in loaded if i.pixels is not None]).to(device).unflatten(0, (2, B))
@@ -226,7 +226,6 @@ class PairReader:
         pairs_read = cfg.run.iterations(self.iterations_per_epoch) * self.batch_size
         cached = caches_latents(cfg.pairs, pairs_read, len(self.train_rows))
         self.images = ImageLoader(model, cfg.pairs, run_dir, cached)
-        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
         self._stream: PairStream[list[LoadedImage]] | None = None
 
     def _open(
@@ -277,7 +276,7 @@ class PairReader:
         if dropout > 0:
             dropped = (draws.integer(EMPTY, 2**30) < dropout * 2**30).tolist()
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
-        return PairInputs(self.model.cond(prompts), torch.cat(latents, 1), draws, self.alphas_cumprod), position
+        return PairInputs(self.model.cond(prompts), torch.cat(latents, 1), draws), position
 
     def close(self) -> None:
         """Stop reading; `batch` begins again at the position it is given."""

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from spo_fast.method.experience import Cond
 from spo_fast.method.renoise import noised
-from spo_fast.method.schedule import StepTable, full_table
+from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.doors import Network
 from spo_fast.models.policy import denoise
 from spo_fast.models.trained_weights import TrainedWeights
 from spo_fast.scorers.clip import Clip, unit
@@ -65,21 +65,22 @@ def ties(labels: Tensor) -> Tensor:  # (2, B) -> (B,)
 
 @torch.no_grad()
 def predicted_x0(
-    unet: UNet2DConditionModel,
-    table: StepTable,  # of all T timesteps, noisiest first
+    network: Network,
+    table: StepTable,  # of all T timesteps that scorers are told, noisiest first
     x_t: Tensor,  # (2, B, C, h, w)
-    t: Tensor,  # (B,) int64
+    t: Tensor,  # (B,) int64 of those
     cond: Cond,  # of the B prompts
     guidance_scale: float,
 ) -> Tensor:  # (2, B, C, h, w) float32
     """What the diffusion model makes of both images of each pair: one UNet forward, both guidance halves in it."""
     B = t.shape[0]
     both = torch.arange(B, device=t.device).repeat(2)
-    m = denoise(unet, x_t.flatten(0, 1), t.repeat(2), cond.select(both), guidance_scale > 1)
+    rows = table.num_steps - 1 - t.repeat(2)
+    m = denoise(network, x_t.flatten(0, 1), table.timesteps[rows], cond.select(both), guidance_scale > 1)
     guided = m.cond.float()
     if m.uncond is not None:
         guided = m.uncond.float() + guidance_scale * (guided - m.uncond.float())
-    c, d = table.coefficients[table.num_steps - 1 - t.repeat(2), 2:4].to(guided.dtype).T.view(2, -1, 1, 1, 1)
+    c, d = table.coefficients[rows, 2:4].to(guided.dtype).T.view(2, -1, 1, 1, 1)
     return (c * x_t.flatten(0, 1) + d * guided).unflatten(0, (2, B))
 
 
@@ -111,8 +112,7 @@ class PixelReward:
 
     def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
         self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
-        self.table = full_table(model.alphas_cumprod, model.prediction_type).to(model.device)
-        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
+        self.table = model.judged_table()
         self.weights = TrainedWeights(list(clip.named_parameters()))
 
     @torch.no_grad()
@@ -123,9 +123,9 @@ class PixelReward:
             assert images.pixels is not None
             return preprocess_for_spm_training(images.pixels.flatten(0, 1), size)
         assert images.latents is not None
-        x_t = noised(images.latents, t, noise, self.alphas_cumprod)
+        x_t = noised(self.table, images.latents, self.table.num_steps - 1 - t, noise)
         cond = self.model.cond(images.prompts)
-        x0 = predicted_x0(self.model.unet, self.table, x_t, t, cond, self.guidance_scale).flatten(0, 1)
+        x0 = predicted_x0(self.model.network, self.table, x_t, t, cond, self.guidance_scale).flatten(0, 1)
         chunks = x0.split(self.decode_chunk)
         return torch.cat([preprocess_for_spm_training(self.model.decode(x), size) for x in chunks])
 
@@ -145,14 +145,14 @@ class NoisyLatentReward:
 
     def __init__(self, network: LatentReward, model: DiffusionModel, guidance_scale: float):
         self.network, self.model, self.guidance_scale = network, model, guidance_scale
-        self.alphas_cumprod = model.alphas_cumprod.to(model.device)
+        self.table = model.judged_table()
         self.weights = TrainedWeights([(name, p) for name, p in network.named_parameters() if p.requires_grad])
 
     @torch.no_grad()
     def see(self, images: Images, t: Tensor, noise: Tensor | None) -> Tensor:  # (2B, C, h, w)
         """The latents noised to t."""
         assert images.latents is not None and noise is not None
-        return noised(images.latents, t, noise, self.alphas_cumprod).flatten(0, 1)
+        return noised(self.table, images.latents, self.table.num_steps - 1 - t, noise).flatten(0, 1)
 
     def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Guided by the empty prompt, as the scorer is."""

@@ -19,9 +19,10 @@ from spo_fast.config.preference import PreferenceConfig
 from spo_fast.data.pair_stream import PairBatch, PairStream
 from spo_fast.evaluation.agreement import Judgements, write_report
 from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
-from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, unet_width
-from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.method.schedule import NUM_TIMESTEPS
+from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, network_width
 from spo_fast.models.files.sources import Resolved
+from spo_fast.models.flow import load_model
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.timer import Timer
@@ -49,7 +50,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         super().__init__(cfg)
         if self.group.size > 1:
             raise ValueError("preference models train on one process. Start train_spm without torchrun.")
-        width = unet_width(resolved, cfg.model.model)
+        width = network_width(resolved, cfg.model.model)
         self.found, self.choices = found_device(self.device), list[Choice]()
         if cfg.model.mixed_precision == "auto":
             self.choices = [fastest_precision(self.found, width)]
@@ -63,7 +64,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         self.train_rows, self.valid_rows = self.split.train_rows, self.split.valid_rows
 
         prompt_cache = cfg.pairs.prompt_cache_dir or self.run_dir / "prompt_cache"
-        self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
+        self.model = load_model(cfg.model, resolved, self.device, prompt_cache)
         self.model.prompt_cache.keep_encoder = True  # new prompts come all the time
         self.fused = self.device.type == "cpu" and width >= WIDE
         if self.fused:
@@ -94,7 +95,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             return torch.zeros_like(draws.prompts)
         if self.cfg.reward.noise == "ddim":
             return 1 + 50 * draws.integer(TIMESTEPS, 20)
-        return draws.integer(TIMESTEPS, len(self.model.alphas_cumprod))
+        return draws.integer(TIMESTEPS, NUM_TIMESTEPS)
 
     def noise(self, images: Images, draws: KeyedDraws) -> Tensor | None:  # (2, B, C, h, w)
         """For both images of each pair, one or two by --shared_noise; None where there are no latents."""

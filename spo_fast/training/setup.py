@@ -10,7 +10,7 @@ from spo_fast.data.prompt_order import training_prompts
 from spo_fast.evaluation.pages.model_card import claim_repository
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.method.objectives import make_objective
-from spo_fast.models.diffusion import DiffusionModel
+from spo_fast.models.flow import load_model
 from spo_fast.training import accelerate
 from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by
 from spo_fast.training.iteration import Iterates
@@ -46,7 +46,7 @@ class Parts(TrainingRun[Config], Iterates):
             else None
         )
         prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
-        self.model = DiffusionModel(cfg.model, resolved, self.device, prompt_cache)
+        self.model = load_model(cfg.model, resolved, self.device, prompt_cache)
         self.policy, picked = accelerate.make_policy(self.model, cfg, self.group.size)
         self.choices += picked
         self.objective = make_objective(cfg.objective)

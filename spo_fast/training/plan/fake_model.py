@@ -49,7 +49,7 @@ class FakeModel(DiffusionModel):
         self.vae.decode = once.wrap(self.vae.decode, "decode")
         self.posterior = once.wrap(super().posterior, "encode images")  # type: ignore[method-assign]
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel.from_config(self.configs()["unet"])
+            self.network = UNet2DConditionModel.from_config(self.configs()["unet"])
         self._encoders = [once.weights(self._text_encoder(part), dtype) for _, part in TEXT_PARTS[self.kind]]
         lengths = [encoder.config.max_position_embeddings for encoder in self._encoders]
         self.tokenizers = [SimpleNamespace(model_max_length=n) for n in lengths]  # type: ignore[misc]  # all that is asked
@@ -113,7 +113,7 @@ class FakePairs(PairReader):
             model.posterior(pixels)
         latents = torch.cat([self.once.empty(2, B, *model.latent_shape, dtype=model.latent_dtype)])
         draws = KeyedDraws(self.cfg.run.seed, iteration, torch.arange(B, device=self.once.device))
-        return PairInputs(cond, latents, draws, model.alphas_cumprod), position + B
+        return PairInputs(cond, latents, draws), position + B
 
 
 def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict[str, object]:

@@ -85,10 +85,10 @@ class FakeRun(Iterates):
         """Merged ones have the shapes of a network without a LoRA, and storages that are resident."""
         merged = sample.rollout_weights == "merged" and not self.cfg.adapter.full_finetune
         if merged:
-            self.policy.unet.disable_adapters()
+            self.policy.network.disable_adapters()
         yield
         if merged:
-            self.policy.unet.enable_adapters()
+            self.policy.network.enable_adapters()
 
     def costs(self) -> Costs:
         """Every phase of an iteration, on fake tensors."""

@@ -16,7 +16,6 @@ import torch
 from spo_fast.config.methods import find_method
 from spo_fast.config.training import DECIDES, LEAST, Config
 from spo_fast.data.prompt_order import training_prompts
-from spo_fast.method.schedule import ddim_scheduler, table_of
 from spo_fast.models.device import (
     COMPILE_S,
     GIB,
@@ -25,10 +24,9 @@ from spo_fast.models.device import (
     compile_pays,
     found_device,
     how_computed,
+    network_width,
     peak_tflops,
-    unet_width,
 )
-from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.sources import Resolved
 from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.counted import predict
@@ -38,32 +36,51 @@ HALF = 0.5  # of the pairs kept: not known before the run
 MANY = 1000  # iterations on pairs whose number is not known before they are opened
 
 
+def with_trained_steps(cfg: Config, resolved: Resolved | None) -> tuple[Config, list[Choice]]:
+    """cfg with the steps that are trained, as the model's schedule has them. Raises ValueError if there are none."""
+    if find_method(cfg.objective.method).on_pairs:
+        return cfg, []
+    if resolved is None and cfg.sample.branch_start is not None:
+        return cfg, []  # nothing is open, and no file says more
+    from spo_fast.models.unasked import import_networks
+
+    import_networks()
+    from spo_fast.method.rollout import trained_steps  # its ops import Triton, and that the compiler
+    from spo_fast.models.flow import sampled_table
+
+    table, sample, choices = sampled_table(cfg, resolved), cfg.sample, []
+    first, end = trained_steps(sample, table)
+    if sample.branch_start is None:
+        sigma = float(table.noise[first] / (table.signal[first] + table.noise[first]))
+        why = f"the first step whose sigma, {sigma:.3g}, is at most that of SPO's t = 751"
+        if sample.branch_sigma is not None:
+            why = f"the first step whose sigma, {sigma:.3g}, is at most {sample.branch_sigma:g}"
+        choices.append(Choice("branch_start", first, why))
+    if end < sample.last_branch:
+        at = float(table.timesteps[-1])
+        why = f"on the model's schedule the last step, from t = {at:.3g}, adds no noise: no log-probability to train"
+        if table.timesteps.is_floating_point():
+            why = "the last step adds no noise, the one before hardly any: rounding would be most of their log-ratios"
+        choices.append(Choice("branch_end", end, why))
+    found = {choice.flag: choice.value for choice in choices}
+    return cfg.with_fields(**found, **({"branch_sigma": None} if "branch_start" in found else {})), choices
+
+
 def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tuple[Config, list[Choice]]:
     """cfg with every open setting filled in, and why. Settings that were given are not touched.
 
     Raises ValueError for one that the device cannot do.
     """
-    width = unet_width(resolved, cfg.model.model)
-    cfg, choices = how_computed(cfg, device, lambda cfg: _compile_pays(cfg, device, resolved), width)
+    cfg, choices = with_trained_steps(cfg, resolved)
+    width = network_width(resolved, cfg.model.model)
+    cfg, computed = how_computed(cfg, device, lambda cfg: _compile_pays(cfg, device, resolved), width)
+    choices += computed
 
     def take(flag: str, value: int | bool, reason: str) -> None:
         nonlocal cfg
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))
 
-    if resolved is not None:
-        from spo_fast.models.unasked import import_networks
-
-        import_networks()
-        from spo_fast.method.rollout import last_noisy_step  # its ops import Triton, and that the compiler
-
-        scheduler = ddim_scheduler(scheduler_config(resolved))
-        if not find_method(cfg.objective.method).on_pairs:
-            table = table_of(scheduler, cfg.sample.num_steps, cfg.sample.eta)
-            if (end := last_noisy_step(cfg.sample, table)) < cfg.sample.last_branch:
-                t = int(table.timesteps[-1])
-                why = f"on the model's schedule the last step, from t = {t}, adds no noise: no log-probability to train"
-                take("branch_end", end, why)
     if cfg.engine.memory is not None and cfg.optim.gradient_checkpointing is None:
         take("gradient_checkpointing", cfg.engine.memory == "small", f"memory={cfg.engine.memory}")
     open_settings = [flag for flag in DECIDES if cfg.flat()[flag] is None]

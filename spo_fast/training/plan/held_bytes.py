@@ -47,8 +47,8 @@ class HeldBytes:
         """Part -> bytes held through the training."""
         trained, full = {id(p) for p in policy._weights}, cfg.adapter.full_finetune
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharing(cfg) > 1 or m is not p]
-        rest = [t for t in (*policy.unet.parameters(), *policy.unet.buffers()) if full or id(t) not in trained]
-        merged = [base_weight(layer) for _, layer in lora_layers(policy.unet)]
+        rest = [t for t in (*policy.network.parameters(), *policy.network.buffers()) if full or id(t) not in trained]
+        merged = [base_weight(layer) for _, layer in lora_layers(policy.network)]
         state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
         weights = {name: [w for part in networks_of(s) for w in part.parameters()] for name, s in scorers.items()}
         held = {

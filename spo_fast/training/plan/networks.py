@@ -43,16 +43,18 @@ class Networks:
     def _policy(self, cfg: Config) -> Policy:
         once, model = self.once, self.model
         with torch.device("meta"):  # no weight is drawn, and fake ones cannot be cast as PEFT casts them
-            policy = Policy(model.unet, replace(cfg.adapter, lora_path=None), seed=0)
+            policy = Policy(model.network, replace(cfg.adapter, lora_path=None), seed=0)
         policy.reach = None
         if cfg.adapter.lora_path is not None:
-            read_lora(cfg.adapter.lora_path, model.unet, cfg.adapter)  # one that does not fit is told by a dry run too
-        networks = [n for n in (model.unet, policy._frozen_copy) if n is not None]
+            read_lora(
+                cfg.adapter.lora_path, model.network, cfg.adapter
+            )  # one that does not fit is told by a dry run too
+        networks = [n for n in (model.network, policy._frozen_copy) if n is not None]
         for network in networks:
             once.weights(network, model.dtype)
         import_for(cfg.engine.base_weights)
         with once.mode:  # masters and hooks again, for the fake weights
-            TrainedWeights.__init__(policy, [(n, p) for n, p in model.unet.named_parameters() if p.requires_grad])
+            TrainedWeights.__init__(policy, [(n, p) for n, p in model.network.named_parameters() if p.requires_grad])
             set_up(policy, model, self.computed(cfg))
             if cfg.adapter.lora_path is not None:
                 policy._start = [torch.empty_like(p) for p in policy._weights]

@@ -1,0 +1,156 @@
+"""What each network is told, and in which shape: a door a network, the only place that knows.
+
+Outside a door latents are (B, C, H, W), t is what the schedule says, and the output is what the table's rows expect: a
+UNet's epsilon, v or sample, a flow's velocity noise - x0. A new flow model is a subclass of FlowDoor, entered in
+FLOW_DOORS under the name of its network's class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import PreTrainedModel
+
+Network: TypeAlias = "UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel"
+Inputs = dict[str, Tensor]
+"""What a network is told of B prompts, each (B, ...)."""
+
+
+class Tokens(NamedTuple):
+    """Of P prompts, as each tokenizer has them."""
+
+    ids: Sequence[Tensor]  # each (P, L) int64
+    lengths: Sequence[int]  # L of each, also of those whose encoder the model lacks
+
+
+class FlowDoor:
+    """A flow's transformer. The defaults are those of a network that takes latents as they are, and 1000 sigma."""
+
+    even_sigmas = False
+    """Whether the model's own pipeline gives its scheduler evenly spaced sigmas, or lets it make them."""
+    lengths: tuple[int | None, ...] = ()
+    """Tokens of each tokenizer's prompts; None: as many as its encoder has positions."""
+    patch = 2
+    """Latent pixels beside each other in a token."""
+    is_told_guidance = False
+    """Whether guidance is an input of the network."""
+
+    def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
+        """What the network is told of P prompts, from each encoder and its tokens (P, L)."""
+        raise NotImplementedError
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """Of the latents."""
+        return int(config["in_channels"])
+
+    def default_size(self, config: Mapping[str, Any], factor: int) -> int:
+        """Pixels of a picture's side, if nothing is asked."""
+        return int(config["sample_size"]) * factor
+
+    def check_size(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        """Raises ValueError for latents (height, width) that the network cannot take."""
+
+    def takes_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Whether this network, of those of its class, is told it."""
+        return self.is_told_guidance
+
+    def predict(
+        self, network: Any, x: Tensor, t: Tensor, inputs: Inputs
+    ) -> Tensor:  # (B, C, H, W), (B,) -> (B, C, H, W)
+        """The velocity."""
+        raise NotImplementedError
+
+
+class SD3Door(FlowDoor):
+    """Stable Diffusion 3 and 3.5: two CLIPs side by side, T5's tokens after them; without T5 zeros."""
+
+    lengths = (None, None, 256)
+
+    def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
+        """Both CLIPs' layers before the last, and T5's last: (P, L, joint_attention_dim); both projections: (P, D)."""
+        width, (first, second, *t5) = config["joint_attention_dim"], prompts.ids
+        clips = [e(row, output_hidden_states=True) for e, row in zip(encoders, (first, second), strict=False)]
+        text = torch.cat([out.hidden_states[-2] for out in clips], dim=-1)
+        text = F.pad(text, (0, width - text.shape[-1]))
+        if len(encoders) > 2:
+            more = encoders[2](t5[0])[0].to(text.dtype)
+        else:
+            more = text.new_zeros(len(text), prompts.lengths[2], width)
+        pooled = torch.cat([out.text_embeds for out in clips], dim=-1)
+        return {"prompt_embeds": torch.cat([text, more], dim=1), "pooled": pooled}
+
+    def check_size(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        """No more positions than the network has."""
+        most = int(config["pos_embed_max_size"]) * int(config["patch_size"])
+        if max(height, width) > most:
+            raise ValueError(
+                f"height and width of {8 * height} x {8 * width} give latents of {height} x {width}, and the model has "
+                f"positions for {most} x {most} (pos_embed_max_size): use at most {8 * most} pixels a side."
+            )
+
+    def predict(self, network: SD3Transformer2DModel, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        """As its pipeline asks: 1000 sigma, not rounded."""
+        told = {"encoder_hidden_states": inputs["prompt_embeds"], "pooled_projections": inputs["pooled"]}
+        return network(hidden_states=x, timestep=t.expand(len(x)), **told, return_dict=False)[0]
+
+
+class FluxDoor(FlowDoor):
+    """FLUX.1: T5's tokens, CLIP's pooled vector, guidance as an input where it was distilled; packed latents."""
+
+    even_sigmas = True
+    lengths = (None, 512)
+
+    def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
+        """T5's last layer (P, L, joint_attention_dim), CLIP's pooled output (P, D)."""
+        pooled, text = encoders[0](prompts.ids[0]).pooler_output, encoders[1](prompts.ids[1])[0]
+        return {"prompt_embeds": text.to(pooled.dtype), "pooled": pooled}
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        """A token holds 2 x 2 latent pixels."""
+        return int(config["in_channels"]) // 4
+
+    def default_size(self, config: Mapping[str, Any], factor: int) -> int:
+        """1024 pixels behind the published VAE; the network's own config has none."""
+        return 128 * factor
+
+    def takes_guidance(self, config: Mapping[str, Any]) -> bool:
+        """dev does, schnell does not."""
+        return bool(config["guidance_embeds"])
+
+    def predict(self, network: FluxTransformer2DModel, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        """As its pipeline asks: sigma, from a timestep in the latents' type, which 16 bits round."""
+        _, C, H, W = x.shape
+        h, w = H // 2, W // 2
+        packed = x.unflatten(2, (h, 2)).unflatten(4, (w, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        places = torch.zeros(h, w, 3, device=x.device, dtype=x.dtype)
+        places[..., 1] += torch.arange(h, device=x.device)[:, None]
+        places[..., 2] += torch.arange(w, device=x.device)
+        text = inputs["prompt_embeds"]
+        out = network(
+            hidden_states=packed,
+            timestep=t.expand(len(x)).to(x.dtype) / 1000,
+            guidance=inputs.get("guidance"),
+            encoder_hidden_states=text,
+            pooled_projections=inputs["pooled"],
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=places.flatten(0, 1),
+            return_dict=False,
+        )[0]
+        return out.unflatten(1, (h, w)).unflatten(3, (C, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+FLOW_DOORS: dict[str, FlowDoor] = {"SD3Transformer2DModel": SD3Door(), "FluxTransformer2DModel": FluxDoor()}
+
+
+def flow_door(network: torch.nn.Module) -> FlowDoor | None:
+    """Of a flow's network; None of a UNet."""
+    return next((FLOW_DOORS[c.__name__] for c in type(network).__mro__ if c.__name__ in FLOW_DOORS), None)

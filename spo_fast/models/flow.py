@@ -1,0 +1,157 @@
+"""A latent flow-matching model: SD3.5, FLUX.1 and what FLOW_DOORS has, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spo_fast.config.sections import ModelConfig
+from spo_fast.config.training import Config
+from spo_fast.data.files import read_json
+from spo_fast.method.experience import Cond, to_device
+from spo_fast.method.flow_schedule import flow_scheduler, flow_steps, flow_table, full_flow_table, judged_table
+from spo_fast.method.schedule import StepTable, ddim_scheduler, table_of
+from spo_fast.models.diffusion import DTYPES, DiffusionModel, check_size, vae_dtype
+from spo_fast.models.doors import FLOW_DOORS, FlowDoor, Network, Tokens, flow_door
+from spo_fast.models.files import layout, load, sources
+from spo_fast.models.prompt_cache import Encoder, PromptCache
+from spo_fast.models.tensor_cache import fingerprint_files
+
+if TYPE_CHECKING:
+    from spo_fast.models.files.load import VAE
+
+
+class FlowModel(DiffusionModel):
+    """A flow's transformer, VAE, schedule and prompts; its network's door (doors.py) knows what they share."""
+
+    def __init__(
+        self, cfg: ModelConfig, resolved: sources.Resolved, device: torch.device, prompt_cache_dir: str | Path
+    ):
+        self.resolved, self.device = resolved, device
+        self.kind, self.dtype = resolved.source.kind, DTYPES[cfg.mixed_precision]
+        self.scheduler = flow_scheduler(layout.scheduler_config(resolved))
+        self.tokenizers = load.load_tokenizers(resolved)
+        vae_config = read_json(layout.vae_config_file(resolved))
+        # diffusers' decorator hides what `to` takes
+        self.vae: VAE = load.load_vae(resolved, vae_dtype(self.kind, self.dtype, vae_config)).to(device)  # type: ignore[arg-type]
+        self.network: Network = load.load_transformer(resolved, self.dtype).to(device)  # type: ignore[arg-type]
+        self._take_door(cfg)
+        settings = f"{self.kind} {self.dtype} {self.lengths}"
+        fingerprint = f"{fingerprint_files(layout.text_files(resolved))} {settings}"
+        self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
+
+    def _take_door(self, cfg: ModelConfig) -> None:
+        door = flow_door(self.network)
+        assert door is not None
+        self.door, config = door, self.network.config
+        own = [t.model_max_length for t in self.tokenizers]
+        asked = cfg.max_sequence_length
+        self.lengths = tuple(own[i] if n is None else n if asked is None else asked for i, n in enumerate(door.lengths))
+        self.told_guidance = self._guidance(cfg)
+        self.height, self.width, self.latent_shape = sizes(cfg, door, config, self.vae.config)
+        self.tokens = tokens_of(door, self.latent_shape)
+
+    def _guidance(self, cfg: ModelConfig) -> float | None:
+        """What the network is told; None where it has no such input."""
+        takes = self.door.takes_guidance(self.network.config)
+        if cfg.embedded_guidance is not None and not takes:
+            raise ValueError(
+                f"embedded_guidance={cfg.embedded_guidance:g}: this model ({type(self.network).__name__}) is told no "
+                "guidance, as FLUX.1-schnell and SD3.5. Leave it out."
+            )
+        return None if not takes else 3.5 if cfg.embedded_guidance is None else cfg.embedded_guidance
+
+    # ------------------------------------------------------------------------------------------------ prompts
+
+    def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:  # (P, L) int64 for each tokenizer, padded
+        """The prompts as each tokenizer has them, cut at the door's length."""
+        return [
+            torch.tensor(t(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids)
+            for t, length in zip(self.tokenizers, self.lengths, strict=False)
+        ]
+
+    def _load_encoder(self) -> Encoder:
+        encoders = self.text_encoders()
+
+        @torch.no_grad()
+        def encode(prompts: list[str]) -> dict[str, Tensor]:
+            ids = [rows.to(e.device) for e, rows in zip(encoders, self.token_ids(prompts), strict=True)]
+            return self.door.embeddings(self.network.config, encoders, Tokens(ids, self.lengths))
+
+        return encode
+
+    def cond(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of the prompts, read from the cache (encoded first if they are not there)."""
+        self.prompt_cache.ensure([*prompts, ""])
+        cond = self.prompt_cache.get(prompts, self.device, self.dtype)
+        uncond = self.prompt_cache.get([""], self.device, self.dtype)
+        if self.told_guidance is not None:
+            # float32 as its pipeline gives it: the network multiplies by 1000 in its own type
+            uncond["guidance"] = to_device(torch.tensor([self.told_guidance]), self.device)
+            cond["guidance"] = uncond["guidance"].expand(len(prompts))
+        return Cond(cond, uncond)
+
+    # ------------------------------------------------------------------------------------------------ schedule
+
+    def table(self, num_steps: int, eta: float, sampler: str = "ddim") -> StepTable:
+        """Steps of the model's own schedule, on the device."""
+        sigmas, timesteps = flow_steps(self.scheduler, num_steps, self.tokens, self.door.even_sigmas)
+        return flow_table(sigmas, eta, sampler, timesteps).to(self.device)
+
+    def full_table(self) -> StepTable:
+        """1000 sigmas, shifted as the model's sampling is, noisiest first, on the device."""
+        return full_flow_table(self.scheduler, self.tokens).to(self.device)
+
+    def judged_table(self) -> StepTable:
+        """Sigmas of equal noise-to-signal ratio to all timesteps that scorers are told: row 999 - t is timestep t."""
+        return judged_table().to(self.device)
+
+
+def sizes(
+    cfg: ModelConfig, door: FlowDoor, network: Mapping[str, Any], vae: Mapping[str, Any]
+) -> tuple[int, int, tuple[int, int, int]]:
+    """Height and width of the pictures, and the latents' shape. Raises ValueError for a size that cannot be."""
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    default = door.default_size(network, factor)
+    height, width = cfg.height or default, cfg.width or default
+    check_size(height, width, factor * door.patch)
+    door.check_size(network, height // factor, width // factor)
+    return height, width, (door.channels(network), height // factor, width // factor)
+
+
+def tokens_of(door: FlowDoor, latent_shape: tuple[int, int, int]) -> int:
+    """Tokens of a picture."""
+    _, h, w = latent_shape
+    return (h // door.patch) * (w // door.patch)
+
+
+def sampled_table(cfg: Config, resolved: sources.Resolved | None) -> StepTable:
+    """A rollout's steps from a model's files alone, or from those of its published architecture."""
+    source, sample = resolved.source if resolved else sources.MODELS[cfg.model.model](cfg.model), cfg.sample
+    folder = resolved.config_dir if resolved else sources.settings_directory(source)
+    own = folder / "scheduler" / "scheduler_config.json"
+    scheduler = layout.scheduler_config(resolved) if resolved else read_json(own)
+    if source.kind not in sources.FLOWS:
+        if sample.sampler != "ddim":
+            raise ValueError(
+                f"sampler={sample.sampler} is for flows: --model {source.kind} takes DDIM's steps. Leave it out."
+            )
+        return table_of(ddim_scheduler(scheduler), sample.num_steps, sample.eta)
+    network = read_json(folder / "transformer" / "config.json")
+    door = FLOW_DOORS[str(network["_class_name"])]
+    vae = read_json(layout.vae_config_file(resolved) if resolved else folder / "vae" / "config.json")
+    tokens = tokens_of(door, sizes(cfg.model, door, network, vae)[2])
+    sigmas, timesteps = flow_steps(flow_scheduler(scheduler), sample.num_steps, tokens, door.even_sigmas)
+    return flow_table(sigmas, sample.eta, sample.sampler, timesteps)
+
+
+def load_model(
+    cfg: ModelConfig, resolved: sources.Resolved, device: torch.device, prompt_cache_dir: str | Path
+) -> DiffusionModel:
+    """The model of its kind."""
+    made = FlowModel if resolved.source.kind in sources.FLOWS else DiffusionModel
+    return made(cfg, resolved, device, prompt_cache_dir)
