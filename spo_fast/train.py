@@ -16,7 +16,7 @@ from spo_fast.config.presets import FLOWS, PRESETS
 from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
-from spo_fast.models.files.lora import find_lora
+from spo_fast.models.files.lora_files import find_lora
 
 if TYPE_CHECKING:
     from spo_fast.training.loop import Run

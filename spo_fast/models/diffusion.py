@@ -16,7 +16,7 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.doors import Network
 from spo_fast.models.files import layout, load, sources
-from spo_fast.models.files.lora import KOHYA_FILE, LORA_FILE, written_settings
+from spo_fast.models.files.lora_files import KOHYA_FILE, LORA_FILE, written_settings
 from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import Encoder, PromptCache

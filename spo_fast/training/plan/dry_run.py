@@ -18,7 +18,7 @@ from spo_fast.evaluation.pages.run_record import duration, read_metrics
 from spo_fast.evaluation.required_files import look_for, resolve, run_paths
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
 from spo_fast.models.files.load import check_weights
-from spo_fast.models.files.lora import find_lora
+from spo_fast.models.files.lora_files import find_lora
 from spo_fast.models.unasked import import_networks
 from spo_fast.training.plan.costs import WORK, Costs
 from spo_fast.training.plan.counted import predict
