@@ -115,7 +115,8 @@ def sizes(
     cfg: ModelConfig, door: FlowDoor, network: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> tuple[int, int, tuple[int, int, int]]:
     """Height and width of the pictures, and the latents' shape. Raises ValueError for a size that cannot be."""
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (64,) * 4  # a tiny VAE's default
+    factor = 2 ** (len(levels) - 1)
     default = door.default_size(network, factor)
     height, width = cfg.height or default, cfg.width or default
     check_size(height, width, factor * door.patch)
