@@ -108,8 +108,14 @@ def decided(
     return filled, [choice for choice in choices if choice.flag in names]
 
 
-PICTURE_TFLOP = {"sd15": (512, 0.803, 2.51), "sdxl": (1024, 6.76, 10.5), "toy": (16, 2e-4, 0)}
-"""Pixels a side, TFLOP of a UNet row and of decoding, counted (training/plan); in proportion for other sizes."""
+PICTURE_TFLOP = {
+    "sd15": (512, 0.803, 2.51),
+    "sdxl": (1024, 6.76, 10.5),
+    "sd35": (512, 2.22, 2.51),
+    "flux": (512, 21.5, 2.51),
+    **dict.fromkeys(("toy", "toy-flow"), (16, 2e-4, 0)),
+}
+"""Pixels a side, TFLOP of a network's row and of decoding, counted (training/plan); in proportion for other sizes."""
 
 
 def picture_flops(cfg: EvaluationConfig) -> float:
