@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spo_fast.method.experience import Precomputed
 from spo_fast.models.fuse import text_of
+from spo_fast.models.fuse_transformer import transformer_text
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -51,6 +52,10 @@ class Door:
         """What a fused network computes of the prompts alone."""
         raise NotImplementedError
 
+    def shapes(self, config: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
+        """Of what the network is told of a prompt of so many tokens."""
+        raise NotImplementedError
+
 
 class UNetDoor(Door):
     """SD-1.5 and SDXL."""
@@ -65,6 +70,14 @@ class UNetDoor(Door):
     def text(self, network: UNet2DConditionModel, inputs: Inputs) -> Precomputed:
         """Keys and values of every cross-attention."""
         return text_of(network, *self._told(inputs))
+
+    def shapes(self, config: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
+        """The prompt, and SDXL's pooled prompt and sizes."""
+        found: dict[str, tuple[int, ...]] = {"prompt_embeds": (tokens, config["cross_attention_dim"])}
+        if config["addition_embed_type"] == "text_time":
+            width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            found |= {"text_embeds": (width,), "time_ids": (6,)}
+        return found
 
     def _told(self, inputs: Inputs) -> tuple[Tensor, Inputs | None]:
         added = {name: value for name, value in inputs.items() if name != "prompt_embeds"}
@@ -85,6 +98,10 @@ class FlowDoor(Door):
         """What the network is told of P prompts, from each encoder and its tokens (P, L)."""
         raise NotImplementedError
 
+    def text_tokens(self, lengths: Sequence[int]) -> int:
+        """Of what the network is told, from the tokenizers' lengths."""
+        return lengths[-1]
+
     def channels(self, config: Mapping[str, Any]) -> int:
         """Of the latents."""
         return int(config["in_channels"])
@@ -100,11 +117,24 @@ class FlowDoor(Door):
         """Whether guidance is an input of this network, of those of its class."""
         return False
 
+    def text(self, network: Any, inputs: Inputs) -> Precomputed:
+        """The embedded prompts."""
+        return transformer_text(network, inputs["prompt_embeds"], inputs["pooled"])
+
+    def shapes(self, config: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
+        """The prompt, its pooled vector, and guidance where that is an input."""
+        found = {"prompt_embeds": (tokens, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+        return found | ({"guidance": ()} if self.takes_guidance(config) else {})
+
 
 class SD3Door(FlowDoor):
     """Stable Diffusion 3 and 3.5: two CLIPs side by side, T5's tokens after them; without T5 zeros."""
 
     lengths = (None, None, 256)
+
+    def text_tokens(self, lengths: Sequence[int]) -> int:
+        """CLIP's, and T5's after them."""
+        return lengths[0] + lengths[2]
 
     def embeddings(self, config: Mapping[str, Any], encoders: Sequence[PreTrainedModel], prompts: Tokens) -> Inputs:
         """Both CLIPs' layers before the last, and T5's last: (P, L, joint_attention_dim); both projections: (P, D)."""

@@ -74,6 +74,11 @@ class FlowModel(DiffusionModel):
             for t, length in zip(self.tokenizers, self.lengths, strict=False)
         ]
 
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt, as the network is told it."""
+        return self.door.text_tokens(self.lengths)
+
     def _load_encoder(self) -> Encoder:
         encoders = self.text_encoders()
 
