@@ -60,8 +60,7 @@ def draw_all(
             print(f"{contender.name}: {apply_lora(contender.path, model.network)}", flush=True)
         if engine.fuse:
             rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
-            tokens = model.tokenizers[0].model_max_length
-            kernel = prepare_drawing(model.network, engine, rows, model.latent_shape, tokens)
+            kernel = prepare_drawing(model.network, engine, rows, model.latent_shape, model.text_tokens)
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
         if engine.fuse or contender.kind == "lora":

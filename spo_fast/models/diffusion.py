@@ -76,6 +76,11 @@ class DiffusionModel:
             for t in self.tokenizers
         ]
 
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt, as the network is told it."""
+        return self.tokenizers[0].model_max_length
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:  # (P, L) int64
         """Ids of the first tokenizer: what the CLIP scorers read (all share CLIP's vocabulary)."""
         return self.token_ids(prompts)[0]
