@@ -26,6 +26,7 @@ from spo_fast.models.files.find import check_asked, resolve_all
 from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.lora_files import save_transformer_lora, written_settings
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, MODELS, PARTS, ModelSource, Resolved
+from spo_fast.models.quantised import quantise_t5
 
 MAKERS: dict[str, Callable[..., Path]] = {"sd35": make_tiny_sd3, "flux": make_tiny_flux}
 
@@ -109,6 +110,21 @@ def test_t5_in_float16_keeps_the_layer_that_overflows_in_float32(tiny):
     assert t5.encoder.embed_tokens.weight is t5.shared.weight
     ids = torch.tensor([[3, 4, 5, 1]])
     assert torch.equal(t5(ids)[0], theirs(ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_t5_in_8_bits_is_half_as_large_and_near(tiny, dtype):
+    resolved, ids = resolve(tiny["flux"], "flux"), torch.tensor([[3, 4, 5, 6, 7, 8, 1]])
+    exact = load.load_text_encoder(resolved, "text_encoder_2", torch.float32)(ids)[0]
+    t5 = load.load_text_encoder(resolved, "text_encoder_2", dtype)
+    sixteen = (t5(ids)[0].float() - exact).norm() / exact.norm()
+    quantise_t5(t5)
+    linear = {name: m.weight.dtype for name, m in t5.named_modules() if isinstance(m, torch.nn.Linear)}
+    whole = {name for name, kept in linear.items() if kept != torch.int8}
+    wide = {name for name in linear if name.endswith(".wo") and dtype == torch.float16}
+    assert len(linear) == 2 * 7 and whole == wide
+    error = (t5(ids)[0].float() - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.03 + sixteen  # a row's largest weight over 127, 14 layers
 
 
 # --------------------------------------------------------------------------------------------------------- single files
