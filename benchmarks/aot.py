@@ -124,7 +124,11 @@ KERNELS = {
     **{
         f"lora_linear, queries keys values, rank {rank}, bfloat16": (
             lora_linear._down_up_three_kernel,
-            {"R": lora_linear._padded(rank), **lora_linear._down_up_blocks(32768, rank, torch.bfloat16)},
+            {
+                "HAS_BIAS": True,
+                "R": lora_linear._padded(rank),
+                **lora_linear._down_up_blocks(32768, rank, torch.bfloat16),
+            },
         )
         for rank in (4, 64, 128)
     },

@@ -68,7 +68,8 @@ def build(cfg: Config) -> Run:
     check_extras(cfg.flat())
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
-    resolve(cfg.model, run_paths(cfg))  # everything missing is named at once, before PyTorch is imported
+    # everything missing is named at once, before PyTorch is imported
+    resolve(cfg.model, run_paths(cfg), cfg.sample.guidance_scale)
     from spo_fast.models.unasked import import_networks
 
     import_networks()

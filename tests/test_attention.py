@@ -12,6 +12,7 @@ from tiny import make_tiny_sdxl
 
 from spo_fast.config.training import AdapterConfig
 from spo_fast.models import attention
+from spo_fast.models.accelerate import blank_forward
 from spo_fast.models.attention import KERNELS, pick, sdpa, shapes_of
 from spo_fast.models.policy import Policy
 
@@ -76,7 +77,7 @@ def test_shapes_are_those_of_the_networks_own_forward(tmp_path):
     unet: Any = UNet2DConditionModel.from_pretrained(make_tiny_sdxl(tmp_path) / "unet")
     policy = Policy(unet, AdapterConfig(), seed=0)
     policy.fuse()
-    found = shapes_of(unet, rows=3, latent_shape=(4, 8, 8), num_tokens=7)
+    found = shapes_of(unet, blank_forward(unet, 3, (4, 8, 8), 7))
     assert set(found) == {((3, 16, 4, 8), (3, 16, 4, 8)), ((3, 16, 4, 8), (3, 7, 4, 8))}
     layers = [m for m in unet.modules() if hasattr(m, "attend")]
     assert sum(found.values()) == len(layers) and all(layer.attend is sdpa for layer in layers)

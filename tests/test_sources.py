@@ -22,7 +22,7 @@ from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import Tensor
 
 from spo_fast.config.errors import MissingFilesError
-from spo_fast.config.scorers import KINDS
+from spo_fast.config.scorers import FLOWS, KINDS
 from spo_fast.models.files import load
 from spo_fast.models.files.clip_tokenizer import clip_tokenizer
 from spo_fast.models.files.find import resolve_all
@@ -32,6 +32,7 @@ from spo_fast.models.files.single_file import no_progress_bar
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, ModelSource, Resolved
 
 ROOT = Path(__file__).parent.parent
+UNETS = [kind for kind in KINDS if kind not in FLOWS]
 PIPELINES = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
 
 
@@ -74,7 +75,7 @@ def run_python(code: str, **env: str) -> str:
 # ---------------------------------------------------------------------------------------------- directories
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNETS)
 def test_directory_loads_what_diffusers_loads(kind: str, tiny: dict[str, Path], caplog, capfd) -> None:
     resolved = resolve(kind, tiny[kind])
     unet, vae = load_unet(resolved, torch.float32), load_vae(resolved, torch.float32)
@@ -345,12 +346,12 @@ def single_file_tensors(kind: str, path: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def single(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("single")
-    for kind in KINDS:
+    for kind in UNETS:
         save_file(single_file_tensors(kind, tiny[kind]), base / f"{kind}.safetensors")
-    return {kind: base / f"{kind}.safetensors" for kind in KINDS}
+    return {kind: base / f"{kind}.safetensors" for kind in UNETS}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNETS)
 def test_single_file_equals_its_directory(
     kind: str, tiny: dict[str, Path], single: dict[str, Path], tmp_path: Path, caplog, capfd
 ) -> None:

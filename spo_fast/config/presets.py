@@ -147,8 +147,9 @@ def sdxl_preference() -> PreferenceConfig:
 
 def flow_preference(model: Literal["sd35", "flux"]) -> PreferenceConfig:
     """As SDXL's, on PickScore's labels: none is published for flows."""
-    found = _preference(model, 1e-6, 7000, "pickscore")
-    return replace(found, model=replace(PRESETS[model]().model, decode_chunk=4))
+    found, drawn = _preference(model, 1e-6, 7000, "pickscore"), PRESETS[model]()
+    reward = RewardConfig(train_guidance_scale=drawn.sample.guidance_scale)
+    return replace(found, model=replace(drawn.model, decode_chunk=4), reward=reward)
 
 
 def toy_preference(model: Literal["toy", "toy-flow"] = "toy") -> PreferenceConfig:

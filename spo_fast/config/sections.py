@@ -35,8 +35,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the model."""
     variant: str | None = None
-    """Hub file variant of the model, such as fp16; with a question mark (fp16?) only of the parts that have it. Default:
-    of flow models in 16 bits fp16?, which halves the download of T5."""
+    """Hub file variant of the model, such as fp16; with a question mark (fp16?) only of the parts that have it. By
+    default that is fp16? of flow models in 16 bits, which halves the download of T5."""
     height: Count | None = None
     """Image height in pixels, a multiple of the VAE's factor (8; 16 for flow models). Default: the architecture's own
     size; 512 for flow models."""

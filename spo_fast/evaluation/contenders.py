@@ -20,7 +20,7 @@ from spo_fast.data.files import read_json, write_atomically
 from spo_fast.data.prompt_sets import prompts_of
 from spo_fast.evaluation.required_files import metric_scorers, resolve
 from spo_fast.models.files.find import find_contender
-from spo_fast.models.files.sources import Resolved
+from spo_fast.models.files.sources import MODELS, Resolved
 
 OF_THE_RUN = (  # settings that a run's directory brings along, unless they are given
     *("model", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"),
@@ -62,11 +62,11 @@ def find_files(cfg: EvaluationConfig) -> tuple[Resolved, list[Contender]]:
     """(paths of the model and the metrics, contenders), base first. Raises MissingFilesError naming all that lack."""
     missing: list[Missing] = []
     try:
-        resolved = resolve(cfg.model, cfg.metric.paths_of(check_metrics(cfg)))
+        resolved = resolve(cfg.model, cfg.metric.paths_of(check_metrics(cfg)), cfg.pictures.guidance_scale)
     except MissingFilesError as error:
         missing += error.missing
     contenders = [Contender("base", "base", "base")]
-    kind = "sd15" if cfg.model.model == "sd15" else "sdxl"
+    kind = MODELS[cfg.model.model](cfg.model).kind
     for spec in cfg.pictures.lora:
         name, source = named(spec)
         if any(c.name.lower() == name.lower() for c in contenders):

@@ -60,8 +60,7 @@ def draw_all(
             print(f"{contender.name}: {apply_lora(contender.path, model.network)}", flush=True)
         if engine.fuse:
             rows = c.images_at_once * (2 if c.guidance_scale > 1 else 1)
-            tokens = model.tokenizers[0].model_max_length
-            kernel = prepare_drawing(model.network, engine, rows, model.latent_shape, tokens)
+            kernel = prepare_drawing(model.network, engine, rows, model.latent_shape, model.text_tokens)
             print(f"{contender.name}: {kernel.words}: {kernel.reason}")
         draw(cfg, model, gallery, prompts)
         if engine.fuse or contender.kind == "lora":
@@ -108,8 +107,14 @@ def decided(
     return filled, [choice for choice in choices if choice.flag in names]
 
 
-PICTURE_TFLOP = {"sd15": (512, 0.803, 2.51), "sdxl": (1024, 6.76, 10.5), "toy": (16, 2e-4, 0)}
-"""Pixels a side, TFLOP of a UNet row and of decoding, counted (training/plan); in proportion for other sizes."""
+PICTURE_TFLOP = {
+    "sd15": (512, 0.803, 2.51),
+    "sdxl": (1024, 6.76, 10.5),
+    "sd35": (512, 2.22, 2.51),
+    "flux": (512, 21.5, 2.51),
+    **dict.fromkeys(("toy", "toy-flow"), (16, 2e-4, 0)),
+}
+"""Pixels a side, TFLOP of a network's row and of decoding, counted (training/plan); in proportion for other sizes."""
 
 
 def picture_flops(cfg: EvaluationConfig) -> float:

@@ -10,7 +10,7 @@ from spo_fast.config.outside import is_outside
 from spo_fast.config.scorers import SCORERS, TRUE_SCORES, scorer_specs
 from spo_fast.config.sections import ModelConfig
 from spo_fast.config.training import Config, ScorerConfig
-from spo_fast.models.files.find import Present, look, resolve_all
+from spo_fast.models.files.find import Present, check_asked, look, resolve_all
 from spo_fast.models.files.sources import MODELS, Resolved
 
 
@@ -42,9 +42,14 @@ def run_paths(cfg: Config) -> dict[str, str | None]:
     return {**scorer_paths(cfg.scorer), **cfg.scorer.paths_of(metrics)}
 
 
-def resolve(model: ModelConfig, scorers: Mapping[str, str | None]) -> Resolved:
-    """Every file of the run, found (or downloaded) before anything heavy is imported. Raises MissingFilesError."""
-    return resolve_all(MODELS[model.model](model), _with_shipped(model, scorers))
+def resolve(model: ModelConfig, scorers: Mapping[str, str | None], guidance_scale: float | None = None) -> Resolved:
+    """Every file of the run, found (or downloaded) before anything heavy is imported. Raises MissingFilesError.
+
+    ValueError for a size, or a guidance scale, that the model does not take.
+    """
+    found = resolve_all(MODELS[model.model](model), _with_shipped(model, scorers))
+    check_asked(found, model.height, model.width, guidance_scale)
+    return found
 
 
 def look_for(model: ModelConfig, scorers: Mapping[str, str | None]) -> list[Present | Missing]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +14,8 @@ from spo_fast.method.protocols import Denoiser
 from spo_fast.method.rollout import sample_latents
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.fuse import text_of
-from spo_fast.models.policy import denoise, inputs_of
-
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from spo_fast.models.doors import Network
+from spo_fast.models.policy import denoise, precomputed, told
 
 
 def draw_latents(
@@ -41,14 +37,14 @@ def draw_latents(
 class Drawn:
     """What sample_latents asks of a policy."""
 
-    def __init__(self, unet: UNet2DConditionModel, fused: bool) -> None:
-        self.network, self.fused = unet, fused
+    def __init__(self, network: Network, fused: bool) -> None:
+        self.network, self.fused = network, fused
 
     def precompute_text(self, cond: Cond, guided: bool) -> Cond:
         """As Policy's."""
         if not self.fused:
             return cond
-        return replace(cond, text=text_of(self.network, *inputs_of(self.network, len(cond), cond, guided)))
+        return replace(cond, text=precomputed(self.network, told(self.network, len(cond), cond, guided)))
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guided: bool) -> Prediction:
         """As Policy's."""

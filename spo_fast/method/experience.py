@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,13 +41,8 @@ class Prediction(NamedTuple):
         return Prediction(self.cond.detach(), None if self.uncond is None else self.uncond.detach())
 
 
-class Precomputed(Protocol):
-    """What a network has computed of its prompts."""
-
-    @property
-    def added(self) -> Tensor | None:
-        """What goes beside them, embedded."""
-        ...
+Precomputed: TypeAlias = "tuple[object, ...]"
+"""What a network has computed of its prompts: a NamedTuple that only its door knows."""
 
 
 @dataclass(frozen=True)

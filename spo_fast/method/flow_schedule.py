@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,10 +138,9 @@ def flow_steps(
 
     even: the pipeline gives sigmas 1, 1 - 1/R, ..., 1/R to be shifted (FLUX); else the scheduler makes them (SD3).
     """
-    sigmas: dict[str, object] = {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps)} if even else {}
-    make: Callable[..., None] = scheduler.set_timesteps
-    make(num_steps, **sigmas, **shift_of(scheduler, tokens))
-    return scheduler.sigmas.clone(), scheduler.timesteps.clone()
+    sigmas = np.linspace(1.0, 1 / num_steps, num_steps).tolist() if even else None
+    scheduler.set_timesteps(num_steps, sigmas=sigmas, **shift_of(scheduler, tokens))  # type: ignore[arg-type]
+    return torch.as_tensor(scheduler.sigmas).clone(), torch.as_tensor(scheduler.timesteps).clone()
 
 
 def full_flow_table(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> StepTable:

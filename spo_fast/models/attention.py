@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    pass
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, L', H, D) -> (B, L, H, D)
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  # of q, of k and v
@@ -123,26 +122,19 @@ def time_on_gpu(attend: Attend, shape: Shape, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def shapes_of(unet: UNet2DConditionModel, rows: int, latent_shape: tuple[int, ...], num_tokens: int) -> Counter[Shape]:
-    """The attentions of one forward of a fused UNet; the forward runs, on fake tensors if the UNet's are."""
+def shapes_of(network: nn.Module, forward: Callable[[], object]) -> Counter[Shape]:
+    """The attentions of one forward of a fused network; the forward runs, on fake tensors if the network's are."""
     seen: Counter[Shape] = Counter()
 
     def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen[tuple(q.shape), tuple(k.shape)] += 1
         return sdpa(q, k, v)
 
-    zeros = functools.partial(torch.zeros, dtype=unet.dtype, device=unet.device)
-    config, added = unet.config, None
-    if config["addition_embed_type"] == "text_time":
-        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        added = {"text_embeds": zeros(rows, width), "time_ids": zeros(rows, 6)}
-    layers = [m for m in unet.modules() if hasattr(m, "attend")]
+    layers = [m for m in network.modules() if hasattr(m, "attend")]
     before = [layer.attend for layer in layers]
-    attend_with(unet, record)
+    attend_with(network, record)
     try:
-        text = zeros(rows, num_tokens, config["cross_attention_dim"])
-        t = torch.zeros((), dtype=torch.int64, device=unet.device)
-        unet(zeros(rows, *latent_shape), t, encoder_hidden_states=text, added_cond_kwargs=added)
+        forward()
     finally:
         for layer, attend in zip(layers, before, strict=True):
             layer.attend = attend

@@ -16,7 +16,7 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.doors import Network
 from spo_fast.models.files import layout, load, sources
-from spo_fast.models.files.lora import written_settings
+from spo_fast.models.files.lora import KOHYA_FILE, LORA_FILE, written_settings
 from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import Encoder, PromptCache
@@ -75,6 +75,11 @@ class DiffusionModel:
             )
             for t in self.tokenizers
         ]
+
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt, as the network is told it."""
+        return self.tokenizers[0].model_max_length
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:  # (P, L) int64
         """Ids of the first tokenizer: what the CLIP scorers read (all share CLIP's vocabulary)."""
@@ -208,8 +213,8 @@ class DiffusionModel:
             "ss_network_dim": str(policy.adapter.rank),
             "ss_network_alpha": str(policy.adapter.alpha),
         }
-        save_file(kohya, directory / "lora_kohya.safetensors", metadata=metadata)
-        return [directory / "pytorch_lora_weights.safetensors", directory / "lora_kohya.safetensors"]
+        save_file(kohya, directory / KOHYA_FILE, metadata=metadata)
+        return [directory / LORA_FILE, directory / KOHYA_FILE]
 
 
 def embeddings(kind: str, encoders: Sequence[TextEncoder], ids: Iterable[Tensor]) -> dict[str, Tensor]:

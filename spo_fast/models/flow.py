@@ -74,6 +74,11 @@ class FlowModel(DiffusionModel):
             for t, length in zip(self.tokenizers, self.lengths, strict=False)
         ]
 
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt, as the network is told it."""
+        return self.door.text_tokens(self.lengths)
+
     def _load_encoder(self) -> Encoder:
         encoders = self.text_encoders()
 
@@ -115,7 +120,8 @@ def sizes(
     cfg: ModelConfig, door: FlowDoor, network: Mapping[str, Any], vae: Mapping[str, Any]
 ) -> tuple[int, int, tuple[int, int, int]]:
     """Height and width of the pictures, and the latents' shape. Raises ValueError for a size that cannot be."""
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (64,) * 4  # a tiny VAE's default
+    factor = 2 ** (len(levels) - 1)
     default = door.default_size(network, factor)
     height, width = cfg.height or default, cfg.width or default
     check_size(height, width, factor * door.patch)

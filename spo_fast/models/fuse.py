@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -32,15 +32,13 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from spo_fast.models.attention import Attend, sdpa
-from spo_fast.models.quantised import QuantisedLinear
+from spo_fast.models.fuse_transformer import TRANSFORMERS, fuse_transformer
+from spo_fast.models.fused_layers import FusedLora, Projections, linears, made_again, plain_lora, saving_inputs
 from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
-from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
-from spo_fast.ops.quantised import Quantised
 
 NUM_TIMESTEPS = 1000  # of every noise schedule that these networks were trained with
 
@@ -57,11 +55,15 @@ Words: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
 
 
 def fuse(network: nn.Module, recompute: bool = False) -> None:
-    """Swap what this module knows inside a UNet or a VAE, in place; LoRA layers must be there already.
+    """Swap what this module knows inside a UNet, a VAE or a transformer, in place; LoRA layers must be there already.
 
     recompute: norms save their inputs, which the graph holds anyway, and are computed again in the backward. Gates
     (GEGLU) always do. Called again it changes this alone.
     """
+    (fuse_transformer if isinstance(network, TRANSFORMERS) else _fuse_convolutional)(network, recompute)
+
+
+def _fuse_convolutional(network: nn.Module, recompute: bool) -> None:
     for p in network.parameters():
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -78,8 +80,8 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
         if isinstance(getattr(module, "conv_act", None), nn.SiLU) and type(module.conv_norm_out) is nn.GroupNorm:
             module.conv_norm_out.__class__, module.conv_act = FusedGroupNormSiLU, nn.Identity()
     for module in network.modules():
-        if isinstance(module, FusedAttention):
-            module.stack()
+        if isinstance(module, FusedAttention) and not hasattr(module, "projections"):
+            module.projections = Projections(module.to_q, module.to_k, module.to_v)
     if cross and isinstance(network, UNet2DConditionModel):
         _fuse_embeddings(network)
 
@@ -125,36 +127,7 @@ def text_of(unet: UNet2DConditionModel, prompt_embeds: Tensor, added_cond_kwargs
     return Text(pairs, added)
 
 
-# ---------------------------------------------------------------------------------------------------- memory
-
-
-class _Context(FunctionCtx):
-    saved_tensors: tuple[Tensor, ...]
-    function: Callable[[Tensor], Tensor]
-
-
-class _Recomputed(torch.autograd.Function):
-    """function(x) that saves x alone and runs again in the backward; the function's weights are frozen."""
-
-    @staticmethod
-    def forward(ctx: _Context, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.function = function
-        return function(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        with torch.enable_grad():
-            x = ctx.saved_tensors[0].detach().requires_grad_()
-            return torch.autograd.grad(ctx.function(x), x, grad)[0], None
-
-
-def _saving_input(op: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), one of our ops, saving x alone, as backends other than eager do. A compiler decides by itself."""
-    if torch.is_grad_enabled() and backend.choose(op, x) == "eager" and not torch.compiler.is_compiling():
-        return _Recomputed.apply(x, function)
-    return function(x)
+# ---------------------------------------------------------------------------------------------------- norms
 
 
 def _group_norm(module: nn.Module, norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
@@ -165,28 +138,14 @@ def _group_norm(module: nn.Module, norm: nn.GroupNorm, x: Tensor, silu: bool = T
     def function(x: Tensor) -> Tensor:
         return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu)
 
-    return _saving_input("group_norm_silu", function, x) if module.recompute else function(x)
+    return saving_inputs("group_norm_silu", function, x) if module.recompute else function(x)
 
 
 @contextlib.contextmanager
 def _normed(module: nn.Module, norm: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """norm(x); if the module is to recompute, what the graph inside saves of the result is made again from x."""
-    y = norm(x)
-    if not module.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield y
-        return
-    mine, numel, source = y.untyped_storage()._cdata, y.numel(), x.detach()
-
-    def pack(t: Tensor) -> Tensor | torch.Size:
-        return t.shape if t.untyped_storage()._cdata == mine and t.numel() == numel else t
-
-    def unpack(saved: Tensor | torch.Size) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        with torch.no_grad():
-            return norm(source).view(saved)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    y, source = norm(x), x.detach()
+    with made_again(bool(module.recompute), [y], lambda: [norm(source)]):
         yield y
 
 
@@ -223,7 +182,7 @@ class FusedGEGLU(GEGLU):
         if type(proj) is nn.Linear and backend.choose("geglu", hidden_states) == "c":
             # on a CPU a product writes its bias to every row before it begins; the op reads it once
             return geglu(F.linear(hidden_states, proj.weight), proj.bias)
-        return _saving_input("geglu", geglu, proj(hidden_states))
+        return saving_inputs("geglu", geglu, proj(hidden_states))
 
 
 class FusedTimeEmbedding(TimestepEmbedding):
@@ -236,74 +195,17 @@ class FusedTimeEmbedding(TimestepEmbedding):
         return self.table[sample]
 
 
-class FusedLora(lora.Linear):
-    """A linear layer and its LoRA as one op."""
-
-    @property
-    def parts(self) -> tuple[Tensor | Quantised, Tensor | None, Tensor, Tensor] | None:
-        """weight, bias, A, B; None while the LoRA is off."""
-        if self.disable_adapters or self.merged:
-            return None
-        base = self.base_layer
-        assert isinstance(base, nn.Linear)  # as _plain_lora has it
-        down, up = (loras["default"].weight for loras in (self.lora_A, self.lora_B))
-        weight = base.frozen_weight if isinstance(base, QuantisedLinear) else base.weight
-        return weight, base.bias, down, up  # type: ignore[return-value]
-
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        """W x + scale B A x; W x while the LoRA is off."""
-        parts = self.parts
-        return self.base_layer(x) if parts is None else lora_linear(x, *parts, self.scaling["default"])
-
-
-def _linears(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Each layer of the same x."""
-    fused = [layer for layer in layers if isinstance(layer, FusedLora)]
-    parts = [layer.parts for layer in fused]
-    if len(fused) < len(layers) or any(p is None for p in parts) or len({m.scaling["default"] for m in fused}) > 1:
-        return [layer(x) for layer in layers]
-    return lora_linears(x, [p for p in parts if p is not None], fused[0].scaling["default"])
-
-
 class FusedAttention(Attention):
     """Attention whose queries, keys and values come of one product, by the kernel that was picked."""
 
     attend: Attend
-    stacked: Tensor | None = None
-    """(3 D, D') the frozen weights of queries, keys and values: the layers' own are views of it."""
-
-    @property
-    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Of queries, keys and values."""
-        return self.to_q, self.to_k, self.to_v
-
-    def stack(self) -> None:
-        """Put the three weights one below the other, if they share x and nothing else is to be computed of it."""
-        layers = [layer for layer in self.projections if isinstance(layer, FusedLora)]
-        bases = [layer.base_layer for layer in layers if type(layer.base_layer) is nn.Linear]
-        if self.stacked is not None or len(bases) < len(self.projections):
-            return
-        if len({(layer.r["default"], layer.scaling["default"]) for layer in layers}) > 1:
-            return  # a LoRA file may have a rank and an alpha for each layer
-        weights = [base.weight for base in bases]
-        if len({w.shape for w in weights}) == 1 and all(base.bias is None for base in bases):
-            self.stacked = torch.cat([w.data for w in weights])
-            for w, place in zip(weights, self.stacked.split(len(weights[0])), strict=True):
-                w.data = place
+    projections: Projections
+    """Queries, keys and values of the picture itself."""
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:  # (N, L, D') -> (N, L, D) each
         """Of the text."""
-        key, value = _linears(text, (self.to_k, self.to_v))
+        key, value = linears(text, (self.to_k, self.to_v))
         return key, value
-
-    def queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:  # (N, L, D') -> (N, L, D) each
-        """Of the picture itself."""
-        layers = [layer for layer in self.projections if isinstance(layer, FusedLora)]
-        parts = [layer.parts for layer in layers]
-        if self.stacked is None or torch.is_grad_enabled() or any(p is None for p in parts):
-            return _linears(x, self.projections)
-        downs, ups = zip(*(p[2:] for p in parts if p is not None), strict=True)
-        return lora_three(x, self.stacked, downs, ups, layers[0].scaling["default"])
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Words = None, attention_mask: object = None, **_: object
@@ -311,7 +213,7 @@ class FusedAttention(Attention):
         """hidden_states (N, L, D); encoder_hidden_states the text (N, L', D'), its keys and values, or None."""
         assert attention_mask is None
         if encoder_hidden_states is None:
-            q, k, v = self.queries_keys_values(hidden_states)
+            q, k, v = self.projections(hidden_states)
         else:
             q, text = self.to_q(hidden_states), encoder_hidden_states
             k, v = text if isinstance(text, tuple) else self.keys_values(text)
@@ -391,14 +293,8 @@ def _plain_block(m: BasicTransformerBlock) -> bool:
     return norms and m.attn2 is not None and not m.only_cross_attention and m._chunk_size is None
 
 
-def _plain_lora(m: lora.Linear) -> bool:
-    adapter = list(m.lora_A) == ["default"] and not m.lora_variant and not m.lora_bias["default"]
-    frozen = type(m.base_layer) in (nn.Linear, QuantisedLinear) and not m.base_layer.weight.requires_grad
-    return adapter and frozen and not m.fan_in_fan_out and isinstance(m.lora_dropout["default"], nn.Identity)
-
-
 FUSED: dict[type, tuple[type, Callable[..., bool]]] = {
-    lora.Linear: (FusedLora, _plain_lora),
+    lora.Linear: (FusedLora, plain_lora),
     GEGLU: (FusedGEGLU, lambda m: True),
     ResnetBlock2D: (FusedResnet, _plain_resnet),
     Attention: (FusedAttention, _plain_attention),

@@ -17,11 +17,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from spo_fast.config.training import AdapterConfig
-from spo_fast.method.experience import Cond, Prediction
+from spo_fast.method.experience import Cond, Precomputed, Prediction
 from spo_fast.models.attention import Attend, attend_with
-from spo_fast.models.doors import Inputs, Network, flow_door
+from spo_fast.models.doors import Inputs, Network, door_of
 from spo_fast.models.files.lora import read_lora
-from spo_fast.models.fuse import Text, fuse, text_of
+from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import Graphs
 from spo_fast.models.merged import MergedWeights, base_weight, lora_layers
 from spo_fast.models.quantised import QuantisedLinear, import_for, in_full, quantise_base
@@ -169,11 +169,11 @@ class Policy(TrainedWeights):
         """cond with what a fused network computes of it alone: for many calls without gradient, one set of weights."""
         if not self.fused:
             return cond
-        return replace(cond, text=self.text(*inputs_of(self.network, len(cond), cond, guided)))
+        return replace(cond, text=self.text(told(self.network, len(cond), cond, guided)))
 
-    def text(self, prompt_embeds: Tensor, added_cond_kwargs: dict[str, Tensor] | None) -> Text:
-        """What a fused UNet computes of the prompts alone."""
-        return text_of(self.network, prompt_embeds, added_cond_kwargs)
+    def text(self, inputs: Inputs) -> Precomputed:
+        """What the fused network computes of the prompts alone."""
+        return precomputed(self.network, inputs)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -256,25 +256,21 @@ def denoise(
     if guided:
         x = torch.cat([x, x])
         t = t if t.ndim == 0 else torch.cat([t, t])
-    if (door := flow_door(network)) is not None:
-        out = door.predict(network, x, t, told(network, B, cond, guided))
-    else:
-        told_text, added = inputs_of(network, B, cond, guided) if cond.text is None else (cond.text, cond.text.added)
-        out = network(x, t, encoder_hidden_states=told_text, added_cond_kwargs=added, return_dict=False)[0]
+    out = door_of(network).predict(network, x, t, told(network, B, cond, guided), cond.text)
     return Prediction(out[B:], out[:B]) if guided else Prediction(out, None)
 
 
 def told(network: Network, B: int, cond: Cond, guided: bool) -> Inputs:
-    """What the network is told of B rows, or of twice as many."""
-    inputs = cond.cond
-    if guided:
-        inputs = {
-            name: torch.cat([cond.uncond[name].expand(B, *value.shape[1:]), value]) for name, value in cond.cond.items()
-        }
-    return {name: value.to(network.dtype) for name, value in inputs.items()}
+    """What the network is told of B rows, or of twice as many, that is not in cond.text."""
+    left = [name for name in cond.cond if cond.text is None or name in door_of(network).beside_text]
+    inputs = {name: cond.cond[name].to(network.dtype) for name in left}
+    if not guided:
+        return inputs
+    empty = {name: cond.uncond[name].to(network.dtype).expand(B, *value.shape[1:]) for name, value in inputs.items()}
+    return {name: torch.cat([empty[name], value]) for name, value in inputs.items()}
 
 
-def inputs_of(unet: Network, B: int, cond: Cond, guided: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """A UNet's encoder_hidden_states and added_cond_kwargs of B rows, or of twice as many."""
-    inputs = told(unet, B, cond, guided)
-    return inputs["prompt_embeds"], {n: inputs[n] for n in ("text_embeds", "time_ids") if n in inputs} or None
+@torch.no_grad()
+def precomputed(network: Network, inputs: Inputs) -> Precomputed:
+    """What a fused network computes of the prompts alone: for steps without gradient, until its weights change."""
+    return door_of(network).text(network, inputs)

@@ -218,7 +218,7 @@ def _joint_heads_backward_kernel(
         tl.store(grad_v_ptr + into, tl.load(grad_v_out_ptr + out + offsets, mask=inside), mask=inside)
 
 
-BLOCK_H = 8  # heads a program: SD3.5's and FLUX's 24 are three
+BLOCK_H = 4  # heads a program: SD3.5's and FLUX's 24 are six
 
 
 def _constants(D: int, norm: bool, rotary: bool, copy_v: bool) -> dict[str, int]:

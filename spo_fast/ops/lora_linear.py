@@ -125,12 +125,14 @@ def _down_up_three_kernel(
     up_0_ptr,
     up_1_ptr,
     up_2_ptr,
+    bias_ptr,
     y_ptr,
     scale,
     M,
     K,
     N,
     r,
+    HAS_BIAS: tl.constexpr,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -144,9 +146,11 @@ def _down_up_three_kernel(
     else:
         down_ptr, up_ptr = down_2_ptr, up_2_ptr
     y_ptr += tl.program_id(1) * N
+    if HAS_BIAS:
+        bias_ptr += tl.program_id(1) * N
     _down_up_kernel(
-        *(x_ptr, down_ptr, up_ptr, x_ptr, y_ptr, y_ptr, scale, M, K, N, r, K, 1, r, 1, 3 * N),
-        HAS_BIAS=False,
+        *(x_ptr, down_ptr, up_ptr, bias_ptr, y_ptr, y_ptr, scale, M, K, N, r, K, 1, r, 1, 3 * N),
+        HAS_BIAS=HAS_BIAS,
         SAVE_T=False,
         R=R,
         BLOCK_M=BLOCK_M,
@@ -225,13 +229,18 @@ def _launch_down_up(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, sc
     return y, t
 
 
-def _launch_down_up_three(x: Tensor, downs: list[Tensor], ups: list[Tensor], scale: float) -> Tensor:
+def _launch_down_up_three(
+    x: Tensor, downs: list[Tensor], ups: list[Tensor], bias: Tensor | None, scale: float
+) -> Tensor:
     (M, K), (N, r) = x.shape, ups[0].shape
     y = x.new_empty(M, 3 * N)
     blocks = _down_up_blocks(M, r, x.dtype)
     downs, ups = [w.contiguous() for w in downs], [w.contiguous() for w in ups]
     launch(_down_up_three_kernel)[(-(-M // blocks["BLOCK_M"]), 3)](
-        *(x, *downs, *ups, y, scale, M, K, N, r), R=_padded(r), **blocks
+        *(x, *downs, *ups, x if bias is None else bias, y, scale, M, K, N, r),
+        HAS_BIAS=bias is not None,
+        R=_padded(r),
+        **blocks,
     )
     return y
 
@@ -262,11 +271,12 @@ def _down_up_fake(x, down, up, bias, scale):
     return x.new_empty(x.shape[0], up.shape[0]), x.new_empty(x.shape[0], down.shape[0])
 
 
-def _down_up_three_ref(x, downs, ups, scale):
-    return torch.cat([_down_up_ref(x, down, up, None, scale)[0] for down, up in zip(downs, ups, strict=True)], 1)
+def _down_up_three_ref(x, downs, ups, bias, scale):
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    return torch.cat([_down_up_ref(x, *part, scale)[0] for part in zip(downs, ups, biases, strict=True)], 1)
 
 
-def _down_up_three_fake(x, downs, ups, scale):
+def _down_up_three_fake(x, downs, ups, bias, scale):
     return x.new_empty(x.shape[0], 3 * ups[0].shape[0])
 
 
@@ -412,10 +422,11 @@ def lora_linears(
 @torch.no_grad()
 def lora_three(
     x: Tensor,  # (..., I)
-    weight: Tensor,  # (3 O, I) of three layers without bias, one below the other
+    weight: Tensor,  # (3 O, I) of three layers, one below the other
     downs: Sequence[Tensor],  # (r, I) each
     ups: Sequence[Tensor],  # (O, r) each
     scale: float,
+    bias: Tensor | None = None,  # (3 O,)
 ) -> tuple[Tensor, ...]:  # (..., O) views of one tensor
     """lora_linears of queries, keys and values in two launches, where no gradient is wanted.
 
@@ -425,9 +436,10 @@ def lora_three(
     if len({len(down) for down in downs}) > 1:
         raise ValueError(f"lora_three takes one rank, got {[len(down) for down in downs]}: use lora_linears")
     for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
-        _check(x, weight[i * rows : (i + 1) * rows], None, down, up)
+        place = slice(i * rows, (i + 1) * rows)
+        _check(x, weight[place], None if bias is None else bias[place], down, up)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = DOWN_UP_THREE[backend.choose("lora_linear", x)](flat, list(downs), list(ups), float(scale))
+    y = DOWN_UP_THREE[backend.choose("lora_linear", x)](flat, list(downs), list(ups), bias, float(scale))
     y = torch.addmm(y, flat, weight.t(), out=y)
     return y.view(*x.shape[:-1], 3 * rows).split(rows, -1)
 

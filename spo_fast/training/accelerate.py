@@ -47,8 +47,7 @@ def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 
         return []
     fuse(model.vae)
     rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
-    tokens = model.tokenizers[0].model_max_length
-    choice = pick_attention(policy.network, cfg.engine, rows, model.latent_shape, tokens)
+    choice = pick_attention(policy.network, cfg.engine, rows, model.latent_shape, model.text_tokens)
     policy.attend_with(KERNELS[str(choice.value)])
     return [choice]
 

@@ -12,13 +12,19 @@ from spo_fast.data.files import write_atomically
 from spo_fast.evaluation.pages.render import render
 from spo_fast.evaluation.pages.run_record import RunRecord, count_text
 from spo_fast.evaluation.pictures import sheet_prompts
+from spo_fast.models.files.lora import COMFYUI_FILE, KOHYA_FILE, LORA_FILE
 
 FILES = (
-    *("pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "unet/*"),
+    *(LORA_FILE, KOHYA_FILE, COMFYUI_FILE, "unet/*"),
     *("README.md", "report.html", "samples/*.png", "config.yaml", "metrics.jsonl"),
 )
 """What is uploaded; patterns under the run directory."""
-PIPELINE_TAGS = {"sd15": "stable-diffusion", "sdxl": "stable-diffusion-xl", "toy": "stable-diffusion-xl"}
+PIPELINE_TAGS = {
+    "sd15": "stable-diffusion",
+    **dict.fromkeys(("sdxl", "toy"), "stable-diffusion-xl"),
+    **dict.fromkeys(("sd35", "toy-flow"), "stable-diffusion-3"),
+    "flux": "flux",
+}
 
 # ---------------------------------------------------------------------------------------------------- the card
 

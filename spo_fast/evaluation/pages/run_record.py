@@ -18,7 +18,13 @@ from spo_fast.data.files import read_json
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS
 from spo_fast.evaluation.pages.history import History
 from spo_fast.models.files.layout import scheduler_config
+from spo_fast.models.files.lora import COMFYUI_FILE, KOHYA_FILE
 from spo_fast.models.files.sources import DEFAULTS, Resolved
+
+FLOW_PIPELINES = {  # and their transformers, by --model
+    **dict.fromkeys(("sd35", "toy-flow"), ("StableDiffusion3Pipeline", "SD3Transformer2DModel")),
+    "flux": ("FluxPipeline", "FluxTransformer2DModel"),
+}
 
 # ---------------------------------------------------------------------------------------------------- what a run left
 
@@ -149,9 +155,16 @@ class RunRecord:
         path = self.settings["pretrained_model_name_or_path"]
         return path or (default.pretrained_model_name_or_path if default else None)
 
+    @property
+    def file_elsewhere(self) -> str:
+        """The LoRA for ComfyUI and its like."""
+        return COMFYUI_FILE if self.settings["model"] in FLOW_PIPELINES else KOHYA_FILE
+
     def loading(self, weights: str) -> str:
         """Python that draws with what was trained; `weights`: the run directory or a hub repository."""
         s = self.settings
+        if s["model"] in FLOW_PIPELINES:
+            return self._loading_flow(weights)
         base, weights = (
             json.dumps(name, ensure_ascii=False) for name in (self.base_model, weights)
         )  # as Python has it
@@ -178,6 +191,33 @@ class RunRecord:
         draw = f"num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
         lines += [f'image = pipe("a prompt", {draw}).images[0]']
         return "\n".join(lines)
+
+    def _loading_flow(self, weights: str) -> str:
+        """A single file is the transformer alone; an SD3 without T5 is loaded by saying so."""
+        s = self.settings
+        pipeline, transformer = FLOW_PIPELINES[s["model"]]
+        base = json.dumps(self.base_model, ensure_ascii=False)
+        dtype = "torch.bfloat16" if s["model"] == "flux" else "torch.float16"
+        lines = ["import torch", f"from diffusers import {pipeline}"]
+        settings = [f'settings = {{"torch_dtype": {dtype}}}']
+        if not self.base_model:
+            base = 'toy_files(FLOW_WEIGHTS)["model"]'
+            lines += ["from spo_fast.models.files.toy import FLOW_WEIGHTS, toy_files"]
+        elif base.endswith('.safetensors"'):
+            rest = s.get("base_model_name_or_path") or DEFAULTS[s["model"]].pretrained_model_name_or_path
+            lines[1] += f", {transformer}"
+            config = f'config={json.dumps(rest)}, subfolder="transformer", torch_dtype={dtype}'
+            settings += [f'settings["transformer"] = {transformer}.from_single_file({base}, {config})']
+            base = json.dumps(rest, ensure_ascii=False)
+        path = Path(str(self.base_model)).expanduser()
+        if s["model"] != "flux" and (not self.base_model or (path.is_dir() and not (path / "text_encoder_3").is_dir())):
+            settings += ["settings |= dict(text_encoder_3=None, tokenizer_3=None)"]
+        lines += ["", *settings, f'pipe = {pipeline}.from_pretrained({base}, **settings).to("cuda")']
+        sizes = "".join(f"{name}={s[name]}, " for name in ("height", "width") if s.get(name))
+        draw = f"{sizes}num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
+        return "\n".join(
+            [*lines, f"pipe.load_lora_weights({json.dumps(weights)})", f'image = pipe("a prompt", {draw}).images[0]']
+        )
 
     def _file_prediction(self) -> str:
         """What a single file's network predicts."""

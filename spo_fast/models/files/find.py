@@ -239,12 +239,16 @@ def find_contender(source: str, kind: str, flag: str) -> tuple[str, Path] | Miss
     for folder in (local, local / "unet"):
         if (folder / "config.json").is_file() and not (local / LORA_FILE).is_file():
             return ("unet", folder)
+    if kind in FLOWS and (local / "transformer").is_dir():
+        raise ValueError(f"{flag} {shown(source)} is a whole transformer: of flow models LoRAs are compared. Give one.")
     if local.exists():
         return ("lora", find_lora(local, flag))
     model = dataclasses.replace(DEFAULTS[kind], cache_dir=None)
     lora = _find(_Need("LoRA", source, flag, parts=("lora",)), model, download=True)
     if isinstance(lora, Path):
         return ("lora", find_lora(lora, flag))
+    if kind in FLOWS:
+        return lora
     unet = _find(_Need("LoRA or UNet", source, flag, parts=("unet", "scheduler-if-any")), model, download=True)
     if isinstance(unet, Path):
         return ("unet", unet / "unet")

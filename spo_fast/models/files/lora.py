@@ -1,4 +1,4 @@
-"""LoRA files: found, read in whatever style they name their tensors, checked against the UNet, and put on it.
+"""LoRA files: found, read in whatever style they name their tensors, checked against the network, and put on it.
 
 A tensor's name is a layer's name between a prefix and an ending, both of which differ by the program that wrote it:
     diffusers        unet.down_blocks.0...to_q.lora.down.weight   (old: ...attn1.processor.to_q_lora.down.weight)
@@ -6,6 +6,7 @@ A tensor's name is a layer's name between a prefix and an ending, both of which 
     kohya, LyCORIS   lora_unet_down_blocks_0_..._to_q.lora_down.weight, lycoris_...
     kohya's SDXL     lora_unet_input_blocks_1_1_..._to_q.lora_down.weight: LDM's blocks
     OneTrainer       unet.input_blocks.1.1...to_q.lora_down.weight, or as kohya; ComfyUI: diffusion_model.input...
+    of flow models   transformer.transformer_blocks.0.attn.to_q.lora_A.weight; of kohya's for FLUX see _of_flux
 So a layer is looked up by its name with underscores for dots, in a table of the UNet's own names and of LDM's for them,
 and styles may mix. What of a file is not used is an error: other loaders skip it, and draw something else in silence.
 """
@@ -20,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from spo_fast.data.files import read_header, read_json, read_metadata, read_safetensors
 
@@ -29,10 +30,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
+    from spo_fast.models.files.load import FlowTransformer
+
+    LoraNetwork: TypeAlias = UNet2DConditionModel | FlowTransformer
     from spo_fast.config.training import AdapterConfig
 
 Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE, COMFYUI_FILE = "lora_kohya.safetensors", "lora_comfyui.safetensors"
+"""Beside it for other programs: of UNets with kohya's names, of flow transformers with ComfyUI's."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 DOWN = r"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A)"
@@ -47,7 +53,9 @@ ENDINGS = {
     "bias": r"\.(?:diff_b|b_norm)",
 }
 PEFT_NAME = re.compile(r"base_model\.model\.")
-PREFIX = re.compile(r"(?:base_model\.model\.|model\.|diffusion_model\.|unet\.|lora_unet[._]|lycoris_)*")
+PREFIX = re.compile(
+    r"(?:base_model\.model\.|model\.|diffusion_model\.|unet\.|transformer\.|lora_unet[._]|lora_transformer_|lycoris_)*"
+)
 TEXT = re.compile(r"(?:base_model\.model\.)?(?:lora_te\d*[._]|text_encoders?\w*\.|te\d?\.|clip_[lg]\.|text_model\.)")
 OTHER_KINDS = {
     "a DoRA": r"\.dora_scale$|\.lora_magnitude_vector",
@@ -79,7 +87,7 @@ class Layer(NamedTuple):
 class Lora:
     """All that a file changes."""
 
-    layers: dict[str, Layer]  # by the layer's name in the UNet
+    layers: dict[str, Layer]  # by the layer's name in the network
     changes: dict[str, Tensor]  # what is added to weights and biases, by their names
     has_alpha: bool
     """Otherwise alpha is each layer's rank, as every loader has it."""
@@ -168,8 +176,8 @@ IN_A_RESNET = {
 }
 
 
-def _weights(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
-    """Layer -> its weight's shape; a UNet may wear an adapter already."""
+def _weights(unet: LoraNetwork) -> dict[str, tuple[int, ...]]:
+    """Layer -> its weight's shape; a network may wear an adapter already."""
     ends = ".weight"
     return {
         name.removesuffix(ends).removesuffix(".base_layer"): p.shape
@@ -178,9 +186,12 @@ def _weights(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
     }
 
 
-def layer_names(unet: UNet2DConditionModel) -> dict[str, str]:
-    """Every name of a layer that files use, with underscores for dots -> its name in the UNet."""
-    ldm, found = ldm_names(unet), {}
+def layer_names(unet: LoraNetwork) -> dict[str, str]:
+    """Every name of a layer that files use, with underscores for dots -> its name in the network."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    ldm = ldm_names(unet) if isinstance(unet, UNet2DConditionModel) else {}
+    found = {}
     for name in _weights(unet):
         block = next((b for b in ldm if name == b or name.startswith(b + ".")), None)
         found[name] = name
@@ -194,8 +205,8 @@ def layer_names(unet: UNet2DConditionModel) -> dict[str, str]:
     return {name.replace(".", "_"): layer for name, layer in found.items()}
 
 
-def read_file(file: Path, unet: UNet2DConditionModel) -> Lora:
-    """All of a LoRA file, as the UNet's layers have it. Raises ValueError for what cannot be read, by name.
+def read_file(file: Path, unet: LoraNetwork) -> Lora:
+    """All of a LoRA file, as the network's layers have it. Raises ValueError for what cannot be read, by name.
 
     The truth is W + alpha / rank * up @ down (alpha / sqrt(rank) of an rsLoRA), alpha from a tensor beside the matrices
     or from the metadata that diffusers and PEFT write; without one it is the rank.
@@ -204,10 +215,11 @@ def read_file(file: Path, unet: UNet2DConditionModel) -> Lora:
     def refuse(why: str) -> NoReturn:
         raise ValueError(f"{_shown(file, why)} {why}")
 
-    header, known, weights = read_header(file), layer_names(unet), _weights(unet)
-    _refuse_kinds(header, refuse)
-    parts = _parts(header, known, refuse)
+    known, weights = layer_names(unet), _weights(unet)
+    _refuse_kinds(read_header(file), refuse)
     tensors, told = read_safetensors(file), Told.of(file, refuse)
+    tensors = _of_flux(tensors, known, refuse)
+    parts = _parts(tensors, known, refuse)
     layers: dict[str, Layer] = {}
     changes: dict[str, Tensor] = {}
     for layer, names in parts.items():
@@ -241,6 +253,23 @@ def read_file(file: Path, unet: UNet2DConditionModel) -> Lora:
             f"lost its alphas: its metadata says {kohya:.20} (ss_network_alpha), its tensors none. Download it again."
         )
     return Lora(layers, changes, has_alpha)
+
+
+def _of_flux(tensors: dict[str, Tensor], known: Collection[str], refuse: Refuse) -> dict[str, Tensor]:
+    """kohya's names are the original network's, whose q, k, v are one layer: diffusers' converter parts them.
+
+    It multiplies alpha / rank into the matrices.
+    """
+    kohya = any(re.fullmatch(r"lora_unet_(?:double|single)_blocks_\d+_.*\.lora_down\.weight", name) for name in tensors)
+    if not kohya or "single_transformer_blocks_0_proj_mlp" not in known:
+        return tensors
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    try:
+        return dict(_convert_kohya_flux_lora_to_diffusers(dict(tensors)))
+    except Exception as error:  # whatever it makes of other layers, sizes or missing halves
+        why = " ".join(str(error).split())[:80]
+        refuse(f"is no LoRA of FLUX.1 in kohya's names that diffusers can read ({type(error).__name__}: {why}).")
 
 
 def _shown(file: Path, beside: str) -> str:
@@ -357,8 +386,9 @@ class Told:
                 written = json.loads(text)
             if not isinstance(written, dict):
                 refuse("is damaged: its lora_adapter_metadata is no JSON object. Save it again.")
-            of_unet = {key.removeprefix("unet."): value for key, value in written.items() if key.startswith("unet.")}
-            config = of_unet or {key: value for key, value in written.items() if "." not in key}
+            told = [(re.match(r"(?:unet|transformer)\.", key), key, value) for key, value in written.items()]
+            config = {key[m.end() :]: value for m, key, value in told if m}
+            config = config or {key: value for key, value in written.items() if "." not in key}
         elif file.name == PEFT_FILE or (beside.is_file() and any(map(PEFT_NAME.match, read_header(file)))):
             if not beside.is_file():
                 refuse(
@@ -420,8 +450,8 @@ def _positive(value: object) -> bool:
 # -------------------------------------------------------------------------------------------------------- to be used
 
 
-def apply_lora(file: Path, unet: UNet2DConditionModel) -> Lora:
-    """Put a LoRA of any rank, alpha and layers on a UNet, for good; returns what it was. Raises as `read_file` does."""
+def apply_lora(file: Path, unet: LoraNetwork) -> Lora:
+    """Put a LoRA of any rank, alpha and layers on a network, for good; returns what it was. Raises as `read_file`."""
     import torch
     from peft import LoraConfig
     from torch import nn
@@ -453,8 +483,8 @@ def apply_lora(file: Path, unet: UNet2DConditionModel) -> Lora:
     return lora
 
 
-def read_lora(path: str | Path, unet: UNet2DConditionModel, adapter: AdapterConfig) -> dict[str, Tensor]:
-    """The file's tensors by the names of the UNet's own LoRA, which it fits. Raises ValueError saying what differs."""
+def read_lora(path: str | Path, unet: LoraNetwork, adapter: AdapterConfig) -> dict[str, Tensor]:
+    """The file's tensors by the names of the network's own LoRA, which it fits. Raises ValueError for what differs."""
     file = find_lora(path)
     lora = read_file(file, unet)
     label = f"--lora_path {_shown(file, ' ' * 190)}"
@@ -493,7 +523,37 @@ def written_settings(config: LoraConfig) -> dict[str, object]:
     return {key: value for key, value in config.to_dict().items() if key in always or value != plain[key]}
 
 
+def save_transformer_lora(
+    kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
+) -> list[Path]:
+    """Write a flow transformer's LoRA for diffusers (LORA_FILE) and for ComfyUI (COMFYUI_FILE); returns the files.
+
+    state: ...to_q.lora_A.weight, as PEFT names them without an adapter's name. settings: `written_settings`. diffusers
+    reads alpha from the metadata and passes over tensors of that name; ComfyUI the other way round.
+    """
+    import torch
+    from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: value.contiguous() for name, value in state.items()}
+    writer = {"sd35": SD3LoraLoaderMixin, "flux": FluxLoraLoaderMixin}[kind]
+    writer.save_lora_weights(
+        save_directory=directory,
+        transformer_lora_layers=state,
+        transformer_lora_adapter_metadata=dict(settings),
+    )
+    alpha = torch.tensor(float(settings["lora_alpha"]))  # type: ignore[arg-type]  # of a LoraConfig
+    tensors = {f"transformer.{name}": value for name, value in state.items()}
+    downs = [name for name in tensors if name.endswith(".lora_A.weight")]
+    tensors |= {f"{name.removesuffix('.lora_A.weight')}.alpha": alpha.clone() for name in downs}
+    save_file(tensors, directory / COMFYUI_FILE, metadata={"format": "pt"})
+    return [directory / LORA_FILE, directory / COMFYUI_FILE]
+
+
 def _ending(layer: str) -> str:
-    """down_blocks.0.attn1.to_out.0 -> to_out.0, as --lora_targets has it."""
+    """As --lora_targets has it: down_blocks.0.attn1.to_out.0 -> to_out.0; transformer_blocks.0.ff.net.2 -> ff.net.2."""
+    if m := re.match(r"(?:single_)?transformer_blocks\.\d+\.", layer):
+        return layer[m.end() :]
     parts = layer.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

@@ -39,7 +39,8 @@ def report(cfg: Config, device: Device | None = None) -> str:
     looked = look_for(cfg.model, run_paths(cfg))
     if cfg.adapter.lora_path is not None:
         find_lora(cfg.adapter.lora_path)
-    resolved = None if any(isinstance(row, Missing) for row in looked) else resolve(cfg.model, run_paths(cfg))
+    lacks = any(isinstance(row, Missing) for row in looked)
+    resolved = None if lacks else resolve(cfg.model, run_paths(cfg), cfg.sample.guidance_scale)
     if resolved is not None:
         import_networks()
         check_weights(resolved)

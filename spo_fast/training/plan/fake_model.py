@@ -14,13 +14,25 @@ from torch import Tensor
 from spo_fast.config.recipes import TINY_VAES
 from spo_fast.config.training import Config, ModelConfig
 from spo_fast.data.files import read_json
+from spo_fast.method.flow_schedule import flow_scheduler
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.schedule import ddim_scheduler
 from spo_fast.models.diffusion import DiffusionModel, vae_dtype
 from spo_fast.models.files.layout import scheduler_config, vae_files
 from spo_fast.models.files.single_file import text_class, vae_class
-from spo_fast.models.files.sources import CONFIGS, DEFAULTS, MODELS, TEXT_PARTS, Resolved, forces_zeros
+from spo_fast.models.files.sources import (
+    CONFIGS,
+    DEFAULTS,
+    FLOWS,
+    MODELS,
+    Resolved,
+    forces_zeros,
+    network_part,
+    settings_directory,
+    text_parts,
+)
+from spo_fast.models.flow import FlowModel
 from spo_fast.models.prompt_cache import ENCODE_BATCH, PromptCache
 from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.training.pair_batches import PairReader
@@ -30,31 +42,37 @@ if TYPE_CHECKING:
     from spo_fast.models.files.load import VAE, TextEncoder
 
 
-class FakeModel(DiffusionModel):
-    """resolved: None for the published architecture."""
+class Fake(DiffusionModel):
+    """What models without weights share. resolved: None for the published architecture."""
 
     prompt_cache: FakePrompts
+    lengths: tuple[int, ...]
+    """Of each text encoder's prompts."""
 
-    def __init__(self, cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once):
-        from diffusers import UNet2DConditionModel
+    def _take_files(self, cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once) -> None:
+        import diffusers
 
         source = resolved.source if resolved else MODELS[cfg.model](cfg)
         self.once, self.device, self.dtype, self.kind = once, once.device, dtype, source.kind
-        self.config_dir = resolved.config_dir if resolved else CONFIGS / source.kind
-        schedule = self.config_dir / "scheduler" / "scheduler_config.json"
-        self._ddim = ddim_scheduler(scheduler_config(resolved) if resolved else read_json(schedule))
-        self.zero_uncond = self.kind == "sdxl" and forces_zeros(self.config_dir)
+        self.config_dir = resolved.config_dir if resolved else settings_directory(source)
         vae_config = vae_settings(self.kind, resolved, source.pretrained_vae_model_name_or_path)
         self.vae = once.weights(fake_vae(vae_config), vae_dtype(self.kind, dtype, vae_config))
         self.vae.decode = once.wrap(self.vae.decode, "decode")
         self.posterior = once.wrap(super().posterior, "encode images")  # type: ignore[method-assign]
+        self.parts = [part for _, part in text_parts(self.kind, self.config_dir)]
+        network = self.configs()[network_part(self.kind)]
         with torch.device("meta"):
-            self.network = UNet2DConditionModel.from_config(self.configs()["unet"])
-        self._encoders = [once.weights(self._text_encoder(part), dtype) for _, part in TEXT_PARTS[self.kind]]
-        lengths = [encoder.config.max_position_embeddings for encoder in self._encoders]
-        self.tokenizers = [SimpleNamespace(model_max_length=n) for n in lengths]  # type: ignore[misc]  # all that is asked
+            self.network = getattr(diffusers, str(network["_class_name"])).from_config(network)
+        self._encoders = [once.weights(self._text_encoder(part), dtype) for part in self.parts]
         self.prompt_cache = FakePrompts(once)
-        self._take_sizes(cfg)
+
+    def _schedule(self, resolved: Resolved | None) -> dict[str, object]:
+        own = self.config_dir / "scheduler" / "scheduler_config.json"
+        return scheduler_config(resolved) if resolved else read_json(own)
+
+    def _positions(self) -> list[int]:
+        """Of each text encoder; T5 counts none."""
+        return [getattr(encoder.config, "max_position_embeddings", 0) for encoder in self._encoders]
 
     def encode(self) -> None:
         """A batch of prompts through the text encoders, whose shapes the prompts' rows have from now on."""
@@ -63,22 +81,50 @@ class FakeModel(DiffusionModel):
         self.prompt_cache.rows = {name: values.shape[1:] for name, values in found.items()}
 
     def _text_encoder(self, part: str) -> TextEncoder:
-        cls = text_class(self.kind, part)
+        made, folder = text_class(self.kind, part), self.config_dir / part
         with torch.device("meta"):
-            return cls(cls.config_class.from_pretrained(self.config_dir / part))  # type: ignore[union-attr, arg-type]
+            return made(made.config_class.from_pretrained(folder))  # type: ignore[arg-type, union-attr]
 
     def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:
         """Zeros."""
-        return [torch.zeros(len(prompts), t.model_max_length, dtype=torch.int64) for t in self.tokenizers]
+        return [torch.zeros(len(prompts), n, dtype=torch.int64) for n, _ in zip(self.lengths, self.parts, strict=False)]
 
     def configs(self) -> dict[str, dict[str, object]]:
-        """Of the UNet and the text encoders, by their folders."""
-        parts = ("unet", *(part for _, part in TEXT_PARTS[self.kind]))
+        """Of the network and the text encoders, by their folders."""
+        parts = (network_part(self.kind), *self.parts)
         return {part: read_json(self.config_dir / part / "config.json") for part in parts}
 
     def text_encoders(self) -> list[TextEncoder]:
         """Without weights."""
         return self._encoders
+
+
+class FakeModel(Fake):
+    """A diffusion without weights."""
+
+    def __init__(self, cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once):
+        self._take_files(cfg, resolved, dtype, once)
+        self._ddim = ddim_scheduler(self._schedule(resolved))
+        self.zero_uncond = self.kind == "sdxl" and forces_zeros(self.config_dir)
+        self.lengths = tuple(self._positions())
+        self.tokenizers = [SimpleNamespace(model_max_length=n) for n in self.lengths]  # type: ignore[misc]  # all that is asked
+        self._take_sizes(cfg)
+
+
+class FakeFlow(Fake, FlowModel):
+    """A flow without weights."""
+
+    def __init__(self, cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once):
+        self._take_files(cfg, resolved, dtype, once)
+        self.scheduler = flow_scheduler(self._schedule(resolved))
+        self.tokenizers = [SimpleNamespace(model_max_length=n) for n in self._positions()]  # type: ignore[misc]
+        self._take_door(cfg)
+
+
+def fake_model(cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once) -> FakeModel | FakeFlow:
+    """The model of its kind, without weights."""
+    source = resolved.source if resolved else MODELS[cfg.model](cfg)
+    return (FakeFlow if source.kind in FLOWS else FakeModel)(cfg, resolved, dtype, once)
 
 
 class FakePrompts(PromptCache):
@@ -100,7 +146,7 @@ class FakePrompts(PromptCache):
 class FakePairs(PairReader):
     """Labelled pairs of which no latents were kept: the VAE encodes them."""
 
-    def __init__(self, model: FakeModel, cfg: Config):
+    def __init__(self, model: Fake, cfg: Config):
         self.model, self.cfg, self.train_rows, self.once = model, cfg, np.zeros(1), model.once
 
     @torch.no_grad()

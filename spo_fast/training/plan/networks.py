@@ -18,7 +18,7 @@ from spo_fast.models.trained_weights import TrainedWeights
 from spo_fast.scorers.base import Scorer
 from spo_fast.scorers.registry import summed
 from spo_fast.training.accelerate import set_up
-from spo_fast.training.plan.fake_model import FakeModel
+from spo_fast.training.plan.fake_model import FakeModel, fake_model
 from spo_fast.training.plan.fake_networks import encode_text, fake_scorer, latent_scorer, run_once
 from spo_fast.training.plan.once import Once
 
@@ -29,7 +29,7 @@ class Networks:
     def __init__(self, cfg: Config, resolved: Resolved | None, device_type: str, once: Once | None = None):
         self.cuda, specs = device_type == "cuda", scorer_specs(cfg.scorer.scorer)
         self.once = once or Once(self.cuda)
-        self.model = FakeModel(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
+        self.model = fake_model(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
         self.policy = self._policy(cfg)
         self.scorers = {name: self._scorer(name, cfg, resolved) for name, _ in specs}
         self.scorer = summed([(self.scorers[name], weight) for name, weight in specs])
@@ -46,9 +46,8 @@ class Networks:
             policy = Policy(model.network, replace(cfg.adapter, lora_path=None), seed=0)
         policy.reach = None
         if cfg.adapter.lora_path is not None:
-            read_lora(
-                cfg.adapter.lora_path, model.network, cfg.adapter
-            )  # one that does not fit is told by a dry run too
+            # one that does not fit is told by a dry run too
+            read_lora(cfg.adapter.lora_path, model.network, cfg.adapter)
         networks = [n for n in (model.network, policy._frozen_copy) if n is not None]
         for network in networks:
             once.weights(network, model.dtype)
@@ -62,7 +61,7 @@ class Networks:
         for network in networks:
             once.repeat_blocks(network, BLOCKS)
             # diffusers walks all modules for it, a hundred times an iteration
-            network.__class__ = type("FakeUNet", (type(network),), {"dtype": network.dtype})
+            network.__class__ = type("FakeNetwork", (type(network),), {"dtype": network.dtype})
             network.forward = once.wrap(network.forward)
         policy.text = once.wrap(policy.text, samples=False)  # type: ignore[method-assign]
         return policy
@@ -70,6 +69,7 @@ class Networks:
     def _scorer(self, name: str, cfg: Config, resolved: Resolved | None) -> Scorer:
         paths, dtype = resolved.scorer_paths if resolved else {}, DTYPES[cfg.scorer.scorer_dtype]
         if find_scorer(name).judges == "latents":
+            assert isinstance(self.model, FakeModel)  # a flow has no such scorer
             return latent_scorer(paths.get(name), self.model, dtype, self.once)
         return run_once(fake_scorer(name, paths, dtype, cfg.scorer.spm_time_conditioned), self.once)
 
