@@ -12,8 +12,9 @@ from spo_fast.config import command, errors, flags
 from spo_fast.config.errors import RunError
 from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
-from spo_fast.config.presets import FLOWS, PRESETS
+from spo_fast.config.presets import PRESETS
 from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
+from spo_fast.config.sections import FLOWS
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.models.files.lora_files import find_lora

@@ -17,7 +17,7 @@ from typing import Any
 
 from spo_fast.config.errors import UsageError, did_you_mean
 from spo_fast.config.outside import is_outside, load_outside
-from spo_fast.config.sections import PairSourceConfig
+from spo_fast.config.sections import FLOWS, PairSourceConfig
 
 Given = Mapping[str, Any]
 
@@ -309,6 +309,22 @@ def too_few_to_rank(settings: Given) -> str:
     return f"cannot draw num_ranked={ranked} trajectories from num_candidates={drawn}: lower it, or raise the other."
 
 
+def no_latent_judge(settings: Given) -> str:
+    """LPO's judges are parts of the UNets whose latents they see."""
+    if settings["model"] not in FLOWS:
+        return ""
+    return (
+        f"is judged by a latent reward model, a UNet of SD-1.5 or SDXL: there is none of {settings['model']}. Use spo."
+    )
+
+
+def not_of_velocities(settings: Given) -> str:
+    """MaPO's f(l) is of errors of predicted noise, which has unit variance; a velocity's error has another size."""
+    if settings["model"] not in FLOWS:
+        return ""
+    return f"weighs errors of predicted noise; no paper has it for the velocities of {settings['model']}. Use dpo."
+
+
 # ---------------------------------------------------------------------------------------------- the records
 
 
@@ -378,6 +394,7 @@ METHODS: dict[str, Method] = {
             published=lpo,
             paper=Paper(title="Latent Preference Optimization", arxiv="2502.01051"),
             recipe=published_code,
+            misfit=no_latent_judge,
         ),
         _spo(
             name="gradspo",
@@ -444,6 +461,7 @@ METHODS: dict[str, Method] = {
             published=mapo,
             paper=Paper(title="MaPO", arxiv="2406.06424"),
             margin="1000 times the difference of the weighted denoising errors",
+            misfit=not_of_velocities,
         ),
     )
 }

@@ -101,7 +101,6 @@ def toy_flow() -> Config:
     )
 
 
-FLOWS = ("toy-flow", "sd35", "flux")
 PRESETS: dict[str, Callable[[], Config]] = {
     "toy": toy,
     "toy-flow": toy_flow,

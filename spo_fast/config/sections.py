@@ -12,6 +12,10 @@ from spo_fast.config.fields import Count, NotNegative, Positive, Range, Section,
 from spo_fast.config.scorers import SCORER_SOURCES, SCORERS
 
 
+FLOWS = ("toy-flow", "sd35", "flux")
+"""Of --model: those whose networks predict the velocity of a flow."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The diffusion model: its files, its size and its precision."""

@@ -50,6 +50,47 @@ def written_settings(config: LoraConfig) -> dict[str, object]:
     return {key: value for key, value in config.to_dict().items() if key in always or value != plain[key]}
 
 
+def save_unet_lora(
+    kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
+) -> list[Path]:
+    """Write a UNet's LoRA for diffusers (LORA_FILE) and under kohya's names (KOHYA_FILE); returns the files.
+
+    state: ...to_q.lora_A.weight, as PEFT names them without an adapter's name. settings: `written_settings`.
+    """
+    import torch
+
+    # the pipelines inherit these; importing the pipelines would pull in image processors and their warnings
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+
+    writer = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}[kind]
+    published = convert_state_dict_to_diffusers(state)  # ...lora.down.weight, which it knows for attention only
+    # a file that mixes the two ways of naming is read in part, without a word
+    layers = state if any(".lora_A." in name for name in published) else published
+    # the metadata carries alpha: without it a loader takes alpha = rank and the images are wrong
+    writer.save_lora_weights(
+        save_directory=directory, unet_lora_layers=layers, unet_lora_adapter_metadata=dict(settings)
+    )
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
+    if kind == "sdxl":  # diffusers reads these two layers' LoRA by their names in the original network only
+        for ours, theirs in (("add_embedding_linear", "label_emb_0"), ("time_embedding_linear", "time_embed")):
+            for number, place in ((1, 0), (2, 2)):
+                old, new = f"lora_unet_{ours}_{number}.", f"lora_unet_{theirs}_{place}."
+                kohya = {name.replace(old, new): value for name, value in kohya.items()}
+    alpha = settings["lora_alpha"]
+    for name in kohya:
+        if name.endswith(".alpha"):  # diffusers writes the rank
+            kohya[name] = torch.tensor(float(alpha))  # type: ignore[arg-type]  # of a LoraConfig
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(settings["r"]),
+        "ss_network_alpha": str(alpha),
+    }
+    save_file(kohya, directory / KOHYA_FILE, metadata=metadata)
+    return [directory / LORA_FILE, directory / KOHYA_FILE]
+
+
 def save_transformer_lora(
     kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
 ) -> list[Path]:
