@@ -18,7 +18,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, FluxPipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
@@ -27,7 +26,7 @@ from tiny import make_tiny_flux, make_tiny_sd3
 from torch import Tensor
 
 from spo_fast import train
-from spo_fast.method.noise import CHILDREN, PICK, RENOISE, SIDES, STEPS, TIMESTEPS, KeyedDraws, permutation
+from spo_fast.method.noise import CHILDREN, PICK, SIDES, STEPS, KeyedDraws, permutation
 from spo_fast.ops import philox
 from spo_fast.training import batches
 from spo_fast.training.loop import Run
