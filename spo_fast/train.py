@@ -17,7 +17,7 @@ from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
 from spo_fast.config.sections import FLOWS
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
-from spo_fast.models.files.lora import find_lora
+from spo_fast.models.files.lora_files import find_lora
 
 if TYPE_CHECKING:
     from spo_fast.training.loop import Run
@@ -87,9 +87,10 @@ def build(cfg: Config) -> Run:
 
 def dry_run(cfg: Config) -> None:
     """Print what the run would need and cost."""
-    from spo_fast.training.plan.dry_run import report
+    from spo_fast.training.plan.dry_run import sections
 
-    print(report(cfg))
+    for number, section in enumerate(sections(cfg)):
+        print(("\n" if number else "") + section, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,8 +23,10 @@ from spo_fast.config.errors import MissingFilesError
 from spo_fast.config.sections import ModelConfig
 from spo_fast.models.files import layout, load, networks
 from spo_fast.models.files.find import check_asked, resolve_all
-from spo_fast.models.files.lora import apply_lora, read_file, save_transformer_lora, written_settings
+from spo_fast.models.files.lora import apply_lora, read_file
+from spo_fast.models.files.lora_files import save_transformer_lora, written_settings
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, MODELS, PARTS, ModelSource, Resolved
+from spo_fast.models.quantised import quantise_t5
 
 MAKERS: dict[str, Callable[..., Path]] = {"sd35": make_tiny_sd3, "flux": make_tiny_flux}
 
@@ -108,6 +110,21 @@ def test_t5_in_float16_keeps_the_layer_that_overflows_in_float32(tiny):
     assert t5.encoder.embed_tokens.weight is t5.shared.weight
     ids = torch.tensor([[3, 4, 5, 1]])
     assert torch.equal(t5(ids)[0], theirs(ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_t5_in_8_bits_is_half_as_large_and_near(tiny, dtype):
+    resolved, ids = resolve(tiny["flux"], "flux"), torch.tensor([[3, 4, 5, 6, 7, 8, 1]])
+    exact = load.load_text_encoder(resolved, "text_encoder_2", torch.float32)(ids)[0]
+    t5 = load.load_text_encoder(resolved, "text_encoder_2", dtype)
+    sixteen = (t5(ids)[0].float() - exact).norm() / exact.norm()
+    quantise_t5(t5)
+    linear = {name: m.weight.dtype for name, m in t5.named_modules() if isinstance(m, torch.nn.Linear)}
+    whole = {name for name, kept in linear.items() if kept != torch.int8}
+    wide = {name for name in linear if name.endswith(".wo") and dtype == torch.float16}
+    assert len(linear) == 2 * 7 and whole == wide
+    error = (t5(ids)[0].float() - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.03 + sixteen  # a row's largest weight over 127, 14 layers
 
 
 # --------------------------------------------------------------------------------------------------------- single files
@@ -430,13 +447,20 @@ def test_a_borrowed_vae_of_the_other_kind(tiny):
 
 def test_sizes_and_guidance_that_a_model_does_not_take(tiny):
     sd3, schnell, dev = (resolve(tiny[name], KINDS[name]) for name in ("sd35", "schnell", "flux"))
-    check_asked(sd3, 384, 64, 4.5)  # 24 positions x patch 2 x factor 8
-    assert "at most 384" in line_of(lambda: check_asked(sd3, 400, 64))
+
+    def ask(resolved: Resolved, scale: float = 1.0, **settings: Any) -> None:
+        check_asked(resolved, ModelConfig(**settings), scale)
+
+    ask(sd3, 4.5, height=384, width=64)  # 24 positions x patch 2 x factor 8
+    assert "at most 384" in line_of(lambda: ask(sd3, height=400, width=64))
     for resolved in (sd3, dev):
-        assert "multiple of 16" in line_of(lambda resolved=resolved: check_asked(resolved, 64, 72))
-    check_asked(dev, 512, 2048, 3.5)
-    check_asked(schnell, None, None, 1.0)
-    assert "told no guidance" in line_of(lambda: check_asked(schnell, None, None, 3.5))
+        assert "multiple of 16" in line_of(lambda resolved=resolved: ask(resolved, height=64, width=72))
+    ask(dev, height=512, width=2048, embedded_guidance=3.5)
+    ask(schnell)
+    assert "draw without guidance" in line_of(lambda: ask(schnell, 3.5))
+    for resolved in (sd3, schnell):
+        line = line_of(lambda resolved=resolved: ask(resolved, embedded_guidance=3.5))
+        assert "is told no guidance" in line
 
 
 def test_damaged_weights_are_named(tiny, single, tmp_path):

@@ -21,7 +21,8 @@ from torch import Tensor
 from spo_fast.config.training import AdapterConfig
 from spo_fast.data.files import read_json
 from spo_fast.models.files import find, sources
-from spo_fast.models.files.lora import apply_lora, find_lora, layer_names, ldm_names, read_file, read_lora
+from spo_fast.models.files.lora import apply_lora, layer_names, ldm_names, read_file, read_lora
+from spo_fast.models.files.lora_files import find_lora
 
 KINDS = ("sd15", "sdxl")
 

@@ -28,8 +28,8 @@ from spo_fast.models.files.clip_tokenizer import clip_tokenizer
 from spo_fast.models.files.find import resolve_all
 from spo_fast.models.files.layout import scheduler_config, select_files, text_files
 from spo_fast.models.files.load import load_text, load_tokenizers, load_unet, load_vae
-from spo_fast.models.files.single_file import no_progress_bar
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, ModelSource, Resolved
+from spo_fast.models.files.toy import no_progress_bar
 
 ROOT = Path(__file__).parent.parent
 UNETS = [kind for kind in KINDS if kind not in FLOWS]
@@ -507,11 +507,12 @@ def test_everything_missing_is_named_at_once(kind: str, tmp_path: Path) -> None:
     assert default.pretrained_model_name_or_path in message and "--pretrained_model_name_or_path" in message
     vae = default.pretrained_vae_model_name_or_path
     assert (vae is None) == ("--pretrained_vae_model_name_or_path" not in message) and (vae or "") in message
-    file = {"sd15": "sd-v1-5", "sdxl": "sdxl"}[kind] + "_step-aware_preference_model.bin"
+    file = {"sd15": "sd-v1-5"}.get(kind, "sdxl") + "_step-aware_preference_model.bin"
     for words in ("SPO-Diffusion-Models/Step-Aware_Preference_Models", file, "--spm_path"):
         assert words in message
     assert "yuvalkirstain/PickScore_v1" in message and "--pickscore_path" in message
-    assert message.count("HF_HUB_OFFLINE is set") == (3 if kind == "sd15" else 4)
+    assert message.count("HF_HUB_OFFLINE is set") == (3 if vae is None else 4)
+    assert ("accept its terms at https://huggingface.co/" in message) is (kind in FLOWS)
     assert out["heavy"] == []
 
 

@@ -48,7 +48,7 @@ def resolve(model: ModelConfig, scorers: Mapping[str, str | None], guidance_scal
     ValueError for a size, or a guidance scale, that the model does not take.
     """
     found = resolve_all(MODELS[model.model](model), _with_shipped(model, scorers))
-    check_asked(found, model.height, model.width, guidance_scale)
+    check_asked(found, model, guidance_scale)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from spo_fast.config.methods import find_method
 from spo_fast.config.training import Config
 from spo_fast.data.files import read_json
+from spo_fast.models.files.layout import transformer_config
 from spo_fast.models.files.sources import CONFIGS, Resolved
 from spo_fast.models.files.toy import FLOW_WEIGHTS, WEIGHTS
 
@@ -132,7 +133,7 @@ def network_width(resolved: Resolved | None, model: str) -> int:
     unet = folder / "unet" / "config.json"
     if unet.is_file():
         return int(max(read_json(unet)["block_out_channels"]))
-    config = read_json(folder / "transformer" / "config.json")
+    config = transformer_config(resolved) if resolved else read_json(folder / "transformer" / "config.json")
     return int(config["num_attention_heads"] * config["attention_head_dim"])
 
 

@@ -16,7 +16,7 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.doors import Network
 from spo_fast.models.files import layout, load, sources
-from spo_fast.models.files.lora import KOHYA_FILE, LORA_FILE, written_settings
+from spo_fast.models.files.lora_files import save_transformer_lora, save_unet_lora, written_settings
 from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import Encoder, PromptCache
@@ -169,14 +169,11 @@ class DiffusionModel:
     # ------------------------------------------------------------------------------------------------ export
 
     def save(self, policy: Policy, directory: Path) -> list[Path]:
-        """A policy's trained weights in the formats other software loads; returns the files (or the UNet's directory).
+        """A policy's trained weights in the formats other software loads; returns the files (or the network's folder).
 
-        LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ in diffusers
-        layout. Of sharded masters every process calls it, and process 0 writes.
+        LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ or
+        transformer/ in diffusers' layout. Of sharded masters every process calls it, and process 0 writes.
         """
-        # the pipelines inherit these; importing the pipelines would pull in image processors and their warnings
-        from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
-        from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
         from safetensors.torch import save_file
 
         weights = policy.whole()  # the float32 masters, not the 16-bit weights the network computes with
@@ -184,37 +181,13 @@ class DiffusionModel:
             return []
         directory.mkdir(parents=True, exist_ok=True)
         if policy.adapter.full_finetune:
-            policy.network.save_config(directory / "unet")
-            save_file(weights, directory / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-            return [directory / "unet"]
+            folder = directory / sources.network_part(self.kind)
+            policy.network.save_config(folder)
+            save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            return [folder]
         state = {name.replace(".default.", "."): value for name, value in weights.items()}
-        writers = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}
-        writer = writers[self.kind]
-        published = convert_state_dict_to_diffusers(state)  # ...lora.down.weight, which it knows for attention only
-        # a file that mixes the two ways of naming is read in part, without a word
-        layers = state if any(".lora_A." in name for name in published) else published
-        # the metadata carries alpha: without it a loader takes alpha = rank and the images are wrong
-        writer.save_lora_weights(
-            save_directory=directory,
-            unet_lora_layers=layers,
-            unet_lora_adapter_metadata=written_settings(policy.network.peft_config["default"]),
-        )
-        kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
-        if self.kind == "sdxl":  # diffusers reads these two layers' LoRA by their names in the original network only
-            for ours, theirs in (("add_embedding_linear", "label_emb_0"), ("time_embedding_linear", "time_embed")):
-                for number, place in ((1, 0), (2, 2)):
-                    old, new = f"lora_unet_{ours}_{number}.", f"lora_unet_{theirs}_{place}."
-                    kohya = {name.replace(old, new): value for name, value in kohya.items()}
-        for name in kohya:
-            if name.endswith(".alpha"):  # diffusers writes the rank
-                kohya[name] = torch.tensor(float(policy.adapter.alpha))
-        metadata = {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(policy.adapter.rank),
-            "ss_network_alpha": str(policy.adapter.alpha),
-        }
-        save_file(kohya, directory / KOHYA_FILE, metadata=metadata)
-        return [directory / LORA_FILE, directory / KOHYA_FILE]
+        save = save_transformer_lora if self.kind in sources.FLOWS else save_unet_lora
+        return save(self.kind, state, written_settings(policy.network.peft_config["default"]), directory)
 
 
 def embeddings(kind: str, encoders: Sequence[TextEncoder], ids: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def sampled_table(cfg: Config, resolved: sources.Resolved | None) -> StepTable:
                 f"sampler={sample.sampler} is for flows: --model {source.kind} takes DDIM's steps. Leave it out."
             )
         return table_of(ddim_scheduler(scheduler), sample.num_steps, sample.eta)
-    network = read_json(folder / "transformer" / "config.json")
+    network = layout.transformer_config(resolved) if resolved else read_json(folder / "transformer" / "config.json")
     door = FLOW_DOORS[str(network["_class_name"])]
     vae = read_json(layout.vae_config_file(resolved) if resolved else folder / "vae" / "config.json")
     tokens = tokens_of(door, sizes(cfg.model, door, network, vae)[2])

@@ -1,4 +1,4 @@
-"""`--base_weights`: the frozen UNet's transformers hold their linear layers in fewer bits. Inexact.
+"""`--base_weights`: the frozen network's transformers hold their linear layers in fewer bits. Inexact.
 
 Policy and reference share the base, so their ratio still starts at 1, but it is another base: what that changes is
 measured in the first iteration (diagnosis.base_errors), for which the weights stay in the CPU's memory until then.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 from spo_fast.config.optional_packages import missing_extra
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOW_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+"""Of a flow's transformer, which is all transformer."""
 MULTIPLE = 16  # of both sizes: what FP8's products take
 
 
@@ -52,21 +58,42 @@ def import_for(how: str) -> None:
             raise ImportError(missing_extra("base_weights", how)) from error
 
 
-@torch.no_grad()
-def quantise_base(unet: nn.Module, how: str) -> dict[QuantisedLinear, Tensor]:
+def quantise_base(network: nn.Module, how: str) -> dict[QuantisedLinear, Tensor]:
     """In place, before `fuse` and after the LoRA is on; returns the layers and their weights, on the CPU."""
-    transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
-    full = {}
-    for layer in (m for t in transformers for m in t.modules() if type(m) is nn.Linear):
-        if layer.weight.requires_grad or any(size % MULTIPLE for size in layer.weight.shape):
-            continue  # a LoRA's matrix, or one that does not fit
-        weight = layer.weight.detach()
-        values, scale = quantise(weight, how)
-        layer.__class__ = QuantisedLinear
-        layer.weight = nn.Parameter(values, requires_grad=False)
-        layer.register_buffer("weight_scale", scale)
-        full[layer] = weight.cpu()
-    return full  # type: ignore[return-value]  # mypy does not see __class__ change
+    blocks = [part for name, part in network.named_children() if name in FLOW_BLOCKS]
+    blocks = blocks or [m for m in network.modules() if isinstance(m, Transformer2DModel)]
+    return {
+        layer: _quantise(layer, how).cpu()  # type: ignore[misc]  # mypy does not see __class__ change
+        for layer in (m for block in blocks for m in block.modules())
+        if _fits(layer)
+    }
+
+
+def quantise_t5(encoder: PreTrainedModel, how: str = "int8") -> None:
+    """A frozen T5's linear layers in place, for half of its memory. Inexact.
+
+    Layers that stay float32 beside float16 stay so here too: their sums overflow (files/networks.py).
+    """
+    for layer in encoder.modules():
+        if _fits(layer) and layer.weight.dtype == encoder.dtype:
+            _quantise(layer, how)
+
+
+def _fits(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """A frozen linear layer, so no LoRA's matrix, of sizes that can be."""
+    frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
+    return frozen and not any(size % MULTIPLE for size in layer.weight.shape)
+
+
+@torch.no_grad()
+def _quantise(layer: nn.Linear, how: str) -> Tensor:
+    """Makes it a QuantisedLinear; returns the weight that it was."""
+    weight = layer.weight.detach()
+    values, scale = quantise(weight, how)
+    layer.__class__ = QuantisedLinear
+    layer.weight = nn.Parameter(values, requires_grad=False)
+    layer.register_buffer("weight_scale", scale)
+    return weight
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import functools
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from spo_fast.evaluation.agreement import Judgements, write_report
 from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.method.schedule import NUM_TIMESTEPS
 from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, network_width
-from spo_fast.models.files.sources import Resolved
 from spo_fast.models.flow import load_model
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.progress import ProgressLine
@@ -39,6 +39,9 @@ from spo_fast.training.preference_learner import RewardLearner
 from spo_fast.training.preference_model import PixelReward, Reward, pair_loss
 from spo_fast.training.rewards import Rewards
 from spo_fast.training.run import TrainingRun
+
+if TYPE_CHECKING:
+    from spo_fast.models.files.sources import Resolved
 
 
 class PreferenceRun(TrainingRun[PreferenceConfig]):

@@ -12,7 +12,7 @@ from spo_fast.data.files import write_atomically
 from spo_fast.evaluation.pages.render import render
 from spo_fast.evaluation.pages.run_record import RunRecord, count_text
 from spo_fast.evaluation.pictures import sheet_prompts
-from spo_fast.models.files.lora import COMFYUI_FILE, KOHYA_FILE, LORA_FILE
+from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE, LORA_FILE
 
 FILES = (
     *(LORA_FILE, KOHYA_FILE, COMFYUI_FILE, "unet/*"),

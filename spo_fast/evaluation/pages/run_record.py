@@ -18,7 +18,7 @@ from spo_fast.data.files import read_json
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS
 from spo_fast.evaluation.pages.history import History
 from spo_fast.models.files.layout import scheduler_config
-from spo_fast.models.files.lora import COMFYUI_FILE, KOHYA_FILE
+from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE
 from spo_fast.models.files.sources import DEFAULTS, Resolved
 
 FLOW_PIPELINES = {  # and their transformers, by --model

@@ -11,10 +11,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from spo_fast.config.errors import Missing, MissingFilesError, Needed
 from spo_fast.config.scorers import FLOWS, SCORER_SOURCES
+from spo_fast.config.sections import ModelConfig
 from spo_fast.data.files import WEIGHT_NAMES, read_header, read_json, shown, weight_files
 from spo_fast.data.hub import offline_reason
 from spo_fast.models.files import kinds, prediction
@@ -24,15 +24,16 @@ from spo_fast.models.files.layout import (
     needs,
     scheduler_config,
     select_files,
+    transformer_config,
     unet_files,
+    vae_config,
     vae_config_file,
 )
-from spo_fast.models.files.lora import LORA_FILE, find_lora
+from spo_fast.models.files.lora_files import LORA_FILE, find_lora
 from spo_fast.models.files.single_file import (
     base_of_file,
     check_model_file,
     check_vae_file,
-    transformer_sizes,
     unet_sizes,
     vae_sizes,
 )
@@ -47,7 +48,6 @@ from spo_fast.models.files.sources import (
     ModelSource,
     Resolved,
     network_part,
-    published_settings,
     unknown,
 )
 
@@ -122,20 +122,6 @@ def check_kinds(resolved: Resolved) -> None:
     return None
 
 
-def transformer_config(resolved: Resolved) -> dict[str, Any]:
-    """A flow transformer's settings: its directory's, or what its single file shows over the published ones."""
-    if not resolved.single_file:
-        return read_json(resolved.model_path / "transformer" / "config.json")
-    published = read_json(published_settings(resolved.source) / "transformer" / "config.json")
-    return published | transformer_sizes(resolved.model_path, resolved.source.kind)
-
-
-def vae_config(resolved: Resolved) -> dict[str, Any]:
-    """The VAE's settings, with the channels that a single file shows."""
-    path = resolved.vae_path or resolved.base_path or resolved.model_path
-    return read_json(vae_config_file(resolved)) | (vae_sizes(path) if path.is_file() else {})
-
-
 def _check_flow(resolved: Resolved) -> None:
     kind, folder = resolved.source.kind, resolved.config_dir
     file = resolved.model_path if resolved.single_file else folder / "transformer" / "config.json"
@@ -151,14 +137,14 @@ def _check_flow(resolved: Resolved) -> None:
     kinds.check_flow_scheduler(scheduler_config(resolved), folder / "scheduler" / "scheduler_config.json")
 
 
-def check_asked(resolved: Resolved, height: int | None, width: int | None, guidance_scale: float | None = None) -> None:
-    """Raise ValueError for a size in pixels or a guidance scale that a flow model does not take."""
+def check_asked(resolved: Resolved, cfg: ModelConfig, guidance_scale: float | None = None) -> None:
+    """Raise ValueError for a picture's size or a guidance that a flow model does not take."""
     if resolved.source.kind not in FLOWS:
         return
     transformer = transformer_config(resolved)
-    kinds.check_flow_size(transformer, vae_config(resolved), height, width)
-    if guidance_scale is not None:
-        kinds.check_guidance(transformer, guidance_scale, resolved.source.pretrained_model_name_or_path)
+    kinds.check_flow_size(transformer, vae_config(resolved), cfg.height, cfg.width)
+    asked = {"embedded_guidance": cfg.embedded_guidance, "guidance_scale": guidance_scale}
+    kinds.check_guidance(transformer, asked, resolved.source.pretrained_model_name_or_path)
 
 
 @dataclass(frozen=True)

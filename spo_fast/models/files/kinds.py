@@ -209,14 +209,22 @@ def check_flow_size(transformer: Config, vae: Config, height: int | None, width:
             )
 
 
-def check_guidance(transformer: Config, guidance_scale: float, model: Path | str) -> None:
-    """Raise ValueError for a guidance scale told to a FLUX that is told none."""
-    if transformer.get("_class_name") != TRANSFORMERS["flux"] or transformer.get("guidance_embeds", False):
-        return
-    if guidance_scale > 1:
+def check_guidance(transformer: Config, asked: Mapping[str, float | None], model: Path | str) -> None:
+    """Raise ValueError for guidance of a network that was made to need or be told none.
+
+    asked: embedded_guidance, which the network is told, and guidance_scale, of two halves.
+    """
+    guided = transformer.get("_class_name") == TRANSFORMERS["flux"] and transformer.get("guidance_embeds", False)
+    told, scale = asked.get("embedded_guidance"), asked.get("guidance_scale")
+    if told is not None and not guided:
         raise ValueError(
-            f"guidance_scale={guidance_scale:g}, but {shown(model, 90)} is told no guidance (guidance_embeds is false, "
-            "as FLUX.1-schnell's): its pipeline passes over it. Use --guidance_scale 1."
+            f"embedded_guidance={told:g}: {shown(model, 90)} is told no guidance (it has no guidance_embeds, as "
+            "FLUX.1-schnell and SD3.5). Leave it out."
+        )
+    if transformer.get("_class_name") == TRANSFORMERS["flux"] and not guided and scale is not None and scale > 1:
+        raise ValueError(
+            f"guidance_scale={scale:g}: {shown(model, 90)} was distilled to draw without guidance (guidance_embeds is "
+            "false, as FLUX.1-schnell's). Use --guidance_scale 1."
         )
 
 

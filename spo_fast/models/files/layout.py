@@ -9,9 +9,9 @@ from typing import Any
 
 from spo_fast.data.files import read_json
 from spo_fast.models.files import prediction
-from spo_fast.models.files.lora import LORA_FILE, PEFT_CONFIG, choose_lora
-from spo_fast.models.files.single_file import vae_settings_of_file
-from spo_fast.models.files.sources import OPTIONAL, Resolved, network_part, settings_directory
+from spo_fast.models.files.lora_files import LORA_FILE, PEFT_CONFIG, choose_lora
+from spo_fast.models.files.single_file import transformer_sizes, vae_settings_of_file, vae_sizes
+from spo_fast.models.files.sources import OPTIONAL, Resolved, network_part, published_settings, settings_directory
 
 # ---------------------------------------------------------------------------------------------- what is needed
 
@@ -144,6 +144,20 @@ def vae_files(resolved: Resolved) -> list[Path]:
     if path.is_file():
         return [path]
     return sorted(file for file in vae_folder(resolved).iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+
+
+def transformer_config(resolved: Resolved) -> dict[str, Any]:
+    """A flow transformer's settings: its directory's, or what its single file shows over the published ones."""
+    if not resolved.single_file:
+        return read_json(resolved.model_path / "transformer" / "config.json")
+    published = read_json(published_settings(resolved.source) / "transformer" / "config.json")
+    return published | transformer_sizes(resolved.model_path, resolved.source.kind)
+
+
+def vae_config(resolved: Resolved) -> dict[str, Any]:
+    """The VAE's settings, with the channels that a single file shows."""
+    path = resolved.vae_path or resolved.base_path or resolved.model_path
+    return read_json(vae_config_file(resolved)) | (vae_sizes(path) if path.is_file() else {})
 
 
 def scheduler_config(resolved: Resolved) -> dict[str, Any]:

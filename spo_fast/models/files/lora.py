@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from spo_fast.data.files import read_header, read_json, read_metadata, read_safetensors
+from spo_fast.models.files.lora_files import PEFT_CONFIG, PEFT_FILE, find_lora
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from peft import LoraConfig
     from torch import Tensor
 
     from spo_fast.models.files.load import FlowTransformer
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
     from spo_fast.config.training import AdapterConfig
 
 Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
-LORA_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE, COMFYUI_FILE = "lora_kohya.safetensors", "lora_comfyui.safetensors"
-"""Beside it for other programs: of UNets with kohya's names, of flow transformers with ComfyUI's."""
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
 DOWN = r"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A)"
 UP = r"(?:\.lora_up|[._]lora\.up|\.lora_linear_layer\.up|\.lora_B)"
 ENDINGS = {
@@ -101,32 +96,6 @@ class Lora:
         text = f"a LoRA on {len(self.layers)} layers, rank {shown[0]}, alpha {shown[1]}"
         text += "" if self.has_alpha else " (the file gives none: the rank)"
         return text + (f", and {len(self.changes)} changed weights and biases" if self.changes else "")
-
-
-# ------------------------------------------------------------------------------------------------------------ finding
-
-
-def choose_lora(names: Collection[str]) -> tuple[str | None, str]:
-    """(diffusers' file or else the only .safetensors of a folder, or None; what is wrong then)."""
-    files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    if LORA_FILE in files or len(files) == 1:
-        return (LORA_FILE if LORA_FILE in files else files[0]), ""
-    shown = ", ".join(f"{name:.40}" for name in files[:3]) + (", ..." if len(files) > 3 else "")
-    return None, f"{LORA_FILE} or one .safetensors" + (f" (it has {len(files)}: {shown})" if files else "")
-
-
-def find_lora(path: str | Path, flag: str = "--lora_path") -> Path:
-    """The file that the flag names. Raises FileNotFoundError, or ValueError for one that is damaged."""
-    file = Path(path).expanduser()
-    if file.is_dir():
-        name, lacking = choose_lora([f.name for f in file.iterdir() if f.is_file()])
-        if name is None:
-            raise FileNotFoundError(f"{flag} {path}: there is no {lacking}. Name the file.")
-        file = file / name
-    if not file.is_file():
-        raise FileNotFoundError(f"{flag} {path}: there is no {file}. Give a {LORA_FILE} or its directory.")
-    read_header(file)
-    return file
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -512,43 +481,6 @@ def read_lora(path: str | Path, unet: LoraNetwork, adapter: AdapterConfig) -> di
             f"{label} has alpha {alphas[0]:.8g}, but here it is {adapter.alpha:g}: use --lora_alpha {alphas[0]:.8g}."
         )
     return found
-
-
-def written_settings(config: LoraConfig) -> dict[str, object]:
-    """A LoraConfig for a file's metadata: what every loader asks for, and what differs from PEFT's defaults.
-
-    Not all of it: a loader hands the fields to its own PEFT, and an older one raises on a field that it does not know.
-    """
-    plain, always = type(config)().to_dict(), {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
-    return {key: value for key, value in config.to_dict().items() if key in always or value != plain[key]}
-
-
-def save_transformer_lora(
-    kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
-) -> list[Path]:
-    """Write a flow transformer's LoRA for diffusers (LORA_FILE) and for ComfyUI (COMFYUI_FILE); returns the files.
-
-    state: ...to_q.lora_A.weight, as PEFT names them without an adapter's name. settings: `written_settings`. diffusers
-    reads alpha from the metadata and passes over tensors of that name; ComfyUI the other way round.
-    """
-    import torch
-    from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {name: value.contiguous() for name, value in state.items()}
-    writer = {"sd35": SD3LoraLoaderMixin, "flux": FluxLoraLoaderMixin}[kind]
-    writer.save_lora_weights(
-        save_directory=directory,
-        transformer_lora_layers=state,
-        transformer_lora_adapter_metadata=dict(settings),
-    )
-    alpha = torch.tensor(float(settings["lora_alpha"]))  # type: ignore[arg-type]  # of a LoraConfig
-    tensors = {f"transformer.{name}": value for name, value in state.items()}
-    downs = [name for name in tensors if name.endswith(".lora_A.weight")]
-    tensors |= {f"{name.removesuffix('.lora_A.weight')}.alpha": alpha.clone() for name in downs}
-    save_file(tensors, directory / COMFYUI_FILE, metadata={"format": "pt"})
-    return [directory / LORA_FILE, directory / COMFYUI_FILE]
 
 
 def _ending(layer: str) -> str:

@@ -7,10 +7,9 @@ networks.py loads it.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from spo_fast.data.files import DAMAGED, read_header, shown
 from spo_fast.models.files.sources import NETWORK_NAMES, T5S, network_part
 
 if TYPE_CHECKING:
-    from spo_fast.models.files.load import TextEncoder
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -174,7 +173,7 @@ def vae_class(config: Mapping[str, object], path: Path) -> str:
     return name
 
 
-def text_class(kind: str, part: str) -> type[TextEncoder]:
+def text_class(kind: str, part: str) -> type[CLIPTextModel | CLIPTextModelWithProjection | T5EncoderModel]:
     """transformers' class of a text encoder's folder."""
     import transformers
 
@@ -182,17 +181,3 @@ def text_class(kind: str, part: str) -> type[TextEncoder]:
         return transformers.T5EncoderModel
     projects = part == "text_encoder_2" or kind == "sd35"
     return transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for every encoder it loads; ours to restore, since it is a global switch."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

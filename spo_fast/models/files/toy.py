@@ -6,7 +6,9 @@ everything downstream meets a real pipeline. Its weights are pretrained by toy/b
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,10 +109,22 @@ def toy_files(model: Path = WEIGHTS) -> dict[str, Path]:
     return found
 
 
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every encoder it loads; ours to restore, since it is a global switch."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     """Each part in its folder and model_index.json, as the pipeline's own save_pretrained would."""
-    from spo_fast.models.files.single_file import no_progress_bar
-
     index: dict[str, str | bool | list[str] | list[None]] = {"_class_name": pipeline}
     for name, part in parts.items():
         with no_progress_bar():
