@@ -1,8 +1,9 @@
-"""`--base_weights`: the frozen UNet's transformers hold their linear layers in fewer bits. Inexact.
+"""`--base_weights`: the frozen network's transformer blocks hold their linear layers in fewer bits. Inexact.
 
 Policy and reference share the base, so their ratio still starts at 1, but it is another base: what that changes is
 measured in the first iteration (diagnosis.base_errors), for which the weights stay in the CPU's memory until then.
-Convolutions and the embeddings of time, 14 % of SDXL's weights, stay as they are.
+Convolutions and the embeddings of time, 14 % of SDXL's weights, stay as they are; of SD3.5's and FLUX's, what lies
+outside their blocks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
 from spo_fast.config.optional_packages import missing_extra
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 
+HOLDERS = (Transformer2DModel, JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+"""Whose linear layers they are."""
 MULTIPLE = 16  # of both sizes: what FP8's products take
 
 
@@ -53,11 +58,11 @@ def import_for(how: str) -> None:
 
 
 @torch.no_grad()
-def quantise_base(unet: nn.Module, how: str) -> dict[QuantisedLinear, Tensor]:
+def quantise_base(network: nn.Module, how: str) -> dict[QuantisedLinear, Tensor]:
     """In place, before `fuse` and after the LoRA is on; returns the layers and their weights, on the CPU."""
-    transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
+    holders = [m for m in network.modules() if isinstance(m, HOLDERS)]
     full = {}
-    for layer in (m for t in transformers for m in t.modules() if type(m) is nn.Linear):
+    for layer in (m for holder in holders for m in holder.modules() if type(m) is nn.Linear):
         if layer.weight.requires_grad or any(size % MULTIPLE for size in layer.weight.shape):
             continue  # a LoRA's matrix, or one that does not fit
         weight = layer.weight.detach()
