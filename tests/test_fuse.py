@@ -14,8 +14,8 @@ from runs import facts, run_toy
 from safetensors.torch import load_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import nn
-from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 

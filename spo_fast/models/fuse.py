@@ -21,7 +21,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +75,6 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
                 module.__class__ = fused
         if isinstance(module, FusedAttention):
             module.attend = getattr(module, "attend", sdpa)
-        if isinstance(module, FusedUpsample) and not hasattr(module, "kernel"):
-            module.fold()
         if isinstance(module, FusedTransformer):
             module.first_pair, cross = cross, cross + len(module.transformer_blocks)
         module.recompute = recompute  # type: ignore[assignment]
@@ -226,22 +224,24 @@ class FusedUpsample(Upsample2D):
     Of the 3x3 weights those that meet the same pixel are added up beforehand: a sum of products in another order.
     """
 
-    kernel: Tensor  # (I, O, 4, 4)
+    conv: nn.Conv2d  # type: ignore[assignment]  # frozen
+    kernel: Tensor | None = None  # (I, O, 4, 4)
 
-    def fold(self) -> None:
-        """Add up the weights, which are frozen."""
-        w = self.conv.weight.detach()  # (O, I, 3, 3)
+    def fold(self) -> Tensor:
+        """The weights added up."""
+        w = self.conv.weight  # (O, I, 3, 3)
         kernel = w.new_zeros(*w.shape[:2], 4, 4)
         for i, j in itertools.product((0, 1), repeat=2):  # a pixel is seen from two rows and two columns
             kernel[:, :, i : i + 3, j : j + 3] += w.flip(2, 3)
-        kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        self.register_buffer("kernel", kernel, persistent=False)
+        return kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
-    def forward(self, hidden_states: Tensor, output_size: object = None, *_: object, **__: object) -> Tensor:
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *_: object, **__: object) -> Tensor:
         """As Upsample2D's: (N, I, H, W) -> (N, O, 2 H, 2 W), or output_size."""
         x = hidden_states
         if output_size not in (None, torch.Size(2 * side for side in x.shape[-2:])):
             return super().forward(x, output_size)
+        if self.kernel is None:
+            self.kernel = self.fold()
         return F.conv_transpose2d(x, self.kernel, self.conv.bias, stride=2, padding=1)
 
 
