@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models import normalization
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig
+from test_fuse import CountOps
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
