@@ -20,6 +20,7 @@ from tiny import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
 
 from spo_fast.config import presets
 from spo_fast.config.errors import MissingFilesError
+from spo_fast.config.recipes import TINY_VAES
 from spo_fast.config.sections import ModelConfig
 from spo_fast.config.training import AdapterConfig
 from spo_fast.models.files import layout, load, networks
@@ -28,6 +29,7 @@ from spo_fast.models.files.lora import apply_lora, read_file, read_lora
 from spo_fast.models.files.lora_files import save_transformer_lora, written_settings
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, MODELS, PARTS, ModelSource, Resolved
 from spo_fast.models.quantised import quantise_t5
+from spo_fast.training.plan.fake_model import vae_settings
 
 MAKERS: dict[str, Callable[..., Path]] = {"sd35": make_tiny_sd3, "flux": make_tiny_flux}
 
@@ -580,3 +582,15 @@ def test_a_lora_that_was_saved_goes_on_as_it_was(tiny, tmp_path, kind):
     less = AdapterConfig(rank=3, lora_alpha=7.0, lora_targets=("attn.to_q",))
     line = line_of(lambda: read_lora(tmp_path, other, less))
     assert "attn.add_k_proj" in line and "attn.to_out.0" in line  # as they are to be given
+
+
+def test_tiny_vaes_of_the_fast_recipe(tiny, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    sizes = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4)
+    AutoencoderTiny(**sizes, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(tmp_path)
+    for kind, name in (("sd35", "madebyollin/taesd3"), ("flux", "madebyollin/taef1")):
+        resolved = resolve(tiny[kind], kind, pretrained_vae_model_name_or_path=str(tmp_path))
+        load.check_weights(resolved)
+        assert type(load.load_vae(resolved, torch.float32)) is AutoencoderTiny
+        assert TINY_VAES[kind] == name and vae_settings(kind, None, name)["latent_channels"] == 16
