@@ -170,7 +170,7 @@ class Theirs:
     def __init__(self, run: Run, directory: Path):
         self.cfg, self.kind = run.cfg, run.cfg.model.model
         kinds = {"sd35": StableDiffusion3Pipeline, "flux": FluxPipeline}
-        self.pipe = kinds[self.kind].from_pretrained(directory, dtype=torch.float64)
+        self.pipe = kinds[self.kind].from_pretrained(directory).to(torch.float64)
         self.network = self.pipe.transformer.requires_grad_(False)
         adapter = self.cfg.adapter
         self.network.add_adapter(
@@ -716,7 +716,7 @@ def test_fused_and_replayed_iterations_equal_plain_ones(
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "spo": {"num_candidates": 2, "threshold": -1},
+    "spo": {"num_candidates": 2, "threshold": -1, "num_validation_images": 1},
     "mspo": {"num_candidates": 2, "num_inner_steps": 1, "threshold": -1},
     "d3po": {"threshold": -1},
     "gradspo": {"num_candidates": 2, "threshold": -1},
