@@ -170,7 +170,7 @@ class Theirs:
     def __init__(self, run: Run, directory: Path):
         self.cfg, self.kind = run.cfg, run.cfg.model.model
         kinds = {"sd35": StableDiffusion3Pipeline, "flux": FluxPipeline}
-        self.pipe = kinds[self.kind].from_pretrained(directory, dtype=torch.float64)
+        self.pipe = kinds[self.kind].from_pretrained(directory).to(torch.float64)
         self.network = self.pipe.transformer.requires_grad_(False)
         adapter = self.cfg.adapter
         self.network.add_adapter(
@@ -491,10 +491,10 @@ def compare(run: Run, ours: Ours, theirs: Theirs, gradients: list[dict[str, Tens
 METHODS: dict[str, dict[str, Any]] = {
     "spo": {},
     "mspo": {"num_inner_steps": 1, "branch_start": 2},
-    "d3po": {"branch_start": 1, "beta": 10.0},
+    "d3po": {"num_steps": 6, "branch_start": 1, "beta": 10.0},
     "gradspo": {"branch_start": None},
-    "ddpo": {"branch_start": 2, "clip": 0.002},
-    "dpok": {"branch_start": 2, "clip": 0.002, "kl_weight": 2.0},
+    "ddpo": {"num_steps": 6, "branch_start": 1, "clip": 0.002},
+    "dpok": {"num_steps": 6, "branch_start": 1, "clip": 0.002, "kl_weight": 2.0},
     "dense": {"branch_start": 1, "num_candidates": 4, "num_ranked": 3, "num_sampled_steps": 2, "terms_per_prompt": 2},
 }
 CASES = [
@@ -690,15 +690,15 @@ def weights_after(run: Run, iterations: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in zip(run.policy.names, run.policy.masters, strict=True)}
 
 
-@pytest.mark.parametrize(("kind", "method"), [("sd35", "mspo"), ("flux", "ddpo"), ("flux", "gradspo")])
+@pytest.mark.parametrize(("kind", "method"), [("sd35", "mspo"), ("flux", "ddpo")])
 def test_fused_and_replayed_iterations_equal_plain_ones(
     make: Callable[..., Run], tmp_path: Path, kind: str, method: str
 ) -> None:
-    """Iterations whose prompts, noise, weights and pairs change: as they are, by our ops, by graphs, and by both."""
+    """Iterations whose prompts, noise, weights and pairs change: as they are, by our ops, and by graphs of these."""
     settings: dict[str, Any] = {"num_steps": 6, "num_candidates": 2, "train_batch_size": 8, "branch_start": 2}
-    settings |= {"mspo": {"num_inner_steps": 1, "threshold": 0.05}, "gradspo": {"threshold": 0.05}}.get(method, {})
+    settings |= {"num_inner_steps": 1, "threshold": 0.05} if method == "mspo" else {}
     found: dict[str, dict[str, Tensor]] = {}
-    for how in ("plain", "fused", "replayed", "fused and replayed"):
+    for how in ("plain", "fused", "fused and replayed"):
         run = make(kind, method=method, fuse="fused" in how, output_dir=tmp_path / how, **settings)
         randomise(run)
         if "replayed" in how:
@@ -716,7 +716,7 @@ def test_fused_and_replayed_iterations_equal_plain_ones(
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "spo": {"num_candidates": 2, "threshold": -1},
+    "spo": {"num_candidates": 2, "threshold": -1, "num_validation_images": 1},
     "mspo": {"num_candidates": 2, "num_inner_steps": 1, "threshold": -1},
     "d3po": {"threshold": -1},
     "gradspo": {"num_candidates": 2, "threshold": -1},
@@ -732,6 +732,7 @@ def test_two_steps_from_the_command_line(
     directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Every method of flows, with the defaults that it brings."""
+    monkeypatch.setattr(Run, "export", lambda self, directory: [])  # the files have tests of their own
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "flow_scores.py").write_text(SCORES)
