@@ -176,8 +176,8 @@ class _Fused:
         else:
             q, k, v = joint_heads(streams, heads, rotary, EPS)
         sources = [Stream(*(x.detach() for x in s[:3]), *s[3:]) for s in streams]
-        fresh = q.untyped_storage()._cdata != streams[0].q.untyped_storage()._cdata if recompute else False
-        with made_again(fresh, [q, k], lambda: joint_heads(sources, heads, rotary, EPS)[:2]):
+        made = len(streams) > 1 or streams[0].weight_q is not None or rotary is not None  # else views of the product
+        with made_again(recompute and made, [q, k], lambda: joint_heads(sources, heads, rotary, EPS)[:2]):
             return self.attend(q, k, v).flatten(2)
 
 
@@ -196,8 +196,7 @@ def _weights(*norms: nn.Module | None) -> list[Tensor | None]:
 def _out(layer: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     """A layer of some tokens of x."""
     mine, source = x.contiguous(), x.detach()
-    copied = recompute and mine.untyped_storage()._cdata != x.untyped_storage()._cdata
-    with made_again(copied, [mine], lambda: [source.contiguous()]):
+    with made_again(recompute and not x.is_contiguous(), [mine], lambda: [source.contiguous()]):
         return layer(mine)
 
 
