@@ -24,7 +24,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def pipeline(path: Path) -> StableDiffusion3Pipeline:
     parts = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers 0.42.1 has to be told, whatever the index says
-    pipe = StableDiffusion3Pipeline.from_pretrained(path, **parts, local_files_only=True).to(torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, **parts, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -393,7 +393,9 @@ def flow_pictures(directory: Path, prompts: list[str], guidance_scale: float, se
     """(N, 3, 16, 16) in FLOW_STEPS Euler steps of diffusers' own pipeline, without T5's tokens, not clamped."""
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(directory, **WITHOUT_T5, local_files_only=True).to(torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        directory, **WITHOUT_T5, torch_dtype=torch.float32, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     generator, made = torch.Generator().manual_seed(seed), []
     settings = {"num_inference_steps": FLOW_STEPS, "max_sequence_length": 0, "output_type": "latent"}
@@ -427,17 +429,18 @@ def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, dict[str, Estim
 
 
 def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
-    """The pipeline, its preference models in 16 bits, and the record, put in the place of what was there."""
+    """The pipeline, its preference models in 16 bits if it has its own, and the record, in the place of what was there."""
     draft = work_dir / ".weights"
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(work_dir / "pipeline", draft)
     record = json.loads((draft / "build.json").read_text())
-    for name in () if size.blocks else ("pickscore", "spm"):
-        clip = load_any_clip(work_dir / name / "preference_model")
-        save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
-        record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+    if not size.blocks:
+        for name in ("pickscore", "spm"):
+            clip = load_any_clip(work_dir / name / "preference_model")
+            save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
+            record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+        record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     record["base"] = base_scores(work_dir, size)
-    record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in draft.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
