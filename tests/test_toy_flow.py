@@ -13,7 +13,7 @@ from safetensors import safe_open
 from spo_fast.data import toy_world
 from spo_fast.data.toy_world import CAPTIONS, TEST, layout
 from spo_fast.models.files import toy
-from spo_fast.toy import build
+from spo_fast.toy import build, evaluate
 
 FLOW = toy.SIZES["flow"]
 
@@ -24,7 +24,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def pipeline(path: Path) -> StableDiffusion3Pipeline:
     parts = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers 0.42.1 has to be told, whatever the index says
-    pipe = StableDiffusion3Pipeline.from_pretrained(path, **parts, local_files_only=True).to(torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, **parts, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -92,10 +92,11 @@ def test_its_learning_rate_is_the_same_for_all_lengths_before_the_last_quarter()
 
 
 def test_two_steps_are_built_into_a_pipeline_that_diffusers_reads(tmp_path: Path, monkeypatch) -> None:
-    changes = {"WARM_UP": 1, "BATCH": 4, "PICTURES": 3, "FLOW_STEPS": 2}
+    changes = {"WARM_UP": 1, "BATCH": 4, "PICTURES": 3}
     for name, value in changes.items():
         monkeypatch.setattr(build, name, value)
-    monkeypatch.setattr(build.evaluate, "GUIDANCE_SCALES", (1.0, 2.0))
+    monkeypatch.setattr(evaluate, "GUIDANCE_SCALES", (1.0, 2.0))
+    monkeypatch.setattr(evaluate, "FLOW_STEPS", 2)
     first, again = tmp_path / "first", tmp_path / "again"
     for out in (first, again):
         command = ["--size", "flow", "--steps", "2", "--work_dir", str(tmp_path / f"work-{out.name}")]

@@ -38,7 +38,6 @@ from spo_fast.models.files.toy import (
     SCALING,
     SIZES,
     WEIGHTS,
-    WITHOUT_T5,
     Size,
     save_pipeline,
     toy_parts,
@@ -60,7 +59,6 @@ EMA_DECAY = 0.999
 SAVE_EVERY = 250
 PAIRS, PAIRS_SEED = 49_152, 1000
 PICTURES = 512  # to score the base model by
-FLOW_STEPS = 20  # Euler's, of a flow model's pictures
 SHIPPED = {"small": WEIGHTS, "flow": FLOW_WEIGHTS}
 
 SMALL = SIZES["small"]
@@ -389,22 +387,6 @@ def agreement(pairs: toy_world.LabelledPairs) -> dict[str, float]:
     return found
 
 
-def flow_pictures(directory: Path, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
-    """(N, 3, 16, 16) in FLOW_STEPS Euler steps of diffusers' own pipeline, without T5's tokens, not clamped."""
-    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-
-    pipe = StableDiffusion3Pipeline.from_pretrained(directory, **WITHOUT_T5, local_files_only=True).to(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    generator, made = torch.Generator().manual_seed(seed), []
-    settings = {"num_inference_steps": FLOW_STEPS, "max_sequence_length": 0, "output_type": "latent"}
-    for start in range(0, len(prompts), evaluate.BATCH):
-        part = prompts[start : start + evaluate.BATCH]
-        latents = pipe(part, guidance_scale=guidance_scale, generator=generator, **settings).images
-        with torch.no_grad():
-            made.append(pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample)
-    return torch.cat(made)
-
-
 def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, dict[str, Estimate]]:
     """True scores of PICTURES of test prompts at each guidance scale: (mean, standard error, pictures)."""
     prompts = evaluate.prompts_to_test(PICTURES)
@@ -417,7 +399,7 @@ def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, dict[str, Estim
         return found
 
     if size.blocks:
-        return scores_of(lambda g: flow_pictures(work_dir / "pipeline", prompts, g, seed=0))
+        return scores_of(lambda g: evaluate.flow_pictures(work_dir / "pipeline", prompts, g, seed=0))
     spm = work_dir / "spm" / "preference_model" / "model.safetensors"
     paths = ("--pretrained_model_name_or_path", str(work_dir / "pipeline"), "--spm_path", str(spm))
     out = ("--output_dir", str(work_dir / "base"), *precision(size))
@@ -427,17 +409,18 @@ def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, dict[str, Estim
 
 
 def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
-    """The pipeline, its preference models in 16 bits, and the record, put in the place of what was there."""
+    """The pipeline, preference models of its own in 16 bits, and the record, put in the place of what was there."""
     draft = work_dir / ".weights"
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(work_dir / "pipeline", draft)
     record = json.loads((draft / "build.json").read_text())
-    for name in () if size.blocks else ("pickscore", "spm"):
-        clip = load_any_clip(work_dir / name / "preference_model")
-        save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
-        record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+    if not size.blocks:
+        for name in ("pickscore", "spm"):
+            clip = load_any_clip(work_dir / name / "preference_model")
+            save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
+            record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+        record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     record["base"] = base_scores(work_dir, size)
-    record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in draft.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

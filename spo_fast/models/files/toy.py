@@ -60,7 +60,7 @@ class Size:
     patch: int = 2
     """A side of the MMDiT's patches in latent pixels; `channels` and `heads` have one entry, its width and heads."""
     shift: float = 1.0
-    """Of a flow's sampling steps: sigma becomes shift sigma / (1 + (shift - 1) sigma)."""
+    """Of a flow's sigmas, in pretraining as in sampling: shift sigma / (1 + (shift - 1) sigma)."""
     batch: int | None = None
     """Pictures of a pretraining step; None: build.BATCH."""
     steps: int | None = None
@@ -113,7 +113,7 @@ FLOW = Size(
     blocks=4,
     patch=4,
     shift=1.5,
-    steps=6000,
+    steps=12000,
 )
 """The shipped flow model. Its text is the 16 tokens of both CLIPs: without T5 diffusers appends max_sequence_length
 zeros to them, 256 unless told, which it was not trained with: call the pipeline with max_sequence_length=0."""
@@ -126,14 +126,14 @@ def flags_of(directory: Path, scorers: bool = True) -> list[str]:
     return [*flags, "--spm_path", str(directory / "spm" / "model.safetensors")] if scorers else flags
 
 
-def toy_files(model: Path = WEIGHTS) -> dict[str, Path]:
-    """The shipped toy: its pipeline (model) and its preference models (spm, pickscore)."""
-    found = {"model": model, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
+def toy_files(weights: Path = WEIGHTS) -> dict[str, Path]:
+    """A shipped toy: its pipeline (model), WEIGHTS or FLOW_WEIGHTS, and preference models of both (spm, pickscore)."""
+    found = {"model": weights, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
     for path in found.values():
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing from the installation. Install spo_fast again, or make the toy's weights with "
-                "`python -m spo_fast.toy.build` (about an hour on 2 cores)."
+                f"`python -m spo_fast.toy.build{' --size flow' * (path == FLOW_WEIGHTS)}` (about an hour on 2 cores)."
             )
     return found
 
