@@ -1,4 +1,4 @@
-"""Which attention kernel a fused UNet runs: timed at the start on the run's own shapes, on a GPU; PyTorch's on a CPU.
+"""Which attention kernel a fused network runs: timed at the start on the run's own shapes, on a GPU; PyTorch's on CPUs.
 
 12 % of SDXL's FLOPs, and which kernel is ahead depends on card, head size and version: so it is measured, not assumed.
 """
@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    Network = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, L', H, D) -> (B, L, H, D)
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  # of q, of k and v
@@ -123,27 +127,45 @@ def time_on_gpu(attend: Attend, shape: Shape, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def shapes_of(unet: UNet2DConditionModel, rows: int, latent_shape: tuple[int, ...], num_tokens: int) -> Counter[Shape]:
-    """The attentions of one forward of a fused UNet; the forward runs, on fake tensors if the UNet's are."""
+def shapes_of(network: Network, rows: int, latent_shape: tuple[int, ...], num_tokens: int) -> Counter[Shape]:
+    """The attentions of one forward of a fused UNet or transformer; it runs, on fake tensors if the network's are."""
     seen: Counter[Shape] = Counter()
 
     def record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen[tuple(q.shape), tuple(k.shape)] += 1
         return sdpa(q, k, v)
 
-    zeros = functools.partial(torch.zeros, dtype=unet.dtype, device=unet.device)
-    config, added = unet.config, None
-    if config["addition_embed_type"] == "text_time":
-        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        added = {"text_embeds": zeros(rows, width), "time_ids": zeros(rows, 6)}
-    layers = [m for m in unet.modules() if hasattr(m, "attend")]
+    layers = [m for m in network.modules() if hasattr(m, "attend")]
     before = [layer.attend for layer in layers]
-    attend_with(unet, record)
+    attend_with(network, record)
     try:
-        text = zeros(rows, num_tokens, config["cross_attention_dim"])
-        t = torch.zeros((), dtype=torch.int64, device=unet.device)
-        unet(zeros(rows, *latent_shape), t, encoder_hidden_states=text, added_cond_kwargs=added)
+        network(**_zeros(network, rows, latent_shape, num_tokens))
     finally:
         for layer, attend in zip(layers, before, strict=True):
             layer.attend = attend
     return seen
+
+
+def _zeros(network: Network, rows: int, latent_shape: tuple[int, ...], num_tokens: int) -> dict[str, object]:
+    """What the network is told, as diffusers' pipelines tell it."""
+    zeros = functools.partial(torch.zeros, dtype=network.dtype, device=network.device)
+    config, x = network.config, zeros(rows, *latent_shape)
+    if "joint_attention_dim" not in config:
+        added = None
+        if config["addition_embed_type"] == "text_time":
+            width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            added = {"text_embeds": zeros(rows, width), "time_ids": zeros(rows, 6)}
+        text, t = zeros(rows, num_tokens, config["cross_attention_dim"]), zeros((), dtype=torch.int64)
+        return {"sample": x, "timestep": t, "encoder_hidden_states": text, "added_cond_kwargs": added}
+    told: dict[str, object] = {
+        "hidden_states": x,
+        "timestep": zeros(rows),
+        "encoder_hidden_states": zeros(rows, num_tokens, config["joint_attention_dim"]),
+        "pooled_projections": zeros(rows, config["pooled_projection_dim"]),
+    }
+    if "axes_dims_rope" in config:  # FLUX: packed, four latents a token
+        told["hidden_states"] = x.view(rows, -1, config["in_channels"])
+        tokens = x.numel() // rows // config["in_channels"]
+        told |= {"img_ids": zeros(tokens, 3), "txt_ids": zeros(num_tokens, 3)}
+        told["guidance"] = zeros(rows) if config["guidance_embeds"] else None
+    return told
