@@ -15,6 +15,7 @@ from test_fuse import CountOps
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spo_fast.models.attention import sdpa, shapes_of
 from spo_fast.models.compile import compile_network
 from spo_fast.models.fuse import fuse
 from spo_fast.models.fuse_transformer import FUSED, Rotary, rotary_of, transformer_text
@@ -262,7 +263,21 @@ def test_blocks_compile_without_a_graph_break(kind: str) -> None:
     assert error(trained(fused, told), trained(plain, told)) < 1e-10
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    ("kind", "latents", "want"),
+    [
+        ("sd3", (4, 8, 12), {((2, 31, 4, 8),) * 2: 3, ((2, 24, 4, 8),) * 2: 2}),
+        ("flux", (4, 8, 12), {((2, 31, 2, 16),) * 2: 4}),
+        ("schnell", (4, 8, 12), {((2, 31, 2, 16),) * 2: 3}),
+    ],
+)
+def test_shapes_of_attention(kind: str, latents: tuple[int, ...], want: dict[Any, int]) -> None:
+    network = build(kind, "published", torch.float32)
+    fuse(network)
+    assert shapes_of(network, 2, latents, 7) == want
+    assert all(m.attend is sdpa for m in network.modules() if hasattr(m, "attend"))
+
+
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_copies_and_merged_weights(kind: str) -> None:
     """A copy of a fused network computes with its own weights; merged ones are those of the layers, one by one."""

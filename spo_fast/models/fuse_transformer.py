@@ -10,7 +10,8 @@
     what depends on the prompts alone, at every step: once, in `TransformerText`; the angles: once, in `Rotary`
 
 The calling convention stays diffusers', with those two in place of encoder_hidden_states and of img_ids.
-Operations of a 16-bit forward (tests/test_fuse_transformer.py): see COUNTS there.
+SD3.5-medium's 16-bit forward has 2,300 operations (3,111 with its LoRA), with Triton's ops 646 (645); FLUX.1-dev's
+3,776 (5,144) and 881 (919): tests/test_fuse_transformer.py.
 """
 
 # diffusers' modules say of their parts that they are tensors or modules
