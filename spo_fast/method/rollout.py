@@ -61,6 +61,12 @@ class Segments:
     shared: list[bool]  # (G,) whether both sides have one x_t
     scores: Tensor  # every score, in order
 
+    def first(self, slots: int) -> Segments:
+        """The first so many slots."""
+        kept = slice(slots)
+        rows, shared = self.rows[kept], self.shared[kept]
+        return Segments(self.x_t[kept], self.x_prev[kept], self.valid[kept], rows, shared, self.scores)
+
     def compact(self, cond: Cond) -> Experience:
         """The kept pairs as loss terms, in the order segment, step, prompt. The rollout's one read of the device."""
         slot, prompt = self.valid.cpu().nonzero(as_tuple=True)  # the read; what follows is index arithmetic on the host
