@@ -30,7 +30,7 @@ test: $(READY)
 		tests/test_resize_normalize.py tests/test_lora_linear.py tests/test_merge_lora.py \
 		tests/test_group_norm_silu.py tests/test_geglu.py tests/test_ada_norm.py \
 		tests/test_gelu_tanh.py tests/test_joint_heads.py
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_golden.py -k 'ddim or loss'
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_golden.py tests/test_flow_steps.py -k 'ddim or loss or published_code'
 
 # the C library is built by then: the package is taken from here
 test-lowest: $(LOWEST)/.ready $(READY)

@@ -85,10 +85,10 @@ def test_a_runs_reports_read_no_record_twice(tmp_path: Path, monkeypatch: pytest
     write = run.write_report
     monkeypatch.setattr(run, "write_report", lambda *given: pages.append(write(*given).read_text(encoding="utf-8")))
     monkeypatch.setattr("spo_fast.training.outputs.write_card", lambda *given: None)
-    run_toy(out, **settings)
+    run_toy(out, curves=True, **settings)
     assert len(pages) == 4 and read == []
     assert run_report.write_report(out).read_text(encoding="utf-8") == pages[-1] and read == [4]
-    run_toy(out, **settings | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
+    run_toy(out, curves=True, **settings | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
     assert len(pages) == 6 and read == [4, 4]
     assert run_report.write_report(out).read_text(encoding="utf-8") == pages[-1]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spo_fast.config.methods import find_method
+from spo_fast.config.sections import FLOWS
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
@@ -55,6 +56,17 @@ def small(given: Mapping[str, Any]) -> dict[str, Any]:
 
 # by the value of --memory, likewise; the others are a matter of the networks alone
 MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
+
+
+def for_model(method: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's published settings as they fit the model: on flows its authors' steps and guidance, a diffusion's, are
+    left to the preset. None without a model.
+    """
+    if not given["model"]:
+        return {}
+    kept = ("num_steps", "guidance_scale", "eta") if given["model"] in FLOWS else ()
+    return {name: value for name, value in method.items() if name not in kept}
+
 
 # by the value of --sampler: the published eta, of flow_sde that of SD3.5 (FLUX .8 to .9, Qwen-Image 1.2)
 ETAS = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.8, "dance": 0.3}
