@@ -25,6 +25,7 @@ from spo_fast.method.rollout import RolloutBatch, Sampler, sample_latents
 from spo_fast.models.doors import FLOW_DOORS, FlowDoor, Inputs
 from spo_fast.models.files.lora import read_lora
 from spo_fast.models.policy import Policy
+from spo_fast.models.quantised import QuantisedLinear
 
 PROMPTS = ("a red cat", "green tea")
 PIPELINES = {"sd35": StableDiffusion3Pipeline, "flux": FluxPipeline}
@@ -154,3 +155,23 @@ def test_a_third_model_needs_a_door_alone(monkeypatch: pytest.MonkeyPatch) -> No
             v = out[:3] + 4.5 * (out[3:] - out[:3])
             x = x + (scheduler.sigmas[scheduler.index_for_timestep(t) + 1] - t / 1000).double() * v
     assert torch.allclose(ours, x, rtol=0, atol=1e-5)  # its scheduler's sigmas are float32
+
+
+def test_t5_alone_is_held_in_8_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+    """And prompts encoded by it are kept apart from those of the whole one."""
+    settings |= {"model": "sd35", "pretrained_model_name_or_path": make_tiny_sd3(tmp_path / "sd35")}
+    rows = []
+    for how in ("full", "int8"):
+        run = train.build(train.parse(command_line({**settings, "t5_weights": how, "output_dir": how})))
+        quantised = [[isinstance(m, QuantisedLinear) for m in e.modules()] for e in run.model.text_encoders()]
+        assert [any(found) for found in quantised] == [False, False, how == "int8"]
+        rows.append(run.model.cond(PROMPTS).cond["prompt_embeds"])
+    clip = run.model.tokenizers[0].model_max_length
+    assert torch.equal(rows[0][:, :clip], rows[1][:, :clip])
+    change = (rows[0] - rows[1])[:, clip:].norm() / rows[0][:, clip:].norm()
+    assert 0 < change < 0.05
+    cfg = train.parse(["--model", "sd35", "--memory", "small"])
+    assert (
+        cfg.model.t5_weights == "int8"
+        and train.parse(["--model", "sdxl", "--memory", "small"]).model.t5_weights == "full"
+    )

@@ -50,8 +50,9 @@ RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 def small(given: Mapping[str, Any]) -> dict[str, Any]:
     """For cards of 16 GB."""
-    few = {"states_per_forward": 2} if given["model"] == "sdxl" else {}
-    return {"gradient_checkpointing": True, "decode_chunk": 1, "optimizer": "adamw8bit", **few}
+    own: dict[str, Any] = {"states_per_forward": 2} if given["model"] == "sdxl" else {}
+    own |= {"t5_weights": "int8"} if given["model"] in FLOWS else {}
+    return {"gradient_checkpointing": True, "decode_chunk": 1, "optimizer": "adamw8bit", **own}
 
 
 # by the value of --memory, likewise; the others are a matter of the networks alone

@@ -55,6 +55,9 @@ class ModelConfig(Section):
     max_sequence_length: Annotated[int, Range(0, 512)] | None = None
     """Flow models: tokens of T5's prompts (zeros where an SD3 lacks T5), as in diffusers' pipelines.
     Default: 256 of sd35, 512 of flux."""
+    t5_weights: Literal["full", "int8"] = "full"
+    """Flow models: how T5's linear layers are held while it encodes prompts. int8: half the memory (T5-XXL takes 9.5 GB
+    in 16 bits), inexact. --memory small chooses it."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 

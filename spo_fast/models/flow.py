@@ -19,10 +19,11 @@ from spo_fast.models.diffusion import DTYPES, DiffusionModel, check_size, vae_dt
 from spo_fast.models.doors import FLOW_DOORS, FlowDoor, Network, Tokens, flow_door
 from spo_fast.models.files import layout, load, sources
 from spo_fast.models.prompt_cache import Encoder, PromptCache
+from spo_fast.models.quantised import quantise_t5
 from spo_fast.models.tensor_cache import fingerprint_files
 
 if TYPE_CHECKING:
-    from spo_fast.models.files.load import VAE
+    from spo_fast.models.files.load import VAE, TextEncoder
 
 
 class FlowModel(DiffusionModel):
@@ -40,7 +41,7 @@ class FlowModel(DiffusionModel):
         self.vae: VAE = load.load_vae(resolved, vae_dtype(self.kind, self.dtype, vae_config)).to(device)  # type: ignore[arg-type]
         self.network: Network = load.load_transformer(resolved, self.dtype).to(device)  # type: ignore[arg-type]
         self._take_door(cfg)
-        settings = f"{self.kind} {self.dtype} {self.lengths}"
+        settings = f"{self.kind} {self.dtype} {self.lengths} {self.t5_weights}"
         fingerprint = f"{fingerprint_files(layout.text_files(resolved))} {settings}"
         self.prompt_cache = PromptCache(prompt_cache_dir, fingerprint, self._load_encoder)
 
@@ -48,6 +49,7 @@ class FlowModel(DiffusionModel):
         door = flow_door(self.network)
         assert door is not None
         self.door, config = door, self.network.config
+        self.t5_weights = cfg.t5_weights
         own = [t.model_max_length for t in self.tokenizers]
         asked = cfg.max_sequence_length
         if asked == 0 and len(own) == len(door.lengths):
@@ -80,6 +82,14 @@ class FlowModel(DiffusionModel):
     def text_tokens(self) -> int:
         """Of a prompt, as the network is told it."""
         return self.door.text_tokens(self.lengths)
+
+    def text_encoders(self) -> list[TextEncoder]:
+        """Loaded anew, T5 in 8 bits if that was asked for."""
+        encoders = load.load_text_encoders(self.resolved, self.dtype)
+        for encoder in encoders:
+            if self.t5_weights != "full" and encoder.config.model_type == "t5":
+                quantise_t5(encoder, self.t5_weights)
+        return [encoder.to(self.device) for encoder in encoders]  # type: ignore[arg-type]  # as diffusers'
 
     def _load_encoder(self) -> Encoder:
         encoders = self.text_encoders()
