@@ -165,10 +165,11 @@ def _joint_heads_kernel(
     at = sample * in_b + row * in_l
     out = (sample * S + first + row) * heads * D + offsets
     dtype: tl.constexpr = q_out_ptr.dtype.element_ty
-    flags: tl.constexpr = (NORM, ROTARY, BLOCK_H, BLOCK_D)
-    rest = (cos_ptr, sin_ptr, offsets, inside, first + row, D, eps)
-    tl.store(q_out_ptr + out, _head(q_ptr + at, weight_q_ptr, *rest, *flags).to(dtype), mask=inside)
-    tl.store(k_out_ptr + out, _head(k_ptr + at, weight_k_ptr, *rest, *flags).to(dtype), mask=inside)
+    s = first + row
+    x = _head(q_ptr + at, weight_q_ptr, cos_ptr, sin_ptr, offsets, inside, s, D, eps, NORM, ROTARY, BLOCK_H, BLOCK_D)
+    tl.store(q_out_ptr + out, x.to(dtype), mask=inside)
+    x = _head(k_ptr + at, weight_k_ptr, cos_ptr, sin_ptr, offsets, inside, s, D, eps, NORM, ROTARY, BLOCK_H, BLOCK_D)
+    tl.store(k_out_ptr + out, x.to(dtype), mask=inside)
     if COPY_V:
         tl.store(v_out_ptr + out, tl.load(v_ptr + at + offsets, mask=inside), mask=inside)
 
@@ -208,11 +209,40 @@ def _joint_heads_backward_kernel(
     out = (sample * S + first + row) * heads * D
     into = tl.program_id(0).to(tl.int64) * heads * D + offsets
     dtype: tl.constexpr = grad_q_ptr.dtype.element_ty
-    flags: tl.constexpr = (NORM, ROTARY, BLOCK_H, BLOCK_D)
-    rest = (cos_ptr, sin_ptr, offsets, inside, first + row, D, eps)
-    grad = _head_backward(q_ptr + at, grad_q_out_ptr + out, weight_q_ptr, *rest, *flags)
+    s = first + row
+    grad = _head_backward(
+        q_ptr + at,
+        grad_q_out_ptr + out,
+        weight_q_ptr,
+        cos_ptr,
+        sin_ptr,
+        offsets,
+        inside,
+        s,
+        D,
+        eps,
+        NORM,
+        ROTARY,
+        BLOCK_H,
+        BLOCK_D,
+    )
     tl.store(grad_q_ptr + into, grad.to(dtype), mask=inside)
-    grad = _head_backward(k_ptr + at, grad_k_out_ptr + out, weight_k_ptr, *rest, *flags)
+    grad = _head_backward(
+        k_ptr + at,
+        grad_k_out_ptr + out,
+        weight_k_ptr,
+        cos_ptr,
+        sin_ptr,
+        offsets,
+        inside,
+        s,
+        D,
+        eps,
+        NORM,
+        ROTARY,
+        BLOCK_H,
+        BLOCK_D,
+    )
     tl.store(grad_k_ptr + into, grad.to(dtype), mask=inside)
     if COPY_V:
         tl.store(grad_v_ptr + into, tl.load(grad_v_out_ptr + out + offsets, mask=inside), mask=inside)
