@@ -84,7 +84,8 @@ class Fake(DiffusionModel):
     def _text_encoder(self, part: str) -> TextEncoder:
         made, folder = text_class(self.kind, part), self.config_dir / part
         with torch.device("meta"):
-            return made(made.config_class.from_pretrained(folder))  # type: ignore[arg-type, union-attr]
+            found = made(made.config_class.from_pretrained(folder))  # type: ignore[arg-type, union-attr]
+        return found.requires_grad_(False)
 
     def token_ids(self, prompts: Sequence[str]) -> list[Tensor]:
         """Zeros."""
