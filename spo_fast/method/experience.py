@@ -112,7 +112,8 @@ class Experience:
     """N loss terms over U states. `states` holds each (x_t, row, prompt) once; `index` says which a transition used."""
 
     states: States
-    x_prev: Tensor  # (N, K, S, C, H, W) recorded children; of re-noised images what the network should have said
+    x_prev: Tensor  # (N, K, S, C, H, W) recorded children; of re-noised images what the network should have said,
+    # or the clean latents
     index: Tensor  # (N, K, S) int64 into states
     cond: Cond
     scores: Tensor  # every score of the rollout, for the log; empty without a rollout
@@ -120,7 +121,7 @@ class Experience:
     second_reference: Prediction | None = (
         None  # of a second frozen network: the moving average, or the reference beside the old
     )
-    advantage: Tensor | None = None  # (N,) of policy gradients
+    advantage: Tensor | None = None  # (N,) of policy gradients, or (N, K) of each side
     order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (training/processes.py)
     read: tuple[Tensor, Tensor] | None = None  # an index, and its numbers on the host; of another index it says nothing
 

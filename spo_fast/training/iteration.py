@@ -65,13 +65,22 @@ class Iterates:
         sample = self.cfg.sample
         if self.objective.samples_from == "data":
             return self.model.full_table()
+        if not self.objective.transitions:
+            return self.ode_table
         return self.model.table(sample.num_steps, sample.eta, sample.sampler)
+
+    @functools.cached_property
+    def ode_table(self) -> StepTable:
+        """The rollout's steps without noise."""
+        sample = self.cfg.sample
+        return self.model.table(sample.num_steps, 0.0, sample.sampler)
 
     @property
     def sampler(self) -> Sampler:
         """Draws from the policy as it is trained, decodes and judges."""
         cfg = self.cfg
-        return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, cfg.model.images_per_decode)
+        chunk, ode = cfg.model.images_per_decode, self.ode_table if self.objective.takes_both else None
+        return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, chunk, ode)
 
     def iterate(self, iteration: int, timer: Timer) -> dict[str, object] | None:
         """One iteration: experience, frozen networks, updates. Returns what to log; None if the run is to stop."""
@@ -84,6 +93,7 @@ class Iterates:
         if self.group.any(bool(self.stop.signal)):
             return None
         scores = whole_scores(experience.scores, inputs.prompts, self.group)
+        experience = objective.judged(experience, scores)
         slots = functools.partial(self.learner.slot_terms, state=state)
         experience, total, rows = rebalance(experience, inputs.prompts, self.group, cfg.run.seed, iteration, slots)
         skipped_segments = batches.count_comparisons(self, inputs, rows)

@@ -126,6 +126,8 @@ class Learner(WeightUpdates):
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
         state.pairs += used
+        if (decay := self.objective.decay_after(state.optimizer_steps)) is not None:
+            self.policy.move_averages(decay)
         if state.slots:
             self.keep_gradients()
         record = self._log(used, self._of_all(sums) if used else sums)
@@ -163,7 +165,7 @@ class Learner(WeightUpdates):
 
     def _compare_with_reference(self, batch: LastBatch) -> None:
         """Before the first step policy and reference are one: how far the computed ratio is from 1."""
-        if self.objective.samples_from == "data":
+        if not self.objective.transitions:
             return
         known = self.deviations or {}
         for t, value in ratio_deviations(batch.m, self.table, batch.experience, self.cfg.sample).items():
