@@ -1,4 +1,4 @@
-"""All ten methods from the command line, on the toy: resuming, export, what each rollout costs, ablations."""
+"""All methods from the command line, on the toy: resuming, export, what each rollout costs, ablations."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ def of(files: dict[str, Path]) -> Callable[..., dict[str, Any]]:
             found |= {"lrm_path": files["lrm_path"]}
         if method == "mspo":
             found |= {"num_inner_steps": 1}
+        if method in ("nft", "awm"):
+            found |= {"guidance_scale": 1.0}
         return {**found, **more}
 
     return settings

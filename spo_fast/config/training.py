@@ -303,13 +303,17 @@ class ScorerConfig(ScorerPaths):
     """What judges the candidates of a step."""
 
     scorer: tuple[str, ...] = ("spm",)
-    """Scorers: {scorers}; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum. One of your own is a
-    function in a file beside the command or installed, module:function or module:function:0.5: pictures (N, 3, H, W) in
-    [0, 1] and prompts in, N numbers out. geneval (1 if all is as asked, else 0) needs --prompts with what it
-    looks for, such as evaluation_metadata.jsonl. lrm, the latent reward model, judges noisy latents and cannot be
-    mixed."""
+    """Scorers: {scorers}; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum, and timesteps after
+    an @ let a scorer judge at these alone, as in spm:1@0-750 hpsv2:1@500-1000 (finished pictures are at 0). One of your
+    own is a function in a file beside the command or installed, module:function or module:function:0.5: pictures
+    (N, 3, H, W) in [0, 1] and prompts in, N numbers out. geneval (1 if all is as asked, else 0) needs --prompts with
+    what it looks for, such as evaluation_metadata.jsonl. lrm, the latent reward model, judges noisy latents and cannot
+    be mixed."""
     spm_time_conditioned: bool = True
     """Off: --spm_path holds a model without the timestep (train_spm --no-time_conditioned), the paper's ablation."""
+    normalise_scorers: bool = False
+    """Bring each scorer's scores of a prompt's candidates to mean 0 and deviation 1 before they are weighed and added
+    up, so that none outweighs the others by its scale."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers; the published code uses float32 (no)."""
 

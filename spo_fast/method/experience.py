@@ -99,6 +99,7 @@ class Candidates:
     num_candidates: int
     decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
     decode_chunk: int = 8
+    at: int | None = None  # t on the host, for a scorer that asks when (Rollout.when)
 
     def pixel_chunks(self) -> Iterator[tuple[Rows, Tensor]]:
         """Decodes a few images at a time, and only if asked: a latent scorer never pays for the VAE."""
@@ -182,6 +183,11 @@ def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (
             start, grown = n, set(index[n].tolist())
         seen = grown
     yield slice(start, len(index))
+
+
+def asks_when(scorer: object) -> bool:
+    """Whether a scorer must be told the timestep on the host: its parts judge at some only."""
+    return bool(getattr(scorer, "asks_when", False))
 
 
 def judges(scorer: object) -> str:

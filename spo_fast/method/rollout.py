@@ -23,6 +23,7 @@ from spo_fast.method.experience import (
     Prediction,
     States,
     Text,
+    asks_when,
     judges,
     repeat_text,
     to_device,
@@ -224,6 +225,8 @@ class Rollout:
             policy.precompute_text(branched, guided),
         )
         self.branched_text = repeat_text(batch.text, self.K)
+        # read where nothing waits yet, and only for such scorers
+        self.when = table.judged_at.tolist() if asks_when(sampler.scorer) else None
         # the policy owns the graphs: they outlive a rollout
         self._predict = policy.graphs.wrap("predict_rows", predict_rows)
         self._advance = policy.graphs.wrap("advance", advance)
@@ -253,17 +256,22 @@ class Rollout:
         """Of the x0 estimates of step i; i = num_steps: of the final latents, at timestep 0."""
         if m is None:
             # GradSPO's code shows the final images at the last step's timestep
-            t = self.table.judged_at[-1] if self.cfg.last_step == "keep" else torch.zeros_like(self.table.judged_at[0])
-            return self._score(None, x, t)
+            if self.cfg.last_step == "keep":
+                return self._score(None, x, -1)
+            return self._score(None, x, None)
         arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
-        return self._score(x, transition(*arguments, num_children=0)[0], self.table.judged_at[i])
+        return self._score(x, transition(*arguments, num_children=0)[0], i)
 
     def judge_children(self, x: Tensor, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B)
         """Of children of step i as they are, at their parent's timestep."""
-        return self._score(x, x, self.table.judged_at[i])
+        return self._score(x, x, i)
 
-    def _score(self, x_t: Tensor | None, x0: Tensor, t: Tensor) -> Tensor:
-        candidates = Candidates(x_t, x0, t, self.branched_text, self.K, self.decode, self.chunk)
+    def _score(self, x_t: Tensor | None, x0: Tensor, i: int | None) -> Tensor:
+        """At the timestep of step i; None: at 0."""
+        steps = self.table.judged_at
+        t = torch.zeros_like(steps[0]) if i is None else steps[i]
+        at = None if self.when is None else 0 if i is None else self.when[i]
+        candidates = Candidates(x_t, x0, t, self.branched_text, self.K, self.decode, self.chunk, at)
         return self.scorer(candidates).view(self.K, self.B)
 
     def _rows(self, x: Tensor, i: int) -> Tensor:

@@ -128,7 +128,11 @@ class TrainedWeights:
         """average = decay * average + (1 - decay) * master, now, beside what `keep_averages` does at each step."""
         assert self.averages is not None, "call keep_averages first"
         averages = self.averages
-        self._each(lambda i, master: averages[i].lerp_(master, 1 - decay))
+
+        def take(i: int, master: Tensor) -> None:
+            averages[i].lerp_(master, 1 - decay)
+
+        self._each(take)
 
     @torch.no_grad()
     def copy_masters(self) -> None:

@@ -12,16 +12,17 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.base import InPhase
+from spo_fast.scorers.weighted import Normalised
 from spo_fast.training import batches, diagnosis
 from spo_fast.training.rebalance import rebalance, whole_scores
-from spo_fast.training.rollout_statistics import Saturation, of_scores
+from spo_fast.training.rollout_statistics import Pictures, of_scores
 from spo_fast.training.signals import Stopped
 
 if TYPE_CHECKING:
-    import torch
-
     from spo_fast.config.training import Config, SampleConfig
     from spo_fast.data.prompt_order import PromptSampler
     from spo_fast.method.objectives import Objective
@@ -85,8 +86,9 @@ class Iterates:
     def iterate(self, iteration: int, timer: Timer) -> dict[str, object] | None:
         """One iteration: experience, frozen networks, updates. Returns what to log; None if the run is to stop."""
         cfg, sample, objective, state = self.cfg, self.cfg.sample, self.objective, self.state
-        decode = Saturation(self.decode)
-        score = InPhase(self.scorer, functools.partial(self.score_phase, timer))  # decoding included
+        decode = Pictures(self.decode)
+        normalised = Normalised(self.scorer) if cfg.scorer.normalise_scorers else None
+        score = InPhase(normalised or self.scorer, functools.partial(self.score_phase, timer))  # decoding included
         with contextlib.suppress(Stopped), timer("rollout"), self.rollout_weights(sample, iteration):
             inputs = batches.inputs(self, iteration)
             experience = objective.collect(replace(self.sampler, scorer=score, decode=decode), inputs.batch)
@@ -94,6 +96,8 @@ class Iterates:
             return None
         scores = whole_scores(experience.scores, inputs.prompts, self.group)
         experience = objective.judged(experience, scores)
+        if normalised is not None:  # what is logged has a scale
+            scores = whole_scores(torch.cat(normalised.raw), inputs.prompts, self.group)
         slots = functools.partial(self.learner.slot_terms, state=state)
         experience, total, rows = rebalance(experience, inputs.prompts, self.group, cfg.run.seed, iteration, slots)
         skipped_segments = batches.count_comparisons(self, inputs, rows)
@@ -116,7 +120,7 @@ class Iterates:
             "valid_share": total / (inputs.total * len(objective.term_states(sample))),
             "states": self.group.total(len(experience.states)),
             "images": scores.numel(),
-            **decode.record(self.group, inputs.prompts),
+            **decode.record(self.group, inputs.prompts, sample.num_candidates),
             **skipped_segments,
             **rounded,
             **learned,
