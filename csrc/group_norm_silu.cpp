@@ -1,8 +1,9 @@
 // CPU: group norm with frozen weights, and SiLU. See spo_fast.h for the formulas.
 //
 // Both memory layouts are walked as tiles of rows x columns whose columns are contiguous: pixels x channels in
-// channels-last, stretches x offsets of one channel's plane otherwise. Moments are taken a column at a time, twice over
-// a piece that fits the cache (first the mean, then squared deviations from it), and merged in float64 in a fixed order.
+// channels-last (several pixels a row where they have few channels: short loops are slow ones), stretches x offsets of
+// one channel's plane otherwise. Moments are taken a column at a time, twice over a piece that fits the cache (first the
+// mean, then squared deviations from it), and merged in float64 in a fixed order.
 #include <cmath>
 #include <vector>
 
@@ -32,8 +33,10 @@ struct Columns {
 
 // A row in the wide type and back, by loops of their own: those of the arithmetic vectorise better without conversions.
 template <class T, class A>
-SPO_INLINE void widen_row(const T *__restrict x, int64_t columns, A *__restrict row) {
+SPO_INLINE const A *widen_row(const T *__restrict x, int64_t columns, A *__restrict row) {
+  if constexpr (std::is_same_v<T, A>) return x;
   for (int64_t j = 0; j < columns; ++j) row[j] = static_cast<A>(widen(x[j]));
+  return row;
 }
 
 template <class T, class A>
@@ -45,15 +48,15 @@ SPO_INLINE void narrow_row(const A *__restrict row, int64_t columns, T *__restri
 template <class T, class A>
 SPO_INLINE void column_moments(const T *x, int64_t rows, int64_t stride, int64_t columns, A *__restrict mean,
                                A *__restrict rest, A *__restrict squares) {
-  A row[COLUMNS];
+  A buffer[COLUMNS];
   for (int64_t j = 0; j < columns; ++j) mean[j] = rest[j] = squares[j] = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    widen_row(x + i * stride, columns, row);
+    const A *__restrict row = widen_row(x + i * stride, columns, buffer);
     for (int64_t j = 0; j < columns; ++j) mean[j] += row[j];
   }
   for (int64_t j = 0; j < columns; ++j) mean[j] /= static_cast<A>(rows);
   for (int64_t i = 0; i < rows; ++i) {
-    widen_row(x + i * stride, columns, row);
+    const A *__restrict row = widen_row(x + i * stride, columns, buffer);
     for (int64_t j = 0; j < columns; ++j) {
       const A deviation = row[j] - mean[j];
       rest[j] += deviation;
@@ -65,9 +68,9 @@ SPO_INLINE void column_moments(const T *x, int64_t rows, int64_t stride, int64_t
 template <class T, class A>
 SPO_INLINE void normalise(const T *x, int64_t rows, int64_t stride, int64_t columns, const Columns<A> &c, bool silu,
                           T *y) {
-  A row[COLUMNS], z[COLUMNS];
+  A buffer[COLUMNS], z[COLUMNS];
   for (int64_t i = 0; i < rows; ++i) {
-    widen_row(x + i * stride, columns, row);
+    const A *__restrict row = widen_row(x + i * stride, columns, buffer);
     for (int64_t j = 0; j < columns; ++j) z[j] = (row[j] - c.mean[j]) * c.rstd[j] * c.weight[j] + c.bias[j];
     if (silu)
       for (int64_t j = 0; j < columns; ++j) z[j] *= sigmoid(z[j]);
@@ -79,11 +82,10 @@ SPO_INLINE void normalise(const T *x, int64_t rows, int64_t stride, int64_t colu
 template <class T, class A>
 SPO_INLINE void grad_row(const T *x, const T *grad_y, int64_t columns, const Columns<A> &c,
                                             bool silu, A *__restrict x_hat, A *__restrict grad) {
-  widen_row(x, columns, x_hat);
-  widen_row(grad_y, columns, grad);
+  const A *wide_x = widen_row(x, columns, x_hat), *wide_grad = widen_row(grad_y, columns, grad);
   for (int64_t j = 0; j < columns; ++j) {
-    x_hat[j] = (x_hat[j] - c.mean[j]) * c.rstd[j];
-    grad[j] *= c.weight[j];
+    x_hat[j] = (wide_x[j] - c.mean[j]) * c.rstd[j];
+    grad[j] = wide_grad[j] * c.weight[j];
   }
   if (silu)
     for (int64_t j = 0; j < columns; ++j) {
@@ -130,17 +132,34 @@ struct Moments {
   }
 };
 
-// Moments of columns of one group, all of `rows` elements: column j has mean center + rest / rows.
+struct Tile {
+  int64_t start, rows, stride, columns;
+  int64_t sample, channel, step;  // column j belongs to channel + j * step
+  int64_t pixels = 1;  // of a row, each `columns` wide
+
+  int64_t width() const { return pixels * columns; }
+
+  // f(j) for each of a run's columns in all pixels of a row.
+  template <class F>
+  SPO_INLINE void each(int64_t first, int64_t count, F f) const {
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t j = 0; j < count; ++j) f(p * columns + first + j);
+  }
+};
+
+// Moments of a run of columns of one group: column j has mean center + rest / rows.
 template <class A>
-Moments moments_of(const A *center, const A *rest, const A *squares, int64_t columns, double rows) {
+Moments moments_of(const Tile &tile, int64_t first, int64_t columns, const A *center, const A *rest,
+                   const A *squares) {
+  const double rows = static_cast<double>(tile.rows), count = static_cast<double>(tile.pixels * columns);
   double sum = 0, sum_squares = 0;
-  for (int64_t j = 0; j < columns; ++j) sum += center[j] + rest[j] / rows;
-  const double mean = sum / static_cast<double>(columns);
-  for (int64_t j = 0; j < columns; ++j) {
+  tile.each(first, columns, [&](int64_t j) { sum += center[j] + rest[j] / rows; });
+  const double mean = sum / count;
+  tile.each(first, columns, [&](int64_t j) {
     const double left = rest[j] / rows, shift = center[j] + left - mean;
     sum_squares += squares[j] + rows * (shift * shift - left * left);
-  }
-  return {rows * static_cast<double>(columns), mean, sum_squares};
+  });
+  return {rows * count, mean, sum_squares};
 }
 
 struct Sums {
@@ -150,11 +169,6 @@ struct Sums {
     total += other.total;
     projection += other.projection;
   }
-};
-
-struct Tile {
-  int64_t start, rows, stride, columns;
-  int64_t sample, channel, step;  // column j belongs to channel + j * step
 };
 
 template <class T>
@@ -179,9 +193,11 @@ struct GroupNorm {
   void tiles(int64_t piece, F f) const {
     const int64_t k = piece % chunks(), owner = piece / chunks();  // owner: a sample, or one of its channels
     if (channels_last) {
-      const int64_t first = k * pixels(), rows = std::min(pixels(), S - first);
-      for (int64_t c = 0; c < C; c += COLUMNS)
-        f(Tile{(owner * S + first) * C + c, rows, C, std::min(COLUMNS, C - c), owner, c, 1});
+      const int64_t first = k * pixels(), count = std::min(pixels(), S - first), start = (owner * S + first) * C;
+      const int64_t together = std::max<int64_t>(1, COLUMNS / C), rows = count / together, rest = count % together;
+      for (int64_t c = 0; c < C && rows > 0; c += COLUMNS)
+        f(Tile{start + c, rows, together * C, std::min(COLUMNS, C - c), owner, c, 1, together});
+      if (rest > 0) f(Tile{start + (count - rest) * C, 1, rest * C, C, owner, 0, 1, rest});
       return;
     }
     const int64_t start = owner * S + k * PIECE, count = std::min(PIECE, S - k * PIECE), rows = count / PLANE_COLUMNS;
@@ -190,7 +206,7 @@ struct GroupNorm {
     if (done < count) f(Tile{start + done, 1, count - done, count - done, owner / C, owner % C, 0});
   }
 
-  // The runs of a tile's columns that belong to one group: f(slot of the piece, first column, columns).
+  // The runs of a pixel's columns that belong to one group: f(slot of the piece, first column, columns).
   template <class F>
   void runs(const Tile &tile, F f) const {
     if (tile.step == 0) return f(0, 0, tile.columns);
@@ -230,6 +246,8 @@ struct GroupNorm {
         c.grad_projection[j] = grads == nullptr ? 0 : static_cast<A>((*grads)[at].projection);
       }
     });
+    for (A *column : {c.mean, c.rstd, c.weight, c.bias, c.grad_mean, c.grad_projection})
+      for (int64_t j = tile.columns; j < tile.width(); ++j) column[j] = column[j - tile.columns];
     return c;
   }
 
@@ -242,11 +260,10 @@ struct GroupNorm {
       tiles(piece, [&](const Tile &tile) {
         A center[COLUMNS], rest[COLUMNS], squares[COLUMNS];
         vectorised([&] SPO_LOOP {
-          column_moments(x + tile.start, tile.rows, tile.stride, tile.columns, center, rest, squares);
+          column_moments(x + tile.start, tile.rows, tile.stride, tile.width(), center, rest, squares);
         });
-        runs(tile, [&](int64_t slot, int64_t j, int64_t columns) {
-          parts[piece * slots() + slot].add(
-              moments_of(center + j, rest + j, squares + j, columns, static_cast<double>(tile.rows)));
+        runs(tile, [&](int64_t slot, int64_t first, int64_t columns) {
+          parts[piece * slots() + slot].add(moments_of(tile, first, columns, center, rest, squares));
         });
       });
     });
@@ -258,7 +275,7 @@ struct GroupNorm {
       tiles(piece, [&](const Tile &tile) {
         const Columns<A> c = columns_of(tile, mean, rstd, nullptr);
         vectorised([&] SPO_LOOP {
-          normalise(x + tile.start, tile.rows, tile.stride, tile.columns, c, silu, y + tile.start);
+          normalise(x + tile.start, tile.rows, tile.stride, tile.width(), c, silu, y + tile.start);
         });
       });
     });
@@ -274,11 +291,11 @@ struct GroupNorm {
         const Columns<A> c = columns_of(tile, mean, rstd, nullptr);
         A total[COLUMNS], projection[COLUMNS];
         vectorised([&] SPO_LOOP {
-          column_sums(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu, total,
+          column_sums(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.width(), c, silu, total,
                       projection);
         });
         runs(tile, [&](int64_t slot, int64_t first, int64_t columns) {
-          for (int64_t j = first; j < first + columns; ++j) parts[piece * slots() + slot].add({total[j], projection[j]});
+          tile.each(first, columns, [&](int64_t j) { parts[piece * slots() + slot].add({total[j], projection[j]}); });
         });
       });
     });
@@ -288,7 +305,7 @@ struct GroupNorm {
       tiles(piece, [&](const Tile &tile) {
         const Columns<A> c = columns_of(tile, mean, rstd, &grads);
         vectorised([&] SPO_LOOP {
-          grad_input(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.columns, c, silu,
+          grad_input(x + tile.start, grad_y + tile.start, tile.rows, tile.stride, tile.width(), c, silu,
                      grad_x + tile.start);
         });
       });

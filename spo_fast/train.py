@@ -87,9 +87,10 @@ def build(cfg: Config) -> Run:
 
 def dry_run(cfg: Config) -> None:
     """Print what the run would need and cost."""
-    from spo_fast.training.plan.dry_run import report
+    from spo_fast.training.plan.dry_run import sections
 
-    print(report(cfg))
+    for number, section in enumerate(sections(cfg)):
+        print(("\n" if number else "") + section, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

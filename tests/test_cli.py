@@ -205,7 +205,7 @@ def test_help_shows_ranges(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setenv("COLUMNS", "80")
     shown = help_of(train.main, capsys)
     for name, said in {
-        "eta": "(in [0.001, 1]; default: 1.0)",
+        "eta": "(in [0.001, 2]; default: 1.0)",
         "num_candidates": "(at least 2;",
         "learning_rate": "(above 0; default: toy",
         "clip": "(in (0, 1); default: 0.1)",

@@ -20,13 +20,16 @@ from tiny import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
 
 from spo_fast.config import presets
 from spo_fast.config.errors import MissingFilesError
+from spo_fast.config.recipes import TINY_VAES
 from spo_fast.config.sections import ModelConfig
+from spo_fast.config.training import AdapterConfig
 from spo_fast.models.files import layout, load, networks
 from spo_fast.models.files.find import check_asked, resolve_all
-from spo_fast.models.files.lora import apply_lora, read_file
+from spo_fast.models.files.lora import apply_lora, read_file, read_lora
 from spo_fast.models.files.lora_files import save_transformer_lora, written_settings
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, MODELS, PARTS, ModelSource, Resolved
 from spo_fast.models.quantised import quantise_t5
+from spo_fast.training.plan.fake_model import vae_settings
 
 MAKERS: dict[str, Callable[..., Path]] = {"sd35": make_tiny_sd3, "flux": make_tiny_flux}
 
@@ -558,3 +561,36 @@ def test_gated_ids_say_where_to_accept_and_how_to_log_in(monkeypatch, tmp_path):
     [missing] = refused.value.missing
     assert page in missing.why and "hf auth login" in missing.why and "HF_TOKEN" in missing.why
     assert missing.flag == "--pretrained_model_name_or_path" and len(missing.why) < 200
+
+
+@pytest.mark.parametrize("kind", ["sd35", "flux"])
+def test_a_lora_that_was_saved_goes_on_as_it_was(tiny, tmp_path, kind):
+    """--lora_path: the tensors by the names of the trained network's own, of the same rank, alpha and layers."""
+    transformer = with_lora(load.load_transformer(resolve(tiny[kind], kind), torch.float32), TARGETS[kind])
+    settings = written_settings(transformer.peft_config["default"])
+    save_transformer_lora(kind, get_peft_model_state_dict(transformer), settings, tmp_path)
+    wanted = {name: p.detach().clone() for name, p in transformer.named_parameters() if ".lora_" in name}
+    for file in (tmp_path, tmp_path / "lora_comfyui.safetensors"):
+        found = read_lora(file, transformer, AdapterConfig(rank=3, lora_alpha=7.0, lora_targets=TARGETS[kind]))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for adapter, says in (
+        (AdapterConfig(rank=4, lora_alpha=7.0, lora_targets=TARGETS[kind]), "rank 3, but --rank is 4"),
+        (AdapterConfig(rank=3, lora_targets=TARGETS[kind]), "--lora_alpha 7"),
+    ):
+        assert says in line_of(lambda adapter=adapter: read_lora(tmp_path, transformer, adapter))
+    other = with_lora(load.load_transformer(resolve(tiny[kind], kind), torch.float32), ["attn.to_q"])
+    less = AdapterConfig(rank=3, lora_alpha=7.0, lora_targets=("attn.to_q",))
+    line = line_of(lambda: read_lora(tmp_path, other, less))
+    assert "attn.add_k_proj" in line and "attn.to_out.0" in line  # as they are to be given
+
+
+def test_tiny_vaes_of_the_fast_recipe(tiny, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    sizes = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=4)
+    AutoencoderTiny(**sizes, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(tmp_path)
+    for kind, name in (("sd35", "madebyollin/taesd3"), ("flux", "madebyollin/taef1")):
+        resolved = resolve(tiny[kind], kind, pretrained_vae_model_name_or_path=str(tmp_path))
+        load.check_weights(resolved)
+        assert type(load.load_vae(resolved, torch.float32)) is AutoencoderTiny
+        assert TINY_VAES[kind] == name and vae_settings(kind, None, name)["latent_channels"] == 16

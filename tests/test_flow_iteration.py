@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,17 +18,21 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import recorded
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, FluxPipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
+from PIL import Image
 from runs import command_line
+from safetensors.torch import load_file
 from tiny import make_tiny_flux, make_tiny_sd3
 from torch import Tensor
 
 from spo_fast import train
-from spo_fast.method.noise import CHILDREN, PICK, RENOISE, SIDES, STEPS, TIMESTEPS, KeyedDraws, permutation
+from spo_fast.evaluation.pages.run_record import read_metrics
+from spo_fast.method.noise import CHILDREN, PICK, POSTERIOR, RENOISE, SIDES, STEPS, TIMESTEPS, KeyedDraws, permutation
 from spo_fast.ops import philox
 from spo_fast.training import batches
 from spo_fast.training.loop import Run
@@ -48,9 +53,10 @@ SETTINGS: dict[str, Any] = {
     "scorer": "flow_scores:brightness",
     "seed": SEED,
 }
-KINDS = {
+SCORES = "def brightness(x, prompts):\n    return 100 * x.mean((1, 2, 3))\n"
+KINDS: dict[str, dict[str, Any]] = {
     "sd35": {"num_steps": 8, "guidance_scale": 3.0},
-    "flux": {"num_steps": 6, "guidance_scale": 1.0, "gradient_accumulation_steps": 1},
+    "flux": {"num_steps": 8, "guidance_scale": 1.0, "gradient_accumulation_steps": 1},
 }
 
 
@@ -81,7 +87,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """A run as the command line builds it, with settings changed; a function of pictures scores."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    (tmp_path / "flow_scores.py").write_text("def brightness(x, prompts):\n    return 100 * x.mean((1, 2, 3))\n")
+    (tmp_path / "flow_scores.py").write_text(SCORES)
     monkeypatch.chdir(tmp_path)
 
     def build(kind: str, **settings: Any) -> Run:
@@ -164,7 +170,7 @@ class Theirs:
     def __init__(self, run: Run, directory: Path):
         self.cfg, self.kind = run.cfg, run.cfg.model.model
         kinds = {"sd35": StableDiffusion3Pipeline, "flux": FluxPipeline}
-        self.pipe = kinds[self.kind].from_pretrained(directory, dtype=torch.float64)
+        self.pipe = kinds[self.kind].from_pretrained(directory).to(torch.float64)
         self.network = self.pipe.transformer.requires_grad_(False)
         adapter = self.cfg.adapter
         self.network.add_adapter(
@@ -285,9 +291,9 @@ class Theirs:
             scores.append(score.flatten())
             for i in range(first, stop):
                 for b in range(B):
-                    w, l = int(score[:, b].argmax()), int(score[:, b].argmin())
-                    p = score[[w, l], b].softmax(0)
-                    before, after = ([paths[k][i - first + n] for k in (w, l)] for n in (0, 1))
+                    most, least = int(score[:, b].argmax()), int(score[:, b].argmin())
+                    p = score[[most, least], b].softmax(0)
+                    before, after = ([paths[k][i - first + n] for k in (most, least)] for n in (0, 1))
                     wanted = ((before, 0), (after, 0), (after, 1))
                     sides = (torch.stack([side[j][b] for side in part])[:, None] for part, j in wanted)
                     terms.append((*sides, torch.full((2, 1), i), prompt[b], p[0] - p[1]))
@@ -472,18 +478,30 @@ def close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
     assert float((ours - theirs).abs().max()) <= 1e-10 * float(theirs.abs().max()), what
 
 
+def compare(run: Run, ours: Ours, theirs: Theirs, gradients: list[dict[str, Tensor]]) -> None:
+    """Gradients of each step, and the weights after the last."""
+    for found, wanted in zip(ours.gradients, gradients, strict=True):
+        for name, gradient in wanted.items():
+            close(found[name], gradient, f"gradient of {name}")
+        assert max(float(g.abs().max()) for g in wanted.values()) > 1e-4
+    for name, p in zip(run.policy.names, run.policy.masters, strict=True):
+        close(p.detach(), theirs.weights[name].detach(), name)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "spo": {},
     "mspo": {"num_inner_steps": 1, "branch_start": 2},
-    "d3po": {"branch_start": 1, "beta": 10.0},
+    "d3po": {"num_steps": 6, "branch_start": 1, "beta": 10.0},
     "gradspo": {"branch_start": None},
-    "ddpo": {"branch_start": 2},
-    "dpok": {"branch_start": 2, "kl_weight": 2.0},
+    "ddpo": {"num_steps": 6, "branch_start": 1, "clip": 0.002},
+    "dpok": {"num_steps": 6, "branch_start": 1, "clip": 0.002, "kl_weight": 2.0},
     "dense": {"branch_start": 1, "num_candidates": 4, "num_ranked": 3, "num_sampled_steps": 2, "terms_per_prompt": 2},
 }
 CASES = [
-    *((kind, method, "ddim") for kind in KINDS for method in METHODS),
-    *((kind, method, "flow_sde") for kind in KINDS for method in ("spo", "ddpo")),
+    *((kind, method, "ddim") for kind in KINDS for method in ("spo", "mspo", "ddpo")),
+    *(("sd35", method, "ddim") for method in ("d3po", "dpok")),
+    *(("flux", method, "ddim") for method in ("gradspo", "dense")),
+    *((kind, method, "flow_sde") for kind, method in (("sd35", "ddpo"), ("flux", "spo"))),
 ]
 
 
@@ -531,11 +549,219 @@ def test_an_iteration_is_that_of_an_independent_loop(
     close(e.x_prev, terms.child[order], "x_{t-1}")
     assert torch.equal(e.states.rows[e.index], terms.row[order])
     assert float(ours.record["loss"]) == pytest.approx(loss, abs=1e-10)
-    assert len(ours.gradients) == 2
-    for found, wanted in zip(ours.gradients, gradients, strict=True):
-        for name, gradient in wanted.items():
-            close(found[name], gradient, f"gradient of {name}")
-    assert max(float(g.abs().max()) for g in gradients[1].values()) > 1e-4
-    for name, p in zip(run.policy.names, run.policy.masters, strict=True):
-        close(p.detach(), theirs.weights[name].detach(), name)
+    compare(run, ours, theirs, gradients)
     assert 0 < theirs.clamped < terms.row.numel()  # the clamp is met, and not by all
+
+
+# ------------------------------------------------------------------------------------------- labelled pairs
+
+
+def labelled_pairs(folder: Path) -> list[tuple[str, Tensor, int]]:
+    """Four pairs of 32 x 32 pictures in a folder: prompt, pixels (2, 3, H, W) of -1 and 1, which is preferred."""
+    folder.mkdir()
+    generator, found, lines = torch.Generator().manual_seed(2), [], []
+    for number, preferred in enumerate((0, 1, 1, 0)):
+        bits = torch.randint(0, 2, (2, 3, 32, 32), generator=generator)
+        for j in range(2):
+            picture = (bits[j] * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+            Image.fromarray(picture).save(folder / f"{number}_{j}.png")
+        names = {f"image_{j}": f"{number}_{j}.png" for j in range(2)}
+        labels = {f"label_{j}": float(j == preferred) for j in range(2)}
+        lines.append(json.dumps({"prompt": f"picture {number}", **names, **labels}))
+        found.append((f"picture {number}", bits.double() * 2 - 1, preferred))
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return found
+
+
+DPO: dict[str, Any] = {
+    "method": "dpo",
+    "pairs": "pairs",
+    "sample_batch_size": 4,
+    "train_batch_size": 2,
+    "validation_share": 0,
+    "shuffle": False,
+    "beta": 30.0,
+    "height": 32,
+    "width": 32,
+    "prompts": None,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusion_dpo_is_that_of_an_independent_loop(
+    make: Callable[..., Run], directories: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Noised by (1 - s) x0 + s e, compared with e - x0 in both networks' errors; no guidance."""
+    pairs = labelled_pairs(tmp_path / "pairs")
+    run = make(kind, **DPO)
+    theirs, start = Theirs(run, directories[kind]), randomise(run)
+    theirs.prompts = [prompt for prompt, *_ in pairs]
+    theirs.set_steps(1000, even=True)
+    number, vae, shape = torch.arange(4), theirs.pipe.vae, (4, 4, 4)
+    with torch.no_grad():
+        images = []
+        for j in range(2):
+            z = vae.encode(torch.stack([pixels[j] for _, pixels, _ in pairs])).latent_dist
+            z = z.mean + z.std * noise(number, POSTERIOR, j, shape)
+            images.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
+    best = torch.tensor([preferred for *_, preferred in pairs])
+    x0 = torch.stack(images)[torch.stack([best, 1 - best]), number]  # (2, 4, C, h, w)
+    row = 999 - torch.tensor([int(philox.integer(keys(number[n, None], TIMESTEPS, 0), 1000)) for n in range(4)])
+    s, e = theirs.sigmas[row].view(4, 1, 1, 1), noise(number, RENOISE, 0, shape)
+
+    def errors(n: Tensor) -> Tensor:  # (2, n)
+        found = []
+        for side in range(2):
+            v = theirs.velocity((1 - s[n]) * x0[side, n] + s[n] * e[n], row[n], n, g=1.0)
+            found.append(((e[n] - x0[side, n] - v) ** 2).mean((1, 2, 3)))
+        return torch.stack(found)
+
+    theirs.network.disable_adapters()
+    with torch.no_grad():
+        reference = errors(number)
+    theirs.network.enable_adapters()
+    theirs.fill(start["policy"])
+
+    def losses(n: Tensor) -> Tensor:
+        further = errors(n) - reference[:, n]
+        return -F.logsigmoid(-run.cfg.objective.beta / 2 * (further[0] - further[1]))
+
+    loss, gradients = theirs.update(losses, 4, steps=2)
+    ours = iterate(run)
+    run.pairs.close()
+    assert float(ours.record["loss"]) == pytest.approx(loss, abs=1e-10) and abs(loss - math.log(2)) > 1e-3
+    compare(run, ours, theirs, gradients)
+
+
+# ------------------------------------------------------------------------------------------- what is evaluated
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "settings"),
+    [
+        ("sd35", "spo", {"threshold": -1, "branch_sigma": 0.9}),
+        ("flux", "mspo", {"num_inner_steps": 1, "threshold": -1}),
+        ("sd35", "d3po", {"threshold": -1, "branch_start": 1}),
+        ("flux", "dpok", {"branch_start": 1}),
+    ],
+)
+def test_unique_states_are_evaluated_once(
+    make: Callable[..., Run], kind: str, method: str, settings: dict[str, Any]
+) -> None:
+    """Rows through the network in each phase, pictures decoded, and states, against what they must be."""
+    K, B, n = 3, len(PROMPTS), int(KINDS[kind]["num_steps"])
+    run = make(kind, method=method, num_candidates=K, train_batch_size=100, mixed_precision="no", **settings)
+    first, end = run.cfg.sample.first_branch, run.cfg.sample.last_branch
+    assert end == n - 2 and end - first >= 2
+    rows: dict[str, int] = {}
+    phases: list[str] = []
+
+    @contextlib.contextmanager
+    def timer(phase: str) -> Iterator[None]:
+        phases.append(phase)
+        yield
+        phases.pop()
+
+    def count(module: Any, args: Any, output: tuple[Tensor]) -> None:
+        rows[phases[-1]] = rows.get(phases[-1], 0) + len(output[0])
+
+    run.policy.network.register_forward_hook(count)
+    record = run.iterate(0, timer)
+    halves, S = 2 if kind == "sd35" else 1, end - first
+    rollout, states, images, references = {
+        # what judged a candidate starts its next step
+        "spo": (B * (first + 1) + K * B * S, B * S, K * B * S, 1),
+        "mspo": (B * (first + 1) + K * B * S, B * (S + S // 2), K * B * -(-S // 2), 1),
+        "d3po": (B * (first + 1) + K * B * (n - first - 1), B * (2 * S - 1), K * B, 1),
+        "dpok": (K * B * n, K * B * S, K * B, 2),
+    }[method]
+    assert record is not None and (record["states"], record["images"]) == (states, images)
+    expected = {"rollout": rollout, "reference": references * states, "backward": states}
+    assert rows == {phase: halves * count for phase, count in expected.items()}
+
+
+# ------------------------------------------------------------------------------------------- other ways to compute
+
+
+def weights_after(run: Run, iterations: int) -> dict[str, Tensor]:
+    randomise(run)
+    for i in range(iterations):
+        assert run.iterate(i, no_timer) is not None
+    return {name: p.detach().clone() for name, p in zip(run.policy.names, run.policy.masters, strict=True)}
+
+
+@pytest.mark.parametrize(("kind", "method"), [("sd35", "mspo"), ("flux", "ddpo")])
+def test_fused_and_replayed_iterations_equal_plain_ones(
+    make: Callable[..., Run], tmp_path: Path, kind: str, method: str
+) -> None:
+    """Iterations whose prompts, noise, weights and pairs change: as they are, by our ops, and by graphs of these."""
+    settings: dict[str, Any] = {"num_steps": 6, "num_candidates": 2, "train_batch_size": 8, "branch_start": 2}
+    settings |= {"num_inner_steps": 1, "threshold": 0.05} if method == "mspo" else {}
+    found: dict[str, dict[str, Tensor]] = {}
+    for how in ("plain", "fused", "fused and replayed"):
+        run = make(kind, method=method, fuse="fused" in how, output_dir=tmp_path / how, **settings)
+        randomise(run)
+        if "replayed" in how:
+            run.record_graphs(recorded.capture)
+        # an iteration as it is, one that is recorded, and one of replays
+        assert all(run.iterate(i, no_timer) is not None for i in range(3))
+        assert ("replayed" in how) == ({"advance", "predict "} <= {key[0] for key in run.policy.graphs._captured})
+        found[how] = {name: p.detach().clone() for name, p in zip(run.policy.names, run.policy.masters, strict=True)}
+    for how, weights in found.items():
+        for name, p in weights.items():
+            close(p, found["plain"][name], f"{how}: {name}")
+
+
+# ------------------------------------------------------------------------------------------- from the command line
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "spo": {"num_candidates": 2, "threshold": -1, "num_validation_images": 1},
+    "mspo": {"num_candidates": 2, "num_inner_steps": 1, "threshold": -1},
+    "d3po": {"threshold": -1},
+    "gradspo": {"num_candidates": 2, "threshold": -1},
+    "ddpo": {"num_candidates": 2},
+    "dpok": {"num_candidates": 2},
+    "dense": {"num_candidates": 3, "terms_per_prompt": 2},
+    "dpo": DPO,
+}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_two_steps_from_the_command_line(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Every method of flows, with the defaults that it brings."""
+    monkeypatch.setattr(Run, "export", lambda self, directory: [])  # the files have tests of their own
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "flow_scores.py").write_text(SCORES)
+    if method == "dpo":
+        labelled_pairs(tmp_path / "pairs")
+    given = {"model": "sd35", "pretrained_model_name_or_path": directories["sd35"], "prompts": "prompts.txt"}
+    given |= {**SETTINGS, "method": method, "num_steps": 6, "mixed_precision": "no", "output_dir": "run"}
+    given |= {"max_train_steps": 2, **RUNS[method], "height": 32, "width": 32}
+    if method == "dpo":
+        del given["num_steps"]
+    assert train.main(command_line(given)) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["optimizer_steps"] > 0 and math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records] == [True] * 2
+    weights = load_file(tmp_path / "run" / "checkpoint-2" / "trained.safetensors")
+    assert any(bool(w.any()) for name, w in weights.items() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "lpo"}, "method=lpo is judged by a latent reward model, a UNet of SD-1.5 or SDXL"),
+        ({"method": "mapo", "pairs": "pairs"}, "method=mapo weighs errors of predicted noise"),
+        ({"scorer": "lrm"}, "scorer=lrm is a UNet of SD-1.5 or SDXL"),
+    ],
+)
+@pytest.mark.parametrize("model", ["sd35", "flux", "toy-flow"])
+def test_what_no_flow_has_is_refused_in_a_line(
+    model: str, given: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(command_line({"model": model, **given})) != 0
+    error = capsys.readouterr().err.strip()
+    assert says in error and model in error and len(error) <= 300 and "\n" not in error

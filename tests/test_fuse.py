@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from diffusers.models.upsampling import Upsample2D
+from peft import LoraConfig, get_peft_model
 from runs import facts, run_toy
 from safetensors.torch import load_file
 from tiny import make_tiny_sd15, make_tiny_sdxl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +26,7 @@ from spo_fast.method.experience import Cond
 from spo_fast.models.diffusion import decode
 from spo_fast.models.files.sources import CONFIGS
 from spo_fast.models.files.toy import toy_files
-from spo_fast.models.fuse import FusedResnet, fuse
+from spo_fast.models.fuse import FusedResnet, FusedUpsample, fuse
 from spo_fast.models.policy import Policy
 from spo_fast.ops import backend
 from spo_fast.training.plan.counters import LiveStorage
@@ -319,6 +321,42 @@ def test_a_fused_vae_decodes_alike(kind, directories):
     fuse(vae)
     fused = [m for m in vae.decoder.modules() if isinstance(m, FusedResnet)]
     assert len(fused) >= 3 and torch.allclose(decode(vae, latents), plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_upsampling_and_its_convolution_are_one(dtype, sides):
+    """Beside PyTorch's own two operations in float64, borders and gradient too; the sums are float32's or better."""
+    up = Upsample2D(6, use_conv=True, out_channels=4, name="conv").to(dtype).requires_grad_(False)
+    x = torch.randn(2, 6, *sides, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+
+    def truth(size: tuple[int, ...]) -> torch.Tensor:
+        weight, bias = up.conv.weight.double(), up.conv.bias.double()
+        return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
+
+    fuse(up)
+    fuse(up)  # a second time changes nothing
+    assert isinstance(up, FusedUpsample)
+    twice, other = torch.Size(2 * side for side in sides), torch.Size(2 * side + 1 for side in sides)
+    for size, wanted in ((None, twice), (twice, twice), (other, other)):
+        got, want = up(x.to(dtype), size), truth(wanted)
+        weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (got, want)]
+        loose = 1e-12 if dtype == torch.float64 else 2e-6
+        assert (got - want).abs().max() < loose and (gradients[0] - gradients[1]).abs().max() < 10 * loose
+
+
+@pytest.mark.parametrize("why", ["16 bits", "trained", "a LoRA", "a norm", "another size"])
+def test_upsampling_that_is_left_alone(why):
+    """Sums of weights must be exact, and stay true."""
+    up: Any = Upsample2D(6, use_conv=True, name="conv", **({"norm_type": "ln_norm"} if why == "a norm" else {}))
+    if why == "another size":
+        up = Upsample2D(6, use_conv=True, name="conv", kernel_size=5, padding=2)
+    up.requires_grad_(why == "trained").to(torch.bfloat16 if why == "16 bits" else torch.float32)
+    if why == "a LoRA":
+        up = get_peft_model(up, LoraConfig(r=2, target_modules=["conv"]))
+    fuse(up)
+    assert not any(isinstance(m, FusedUpsample) for m in up.modules())
 
 
 SAVED = {  # GiB a row; counted by other means: 5.1 eager, 4.5 for a compiler's min cut, 0.43 to 0.50 checkpointed

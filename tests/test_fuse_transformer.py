@@ -1,4 +1,4 @@
-"""models/fuse_transformer.py: equality with diffusers' own forwards in float64, and full sizes counted on fake tensors."""
+"""models/fuse_transformer.py: equality with diffusers' own forwards in float64; full sizes counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models import normalization
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig
+from test_fuse import CountOps
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spo_fast.models.fuse import fuse
 from spo_fast.models.fuse_transformer import FUSED, Rotary, rotary_of, transformer_text
+from spo_fast.ops import backend
 from spo_fast.ops.backend import available_backends, use_backend
+from spo_fast.training.plan.counters import CountFlops, LiveStorage
 
 TINY = {
     "sd3": (
@@ -117,7 +121,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def results(network: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs without gradient, with the LoRA and without; outputs and gradients with."""
+    """Outputs without gradient, with the LoRA and without, and what `trained` says."""
     found: dict[str, Tensor] = {}
     adapted = getattr(network, "peft_config", None) is not None
     with torch.no_grad():
@@ -126,10 +130,16 @@ def results(network: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
             network.disable_adapters()
             found["reference"] = network(**told).sample
             network.enable_adapters()
+    return found | trained(network, told)
+
+
+def trained(network: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients; of what no gradient reaches, zeros."""
+    network.zero_grad()
     x = told["hidden_states"].clone().requires_grad_()
     (out,) = network(**{**told, "hidden_states": x}, return_dict=False)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype))
-    found |= {"trained": out.detach(), "x": x.grad}
+    found = {"trained": out.detach(), "x": x.grad}
     for name, p in network.named_parameters():
         if p.requires_grad:
             found[name] = torch.zeros_like(p) if p.grad is None else p.grad
@@ -225,17 +235,16 @@ def test_fused_errs_no_more_than_diffusers(kind: str, dtype: torch.dtype) -> Non
     assert error(results(fused, told), exact) <= 2 * error(results(plain, told), exact) + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("triton" not in available_backends("ada_norm"), reason="Triton needs TRITON_INTERPRET=1 on a CPU")
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", TINY)
-def test_tritons_ops_in_a_network(kind: str, recompute: bool) -> None:
-    network, told = build(kind, "published", torch.float32), inputs(kind, dtype=torch.float32)
-    want = results(network, told)
-    fuse(network, recompute)
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_tritons_ops_in_a_network(kind: str) -> None:
+    """One row, trained: the interpreter takes a millisecond for every token and kernel."""
+    network, told = build(kind, "published", torch.float32), inputs(kind, rows=1, dtype=torch.float32)
+    want = trained(network, told)
+    fuse(network, recompute=True)
     with use_backend("triton"):
-        found = results(network, told)
-        network.zero_grad()
-    assert error(found, {n: v.clone() for n, v in want.items()}) < 1e-4
+        assert error(trained(network, told), want) < 1e-4
 
 
 def test_nothing_that_is_saved_changes() -> None:
@@ -270,3 +279,220 @@ def test_what_a_fused_transformer_does_not_take() -> None:
         flux(**inputs("flux"), controlnet_block_samples=[torch.zeros(1)])
     with pytest.raises(ValueError, match="takes a guidance"):
         flux(**{n: v for n, v in inputs("flux").items() if n != "guidance"})
+
+
+# ------------------------------------------------------------------------------------------------- full size
+
+FULL: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sd3": (
+        SD3Transformer2DModel,  # SD3.5-medium
+        dict(
+            sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            out_channels=16, pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        ),
+    ),
+    "flux": (
+        FluxTransformer2DModel,  # FLUX.1-dev
+        dict(
+            patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+            num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+        ),
+    ),
+}  # fmt: skip
+LORA_RANK = {"sd3": 32, "flux": 64}
+TEXT = {"sd3": 333, "flux": 512}  # tokens
+PICTURE = 4096  # tokens of 1024 pixels
+
+
+class Full:
+    """A network of full size on fake tensors of 16 bits, and what it is told of some rows."""
+
+    def __init__(self, kind: str, rows: int):
+        cls, config = FULL[kind]
+        with torch.device("meta"):
+            network: Any = cls(**config).requires_grad_(False).eval()
+            names = TARGETS["published"][kind]
+            network.add_adapter(LoraConfig(r=LORA_RANK[kind], lora_alpha=2 * LORA_RANK[kind], target_modules=names))
+        self.network, self.mode, self.kind = network, FakeTensorMode(), kind
+        with self.mode:
+            for part in network.modules():
+                for name, p in part.named_parameters(recurse=False):
+                    part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=torch.bfloat16), p.requires_grad)
+                for name, b in part.named_buffers(recurse=False):
+                    part._buffers[name] = torch.empty(b.shape, dtype=torch.bfloat16)
+            sizes = {
+                "encoder_hidden_states": (TEXT[kind], 4096),
+                "pooled_projections": (config["pooled_projection_dim"],),
+            }
+            sizes["hidden_states"] = (16, 128, 128) if kind == "sd3" else (PICTURE, 64)
+            self.told = {n: torch.empty(rows, *shape, dtype=torch.bfloat16) for n, shape in sizes.items()}
+            self.told["timestep"] = torch.empty(rows)
+            if kind == "flux":
+                self.told["guidance"] = torch.empty(rows)
+                self.told["txt_ids"], self.told["img_ids"] = torch.empty(TEXT[kind], 3), torch.empty(PICTURE, 3)
+
+    def fuse(self, recompute: bool = False) -> None:
+        """And compute once what a rollout computes once."""
+        with self.mode:
+            fuse(self.network, recompute)
+            self.once()
+
+    def once(self) -> None:
+        """Of the prompts, and of the sizes."""
+        told = self.told
+        told["encoder_hidden_states"] = transformer_text(  # type: ignore[assignment]
+            self.network, told["encoder_hidden_states"], told.pop("pooled_projections")
+        )
+        if self.kind == "flux":
+            told["img_ids"] = rotary_of(self.network, told.pop("txt_ids"), told["img_ids"])  # type: ignore[assignment]
+
+    def forward(self) -> Tensor:
+        """Its output."""
+        return self.network(**self.told, return_dict=False)[0]
+
+
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU runs the ops: their fake forms need none."""
+    monkeypatch.setattr(backend, "choose", lambda name, like: "triton")
+
+
+COUNTS = {  # operations of a forward that is drawn: diffusers', fused with PyTorch's ops, fused with Triton's
+    "sd3": {"off": (2300, 1982, 646), "on": (3111, 2507, 645)},
+    "flux": {"off": (3776, 3160, 881), "on": (5144, 4110, 919)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULL)
+def test_a_forward_has_few_operations(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: dict[str, list[int]] = {"off": [], "on": []}
+    full = Full(kind, rows=2)
+    for how in ("diffusers", "PyTorch's ops", "Triton's ops"):
+        if how == "PyTorch's ops":
+            full.fuse()
+        if how == "Triton's ops":
+            use_triton(monkeypatch)
+        for lora, row in counts.items():
+            full.network.disable_adapters() if lora == "off" else full.network.enable_adapters()
+            with full.mode, torch.no_grad(), CountOps() as ops:
+                full.forward()
+            row.append(sum(ops.seen.values()))
+            print(f"\n{kind}, LoRA {lora}, {how}: {row[-1]:,}", ops.seen.most_common(14))
+    for lora, (plain, composed, kernels) in counts.items():
+        assert (plain, composed, kernels) == COUNTS[kind][lora]
+        assert composed < plain and kernels <= 0.3 * plain
+
+
+def least_flops(kind: str) -> tuple[int, int]:  # noqa: C901  a network, layer by layer
+    """Of one row: a forward with its LoRA, and the backward of it, written out by hand.
+
+    A frozen layer's backward is dx; a LoRA layer's besides u = dy B, u A, dA and dB; attention's takes five products
+    where the forward takes two. Nothing flows into what lies before the first LoRA.
+    """
+    L, T, r = PICTURE, TEXT[kind], LORA_RANK[kind]
+    S = L + T
+    forward = backward = 0
+
+    def linear(tokens: int, columns: int, rows: int, lora: bool = False, dx: bool = True) -> None:
+        nonlocal forward, backward
+        base, low = 2 * tokens * columns * rows, 2 * tokens * r * (columns + rows)
+        forward += base + lora * low
+        # dA and dB; u and u A, without which no dx comes
+        backward += dx * base + lora * (low + 2 * tokens * r * rows + dx * 2 * tokens * r * columns)
+
+    def attention(tokens: int, D: int, dx: bool = True) -> None:
+        nonlocal forward, backward
+        product = 2 * tokens * tokens * D
+        forward, backward = forward + 2 * product, backward + dx * 5 * product
+
+    if kind == "sd3":
+        D, blocks = 1536, 24
+        forward += 2 * L * 64 * D + 2 * (256 * D + D * D)  # patches, time
+        for i in range(blocks):
+            last, first = i == blocks - 1, i == 0
+            forward += 2 * D * D * ((9 if i < 13 else 6) + (2 if last else 6))
+            for tokens in (L, T):
+                for _ in range(3):
+                    linear(tokens, D, D, lora=True, dx=not first)
+                if tokens == L or not last:
+                    linear(tokens, D, D, lora=True)
+                    linear(tokens, D, 4 * D)
+                    linear(tokens, 4 * D, D)
+            attention(S, D)
+            if i < 13:
+                for _ in range(4):
+                    linear(L, D, D, dx=not first)
+                attention(L, D, dx=not first)
+        forward += 2 * D * 2 * D
+        linear(L, D, 64)
+        return forward, backward
+    D = 3072
+    forward += 2 * L * 64 * D + 2 * 2 * (256 * D + D * D)  # patches; time and guidance
+    for i in range(19):
+        forward += 2 * D * D * 12
+        for tokens in (L, T):
+            for _ in range(3):
+                linear(tokens, D, D, lora=True, dx=i > 0)
+            linear(tokens, D, D, lora=True)
+            linear(tokens, D, 4 * D, lora=True)
+            linear(tokens, 4 * D, D, lora=True)
+        attention(S, D)
+    for _ in range(38):
+        forward += 2 * D * D * 3
+        for _ in range(3):
+            linear(S, D, D, lora=True)
+        linear(S, D, 4 * D)
+        linear(S, 5 * D, D)
+        attention(S, D)
+    forward += 2 * D * 2 * D
+    linear(L, D, 64)
+    return forward, backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULL)
+def test_flops_are_the_least_possible(kind: str) -> None:
+    """Within 2 %: a rollout's forward, and a training step's forward and backward. Of one row."""
+    full = Full(kind, rows=1)
+    full.fuse()
+    forward, backward = least_flops(kind)
+    with full.mode:
+        with torch.no_grad(), CountFlops() as drawn:
+            full.forward()
+        with CountFlops() as trained_forward:
+            out = full.forward()
+        with CountFlops() as trained_backward:
+            out.backward(torch.empty_like(out))
+    print(f"\n{kind}: forward {drawn.total / 1e12:.3f} TFLOP ({forward / 1e12:.3f} least), ", end="")
+    print(f"backward {trained_backward.total / 1e12:.3f} ({backward / 1e12:.3f})")
+    assert drawn.total == trained_forward.total == pytest.approx(forward, rel=0.02)
+    assert trained_backward.total == pytest.approx(backward, rel=0.02)
+
+
+SAVED = {  # GiB a row that wait for the backward
+    "sd3": {"diffusers": 6.94, "fast, PyTorch's ops": 6.03, "fast": 4.83, "balanced": 3.96},
+    "flux": {"diffusers": 24.25, "fast, PyTorch's ops": 24.24, "fast": 21.19, "balanced": 14.7},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FULL)
+def test_saved_bytes_of_a_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's ops as a CPU has them, which composes an RMS norm of many."""
+    full, found = Full(kind, rows=1), {}
+    for mode in SAVED[kind]:
+        if mode.startswith("fast,"):
+            full.fuse()
+        if mode == "fast":
+            use_triton(monkeypatch)
+        if mode in ("balanced", "small"):
+            fuse(full.network, recompute=mode == "balanced")
+        if mode == "small":
+            full.network.enable_gradient_checkpointing()
+        with full.mode, LiveStorage() as live:
+            held = live.count([*full.network.parameters(), *full.network.buffers()])
+            out = full.forward()
+            found[mode] = (live.current_bytes - held - out.nbytes) / 2**30
+    print("\n", kind, {mode: round(saved, 2) for mode, saved in found.items()})
+    assert found == pytest.approx(SAVED[kind], abs=0.01)

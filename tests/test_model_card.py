@@ -148,7 +148,7 @@ def test_login_is_checked_before_anything_is_loaded(
     if fault == "no token":
         monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     hub.error["create_repo"] = KeyError("401 Unauthorized\nfor url")
-    monkeypatch.setattr(setup, "DiffusionModel", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(setup, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert train.main(flags(tmp_path / "run", hub_model_id="them/x", **PUSHED)) == 1
     error = capsys.readouterr().err
     assert "hf auth login" in error and "drop --push_to_hub" in error and error.count("\n") == 1

@@ -11,13 +11,16 @@ import torch
 from runs import assert_same_end, built, facts, flags, killed_run, run_toy
 from safetensors.torch import load_file
 from test_fuse import fake_sdxl
+from test_fuse_transformer import build, inputs, results
+from test_fuse_transformer import error as error_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo_fast import train
 from spo_fast.config import optional_packages
 from spo_fast.config.training import Config
 from spo_fast.models.device import Device
-from spo_fast.models.quantised import QuantisedLinear, import_for
+from spo_fast.models.fuse import fuse
+from spo_fast.models.quantised import QuantisedLinear, import_for, in_full, quantise_base
 from spo_fast.ops.lora_linear import lora_linear, lora_linears
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 from spo_fast.toy.build import write_pairs
@@ -354,3 +357,29 @@ def test_what_cannot_be_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(optional_packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"or use --base_weights int8"):
         optional_packages.check_extras(config(tmp_path, base_weights="nf4").flat())
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_transformers_take_a_quantised_base(how: str, kind: str) -> None:
+    """Every linear layer of the blocks whose sizes fit, modulations of few rows included; fused as diffusers'."""
+    plain, fused, exact = (build(kind, "published", torch.float32) for _ in range(3))
+    layers = [quantise_base(network, how) for network in (plain, fused)]
+    names = {n for n, m in fused.named_modules() if isinstance(m, QuantisedLinear)}
+    blocks = [n for n, m in exact.named_modules() if type(m) is torch.nn.Linear and "transformer_blocks." in n]
+    assert names == {n for n in blocks if "lora_" not in n} and len(layers[1]) == len(names)
+    fuse(fused)
+    told = inputs(kind, dtype=torch.float32)
+    want = results(plain, told)
+    assert error_of(results(fused, told), want) < 2e-2  # of a last bit that rounds to another step
+    assert 1e-3 < error_of(results(exact, told), want) < 1
+    with in_full(layers[1]):
+        assert error_of(results(fused, told), results(exact, told)) < 1e-4
+
+
+def test_int8_products_of_few_rows() -> None:
+    """cuBLAS asks for more than 16: they are filled up with zeros, which changes no sum."""
+    weight, x = quantise(randn(32, 48, seed=0), "int8"), randn(40, 48, seed=1)
+    whole = quantised_linear(x, weight, None)
+    for rows in (1, 16, 17):
+        assert torch.equal(quantised_linear(x[:rows], weight, None), whole[:rows])

@@ -283,7 +283,7 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
             {"model": "sdxl", "pretrained_model_name_or_path": "/m/x.safetensors"},
             'StableDiffusionXLPipeline.from_single_file("/m/x.safetensors"',
         ),
-        ({"model": "sd35", "height": 512}, 'pipe("a prompt", height=512, num_inference_steps='),
+        ({"model": "sd35", "height": 512}, 'pipe("a prompt", height=512, width=512, num_inference_steps='),
         ({"model": "toy-flow"}, "settings |= dict(text_encoder_3=None, tokenizer_3=None)"),
         (
             {"model": "flux", "pretrained_model_name_or_path": "/m/x.safetensors"},

@@ -330,7 +330,7 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     ),
     "LoRA on other layers": (
         lambda p: p.lora(lora_targets=["to_q", "to_k"]),
-        ["on other layers than --lora_targets to_q to_k: use --lora_targets conv1 conv2 to_k to_out.0 to_q to_v"],
+        ["on other layers than --lora_targets: use --lora_targets conv1 conv2 to_k to_out.0 to_q to_v"],
     ),
     "LoRA of another alpha": (lambda p: p.lora(lora_alpha=2), ["has alpha 8, but here it is 2: use --lora_alpha 8"]),
     "LoRA of another base model": (

@@ -81,7 +81,7 @@ def build_parser(
     parser = Parser(
         prog,
         description,
-        usage=f"{prog} --model {{{','.join(presets)}}} [--flag value ...]",
+        usage=f"{prog} \\\n      --model {{{','.join(presets)}}} [--flag value ...]",
         epilog="examples:\n" + "\n".join(f"  {prog} \\\n      {line}" for line in examples),
         argument_default=argparse.SUPPRESS,
     )

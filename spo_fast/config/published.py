@@ -144,14 +144,17 @@ def dense(given: Given) -> dict[str, Any]:
 
 
 def dpo(given: Given) -> dict[str, Any]:
-    """launchers/ of SalesforceAIResearch/DiffusionDPO: all weights, 2000 steps of 2048 pairs, 1e-8 x 2048."""
+    """launchers/ of SalesforceAIResearch/DiffusionDPO: all weights, 2000 steps of 2048 pairs, 1e-8 x 2048.
+
+    Of flows the highest of Flow-DPO's betas, 100 to 2000.
+    """
     steps = {"max_train_steps": 2000, "num_train_epochs": 10_000, "sample_batch_size": 2048, "checkpointing_steps": 500}
     optim = {"learning_rate": 2.048e-5, "adam_weight_decay": 0.01, "max_grad_norm": 1.0}
     schedule = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500}
     published = {"full_finetune": True, "scorer": ("pickscore",), "prompt_dropout": 0.2, **steps, **optim, **schedule}
     return _by_model(
         given,
-        {"beta": 5000.0, "branch_start": 0},
+        {"beta": 2000.0 if given["model"] in FLOWS else 5000.0, "branch_start": 0},
         sd15={**published, "train_batch_size": 16, "gradient_accumulation_steps": 128},
         sdxl={**published, "train_batch_size": 4, "gradient_accumulation_steps": 512, "lr_warmup_steps": 200}
         | {"optimizer": "adamw8bit"},  # published: Adafactor, to save memory too

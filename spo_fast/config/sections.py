@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from spo_fast.config.fields import Count, NotNegative, Positive, Range, Section, Share, Whole, require
 from spo_fast.config.scorers import SCORER_SOURCES, SCORERS
 
-
 FLOWS = ("toy-flow", "sd35", "flux")
 """Of --model: those whose networks predict the velocity of a flow."""
 

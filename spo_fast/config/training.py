@@ -31,7 +31,15 @@ from spo_fast.config.fields import (
 )
 from spo_fast.config.methods import METHODS, find_method, readers
 from spo_fast.config.scorers import name_and_weight, scorer_names
-from spo_fast.config.sections import AdamConfig, ComputeConfig, LoopConfig, ModelConfig, PairSourceConfig, ScorerPaths
+from spo_fast.config.sections import (
+    FLOWS,
+    AdamConfig,
+    ComputeConfig,
+    LoopConfig,
+    ModelConfig,
+    PairSourceConfig,
+    ScorerPaths,
+)
 
 # ------------------------------------------------------------------------------------------------ what a field may hold
 
@@ -388,6 +396,10 @@ class Config(Settings):
         trained = {name_and_weight(entry)[0] for entry in self.scorer.scorer}
         shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
         require(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
+        require(
+            "lrm" not in trained or self.objective.method == "lpo" or self.model.model not in FLOWS,
+            f"scorer=lrm is a UNet of SD-1.5 or SDXL, which cannot judge latents of {self.model.model}. Use spm.",
+        )
         method, settings = find_method(self.objective.method), self.flat()
         misfit = method.asked("misfit", settings)
         require(not misfit, f"method={self.objective.method} {misfit}")

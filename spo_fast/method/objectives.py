@@ -225,12 +225,23 @@ class MSPO(SPO):
 class D3PO(SPO):
     """D3PO (arXiv 2311.13231): whole trajectories from one x_T are compared by their ends; each step is a term.
 
-    It is MSPO with one segment from branch_start to the end. scripts/rm/train_d3po.py, whose loss is SPO's.
+    It is MSPO with one segment from branch_start to the end. scripts/rm/train_d3po.py, whose loss is SPO's. Where the
+    last steps are not trained (they add no noise) the trajectories still go to their ends.
     """
 
     def sampling(self, cfg: SampleConfig) -> SampleConfig:
         """One segment: all steps are inner ones."""
-        return replace(cfg, num_inner_steps=cfg.num_steps)
+        return replace(cfg, num_inner_steps=cfg.num_steps, branch_end=None)
+
+    def term_states(self, cfg: SampleConfig) -> list[int]:
+        """Of the steps that are trained."""
+        return super().term_states(cfg)[: cfg.branching_steps]
+
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """Terms of whole trajectories' trained steps."""
+        assert isinstance(batch, RolloutBatch)
+        walk = rollout_segments(replace(sampler, cfg=self.sampling(sampler.cfg)), batch)
+        return walk.first(sampler.cfg.branching_steps).compact(batch.cond)
 
 
 class LPO(SPO):

@@ -64,6 +64,12 @@ class Segments:
     shared: list[bool]  # (G,) whether all sides have one x_t
     scores: Tensor  # every score, in order
 
+    def first(self, slots: int) -> Segments:
+        """The first so many slots."""
+        kept = slice(slots)
+        rows, shared = self.rows[kept], self.shared[kept]
+        return Segments(self.x_t[kept], self.x_prev[kept], self.valid[kept], rows, shared, self.scores)
+
     def compact(self, cond: Cond) -> Experience:
         """What was kept as loss terms, in the order segment, step, prompt. The rollout's one read of the device."""
         sides = torch.arange(self.x_t.shape[1])

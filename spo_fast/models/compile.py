@@ -12,13 +12,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, fx, nn
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]]
 """What torch.compile hands a graph and its inputs."""
-BLOCKS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D)
+BLOCKS: tuple[type[nn.Module], ...] = (
+    BasicTransformerBlock,
+    ResnetBlock2D,
+    JointTransformerBlock,
+    FluxTransformerBlock,
+    FluxSingleTransformerBlock,
+)
 GRAPHS = 256
 """Of one function: shapes x batch sizes x (with and without gradient, with and without LoRA). PyTorch stops at 8."""
 

@@ -68,10 +68,10 @@ def _normed(x: Tensor, weight: Tensor | None, heads: int, eps: float) -> Tensor:
 def _turned(x: Tensor, rotary: Tensor | None) -> Tensor:  # (B, S, H, D)
     if rotary is None:
         return x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rotary[:, :, None].to(wide)
-    a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    cos, sin = rotary[:, :, None]  # in float32, and so is all that is multiplied by them, if it is not in float64
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.stack(turned, -1).flatten(-2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- Triton kernels

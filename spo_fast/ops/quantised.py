@@ -15,11 +15,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops.backend import Context, library_op
 
+FEW = 16  # rows of int8 that cuBLAS does not multiply: it takes more
 BLOCK = 64  # weights that share a scale in NF4
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -70,7 +72,11 @@ def add_product(y: Tensor, x: Tensor, values: Tensor, scale: Tensor | None, out:
     if scale is None or values.dtype == torch.uint8:
         return torch.addmm(y, x, dense(values, scale, x.dtype).t(), out=out)  # addmm_ would escape the FLOP counter
     q, x_scale = _rounded(x, values.dtype)
-    sums = torch._int_mm(q, values.t()) if values.dtype == torch.int8 else FP8_PRODUCT(q, values)
+    if values.dtype == torch.int8:
+        few = len(q) <= FEW  # the modulations of a transformer's block are of samples, not of tokens
+        sums = torch._int_mm(F.pad(q, (0, 0, 0, 2 * FEW - len(q))) if few else q, values.t())[: len(q)]
+    else:
+        sums = FP8_PRODUCT(q, values)
     return torch.add(y, sums.mul(x_scale).mul_(scale.t()).to(x.dtype), out=out)
 
 

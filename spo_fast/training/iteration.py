@@ -16,7 +16,7 @@ import torch
 
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.base import InPhase
-from spo_fast.scorers.weighted import Normalised
+from spo_fast.scorers.weighted import Normalised, WeightedSum
 from spo_fast.training import batches, diagnosis
 from spo_fast.training.rebalance import rebalance, whole_scores
 from spo_fast.training.rollout_statistics import Pictures, of_scores
@@ -87,7 +87,10 @@ class Iterates:
         """One iteration: experience, frozen networks, updates. Returns what to log; None if the run is to stop."""
         cfg, sample, objective, state = self.cfg, self.cfg.sample, self.objective, self.state
         decode = Pictures(self.decode)
-        normalised = Normalised(self.scorer) if cfg.scorer.normalise_scorers else None
+        normalised = None
+        if cfg.scorer.normalise_scorers:
+            assert isinstance(self.scorer, WeightedSum)  # make_scorer's, even of one
+            normalised = Normalised(self.scorer)
         score = InPhase(normalised or self.scorer, functools.partial(self.score_phase, timer))  # decoding included
         with contextlib.suppress(Stopped), timer("rollout"), self.rollout_weights(sample, iteration):
             inputs = batches.inputs(self, iteration)

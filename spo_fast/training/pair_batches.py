@@ -110,7 +110,8 @@ class ImageLoader:
         latents = None
         B = len(batch.prompts)
         if self.noise:
-            mean, std = (torch.stack([i.row[name] for i in loaded if i.row]).to(device).float() for name in MOMENTS)
+            rows = (torch.stack([i.row[name] for i in loaded if i.row]) for name in MOMENTS)
+            mean, std = (row.to(device, self.model.latent_dtype) for row in rows)
             shape = tuple(mean.shape[1:])
             noise = torch.cat([draws.normal(POSTERIOR, shape, j) for j in range(2)])
             latents = self.model.scaled(mean + std * noise).unflatten(0, (2, B))

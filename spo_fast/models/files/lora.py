@@ -468,10 +468,8 @@ def read_lora(path: str | Path, unet: LoraNetwork, adapter: AdapterConfig) -> di
         )
     if found.keys() != {name for name, _ in unet.named_parameters() if ".lora_" in name}:
         targets = " ".join(sorted({_ending(layer) for layer in lora.layers}))
-        raise ValueError(
-            f"{label} is on other layers than --lora_targets {' '.join(adapter.lora_targets)}: "
-            f"use --lora_targets {targets}, or another file."
-        )
+        why = f"is on other layers than --lora_targets: use --lora_targets {targets:.190}, or another file."
+        raise ValueError(f"--lora_path {_shown(file, f'--lora_path {why}')} {why}")
     alphas = sorted({layer.scale * adapter.rank for layer in lora.layers.values()})
     if not math.isclose(alphas[0], alphas[-1], rel_tol=1e-6):
         shown = f"{alphas[0]:g} to {alphas[-1]:g}"

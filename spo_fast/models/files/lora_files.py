@@ -97,7 +97,7 @@ def save_transformer_lora(
     """Write a flow transformer's LoRA for diffusers (LORA_FILE) and for ComfyUI (COMFYUI_FILE); returns the files.
 
     state: ...to_q.lora_A.weight, as PEFT names them without an adapter's name. settings: `written_settings`. diffusers
-    reads alpha from the metadata and passes over tensors of that name; ComfyUI the other way round.
+    reads alpha from the metadata, and its SD3 refuses a file with tensors of that name; ComfyUI reads those alone.
     """
     import torch
     from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin

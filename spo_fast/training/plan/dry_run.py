@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,11 @@ SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run
 
 def report(cfg: Config, device: Device | None = None) -> str:
     """The text of a dry run. device: None looks for one."""
+    return "\n\n".join(sections(cfg, device))
+
+
+def sections(cfg: Config, device: Device | None = None) -> Iterator[str]:
+    """Its parts as they are known: the files at once, what is counted seconds later."""
     if device is None:
         device = found_device(pick_device(cfg.run.device))
     looked = look_for(cfg.model, run_paths(cfg))
@@ -44,6 +49,7 @@ def report(cfg: Config, device: Device | None = None) -> str:
     if resolved is not None:
         import_networks()
         check_weights(resolved)
+    yield _section("files", files_table(looked))
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
     total, encoded, steps = steps_text(cfg, costs.terms_per_prompt)
@@ -52,14 +58,17 @@ def report(cfg: Config, device: Device | None = None) -> str:
     parts = {
         "settings (flags over file over preset)": yaml.safe_dump(cfg.flat(), sort_keys=False).rstrip(),
         f"chosen for this device ({device.name}{memory})": listed(choices) or "nothing: all was given",
-        "files": files_table(looked),
         "steps": steps,
         "FLOPs, counted (2 x multiply-add)": flops_table(costs, total, encoded, shares),
         "disk": disk_text(cfg, costs, total),
         "memory, predicted from the shapes": memory_table(costs, device),
         "time": time_estimate(cfg, costs, device, total, shares[-1]),
     }
-    return "\n\n".join(f"== {title}\n{text}" for title, text in parts.items())
+    yield from (_section(title, text) for title, text in parts.items())
+
+
+def _section(title: str, text: str) -> str:
+    return f"== {title}\n{text}"
 
 
 def files_table(looked: Iterable[Present | Missing]) -> str:

@@ -168,7 +168,8 @@ def vae_settings(kind: str, resolved: Resolved | None, name: str | None) -> dict
     if files:
         return read_json(files[0])
     if resolved is None and name in TINY_VAES.values():
-        return {"_class_name": "AutoencoderTiny"}  # the class's own defaults
+        channels = read_json(CONFIGS / kind / "vae" / "config.json")["latent_channels"]
+        return {"_class_name": "AutoencoderTiny", "latent_channels": channels}  # else the class's own defaults
     fixed = {"force_upcast": False} if name == DEFAULTS["sdxl"].pretrained_vae_model_name_or_path else {}
     return read_json(CONFIGS / kind / "vae" / "config.json") | fixed
 

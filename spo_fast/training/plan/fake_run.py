@@ -101,6 +101,7 @@ class FakeRun(Iterates):
             if self.learner.straddles:
                 self.learner.fill_gradients()
             states, text = self._iterate(live), self._text()
+        once.tally.pop("", None)  # that text again, of no phase
         resident = self.held.resident(cfg, self.policy, self.model.vae, self.networks.scorers)
         encoders = sum(self.held.of(encoder.parameters()) for encoder in self.model.text_encoders())
         if self.pairs is not None:  # new prompts come all the time

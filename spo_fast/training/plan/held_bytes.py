@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spo_fast.config.sections import AdamConfig
 from spo_fast.config.training import Config
+from spo_fast.models.doors import flow_door
 from spo_fast.models.merged import base_weight, lora_layers
 from spo_fast.models.policy import Policy
 from spo_fast.models.sharded import BUCKET
@@ -46,13 +47,14 @@ class HeldBytes:
     def resident(self, cfg: Config, policy: Policy, vae: nn.Module, scorers: dict[str, Scorer]) -> dict[str, int]:
         """Part -> bytes held through the training."""
         trained, full = {id(p) for p in policy._weights}, cfg.adapter.full_finetune
+        network = "UNet" if flow_door(policy.network) is None else "transformer"
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharing(cfg) > 1 or m is not p]
         rest = [t for t in (*policy.network.parameters(), *policy.network.buffers()) if full or id(t) not in trained]
         merged = [base_weight(layer) for _, layer in lora_layers(policy.network)]
         state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
         weights = {name: [w for part in networks_of(s) for w in part.parameters()] for name, s in scorers.items()}
         held = {
-            "UNet": self.of(rest),
+            network: self.of(rest),
             "LoRA": 0 if full else self.of(policy._weights),
             "float32 masters": self.of(_own(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights != "merged" else self.of(merged),
