@@ -54,8 +54,8 @@ class WeightedSum:
         found = [i for i, (low, high) in enumerate(self.ranges) if low <= t <= high]
         if not found:
             raise ValueError(
-                f"no scorer judges at t = {t}, where candidates are compared: the ranges of --scorer are "
-                f"{', '.join(f'{low}-{high}' for low, high in self.ranges)}. Widen one (finished pictures are at t = 0)."
+                f"no scorer judges at t = {t}: the ranges of --scorer are "
+                f"{', '.join(f'{low}-{high}' for low, high in self.ranges)}. Widen one; finished pictures are at t = 0."
             )
         return found
 

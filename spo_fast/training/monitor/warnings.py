@@ -135,8 +135,8 @@ class Watch:
         if self._flat < FLAT_ITERATIONS:
             return ""
         return (
-            f"{share or 0:.0%} of the prompts' candidates score all alike, which teaches nothing: the scorer cannot tell "
-            "them apart. Raise --num_candidates, mix in another scorer, or use prompts that are not solved yet"
+            f"{share or 0:.0%} of the prompts' candidates score all alike, which teaches nothing: the scorer cannot "
+            "tell them apart. Raise --num_candidates, mix in another scorer, or use prompts that are not solved yet"
         )
 
     def _pictures_grow_alike(self, record: Record) -> str:
@@ -145,8 +145,8 @@ class Watch:
             return ""
         return (
             f"a prompt's pictures have grown alike: their mean difference has fallen from {found[0]:.3g} to "
-            f"{found[1]:.3g} since the run began (collapse). Go back to an earlier checkpoint, lower --learning_rate, or "
-            "hold on to the reference"
+            f"{found[1]:.3g} since the run began (collapse). Go back to an earlier checkpoint, lower --learning_rate, "
+            "or hold on to the reference"
         )
 
     def _predictions_change_size(self, record: Record) -> str:
@@ -154,8 +154,8 @@ class Watch:
         if found is None or abs(found[1] / found[0] - 1) < OUTPUT_CHANGE:
             return ""
         return (
-            f"the network's predictions have changed their size from {found[0]:.3g} to {found[1]:.3g} since the run began: "
-            "pictures will be over- or underexposed. Lower --learning_rate, or hold on to the reference"
+            f"the network's predictions have changed their size from {found[0]:.3g} to {found[1]:.3g} since the run "
+            "began: pictures will be over- or underexposed. Lower --learning_rate, or hold on to the reference"
         )
 
     def _signs_of_hacking(self, record: Record) -> dict[str, str]:
