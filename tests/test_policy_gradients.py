@@ -277,7 +277,7 @@ def test_what_cannot_be_is_refused_in_a_line(
     "kind, method, settings, states",
     [
         ("sd35", "stepgrpo", {"sampler": "flow_sde", "branch_start": 3, "num_candidates": 3}, 3 * 5),
-        ("flux", "stepgrpo", {"branch_start": 1, "num_candidates": 2, "kl_weight": 0.1}, 3 * 3),  # no noise at the end
+        ("flux", "stepgrpo", {"branch_start": 1, "num_candidates": 2, "kl_weight": 0.1}, 3 * 5),  # of 8 but two
         ("sd35", "grpo", {"num_candidates": 2, "num_steps": 4, "grpo_window": "1:3"}, 3 * 2 * 2),
         ("flux", "nft", {"num_candidates": 2, "num_steps": 4, "advantage_std": "global"}, 3 * 2 * 4),
         ("sd35", "awm", {"num_candidates": 2, "num_steps": 4, "guidance_scale": 1.0}, 3 * 2 * 4),
@@ -285,7 +285,12 @@ def test_what_cannot_be_is_refused_in_a_line(
     ids=str,
 )
 def test_an_iteration_on_flows(
-    make: Any, kind: str, method: str, settings: dict[str, Any], states: int, monkeypatch: pytest.MonkeyPatch
+    make: Any,  # noqa: F811
+    kind: str,
+    method: str,
+    settings: dict[str, Any],
+    states: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before the first step policy, old policy and reference are one: ratios are 1, and every distance is 0."""
     # one optimizer step; the tables and the networks: test_flow_iteration.py

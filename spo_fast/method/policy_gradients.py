@@ -121,8 +121,10 @@ def group_advantages(scores: Tensor, global_std: bool = False) -> Tensor:  # (..
 
     global_std: not divided yet, since the deviation is that of everybody's scores (`over_global_std`).
     """
-    distance = scores - scores.mean(-2, keepdim=True)
-    return distance if global_std else distance / (scores.std(-2, correction=0, keepdim=True) + EPSILON)
+    wide = scores.double()  # equal ones have no distance, and a prompt's distances sum to 0
+    distance = wide - wide.mean(-2, keepdim=True)
+    found = distance if global_std else distance / (wide.std(-2, correction=0, keepdim=True) + EPSILON)
+    return found.to(scores.dtype)
 
 
 def over_global_std(e: Experience, scores: Tensor) -> Experience:
