@@ -44,7 +44,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         method = find_method(source["method"]).defaults(given) if "method" in source and given["model"] else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
-        if given["model"] in FLOWS:  # their authors' steps and guidance are a diffusion's
+        if given["model"] in FLOWS and not find_method(source.get("method", "spo")).of_flows:
+            # their authors' steps and guidance are a diffusion's
             method = {
                 name: value for name, value in method.items() if name not in ("num_steps", "guidance_scale", "eta")
             }

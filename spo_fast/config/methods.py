@@ -76,6 +76,8 @@ class Method:
     """The card's, besides the name."""
     recipe: Callable[[Given], Given] | None = None
     """What --recipe published changes for it; None: it has no such recipe."""
+    of_flows: bool = False
+    """Flows are among what was published: steps, guidance and eta too."""
     transitions: bool = True
     """It trains steps that add noise; else pictures are noised to any step's level."""
     misfit: Callable[[Given], str] = field(default=lambda settings: "")
@@ -288,6 +290,7 @@ METHODS: dict[str, Method] = {
             reads=TRAJECTORIES,
             settings=("clip", "advantage_clip", "kl_weight", "advantage_std", "grpo_window", "window_moves"),
             published=published.grpo,
+            of_flows=True,
             paper=Paper(title="Flow-GRPO", arxiv="2505.05470"),
             start=0.0,
             misfit=published.bad_window,
@@ -298,6 +301,7 @@ METHODS: dict[str, Method] = {
             reads=("num_candidates", "branch_start", "branch_end"),
             settings=("beta", "advantage_clip", "advantage_std", "kl_weight"),
             published=published.nft,
+            of_flows=True,
             paper=Paper(title="DiffusionNFT", arxiv="2509.16117"),
             transitions=False,
             misfit=published.guided_or_noisy,
@@ -308,6 +312,7 @@ METHODS: dict[str, Method] = {
             reads=("num_candidates", "branch_start", "branch_end"),
             settings=("advantage_clip", "advantage_std", "kl_weight", "awm_clip", "ema_weight"),
             published=published.awm,
+            of_flows=True,
             paper=Paper(title="Advantage weighted matching", arxiv="2509.25050"),
             transitions=False,
             start=0.0,
