@@ -28,7 +28,8 @@ test: $(READY)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_transition.py tests/test_preference_loss.py \
 		tests/test_resize_normalize.py tests/test_lora_linear.py tests/test_merge_lora.py \
-		tests/test_group_norm_silu.py tests/test_geglu.py
+		tests/test_group_norm_silu.py tests/test_geglu.py tests/test_ada_norm.py \
+		tests/test_gelu_tanh.py tests/test_joint_heads.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_golden.py -k 'ddim or loss'
 
 # the C library is built by then: the package is taken from here

@@ -101,7 +101,8 @@ def stage_graph(c: Context) -> None:
 
 
 OPS = ("transition", "preference_loss", "resize_normalize", "merge_lora", "lora_linear")
-LAYER_OPS = ("group_norm_silu", "geglu")  # each in a job of its own
+BLOCK_OPS = ("ada_norm", "gelu_tanh", "joint_heads")  # of a transformer's blocks
+LAYER_OPS = ("group_norm_silu", "geglu", *BLOCK_OPS)  # each in a job of its own
 """benchmarks/bench_<op>.py, each with cases(size, device, modes)."""
 
 
@@ -255,6 +256,7 @@ STAGES: dict[str, dict[str, Job]] = {
         "ops": Job(stage_ops, 180, 25, "the op table with torch.compile"),
         "ops/group_norm_silu": Job(stage_layer, 240, 25, "group_norm_silu with torch.compile"),
         "ops/geglu": Job(stage_layer, 120, 20, "geglu with torch.compile"),
+        **{f"ops/{op}": Job(stage_layer, 120, 20, f"{op} with torch.compile") for op in BLOCK_OPS},
         "ops/short": Job(stage_ops_short, 60, 10, "each op at one shape: Triton, CUDA C++, eager", default=False),
     },
     "ceilings": {
@@ -300,7 +302,15 @@ CALLS = {
         (
             *("sd15/modern", "sdxl/truth", "sdxl/modern", "sdxl/ours+graphs", "sdxl/ours+fuse", "sdxl/ours+compile"),
             *(f"sd15/ours+{row}" for row in ("graphs", "fuse", "compile")),
-            *("ops", "ops/group_norm_silu", "ops/geglu", "hours/sdxl-lrm", "hours/sd15-lrm", "hours/sd15-lpo"),
+            *(
+                "ops",
+                "ops/group_norm_silu",
+                "ops/geglu",
+                *(f"ops/{op}" for op in BLOCK_OPS),
+                "hours/sdxl-lrm",
+                "hours/sd15-lrm",
+                "hours/sd15-lpo",
+            ),
             *("libraries", "graph", "hours/sdxl-spo", "hours/sd15-spo", "hours/sdxl-lpo", "sdxl/ours+spm_bf16"),
         ),
         budget_s=420,

@@ -96,6 +96,29 @@ class LayerShape:
     silu: bool = False
 
 
+@dataclass(frozen=True)
+class StreamShape:
+    """Tokens of text and picture in a block of a transformer, both guidance halves in the batch."""
+
+    name: str
+    batch: int
+    tokens: int
+    text: int  # of the tokens
+    width: int
+    heads: int
+    rotary: bool
+
+
+STREAMS = {
+    "full": [
+        StreamShape("sd35 1024", 8, 4096 + 333, 333, 1536, 24, False),
+        StreamShape("flux 1024", 4, 4096 + 512, 512, 3072, 24, True),
+    ],
+    "tiny": [StreamShape("tiny", 2, 11, 4, 32, 2, False), StreamShape("tiny flux", 2, 11, 4, 32, 2, True)],
+}
+"""A rollout's step of SD3.5-medium and of FLUX.1 at 1024 pixels."""
+
+
 def step_shapes(size: str) -> list[StepShape]:
     """The published batches' children, and the x0 estimate of all candidates."""
     if size == "tiny":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 from spo_fast import train
 from spo_fast.config.presets import PRESETS
+from spo_fast.evaluation.pages import run_report
 from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.training import learner, loop
 
@@ -65,9 +67,10 @@ def flags(output_dir: Path, **settings: Any) -> list[str]:
     return command_line({**SMALL, "output_dir": output_dir, **settings})
 
 
-def run_toy(output_dir: Path, **settings: Any) -> Path:
-    """A run in this process to its end."""
-    assert train.main(flags(output_dir, **settings)) == 0
+def run_toy(output_dir: Path, *, curves: bool = False, **settings: Any) -> Path:
+    """A run in this process to its end. curves: of its report, whose drawing is a quarter of a small run's time."""
+    with contextlib.nullcontext() if curves else mock.patch.object(run_report, "draw", lambda chart, run: None):
+        assert train.main(flags(output_dir, **settings)) == 0
     return output_dir
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import faulthandler
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -452,10 +453,13 @@ def test_the_table_of_a_cpu(tmp_path, monkeypatch):
     assert len({(case.name, case.dtype) for case in cpu_ops.cases()}) == len(cpu_ops.cases()) > 30
 
 
-def test_cpu_iterations_take_turns_and_are_judged_in_their_own_type(tmp_path):
+def test_cpu_iterations_take_turns_and_are_judged_in_their_own_type(tmp_path, monkeypatch):
     """Two contenders of each type at the tiny size: ratios are to the first, and every record says how exact it is."""
     from benchmarks import cpu_iteration
 
+    forks = multiprocessing.get_context("forkserver")  # its five processes import PyTorch once, not each
+    forks.set_forkserver_preload(["benchmarks.cpu_iteration"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda how: forks)
     names = ["published", "published bf16", "float32", "bf16"]
     path = tmp_path / "records.jsonl"
     found = cpu_iteration.run(path, "tiny", names, (1.0,), turns=1)

@@ -131,7 +131,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
     return of
 
 
-QUICK = [("toy", "spo", {}), ("toy", "ddpo", {})]
+QUICK = [("toy", "spo", {})]
 SLOW = [(kind, m, {}) for kind in ("toy", "sd15", "sdxl") for m in METHODS if (kind, m, {}) not in QUICK] + [
     ("toy", "spo", {"compile": "full"}), ("toy", "spo", {"full_finetune": True}),
     ("toy", "mspo", {"rollout_weights": "merged"}), ("toy", "spo", {"branch_start": 0, "guidance_scale": 1.0}),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, flags
+from runs import ROOT, command_line
 
 from spo_fast import train
 from spo_fast.config.training import Config
@@ -147,18 +147,8 @@ def test_nothing_is_imported_that_nobody_asked_for(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert imported(["--help"], (*HEAVY, *COMPILER, "torch")) == "imported:"
-    assert imported([*flags(tmp_path / "run"), "--dry_run"], HEAVY) == "imported:"
-    line = [
-        "--model",
-        "sd15",
-        "--resolution",
-        "64",
-        "--device",
-        "cpu",
-        "--dry_run",
-        "--output_dir",
-        str(tmp_path / "x"),
-    ]
+    settings = {"model": "sd15", "resolution": 64, "device": "cpu", "output_dir": tmp_path / "x"}
+    line = [*command_line(settings), "--dry_run"]
     assert imported(line, HEAVY) == "imported:"
     assert imported(line, (*HEAVY, *COMPILER)) == "imported:"
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from test_sources import ldm_vae
 from tiny import make_tiny_flux, make_tiny_sd3, make_tiny_sdxl
 
 from spo_fast.config import presets
@@ -212,6 +213,17 @@ def test_a_single_file_is_the_transformer_of_its_base(tiny, single, tmp_path, pr
     assert layout.scheduler_config(resolved)["shift"] == 3.0
     assert layout.unet_files(resolved) == [file]
     assert file not in layout.text_files(resolved) and file not in layout.vae_files(resolved)
+
+
+def test_a_vaes_single_file_in_its_own_layout(tiny, tmp_path):
+    """As ae.safetensors, which has no quant_conv."""
+    own = load.load_vae(resolve(tiny["flux"], "flux"), torch.float32).state_dict()
+    save_file(ldm_vae(own, blocks=4), tmp_path / "ae.safetensors")
+    borrowed = dict(pretrained_vae_model_name_or_path=str(tmp_path / "ae.safetensors"), config=str(tiny["flux"]))
+    resolved = resolve(tiny["flux"], "flux", **borrowed)
+    found = load.load_vae(resolved, torch.float32)
+    assert all(torch.equal(value, own[name]) for name, value in found.state_dict().items())
+    assert found.config.shift_factor == 0.1159 and layout.vae_files(resolved) == [tmp_path / "ae.safetensors"]
 
 
 def published(folder: str, part: str = "transformer") -> Any:

@@ -732,7 +732,6 @@ def test_two_steps_from_the_command_line(
     directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Every method of flows, with the defaults that it brings."""
-    monkeypatch.setattr(Run, "export", lambda self, directory: [])  # the files have tests of their own
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "flow_scores.py").write_text(SCORES)

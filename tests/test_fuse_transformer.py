@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ from test_fuse import CountOps
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spo_fast.models.accelerate import blank_forward
+from spo_fast.models.attention import sdpa, shapes_of
+from spo_fast.models.compile import compile_network
 from spo_fast.models.fuse import fuse
 from spo_fast.models.fuse_transformer import FUSED, Rotary, rotary_of, transformer_text
+from spo_fast.models.merged import MergedWeights
 from spo_fast.ops import backend
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.training.plan.counters import CountFlops, LiveStorage
@@ -247,6 +252,54 @@ def test_tritons_ops_in_a_network(kind: str) -> None:
         assert error(trained(network, told), want) < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_blocks_compile_without_a_graph_break(kind: str) -> None:
+    """Each kind of block once for its first stream, which is added up, and once for those that are not yet."""
+    plain, fused, told = build(kind, "published"), build(kind, "published"), inputs(kind)
+    fuse(fused, recompute=True)  # a compiler decides by itself
+    torch._dynamo.reset()
+    compile_network(fused, "regional", backend="aot_eager")
+    assert error(trained(fused, told), trained(plain, told)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("kind", "latents", "want"),
+    [
+        ("sd3", (4, 8, 12), {((2, 31, 4, 8),) * 2: 3, ((2, 24, 4, 8),) * 2: 2}),
+        ("flux", (4, 8, 12), {((2, 31, 2, 16),) * 2: 4}),
+        ("schnell", (4, 8, 12), {((2, 31, 2, 16),) * 2: 3}),
+    ],
+)
+def test_shapes_of_attention(kind: str, latents: tuple[int, ...], want: dict[Any, int]) -> None:
+    network = build(kind, "published", torch.float32)
+    fuse(network)
+    assert shapes_of(network, blank_forward(network, 2, latents, 7)) == want
+    assert all(m.attend is sdpa for m in network.modules() if hasattr(m, "attend"))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_copies_and_merged_weights(kind: str) -> None:
+    """A copy of a fused network computes with its own weights; merged ones are those of the layers, one by one."""
+    network, told = build(kind, "published", torch.float32), inputs(kind, dtype=torch.float32)
+    want = network(**told).sample.detach()
+    fuse(network)
+    other = copy.deepcopy(network)
+    masters = dict(network.named_parameters())
+    merged = MergedWeights(network, masters)
+    merged.merge(seed=0, iteration=0)
+    with torch.no_grad():
+        other.transformer_blocks[0].attn.to_q.base_layer.weight.zero_()
+        other.transformer_blocks[0].attn.to_k.lora_B["default"].weight.zero_()
+        torch.testing.assert_close(network(**told).sample, want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(other(**told).sample, want, atol=1e-3)
+        network.disable_adapters()
+        with merged.swapped_in():
+            torch.testing.assert_close(network(**told).sample, want, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(network(**told).sample, want, atol=1e-3)
+
+
 def test_nothing_that_is_saved_changes() -> None:
     for kind in ("sd3", "flux"):
         plain, fused = build(kind, "published"), build(kind, "published")
@@ -471,8 +524,8 @@ def test_flops_are_the_least_possible(kind: str) -> None:
 
 
 SAVED = {  # GiB a row that wait for the backward
-    "sd3": {"diffusers": 6.94, "fast, PyTorch's ops": 6.03, "fast": 4.83, "balanced": 3.96},
-    "flux": {"diffusers": 24.25, "fast, PyTorch's ops": 24.24, "fast": 21.19, "balanced": 14.7},
+    "sd3": {"diffusers": 6.94, "fast, PyTorch's ops": 6.03, "fast": 4.83, "balanced": 3.96, "small": 0.32},
+    "flux": {"diffusers": 24.25, "fast, PyTorch's ops": 24.24, "fast": 21.19, "balanced": 14.7, "small": 1.53},
 }
 
 

@@ -152,16 +152,19 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_iterations_of_replays_equal_plain_ones(tmp_path, monkeypatch, name):
-    """Iterations whose prompts, noise, weights and number of valid pairs change: no number does, in log or file."""
-    settings = {"num_train_epochs": 3, "max_train_steps": 4, "checkpointing_steps": 3, **VARIANTS[name]}
+    """Iterations whose prompts, noise, weights and number of valid pairs change: no number does, in log or file.
+
+    The first runs as it is, the second is recorded, the third replayed.
+    """
+    settings = {"num_train_epochs": 3, "max_train_steps": 3, "checkpointing_steps": 2, **VARIANTS[name]}
     # no batch is filled up: sums over more rows differ in their last bits
     monkeypatch.setattr(accelerate, "state_sizes", lambda cfg, parts: ())
     plain = run_toy(tmp_path / "plain", **settings)
     runs = recorded.recording(monkeypatch)
     replayed = run_toy(tmp_path / "replayed", **settings)
-    assert facts(replayed) == facts(plain) and len(facts(plain)) == 4
+    assert facts(replayed) == facts(plain) and len(facts(plain)) == 3
     assert tree(replayed) == tree(plain)
-    for file in ("checkpoint-3/trained", "checkpoint-4/trained", "checkpoint-3/optimizer"):
+    for file in ("checkpoint-2/trained", "checkpoint-3/trained", "checkpoint-2/optimizer"):
         assert_same_tensors(plain / f"{file}.safetensors", replayed / f"{file}.safetensors")
     graphs = runs[0]
     kinds = {(key[0], key[1]) for key in graphs._captured}

@@ -286,7 +286,9 @@ def test_options_of_stepgrpo_match_their_formulas(changed, far, clip):
 def test_forward_losses_whatever_the_network_predicts(method, changed, kind):
     objective, steps, e, m = made(method, 0.3, kind)
     objective = replace(objective, **changed)
-    check_loss(objective, steps, e, m, lambda leaf, n: TRUTH[method](objective, leaf, steps, e, n))
+    for sign in (1, -1):  # a clamp holds good terms above, bad ones below
+        given = replace(e, advantage=sign * e.advantage)
+        check_loss(objective, steps, given, m, lambda leaf, n, e=given: TRUTH[method](objective, leaf, steps, e, n))
 
 
 def check_loss(objective, steps, e, m, truth):

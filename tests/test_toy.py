@@ -275,7 +275,8 @@ def test_pretraining_learns_v(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
     class Oracle:
-        def __call__(self, x_t, t, embeds, added_cond_kwargs):
+        def __call__(self, x_t, timestep, encoder_hidden_states, added_cond_kwargs):
+            t, embeds = timestep, encoder_hidden_states
             g = generator(7)  # the draws of loss(), in its order
             captions = toy_world.random_captions(list(CAPTIONS), 4, g)
             x0 = toy_world.draw(captions, g) * toy.SCALING

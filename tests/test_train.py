@@ -217,7 +217,7 @@ def test_finished_run_resumed_keeps_its_grids(shown_run: Path, tmp_path: Path) -
 def test_held_out_scores_and_looks_of_the_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The toy's true scores, and a metric that was asked for, of the pictures of the grids."""
     settings = {**GRIDS, "resolution": 16, "num_validation_images": 2}
-    out = run_toy(tmp_path / "run", **settings)
+    out = run_toy(tmp_path / "run", curves=True, **settings)
     assert "held-out layout" in capsys.readouterr().out
     records = [r for r in facts(out) if "validation_score" in r]
     run = built(tmp_path / "again", **settings)

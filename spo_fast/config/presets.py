@@ -91,7 +91,7 @@ def flux() -> Config:
 def toy_flow() -> Config:
     """The embedded world on a CPU, by a flow model of SD3's kind."""
     return Config(
-        model=ModelConfig(model="toy-flow", mixed_precision="no", decode_chunk=256),
+        model=ModelConfig(model="toy-flow", mixed_precision="no", decode_chunk=256, max_sequence_length=0),
         adapter=AdapterConfig(rank=8, lora_alpha=16, lora_targets=ATTENTION),
         sample=SampleConfig(sample_batch_size=16, num_steps=10, threshold=0.05, guidance_scale=2.0, branch_start=None),
         objective=ObjectiveConfig(method="spo"),
@@ -155,7 +155,7 @@ def flow_preference(model: Literal["sd35", "flux"]) -> PreferenceConfig:
 def toy_preference(model: Literal["toy", "toy-flow"] = "toy") -> PreferenceConfig:
     """The embedded world's SPM, from its PickScore."""
     return PreferenceConfig(
-        model=ModelConfig(model=model, mixed_precision="no", decode_chunk=256),
+        model=PRESETS[model]().model,
         optim=RewardOptimConfig(
             learning_rate=5e-4,
             adam_weight_decay=0.01,

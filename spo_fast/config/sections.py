@@ -52,9 +52,9 @@ class ModelConfig(Section):
     embedded_guidance: NotNegative | None = None
     """What FLUX.1-dev is told as guidance, as guidance_scale of diffusers' FluxPipeline. Default: 3.5. Its candidates
     need no second, unconditional half: --guidance_scale stays 1."""
-    max_sequence_length: Annotated[int, Range(1, 512)] | None = None
-    """Flow models: tokens of T5's prompts, as max_sequence_length of diffusers' pipelines. Default: 256 of sd35, 512 of
-    flux (schnell 256)."""
+    max_sequence_length: Annotated[int, Range(0, 512)] | None = None
+    """Flow models: tokens of T5's prompts (zeros where an SD3 lacks T5), as in diffusers' pipelines.
+    Default: 256 of sd35, 512 of flux."""
     decode_chunk: Count | None = None
     """Images decoded and scored at a time: memory against launches. Default: what the device's memory allows."""
 

@@ -50,6 +50,8 @@ class FlowModel(DiffusionModel):
         self.door, config = door, self.network.config
         own = [t.model_max_length for t in self.tokenizers]
         asked = cfg.max_sequence_length
+        if asked == 0 and len(own) == len(door.lengths):
+            raise ValueError("max_sequence_length=0 is for an SD3 without T5: this model has one. Use 1 to 512.")
         self.lengths = tuple(own[i] if n is None else n if asked is None else asked for i, n in enumerate(door.lengths))
         self.told_guidance = self._guidance(cfg)
         self.height, self.width, self.latent_shape = sizes(cfg, door, config, self.vae.config)

@@ -62,7 +62,7 @@ def made_again(recompute: bool, made: Sequence[Tensor], again: Callable[[], Sequ
 
     def pack(t: Tensor) -> Tensor | tuple[int, torch.Size, tuple[int, ...], int]:
         number = mine.get(t.untyped_storage()._cdata)
-        return t if number is None else (number, t.shape, t.stride(), t.storage_offset())
+        return t if number is None else (number, t.shape, t.stride(), int(t.storage_offset()))
 
     def unpack(saved: Tensor | tuple[int, torch.Size, tuple[int, ...], int]) -> Tensor:
         if isinstance(saved, Tensor):

@@ -81,8 +81,9 @@ def quantise_t5(encoder: PreTrainedModel, how: str = "int8") -> None:
 
 def _fits(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """A frozen linear layer, so no LoRA's matrix, of sizes that can be."""
-    frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
-    return frozen and not any(size % MULTIPLE for size in layer.weight.shape)
+    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+        return False
+    return not any(size % MULTIPLE for size in layer.weight.shape)
 
 
 @torch.no_grad()

@@ -48,7 +48,11 @@ class RowShards:
         return [key for key in wanted if key not in self._places]
 
     def _look(self) -> None:
-        new = [file for file in self.directory.glob("*.safetensors") if file.name not in self._seen]
+        try:
+            listed = os.listdir(self.directory)  # names alone: paths of 4,000 files take thrice as long
+        except FileNotFoundError:
+            return
+        new = (self.directory / name for name in listed if name not in self._seen and name.endswith(".safetensors"))
         for file in sorted(new, key=_written):  # a row that was made again is in the later file
             self._seen.add(file.name)
             try:

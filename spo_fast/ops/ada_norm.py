@@ -236,7 +236,7 @@ class _AdaNorm(torch.autograd.Function):
         out = ADA_NORM[name](x, gates, ys, shifts, scales, eps)
         h = out[norms] if residuals else x
         kept = [y if ctx.needs_input_grad[4 + i] else None for i, y in enumerate(ys)]
-        ctx.save_for_backward(h, *out[-2:], *gates, *scales, *kept)
+        ctx.save_for_backward(h, *out[-2:], *gates, *scales, *kept)  # type: ignore[arg-type]  # it takes None
         ctx.counts, ctx.name = (residuals, norms), name
         ctx.set_materialize_grads(False)
         return (*out[norms:-2], *out[:norms])

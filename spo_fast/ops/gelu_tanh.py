@@ -135,7 +135,7 @@ GELU_TANH = implementations("gelu_tanh", triton=_launch, fake=_fake)
 GRADIENT = implementations("gelu_tanh_backward", triton=_launch_backward, fake=_backward_fake)
 
 
-def _save(ctx: Context, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+def _save(ctx: Context, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 

@@ -4,6 +4,7 @@ Seeded and resumable: the same command goes on where it was stopped. Pretraining
 v-prediction on captioned pictures at uniform timesteps, a tenth of the captions dropped for guidance, an average of the
 weights kept. The preference model is trained by `python -m spo_fast.train_spm` on pairs of the same world.
 `--size large` makes one for a GPU: 64x64 pictures behind a VAE that is trained first (toy.LARGE).
+`--size flow` makes the flow model of the same world (toy.FLOW), which the small one's preference models judge.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,16 @@ from spo_fast import train, train_spm
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
 from spo_fast.evaluation.statistics import Estimate, estimate
-from spo_fast.models.files.toy import MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
+from spo_fast.models.files.toy import (
+    FLOW_WEIGHTS,
+    MAX_LENGTH,
+    SCALING,
+    SIZES,
+    WEIGHTS,
+    Size,
+    save_pipeline,
+    toy_parts,
+)
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
 from spo_fast.scorers.clip_files import load_any_clip, save_clip
 from spo_fast.toy import evaluate
@@ -48,15 +59,14 @@ EMA_DECAY = 0.999
 SAVE_EVERY = 250
 PAIRS, PAIRS_SEED = 49_152, 1000
 PICTURES = 512  # to score the base model by
-TRAINED = ("unet", "text_encoder", "text_encoder_2")
-
+SHIPPED = {"small": WEIGHTS, "flow": FLOW_WEIGHTS}
 
 SMALL = SIZES["small"]
 
 
 def device_of(size: Size) -> str:
-    """The shipped toy is made on a CPU, always by the same numbers."""
-    return "cuda" if size != SMALL and torch.cuda.is_available() else "cpu"
+    """The shipped toys are made on a CPU, always by the same numbers."""
+    return "cuda" if size.name not in SHIPPED and torch.cuda.is_available() else "cpu"
 
 
 def precision(size: Size) -> list[str]:
@@ -103,60 +113,78 @@ def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf
 
 
 class Pretraining:
-    """The base model being trained, its average, and its optimizer. The large one computes in bf16 on a GPU."""
+    """The base model being trained, its average, and its optimizer. The large one computes in bf16 on a GPU.
+
+    This one is a diffusion; `FlowPretraining` says what else a flow is.
+    """
 
     def __init__(self, seed: int, steps: int, size: Size = SMALL, vae: AutoencoderKL | None = None):
         self.seed, self.steps, self.step, self.cpu_s = seed, steps, 0, 0.0
         self.size, self.device, self.batch = size, device_of(size), size.batch or BATCH
         self.parts = toy_parts(seed, size) | ({} if vae is None else {"vae": vae})
-        self.modules = nn.ModuleDict({name: self.parts[name] for name in TRAINED}).train().to(self.device)
+        self.trained = (size.network, "text_encoder", "text_encoder_2")
+        self.modules = nn.ModuleDict({name: self.parts[name] for name in self.trained}).train().to(self.device)
         self.parts["vae"].to(self.device)
         self.parameters = list(self.modules.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         rate = size.learning_rate or LEARNING_RATE
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps - WARM_UP)
         linear = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1e-2, total_iters=WARM_UP)
-        self.schedule = torch.optim.lr_scheduler.SequentialLR(self.optimizer, [linear, cosine], [WARM_UP])
-        self.alphas = self.parts["scheduler"].alphas_cumprod.to(self.device)
+        schedules = [linear, self.annealing(steps - WARM_UP)]
+        self.schedule = torch.optim.lr_scheduler.SequentialLR(self.optimizer, schedules, [WARM_UP])
 
-    def condition(self, captions: list[str]) -> tuple[Tensor, Tensor]:  # (B, L, 2 WIDTH), (B, WIDTH)
-        """As SDXL's pipeline conditions: the layer before the last of both encoders, the second one's pooled output."""
+    def annealing(self, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate after the warm-up: half a cosine."""
+        return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, list[Tensor]]:  # (B, L, 2 WIDTH), (B, WIDTH) of each
+        """As the pipelines do: the layer before the last of both encoders side by side; and what each pools."""
         outputs = []
         for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             length = self.parts[tokenizer].model_max_length
             ids = self.parts[tokenizer](captions, padding="max_length", max_length=length, truncation=True).input_ids
             outputs.append(self.parts[encoder](torch.tensor(ids, device=self.device), output_hidden_states=True))
-        return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1].text_embeds
+        return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), [o[0] for o in outputs]
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:  # (B, 3, 16, 16) as drawn -> (B, C, h, w)
-        """What the UNet is trained on."""
+        """What the network is trained on."""
         if not self.size.vae_channels:
             return pixels * SCALING
         vae = self.parts["vae"]
         encoded = vae.encode(toy_world.enlarged(pixels, self.size.scale).to(self.device)).latent_dist.mean
         return encoded * vae.config.scaling_factor
 
+    def times(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:  # (B,) each
+        """Uniform timesteps as the network is told them, signal sqrt(alphabar) and noise sqrt(1 - alphabar)."""
+        alphas = self.parts["scheduler"].alphas_cumprod
+        t = torch.randint(len(alphas), (self.batch,), generator=generator)
+        return t, alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+
+    def target(self, x0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:  # (B, C, h, w)
+        """v = sqrt(alphabar) noise - sqrt(1 - alphabar) x0 (arXiv 2202.00512)."""
+        return signal * noise - sigma * x0
+
+    def condition(self, captions: list[str], keep: Tensor) -> dict[str, Any]:  # keep: (B,) bool
+        """What the UNet is told beside t: a dropped caption is zeros, as SDXL's unconditional embeddings are."""
+        embeds, pooled = self.encode(captions)
+        kept, side = keep.to(embeds), self.size.pixels
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).expand(len(captions), -1).float()
+        added = {"text_embeds": pooled[1] * kept[:, None], "time_ids": sizes}
+        return {"encoder_hidden_states": embeds * kept[:, None, None], "added_cond_kwargs": added}
+
     def loss(self, generator: torch.Generator) -> Tensor:
-        """Mean squared error of v = sqrt(alphabar) noise - sqrt(1 - alphabar) x0 (arXiv 2202.00512)."""
-        batch, device = self.batch, self.device
-        captions = toy_world.random_captions(list(toy_world.CAPTIONS), batch, generator)
+        """Mean squared error of the prediction on noised pictures, a tenth of the captions dropped."""
+        captions = toy_world.random_captions(list(toy_world.CAPTIONS), self.batch, generator)
         x0 = self.latents(toy_world.draw(captions, generator))
-        t = torch.randint(len(self.alphas), (batch,), generator=generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        embeds, pooled = self.condition(captions)
-        # a dropped caption is zeros, as SDXL's unconditional embeddings are
-        keep = (torch.rand(batch, generator=generator) >= DROP_CAPTION).float().to(device)
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
-        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        side = self.size.pixels
-        sizes = torch.tensor([[side, side, 0, 0, side, side]], device=device).expand(batch, -1).float()
-        added = {"text_embeds": pooled * keep[:, None], "time_ids": sizes}
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            inputs = (signal * x0 + sigma * noise, t, embeds * keep[:, None, None])
-            out = self.parts["unet"](*inputs, added_cond_kwargs=added)
-        return (out.sample.float() - (signal * noise - sigma * x0)).square().mean()
+        t, *levels = (level.to(self.device) for level in self.times(generator))
+        signal, sigma = (level.view(-1, 1, 1, 1) for level in levels)
+        noise = torch.randn(x0.shape, generator=generator).to(self.device)
+        keep = torch.rand(self.batch, generator=generator) >= DROP_CAPTION
+        told = self.condition(captions, keep)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
+            out = self.parts[self.size.network](signal * x0 + sigma * noise, timestep=t, **told).sample
+        return (out.float() - self.target(x0, noise, signal, sigma)).square().mean()
 
     def advance(self) -> float:
         """One optimizer step on pictures that depend on (seed, step) alone; returns the loss."""
@@ -202,9 +230,34 @@ class Pretraining:
         """The pipeline with the averaged weights in 16 bits, as it is shipped. Ends the training: weights are gone."""
         for p, average in zip(self.parameters, self.average, strict=True):
             p.copy_(average)
-        for name in (*TRAINED, "vae"):
+        for name in (*self.trained, "vae"):
             self.parts[name].cpu().half().eval()
         return self.parts
+
+
+class FlowPretraining(Pretraining):
+    """A flow model's: x_t = (1 - sigma) x0 + sigma noise, as Stable Diffusion 3 has it (arXiv 2403.03206)."""
+
+    def annealing(self, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """Constant, then down to nothing in the last quarter: what lies before it is the same for every `steps`."""
+        down = steps / 4
+        return torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (steps - step) / down))
+
+    def times(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:  # (B,) each
+        """Sigmas as dense as sampling has them: 1000 sigma is told, signal 1 - sigma, noise sigma."""
+        sigma, shift = torch.rand(self.batch, generator=generator), self.size.shift
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        return 1000 * sigma, 1 - sigma, sigma
+
+    def target(self, x0: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:  # (B, C, h, w)
+        """The velocity dx/dsigma = noise - x0."""
+        return noise - x0
+
+    def condition(self, captions: list[str], keep: Tensor) -> dict[str, Any]:  # keep: (B,) bool
+        """What the transformer is told beside t: a dropped caption is the empty one; no tokens stand for T5's."""
+        texts = [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+        embeds, pooled = self.encode(texts)
+        return {"encoder_hidden_states": embeds, "pooled_projections": torch.cat(pooled, dim=-1)}
 
 
 def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline: float = math.inf) -> Path | None:
@@ -217,7 +270,7 @@ def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline
         vae = train_vae(work_dir / "vae", seed, size, deadline)
         if vae is None:
             return None
-    run = Pretraining(seed, steps, size, vae)
+    run = (FlowPretraining if size.blocks else Pretraining)(seed, steps, size, vae)
     if state.is_file():
         run.load(state)
         print(f"going on at step {run.step}")
@@ -246,7 +299,7 @@ def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline
     draft = work_dir / ".pipeline"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_pipeline(draft, run.averaged_parts(), "StableDiffusionXLPipeline")
+    save_pipeline(draft, run.averaged_parts(), size.pipeline)
     write_atomically(draft / "build.json", json.dumps({"pretraining": record}, indent=1) + "\n")
     os.replace(draft, directory)
     return directory
@@ -336,30 +389,38 @@ def agreement(pairs: toy_world.LabelledPairs) -> dict[str, float]:
 
 def base_scores(work_dir: Path, size: Size = SMALL) -> dict[str, dict[str, Estimate]]:
     """True scores of PICTURES of test prompts at each guidance scale: (mean, standard error, pictures)."""
+    prompts = evaluate.prompts_to_test(PICTURES)
+
+    def scores_of(pictures: Callable[[float], Tensor]) -> dict[str, dict[str, Estimate]]:
+        found = {}
+        for g in evaluate.GUIDANCE_SCALES:
+            scores = evaluate.true_scores(pictures(g), prompts)
+            found[f"guidance {g:g}"] = {name: estimate(values) for name, values in scores.items()}
+        return found
+
+    if size.blocks:
+        return scores_of(lambda g: evaluate.flow_pictures(work_dir / "pipeline", prompts, g, seed=0))
     spm = work_dir / "spm" / "preference_model" / "model.safetensors"
     paths = ("--pretrained_model_name_or_path", str(work_dir / "pipeline"), "--spm_path", str(spm))
     out = ("--output_dir", str(work_dir / "base"), *precision(size))
     run = train.build(train.parse(["--model", "toy", *paths, *out]))
-    prompts, found = evaluate.prompts_to_test(PICTURES), {}
     with run.policy.reference():
-        for g in evaluate.GUIDANCE_SCALES:
-            scores = evaluate.true_scores(evaluate.pictures(run, prompts, g, seed=0), prompts)
-            found[f"guidance {g:g}"] = {name: estimate(values) for name, values in scores.items()}
-    return found
+        return scores_of(lambda g: evaluate.pictures(run, prompts, g, seed=0))
 
 
 def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
-    """The pipeline, both preference models in 16 bits, and the record, put in the place of what was there."""
+    """The pipeline, preference models of its own in 16 bits, and the record, put in the place of what was there."""
     draft = work_dir / ".weights"
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(work_dir / "pipeline", draft)
     record = json.loads((draft / "build.json").read_text())
-    for name in ("pickscore", "spm"):
-        clip = load_any_clip(work_dir / name / "preference_model")
-        save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
-        record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+    if not size.blocks:
+        for name in ("pickscore", "spm"):
+            clip = load_any_clip(work_dir / name / "preference_model")
+            save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
+            record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
+        record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     record["base"] = base_scores(work_dir, size)
-    record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     for path in draft.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -380,6 +441,15 @@ def build(
     pipeline = pretrain(work_dir, seed, steps, size, deadline)
     if pipeline is None:
         return False
+    if not size.blocks and not train_judges(work_dir, pipeline, size, seed, pairs, deadline):
+        return False
+    assemble(work_dir, output_dir, size)
+    print(f"the toy's weights: {output_dir}")
+    return True
+
+
+def train_judges(work_dir: Path, pipeline: Path, size: Size, seed: int, pairs: int, deadline: float) -> bool:
+    """PickScore and the SPM on labelled pairs; False if time (monotonic seconds) ran out before one of them."""
     if not (work_dir / "pairs.parquet").is_file():
         write_pairs(work_dir / "pairs.parquet", pairs, PAIRS_SEED + seed, scale=size.scale)
     tokenizer = CLIPTokenizerFast.from_pretrained(str(pipeline / "tokenizer"))
@@ -394,24 +464,24 @@ def build(
     if time.monotonic() > deadline:
         return False
     train_preference_model(work_dir, "spm", "--init_path", str(pickscore), *common)
-    assemble(work_dir, output_dir, size)
-    print(f"the toy's weights: {output_dir}")
     return True
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m spo_fast.toy.build", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="large: 64x64 pictures, for a GPU")
-    parser.add_argument("--work_dir", help="where the build is kept until it is done (default runs/toy-build[-large])")
+    sizes = "large: 64x64 pictures, for a GPU; flow: Stable Diffusion 3's kind of model"
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help=sizes)
+    parser.add_argument("--work_dir", help="where the build is kept until it is done (default runs/toy-build[-SIZE])")
     parser.add_argument("--output_dir", help="where the finished weights go (default the package, or runs/toy-large)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help=f"of pretraining (default {STEPS}, large {SIZES['large'].steps})")
+    defaults = ", ".join(f"{name} {size.steps}" for name, size in SIZES.items() if size.steps)
+    parser.add_argument("--steps", type=int, help=f"of pretraining (default {STEPS}, {defaults})")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"labelled pairs (default {PAIRS})")
     args = parser.parse_args(arguments)
     size = SIZES[args.size]
-    work_dir = Path(args.work_dir or ("runs/toy-build" if size == SMALL else "runs/toy-build-large"))
-    output_dir = Path(args.output_dir or (WEIGHTS if size == SMALL else "runs/toy-large"))
+    work_dir = Path(args.work_dir or ("runs/toy-build" if size == SMALL else f"runs/toy-build-{size.name}"))
+    output_dir = Path(args.output_dir or SHIPPED.get(size.name, f"runs/toy-{size.name}"))
     build(work_dir, output_dir, size, args.seed, args.steps or size.steps or STEPS, args.pairs)
     return 0
 

@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
 def claims(arguments: list[str] | None) -> None:
     """The command: runs what is missing, then writes and prints the tables."""
     parser = Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the toy; large: for a GPU")
+    parser.add_argument("--size", choices=("small", "large"), default="small", help="of the toy; large: for a GPU")
     parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-large]/records.jsonl)")
     parser.add_argument("--work_dir", type=Path, help="pairs and models on the way (default work, beside the records)")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="no run is started later than this")

@@ -26,11 +26,13 @@ from spo_fast.evaluation.statistics import Estimate, estimate
 from spo_fast.method.experience import Candidates
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.rollout import RolloutBatch, rollout_segments
+from spo_fast.models.files.toy import WITHOUT_T5
 from spo_fast.training import run_directory
 from spo_fast.training.loop import Run
 
 BATCH = 128
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0)
+FLOW_STEPS = 20  # Euler's, of a flow model's pictures
 NOISE = 2**32 - 2  # the iteration whose noise evaluations use: neither training nor validation gets there
 
 
@@ -56,6 +58,24 @@ def pictures(run: Run, prompts: list[str], guidance_scale: float, seed: int) -> 
         numbers = range(start, start + len(part))
         latents = draw_latents(run.policy, run.model, table, part, numbers, guidance_scale, (seed, NOISE))
         made.append(run.model.decode(latents).float().cpu())
+    return torch.cat(made)
+
+
+def flow_pictures(directory: Path, prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
+    """(N, 3, 16, 16) in FLOW_STEPS Euler steps of diffusers' own pipeline, without T5's tokens, not clamped."""
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        directory, **WITHOUT_T5, torch_dtype=torch.float32, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator, made = torch.Generator().manual_seed(seed), []
+    settings = {"num_inference_steps": FLOW_STEPS, "max_sequence_length": 0, "output_type": "latent"}
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        latents = pipe(part, guidance_scale=guidance_scale, generator=generator, **settings).images
+        with torch.no_grad():
+            made.append(pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample)
     return torch.cat(made)
 
 

@@ -1,7 +1,8 @@
-"""The toy's pipeline: SDXL's parts at a tiny size, in diffusers layout, for 16x16 pictures.
+"""The toys' pipelines: SDXL's parts, or Stable Diffusion 3's, at a tiny size, in diffusers layout, for 16x16 pictures.
 
-It is loaded by the code that loads SDXL (sources.py) and by StableDiffusionXLPipeline.from_pretrained, so
-everything downstream meets a real pipeline. Its weights are pretrained by toy/build.py and shipped in toy/weights.
+They are loaded by the code that loads SDXL or SD3 (sources.py) and by the pipelines' own from_pretrained, so everything
+downstream meets a real pipeline. toy/build.py pretrains them; their weights are shipped in toy/weights and
+toy/weights_flow.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from spo_fast.data.toy_world import COLOURS, SHAPES, SIZE
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 WEIGHTS = Path(__file__).parents[2] / "toy" / "weights"
 """The shipped pipeline; its step-aware preference model lies in spm/, the record of the build in build.json."""
-
 FLOW_WEIGHTS = WEIGHTS.with_name("weights_flow")
-"""The shipped flow model of the same pictures and captions, judged by the same preference models."""
+"""The flow model of the same world, pictures and latents, so WEIGHTS' preference models judge it too."""
 
 WIDTH = 64
-"""Of each text encoder of the shipped toy; the UNet attends to both side by side."""
+"""Of each text encoder of the shipped toys; the network attends to both side by side."""
 MAX_LENGTH = 16
 """Tokens: every caption of the world fits; other text falls apart into bytes."""
 SCALING = 3.0
@@ -53,6 +55,12 @@ class Size:
     clip_widths: tuple[int, int] = (48, 72)
     """Text and vision tower of the preference models, patches of 4x4 world pixels."""
     clip_layers: tuple[int, int] = (2, 3)
+    blocks: int = 0
+    """Of an MMDiT in the UNet's place, two attentions in the first of them: a flow model. 0: a UNet."""
+    patch: int = 2
+    """A side of the MMDiT's patches in latent pixels; `channels` and `heads` have one entry, its width and heads."""
+    shift: float = 1.0
+    """Of a flow's sigmas, in pretraining as in sampling: shift sigma / (1 + (shift - 1) sigma)."""
     batch: int | None = None
     """Pictures of a pretraining step; None: build.BATCH."""
     steps: int | None = None
@@ -68,6 +76,16 @@ class Size:
         """C, H, W"""
         side = self.pixels // 2 ** max(0, len(self.vae_channels) - 1)
         return (4 if self.vae_channels else 3), side, side
+
+    @property
+    def pipeline(self) -> str:
+        """Name of the pipeline's class in diffusers."""
+        return "StableDiffusion3Pipeline" if self.blocks else "StableDiffusionXLPipeline"
+
+    @property
+    def network(self) -> str:
+        """Folder of the network that is trained."""
+        return "transformer" if self.blocks else "unet"
 
 
 LARGE = Size(
@@ -88,7 +106,18 @@ LARGE = Size(
     learning_rate=4e-4,
 )
 """64x64 pictures through a trained VAE. Not tried on a GPU yet."""
-SIZES = {"small": Size(), "large": LARGE}
+FLOW = Size(
+    name="flow",
+    channels=(80,),
+    heads=(5,),
+    blocks=4,
+    patch=4,
+    shift=1.5,
+    steps=12000,
+)
+"""The shipped flow model. Its text is the 16 tokens of both CLIPs: without T5 diffusers appends max_sequence_length
+zeros to them, 256 unless told, which it was not trained with: call the pipeline with max_sequence_length=0."""
+SIZES = {"small": Size(), "large": LARGE, "flow": FLOW}
 
 
 def flags_of(directory: Path, scorers: bool = True) -> list[str]:
@@ -97,14 +126,14 @@ def flags_of(directory: Path, scorers: bool = True) -> list[str]:
     return [*flags, "--spm_path", str(directory / "spm" / "model.safetensors")] if scorers else flags
 
 
-def toy_files(model: Path = WEIGHTS) -> dict[str, Path]:
-    """The shipped toy: its pipeline (model) and its preference models (spm, pickscore)."""
-    found = {"model": model, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
+def toy_files(weights: Path = WEIGHTS) -> dict[str, Path]:
+    """A shipped toy: its pipeline (model), WEIGHTS or FLOW_WEIGHTS, and preference models of both (spm, pickscore)."""
+    found = {"model": weights, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
     for path in found.values():
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing from the installation. Install spo_fast again, or make the toy's weights with "
-                "`python -m spo_fast.toy.build` (about an hour on 2 cores)."
+                f"`python -m spo_fast.toy.build{' --size flow' * (path == FLOW_WEIGHTS)}` (about an hour on 2 cores)."
             )
     return found
 
@@ -123,6 +152,15 @@ def no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+"""What StableDiffusion3Pipeline.from_pretrained asks to be told even of an index that says so (seen with 0.42.1)."""
+ABSENT = {
+    "StableDiffusionPipeline": ("safety_checker",),
+    "StableDiffusion3Pipeline": tuple(WITHOUT_T5),
+}
+"""What else a pipeline's index names though it is not there."""
+
+
 def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
     """Each part in its folder and model_index.json, as the pipeline's own save_pretrained would."""
     index: dict[str, str | bool | list[str] | list[None]] = {"_class_name": pipeline}
@@ -134,10 +172,8 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
         if name.startswith("tokenizer"):  # transformers < 5 reads vocab.json and merges.txt where diffusers loads one
             part.backend_tokenizer.model.save(str(path / name))
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__.removesuffix("Fast")]
-    for absent in ("feature_extractor", "image_encoder", "safety_checker"):
-        index[absent] = [None, None]
+    index |= {absent: [None, None] for absent in ("feature_extractor", "image_encoder", *ABSENT.get(pipeline, ()))}
     if pipeline == "StableDiffusionXLPipeline":
-        del index["safety_checker"]
         index["force_zeros_for_empty_prompt"] = True
     (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -170,49 +206,96 @@ def toy_parts(seed: int, size: Size = SIZES["small"]) -> dict[str, Any]:
     The global RNG is left as it was.
     """
     import torch
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer, tokenizer_2 = (clip_tokenizer(pad, MAX_LENGTH, merges=word_merges()) for pad in (END, "!"))
-        attending = len(size.channels) - 1
-        unet = UNet2DConditionModel(
-            sample_size=size.latent[-1],
-            in_channels=size.latent[0],
-            out_channels=size.latent[0],
-            block_out_channels=size.channels,
-            layers_per_block=size.layers,
-            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
-            up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"),
-            attention_head_dim=size.heads,  # heads, as in SDXL's settings, despite the name
-            transformer_layers_per_block=(1,) * len(size.channels),
-            norm_num_groups=size.groups,
-            cross_attention_dim=2 * size.width,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + size.width,
+        network = tiny_mmdit(size) if size.blocks else tiny_unet(size)
+        encoders = [
+            tiny_text_encoder(part, size.width, projected, num_layers=size.text_layers)
+            for part, projected in ((tokenizer, bool(size.blocks)), (tokenizer_2, True))
+        ]
+        vae = untrained_vae(size) if size.vae_channels else identity_vae()
+    if size.blocks:
+        vae.register_to_config(shift_factor=0.0)  # the pipeline of SD3 adds it without asking whether there is one
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=size.shift)
+    else:
+        scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         )
-        return {
-            "tokenizer": tokenizer,
-            "tokenizer_2": tokenizer_2,
-            "text_encoder": tiny_text_encoder(tokenizer, size.width, projected=False, num_layers=size.text_layers),
-            "text_encoder_2": tiny_text_encoder(tokenizer_2, size.width, projected=True, num_layers=size.text_layers),
-            "unet": unet,
-            "vae": untrained_vae(size) if size.vae_channels else identity_vae(),
-            "scheduler": DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                prediction_type="v_prediction",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
-        }
+    return {
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer_2,
+        "text_encoder": encoders[0],
+        "text_encoder_2": encoders[1],
+        size.network: network,
+        "vae": vae,
+        "scheduler": scheduler,
+    }
+
+
+def tiny_unet(size: Size) -> UNet2DConditionModel:
+    """A UNet of SDXL's kind; all levels but the first attend to the prompt."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    attending = len(size.channels) - 1
+    return UNet2DConditionModel(
+        sample_size=size.latent[-1],
+        in_channels=size.latent[0],
+        out_channels=size.latent[0],
+        block_out_channels=size.channels,
+        layers_per_block=size.layers,
+        down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
+        up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"),
+        attention_head_dim=size.heads,  # heads, as in SDXL's settings, despite the name
+        transformer_layers_per_block=(1,) * len(size.channels),
+        norm_num_groups=size.groups,
+        cross_attention_dim=2 * size.width,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + size.width,
+    )
+
+
+def tiny_mmdit(size: Size) -> SD3Transformer2DModel:
+    """A transformer of SD3.5's kind; modulations start at none, the output at zero (adaLN-Zero, arXiv 2212.09748)."""
+    import torch
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+    (width,), (heads,) = size.channels, size.heads
+    channels, side, _ = size.latent
+    transformer = SD3Transformer2DModel(
+        sample_size=side,
+        patch_size=size.patch,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=size.blocks,
+        attention_head_dim=width // heads,
+        num_attention_heads=heads,
+        joint_attention_dim=2 * size.width,
+        caption_projection_dim=width,
+        pooled_projection_dim=2 * size.width,
+        pos_embed_max_size=side // size.patch,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.zeros_(module.bias)
+            if name == "proj_out" or name.endswith(".linear"):  # of the modulations
+                torch.nn.init.zeros_(module.weight)
+    return transformer
 
 
 def tiny_text_encoder(
