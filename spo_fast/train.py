@@ -43,7 +43,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         method = for_model(find_method(source["method"]).defaults(given), given) if "method" in source else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
-        noise = {"eta": ETAS[source["sampler"]]} if source.get("sampler") in ETAS else {}
+        sampler = source.get("sampler", method.get("sampler"))
+        noise = {"eta": ETAS[sampler]} if sampler in ETAS and "eta" not in method else {}
         return method | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
 
     cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)

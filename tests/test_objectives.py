@@ -14,6 +14,7 @@ from spo_fast.config.training import ObjectiveConfig, SampleConfig
 from spo_fast.method.experience import Cond, Experience, Prediction, States
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.objectives import SPO, make_objective
+from spo_fast.method.policy_gradients import clipped_surrogate, group_advantages, over_global_std
 from spo_fast.method.renoise import PairInputs, renoised_pairs
 from spo_fast.method.schedule import StepTable, ddim_table, full_table
 
@@ -44,7 +45,7 @@ def made(method: str, far: float, kind: str = "epsilon", guided: bool = True):
     generator = torch.Generator().manual_seed(1)
     index = torch.randint(U, (N, K, S), generator=generator)
     rows = torch.tensor([3, 0, 19, 11, 7, 16, 5])
-    if method == "gradspo":
+    if method in ("gradspo", "stepgrpo"):
         index[:, 1] = index[:, 0]  # both children have one parent
     steps, x_t = table(kind), randn(U, 2, 3, 3, seed=2)
 
@@ -67,7 +68,8 @@ def made(method: str, far: float, kind: str = "epsilon", guided: bool = True):
     states = States(x_t, rows, torch.zeros(U, dtype=torch.int64))
     if not guided:
         frozen = Prediction(frozen.cond, None)
-    e = Experience(states, x_prev, index, cond, torch.empty(0), frozen, anchor, 4 * randn(N, seed=40))
+    advantage = 4 * randn(*(N, K) if method == "stepgrpo" else (N,), seed=40)
+    e = Experience(states, x_prev, index, cond, torch.empty(0), frozen, anchor, advantage)
     return objective, steps, e, m
 
 
@@ -104,6 +106,55 @@ def true_ddpo(o, m, steps, e, n):
 def true_dpok(o, m, steps, e, n):
     u = int(e.index[n, 0, 0])
     return true_ddpo(o, m, steps, e, n) + o.kl_weight * ((combined(m)[u] - combined(e.second_reference)[u]) ** 2).mean()
+
+
+def kl(p, q, steps, e, n):
+    """KL of the step's two Gaussians, mean over C, H, W."""
+    u = int(e.index[n, 0, 0])
+    _, b, _, _, std = steps.coefficients[e.states.rows[u]]
+    return ((b * (combined(p)[u] - combined(q)[u])) ** 2).mean() / (2 * std**2)
+
+
+def true_stepgrpo(o, m, steps, e, n):
+    std, terms = steps.coefficients[e.states.rows[int(e.index[n, 0, 0])], 4], []
+    for k in range(2):
+        log_r = log_p(m, steps, e, n, k, 0) - log_p(e.frozen, steps, e, n, k, 0)
+        r = (std * (log_r + kl(m, e.frozen, steps, e, n)) if o.guard_ratio else log_r).exp()
+        advantage = e.advantage[n, k].clamp(-o.advantage_clip, o.advantage_clip)
+        surrogate = torch.maximum(-advantage * r, -advantage * clamped(r, o.clip))
+        terms.append((std if o.weight_by_std else 1) * surrogate + o.kl_weight * kl(m, e.second_reference, steps, e, n))
+    return sum(terms) / 2
+
+
+def true_grpo(o, m, steps, e, n):
+    return true_ddpo(o, m, steps, e, n) + o.kl_weight * kl(m, e.second_reference, steps, e, n)
+
+
+def of_states(m, steps, e, n):
+    """c, d, x_t, x0 and three networks' outputs of a term."""
+    u = int(e.index[n, 0, 0])
+    c, d = steps.coefficients[e.states.rows[u], 2:4]
+    return c, d, e.states.x_t[u], e.x_prev[n, 0, 0], *(p.cond[u] for p in (m, e.frozen, e.second_reference))
+
+
+def true_nft(o, m, steps, e, n):
+    c, d, x_t, x0, v, old, ref = of_states(m, steps, e, n)
+    r = 0.5 + e.advantage[n].clamp(-o.advantage_clip, o.advantage_clip) / (2 * o.advantage_clip)
+    errors = []
+    for output in (o.beta * v + (1 - o.beta) * old, (1 + o.beta) * old - o.beta * v):
+        x = c * x_t + d * output
+        errors.append((((x - x0) ** 2) / (x - x0).detach().abs().mean().clamp_min(1e-5)).mean())
+    policy = r * errors[0] / o.beta + (1 - r) * errors[1] / o.beta
+    return o.advantage_clip * policy + o.kl_weight * ((v - ref) ** 2).mean()
+
+
+def true_awm(o, m, steps, e, n):
+    c, d, x_t, x0, v, old, ref = of_states(m, steps, e, n)
+    y = (x0 - c * x_t) / d
+    r = (((old - y) ** 2).mean() - ((v - y) ** 2).mean()).exp()
+    advantage = e.advantage[n].clamp(-o.advantage_clip, o.advantage_clip) / o.advantage_clip
+    surrogate = torch.maximum(-advantage * r, -advantage * r.clamp(1 - o.awm_clip, 1 + o.awm_clip))
+    return surrogate + o.kl_weight * ((v - ref) ** 2).mean() + o.ema_weight * ((v - old) ** 2).mean()
 
 
 def true_dense(o, m, steps, e, n):
@@ -162,6 +213,10 @@ TRUTH = {
     "gradspo": true_gradspo,
     "ddpo": true_ddpo,
     "dpok": true_dpok,
+    "stepgrpo": true_stepgrpo,
+    "grpo": true_grpo,
+    "nft": true_nft,
+    "awm": true_awm,
     "dense": true_dense,
     "dpo": true_dpo,
     "mapo": true_mapo,
@@ -197,6 +252,87 @@ def test_loss_and_gradient_match_the_paper(method, far, clip):
         assert outside > 0.5  # the clamp was met
     if far == 0.3 and clip is None:
         assert gradients[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("far, clip", [(0.01, 0.1), (0.3, 0.1), (0.3, 0.002), (0.3, None)])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weight_by_std": True},
+        {"guard_ratio": True},
+        {"guard_ratio": True, "weight_by_std": True, "kl_weight": 0.0},
+        {"advantage_clip": 0.5, "kl_weight": 3.0},
+    ],
+    ids=str,
+)
+def test_options_of_stepgrpo_match_their_formulas(changed, far, clip):
+    objective, steps, e, m = made("stepgrpo", far)
+    objective = replace(objective, clip=clip, **changed)
+    kept = e if objective.kl_weight else replace(e, second_reference=None)  # then it is not evaluated
+    check_loss(objective, steps, kept, m, lambda leaf, n: true_stepgrpo(objective, leaf, steps, e, n))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "method, changed",
+    [
+        ("nft", {"beta": 0.1, "advantage_clip": 1.0}),
+        ("nft", {"beta": 1.0, "kl_weight": 0.5}),
+        ("awm", {"awm_clip": 0.01, "ema_weight": 0.3}),
+        ("awm", {"awm_clip": 2.0, "ema_weight": 0.0}),
+    ],
+    ids=str,
+)
+def test_forward_losses_whatever_the_network_predicts(method, changed, kind):
+    objective, steps, e, m = made(method, 0.3, kind)
+    objective = replace(objective, **changed)
+    for sign in (1, -1):  # a clamp holds good terms above, bad ones below
+        given = replace(e, advantage=sign * e.advantage)
+        check_loss(objective, steps, given, m, lambda leaf, n, e=given: TRUTH[method](objective, leaf, steps, e, n))
+
+
+def check_loss(objective, steps, e, m, truth):
+    """Value and gradient against a term's formula."""
+    found = []
+    for ours in (True, False):
+        leaf = Prediction(*(half.clone().requires_grad_() for half in m))
+        loss = objective.loss(leaf, steps, e, CFG, 0.25)[0] if ours else sum(truth(leaf, n) for n in range(len(e))) / 4
+        loss.backward()
+        found.append([loss.detach(), *(torch.zeros_like(h) if h.grad is None else h.grad for h in leaf)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    assert found[0][1].abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_gradient_of_stepgrpo_at_two_children_is_spos_over_half_beta(kind):
+    """Advantages +-1, nothing clamped, the policy its own baseline; every transition weighs 1."""
+    spo, steps, e, m = made("spo", 0.0, kind)
+    index = e.index.clone()
+    index[:, 1] = index[:, 0]
+    e = replace(e, index=index, frozen=m, second_reference=None)
+    of_two = replace(e, advantage=group_advantages(torch.tensor([[3.0], [1.0]]).double()).T.expand(len(e), 2).round())
+    assert of_two.advantage[0].tolist() == [1, -1]
+    step = make_objective(ObjectiveConfig(method="stepgrpo", kl_weight=0.0))
+    gradients = []
+    for objective, experience, weight in ((spo, e, 1.0), (step, of_two, 2.0)):  # two transitions a term
+        leaf = Prediction(*(half.clone().requires_grad_() for half in m))
+        objective.loss(leaf, steps, experience, CFG, weight)[0].backward()
+        gradients.append(torch.stack([half.grad for half in leaf]))
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0] / (spo.beta / 2), rtol=1e-10, atol=1e-12)
+
+
+def test_group_advantages_by_hand():
+    """Scores 1, 2, 6 of a prompt: mean 3, deviation sqrt((4 + 1 + 9) / 3) = 2.1602469; equal ones have none."""
+    scores = torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]).double()
+    want = torch.tensor([[-2.0, 0.0], [-1.0, 0.0], [3.0, 0.0]]).double() / (14 / 3) ** 0.5
+    torch.testing.assert_close(group_advantages(scores), want, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(group_advantages(scores)[:, 0], want[:, 0] / (1 + 1e-4 / (14 / 3) ** 0.5))
+    # all six: mean 4, deviation sqrt((9 + 4 + 4 + 1 + 1 + 1) / 6) = 1.8257419
+    e = replace(made("grpo", 0.0)[2], advantage=group_advantages(scores, global_std=True).flatten())
+    want = torch.tensor([-2.0, 0, -1, 0, 3, 0]).double() / ((20 / 6) ** 0.5 + 1e-4)
+    torch.testing.assert_close(over_global_std(e, scores.flatten()).advantage, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,6 +380,16 @@ BY_HAND = {
     "ddpo": ({"clip": 0.05}, -2.1),
     # and .5 times (.1 - .05)^2
     "dpok": ({"clip": 0.05, "kl_weight": 0.5}, -2.1 + 0.00125),
+    # advantages 2 and -1 of the children .3 and -.1: max(-2.2103, -2.1) and max(.9418, .95): mean -.575; KL to the
+    # average, (.1 - .05)^2 / (2 / 4) = .005, times .5
+    "stepgrpo": ({"clip": 0.05, "kl_weight": 0.5}, -0.575 + 0.0025),
+    "grpo": ({"clip": 0.05, "kl_weight": 0.5}, -2.1 + 0.0025),
+    # x0 = -sqrt(3) m at x_t = 0, the sample is .3; beta .5: m+ = .05, m- = -.05, x0 -+.0866025; r = 1/2 + 2/10 = .7;
+    # errors x^2 / |x| = |x|: .3866025 and .2133975: 5 (.7 .3866025 + .3 .2133975) / .5 + 2 (.1 - .05)^2
+    "nft": ({"beta": 0.5, "kl_weight": 2.0}, 3.3464102 + 0.005),
+    # y = -.3 / sqrt(3) = -.1732051: l = -(.2732051)^2, l_old = -(.1732051)^2: r = exp(-.0446410) = .9563407, clamped
+    # .99; A = 2/5: max(-.3825, -.396); and 2 .05^2 + .5 .1^2
+    "awm": ({"awm_clip": 0.01, "kl_weight": 2.0, "ema_weight": 0.5}, -0.3825363 + 0.01),
     # two steps each: means (.1 - .06) / 2 = .02 and -.06: log(1 + exp(-10 * .08))
     "dense": ({"beta": 10, "clip": None, "num_sampled_steps": 2}, 0.3711007),
     # targets .3 and -.1 of outputs .1 (reference 0): drops .09 - .04 and .01 - .04: log(1 + exp(-5 * .08))
@@ -261,7 +407,7 @@ def test_number_by_hand(method):
     coefficients = torch.tensor([[1.0, 1.0, 2.0, -math.sqrt(3), 0.5]], dtype=torch.float64)
     t, signal, noise = torch.tensor([500]), torch.tensor([0.5]).double(), torch.tensor([0.75]).double().sqrt()
     steps = StepTable(t, coefficients, signal, noise, t)
-    children = {"ddpo": [[0.3]], "dpok": [[0.3]], "dense": [[0.3, -0.1], [-0.1, -0.1]]}
+    children = {**dict.fromkeys(("ddpo", "dpok", "grpo", "nft", "awm"), [[0.3]]), "dense": [[0.3, -0.1], [-0.1, -0.1]]}
     x_prev = torch.tensor(children.get(method, [[0.3], [-0.1]]), dtype=torch.float64)
     e = Experience(
         States(0 * one, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),
@@ -271,10 +417,74 @@ def test_number_by_hand(method):
         torch.empty(0),
         frozen=Prediction(0 * one, None),
         second_reference=Prediction(0.05 * one, None),
-        advantage=torch.tensor([2.0], dtype=torch.float64),
+        advantage=torch.tensor([[2.0, -1.0]] if method == "stepgrpo" else [2.0], dtype=torch.float64),
     )
     loss, _ = objective.loss(Prediction(0.1 * one, None), steps, e, SampleConfig(guidance_scale=1.0), 1.0)
     assert float(loss) == pytest.approx(want, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- published code
+
+
+@pytest.mark.parametrize("dtype, name, tolerance", [(torch.float64, "f64", 1e-10), (torch.float32, "f32", 1e-5)])
+@pytest.mark.parametrize("case", ["plain", "kl", "wide"])
+def test_grpo_is_the_published_codes(case, dtype, name, tolerance):
+    tensors, facts = load("grpo_loss")
+    given = {k.removeprefix(f"{case}."): v for k, v in tensors.items() if k.startswith(f"{case}.")}
+    setting, N = facts[case], facts[case]["N"]
+    log_prob = given["log_prob"].to(dtype).requires_grad_()
+    advantage = given["advantage"].to(dtype).clamp(-setting["adv_clip_max"], setting["adv_clip_max"])
+    ratio = (log_prob - given["old_log_prob"].to(dtype)).exp()
+    surrogate, _ = clipped_surrogate(ratio, advantage, setting["clip_range"])
+    # the KL by the objective itself: steps whose mean is the network's output, without a surrogate
+    rows = torch.zeros(N, 5, dtype=torch.float64)
+    rows[:, 1], rows[:, 4] = 1, given["std"].flatten()
+    steps, one = StepTable(*(torch.arange(N), rows, *[torch.ones(N).double()] * 2, torch.arange(N))), torch.arange(N)
+    mean = given["mean"].to(dtype).requires_grad_()
+    reference = Prediction(given["mean_ref"].to(dtype), None)
+    e = Experience(
+        States(0 * mean.detach(), one, 0 * one), reference.cond[:, None, None], one.view(-1, 1, 1), Cond({}, {}),
+        torch.empty(0), frozen=reference, second_reference=reference, advantage=torch.zeros(N, dtype=dtype),
+    )  # fmt: skip
+    objective = make_objective(ObjectiveConfig(method="grpo", kl_weight=setting["beta"]))
+    loss = (
+        surrogate.mean() + objective.loss(Prediction(mean, None), steps, e, SampleConfig(guidance_scale=1.0), 1 / N)[0]
+    )
+    loss.backward()
+    close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+    torch.testing.assert_close(loss.detach().view(1), given[f"{name}.loss"].view(1), **close)
+    torch.testing.assert_close(log_prob.grad, given[f"{name}.grad_log_prob"], **close)
+    if setting["beta"]:
+        torch.testing.assert_close(mean.grad, given[f"{name}.grad_mean"], **close)
+    assert log_prob.grad.abs().max() > 0.01 and (case != "plain" or (log_prob.grad == 0).any())
+
+
+@pytest.mark.parametrize("dtype, name, tolerance", [(torch.float64, "f64", 1e-10), (torch.float32, "f32", 1e-5)])
+@pytest.mark.parametrize("case", ["beta1", "beta_01"])
+def test_nft_is_the_published_codes(case, dtype, name, tolerance):
+    tensors, facts = load("nft_loss")
+    given = {k.removeprefix(f"{case}."): v for k, v in tensors.items() if k.startswith(f"{case}.")}
+    setting, B = facts[case], facts[case]["B"]
+    coefficients = torch.zeros(B, 5, dtype=torch.float64)
+    coefficients[:, 2], coefficients[:, 3] = 1, -given["sigma"]
+    one = torch.arange(B)
+    steps = StepTable(one, coefficients, 1 - given["sigma"], given["sigma"], one)
+    policy, old, reference, x_t, x0 = (given[k].to(dtype) for k in ("policy", "old", "reference", "x_t", "x0"))
+    objective = make_objective(
+        ObjectiveConfig(
+            method="nft", beta=setting["beta"], kl_weight=setting["kl_weight"], advantage_clip=setting["adv_clip_max"]
+        )
+    )
+    e = Experience(
+        States(x_t, one, 0 * one), x0[:, None, None], one.view(-1, 1, 1), Cond({}, {}), torch.empty(0),
+        Prediction(old, None), Prediction(reference, None), given["advantage"].to(dtype),
+    )  # fmt: skip
+    leaf = policy.clone().requires_grad_()
+    loss, _ = objective.loss(Prediction(leaf, None), steps, e, SampleConfig(guidance_scale=1.0), 1 / B)
+    loss.backward()
+    close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+    torch.testing.assert_close(loss.detach().view(1), given[f"{name}.loss"].view(1), **close)
+    torch.testing.assert_close(leaf.grad, given[f"{name}.grad_policy"], **close)
 
 
 # ---------------------------------------------------------------------------------------------- settings

@@ -78,11 +78,11 @@ def test_help_flags_and_presets(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         train.parse(["--method", IPO, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert IPO in text and "--tau FLOAT ipo: the margin that training draws to is 1 / (2 tau). (default: 10.0)" in text
-    assert f"Not of ddpo, dpok, {IPO}." in text
+    assert f"Not of ddpo, dpok, stepgrpo, grpo, awm, {IPO}." in text
     ipo = ["--model", "toy", "--method", IPO]
     refused(capsys, [*ipo, "--clip", "0.1"], f"--clip is not read by --method {IPO}")
     refused(capsys, [*ipo, "--beta", "1"], f"--beta is not read by --method {IPO}")
-    refused(capsys, [*ipo, "--kl_weight", "1"], "only by dpok")
+    refused(capsys, [*ipo, "--kl_weight", "1"], "only by dpok, stepgrpo")
     refused(capsys, [*ipo, "--tau", "x"], "--tau='x' is not a number")
     refused(capsys, ["--model", "toy", "--tau", "1"], f"--tau is not read by --method spo, only by {IPO}.")
     for model, rate in (("sd15", 3e-5), ("sdxl", 1e-5), ("toy", 1e-3)):
@@ -260,7 +260,7 @@ def test_charts_of_every_method_follow_its_record() -> None:
     levels = {m: next(c.level for c in charts_of(r, flat) if c.title == "Loss") for m, r in METHODS.items()}
     ln2 = pytest.approx(0.693147, abs=1e-6)
     want: dict[str, Any] = dict.fromkeys(("spo", "mspo", "d3po", "lpo", "gradspo", "dense", "dpo"), ln2)
-    want |= {"ddpo": 0.0, "dpok": 0.0, "mapo": None}
+    want |= {**dict.fromkeys(("ddpo", "dpok", "stepgrpo", "grpo", "awm"), 0.0), "nft": None, "mapo": None}
     assert {m: levels[m] for m in want} == want
     shares = {m for m, r in METHODS.items() if "valid_share" in {c.fields[0] for c in charts_of(r, flat)}}
     assert shares & want.keys() == {"spo", "mspo", "d3po", "lpo", "gradspo"}  # others compare no pairs of a rollout

@@ -20,9 +20,9 @@ from spo_fast.training import learner
 from spo_fast.training.monitor import timer
 from spo_fast.training.monitor.warnings import LN2, Watch
 from spo_fast.training.processes import Group
-from spo_fast.training.rollout_statistics import Saturation, gaps
+from spo_fast.training.rollout_statistics import Pictures, gaps
 
-FINE: dict[str, Any] = {"pairs": 5, "loss": 0.6, "dead": 0.1, "nonfinite_steps": 0, "saturation": 0.3}
+FINE: dict[str, Any] = {"pairs": 5, "loss": 0.6, "dead": 0.1, "nonfinite_steps": 0, "saturation": 0.3, "flat_groups": 0}
 
 
 def warnings_of(records: Iterable[dict[str, Any]]) -> list[tuple[int, str]]:
@@ -46,6 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     ),
     "clamped": ({"dead": 1.0}, 2, ("clamp", "--learning_rate", "--clip")),
     "skipped": ({"nonfinite_steps": 1}, 0, ("1 optimizer step", "10 in a row")),
+    "flat": ({"flat_groups": 0.95}, 2, ("95%", "all alike", "--num_candidates")),
     "scores": ({"pairs": 0, "score_mean": None, "nonfinite": {"score_mean": "nan"}}, 0, ("scores", "bf16")),
 }
 
@@ -60,7 +61,7 @@ def test_a_fault_is_told_once_while_it_lasts(name: str) -> None:
     assert "None" not in found[0][1] and "\n" not in found[0][1]
 
 
-@pytest.mark.parametrize("name", ["rejected", "clamped", "skipped", "scores"])
+@pytest.mark.parametrize("name", ["rejected", "clamped", "skipped", "flat", "scores"])
 def test_a_fault_that_comes_back_is_told_again(name: str) -> None:
     record, at, _ = CASES[name]
     assert [i for i, _ in warnings_of([record] * 5 + [{}] * 2 + [record] * 5)] == [at, 7 + at]
@@ -131,10 +132,27 @@ def test_the_threshold_it_names_keeps_a_third(tmp_path: Path) -> None:
     assert named["valid_share"] == pytest.approx(1 / 3, abs=1 / 16)
 
 
+@pytest.mark.parametrize(
+    "field, values, at, words",
+    [
+        # the last 20: 7 of .06 and 13 of .12 are .099 on average, half of .2; 6 and 14 are .102
+        ("diversity", (0.2, 0.12, 0.06), 46, ("grown alike", "0.2", "0.099", "--learning_rate")),
+        ("output_rms", (1.0, 1.2, 1.32), 48, ("changed their size", "from 1 to 1.25")),
+        ("output_rms", (1.0, 0.8, 0.68), 48, ("changed their size", "from 1 to 0.746")),
+    ],
+)
+def test_signs_of_collapse_are_told_against_the_start(
+    field: str, values: tuple[float, ...], at: int, words: tuple[str, ...]
+) -> None:
+    first, quiet, loud = ([{field: value}] * 20 for value in values)
+    found = warnings_of([*first, *quiet, *loud])
+    assert [i for i, _ in found] == [at] and all(word in found[0][1] for word in words)
+
+
 def test_saturation_by_hand() -> None:
     pixels = torch.tensor([[1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [3.0, -3.0, 0.0]]).view(3, 3, 1, 1)
-    decode = Saturation(lambda latents: pixels)
-    everything = (Group(), slice(0, 3))
+    decode = Pictures(lambda latents: pixels)
+    everything = (Group(), slice(0, 1), 3)
     assert decode.record(*everything) == {}
     assert decode(torch.zeros(3, 4, 1, 1)) is pixels
     assert float(decode.record(*everything)["saturation"]) == pytest.approx((1 + 0 + 1) / 3)
@@ -142,6 +160,9 @@ def test_saturation_by_hand() -> None:
 
 def test_records_carry_what_the_watch_needs(tmp_path: Path) -> None:
     record = built(tmp_path / "run").iterate(0, timer.Timer())
+    assert {"group_std", "flat_groups", "diversity", "output_rms"} <= set(record)
+    assert float(record["group_std"]) > 0 and float(record["flat_groups"]) == 0 and float(record["diversity"]) > 0
+    assert 0.3 < float(record["output_rms"]) < 3
     assert {"score_gap", "third_threshold", "saturation", "dead", "loss", "pairs", "nonfinite_steps"} <= set(record)
     assert 0 < float(record["saturation"]) < 1
 

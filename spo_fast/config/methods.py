@@ -10,16 +10,16 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+from spo_fast.config import published
 from spo_fast.config.errors import UsageError, did_you_mean
 from spo_fast.config.outside import is_outside, load_outside
-from spo_fast.config.sections import FLOWS, PairSourceConfig
-
-Given = Mapping[str, Any]
+from spo_fast.config.published import Given
+from spo_fast.config.sections import PairSourceConfig
 
 TRAJECTORIES = ("num_candidates", "eta", "branch_start", "branch_end", "rollout_weights")
 """What whole trajectories of a prompt are drawn with."""
@@ -76,6 +76,10 @@ class Method:
     """The card's, besides the name."""
     recipe: Callable[[Given], Given] | None = None
     """What --recipe published changes for it; None: it has no such recipe."""
+    of_flows: bool = False
+    """Flows are among what was published: steps, guidance and eta too."""
+    transitions: bool = True
+    """It trains steps that add noise; else pictures are noised to any step's level."""
     misfit: Callable[[Given], str] = field(default=lambda settings: "")
     """All settings -> why it cannot run with them and what to change, or an empty text."""
 
@@ -177,157 +181,6 @@ def _names(code: Any) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-# ---------------------------------------------------------------------------------------------- published settings
-
-
-def _by_model(given: Given, everywhere: Given, **models: Given) -> dict[str, Any]:
-    return {**everywhere, **models.get(given["model"], {})}
-
-
-def mspo_method(given: Given) -> dict[str, Any]:
-    """The SDXL run of the published code: three denoising steps an optimised step, two candidates."""
-    return {"num_inner_steps": 3, "num_candidates": 2}
-
-
-def d3po(given: Given) -> dict[str, Any]:
-    """config/base.py of yk7333/d3po: 20 steps, a step sees the 20 transitions of a pair; nothing published for SDXL."""
-    settings = {"num_candidates": 2, "branch_start": 0, "threshold": 0.0, "beta": 0.1}
-    return _by_model(
-        given,
-        settings,
-        sd15={"learning_rate": 3e-5, "train_batch_size": 10, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0},
-        sdxl={"learning_rate": 1e-5, "train_batch_size": 2, "gradient_accumulation_steps": 10, "max_grad_norm": 1.0},
-        toy={"beta": 10.0, "train_batch_size": 32, "max_grad_norm": 1.0},
-    )
-
-
-def lpo(given: Given) -> dict[str, Any]:
-    """lpo/configs of Kwai-Kolors/LPO. The toy ships no latent reward model: give --lrm_path."""
-    settings = {"scorer": ("lrm",), "num_candidates": 4, "num_inner_steps": 0, "branch_start": 0, "num_train_epochs": 5}
-    return _by_model(
-        given,
-        {**settings, "beta": 500.0},
-        sd15={"threshold": 0.35, "threshold_max": 0.5, "sample_batch_size": 5},
-        sdxl={"threshold": 0.45, "threshold_max": 0.6, "sample_batch_size": 4, "train_batch_size": 4}
-        | {"gradient_accumulation_steps": 1},
-        toy={"beta": 10.0, "num_train_epochs": 1},
-    )
-
-
-def gradspo(given: Given) -> dict[str, Any]:
-    """configs of JoshuaTTJ/GradSPO: SPO's, and for SDXL k = 4 without inner steps."""
-    return _by_model(
-        given,
-        {"num_candidates": 4, "last_step": "keep"},
-        sdxl={"train_batch_size": 1, "gradient_accumulation_steps": 4},
-    )
-
-
-def ddpo(given: Given) -> dict[str, Any]:
-    """config/dgx.py of kvablack/ddpo-pytorch (aesthetic): 256 trajectories a rollout, 2 steps of 128 of them, each with
-    all of its 50 transitions. SDXL: the same with fewer trajectories; nothing is published for it.
-    """
-    settings = {"branch_start": 0, "clip": 1e-4, "num_candidates": 16, "max_grad_norm": 1.0}
-    return _by_model(
-        given,
-        {**settings, "num_steps": 50, "learning_rate": 3e-4},
-        sd15={"sample_batch_size": 16, "train_batch_size": 4, "gradient_accumulation_steps": 1600}
-        | {"max_train_steps": 200},
-        sdxl={"sample_batch_size": 2, "train_batch_size": 2, "gradient_accumulation_steps": 400}
-        | {"max_train_steps": 200},
-        toy={"num_steps": 20, "num_candidates": 8, "train_batch_size": 1280, "states_per_forward": 256}
-        | {"learning_rate": 1e-3},
-    )
-
-
-def dpok(given: Given) -> dict[str, Any]:
-    """google-research/dpok: learning rate 1e-5, gradients clipped at 0.1, guidance 7.5, KL weight 0.01."""
-    if given["model"] == "toy":
-        return ddpo(given)
-    return ddpo(given) | {"learning_rate": 1e-5, "max_grad_norm": 0.1, "guidance_scale": 7.5, "adam_weight_decay": 0.0}
-
-
-def dense(given: Given) -> dict[str, Any]:
-    """parse_args.py of Shentao-YANG/Dense_Reward_T2I (many prompts: temperature 12.5); its rollouts have 1000 prompts,
-    which here would have to fit into memory."""
-    settings = {"branch_start": 0, "clip": 1e-4, "num_candidates": 5, "max_grad_norm": 1.0}
-    published = {"beta": 12.5, "num_steps": 50, "guidance_scale": 7.5, "learning_rate": 3e-5, "adam_weight_decay": 2e-3}
-    sizes = {"sample_batch_size": 16, "train_batch_size": 1, "gradient_accumulation_steps": 4}
-    return _by_model(
-        given,
-        settings,
-        sd15={**published, **sizes},
-        sdxl={**published, **sizes, "sample_batch_size": 4, "learning_rate": 1e-5},
-        toy={"clip": 0.1, "train_batch_size": 32},
-    )
-
-
-def dpo(given: Given) -> dict[str, Any]:
-    """launchers/ of SalesforceAIResearch/DiffusionDPO: all weights, 2000 steps of 2048 pairs, 1e-8 x 2048.
-
-    Of flows the highest of Flow-DPO's betas, 100 to 2000.
-    """
-    steps = {"max_train_steps": 2000, "num_train_epochs": 10_000, "sample_batch_size": 2048, "checkpointing_steps": 500}
-    optim = {"learning_rate": 2.048e-5, "adam_weight_decay": 0.01, "max_grad_norm": 1.0}
-    schedule = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500}
-    published = {"full_finetune": True, "scorer": ("pickscore",), "prompt_dropout": 0.2, **steps, **optim, **schedule}
-    return _by_model(
-        given,
-        {"beta": 2000.0 if given["model"] in FLOWS else 5000.0, "branch_start": 0},
-        sd15={**published, "train_batch_size": 16, "gradient_accumulation_steps": 128},
-        sdxl={**published, "train_batch_size": 4, "gradient_accumulation_steps": 512, "lr_warmup_steps": 200}
-        | {"optimizer": "adamw8bit"},  # published: Adafactor, to save memory too
-        toy={"sample_batch_size": 256, "train_batch_size": 64, "learning_rate": 1e-4},
-    )
-
-
-def mapo(given: Given) -> dict[str, Any]:
-    """README.md of mapo-t2i/mapo, its LoRA run (SDXL; nothing is published for SD-1.5): 16 pairs a step, 2000 steps."""
-    steps = {"max_train_steps": 2000, "num_train_epochs": 10_000, "sample_batch_size": 16, "checkpointing_steps": 500}
-    optim = {"learning_rate": 1e-5, "adam_weight_decay": 0.01, "max_grad_norm": 1.0, "optimizer": "adamw8bit"}
-    sizes = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "rank": 8}
-    published = {"scorer": ("pickscore",), **steps, **optim, **sizes}
-    toy = {"sample_batch_size": 256, "train_batch_size": 64, "learning_rate": 1e-4}
-    settings = {"beta": 0.1, "branch_start": 0}
-    return _by_model(given, settings, sd15=published, sdxl=published, toy=toy)
-
-
-# ---------------------------------------------------------------------------------------------- what does not fit
-
-
-def unlike_siblings(settings: Given) -> str:
-    """GradSPO's target is a difference of children of one x_t, a step apart from it."""
-    if settings["num_inner_steps"]:
-        return "compares children of one x_t: num_inner_steps must be 0."
-    if settings["last_step"] == "extend":
-        return "compares children of one x_t: last_step=extend joins two steps. Use keep or compare."
-    return ""
-
-
-def too_few_to_rank(settings: Given) -> str:
-    """DenseReward draws the trajectories that a term ranks from those of the prompt."""
-    ranked, drawn = settings["num_ranked"], settings["num_candidates"]
-    if ranked <= drawn:
-        return ""
-    return f"cannot draw num_ranked={ranked} trajectories from num_candidates={drawn}: lower it, or raise the other."
-
-
-def no_latent_judge(settings: Given) -> str:
-    """LPO's judges are parts of the UNets whose latents they see."""
-    if settings["model"] not in FLOWS:
-        return ""
-    return (
-        f"is judged by a latent reward model, a UNet of SD-1.5 or SDXL: there is none of {settings['model']}. Use spo."
-    )
-
-
-def not_of_velocities(settings: Given) -> str:
-    """MaPO's f(l) is of errors of predicted noise, which has unit variance; a velocity's error has another size."""
-    if settings["model"] not in FLOWS:
-        return ""
-    return f"weighs errors of predicted noise; no paper has it for the velocities of {settings['model']}. Use dpo."
-
-
 # ---------------------------------------------------------------------------------------------- the records
 
 
@@ -342,18 +195,10 @@ SPO_PAPER = Paper(
 )
 
 
-def published_code(given: Given) -> dict[str, Any]:
-    """SPO's code, on which lpo and gradspo build: accumulation across rollouts, no clipping."""
-    return {"accumulation": "published", "max_grad_norm": None}
-
-
-def published_spo(given: Given) -> dict[str, Any]:
-    """The same, and its SDXL's last-step rule."""
-    last_step = "extend" if given["model"] in ("sdxl", "toy") else "compare"
-    return {**published_code(given), "last_step": last_step}
-
-
 _CODE = "spo_fast.method.objectives:"
+_GRADIENTS = "spo_fast.method.policy_gradients:"
+_MATCHING = "spo_fast.method.matching:"
+_reinforcement = functools.partial(Method, tags=("reinforcement-learning",))
 _spo = functools.partial(
     Method,
     reads=SEGMENTS,
@@ -372,85 +217,127 @@ METHODS: dict[str, Method] = {
             published=lambda given: {"num_inner_steps": 0},
             paper=SPO_PAPER,
             about="step-by-step preference\noptimisation (SPO)",
-            recipe=published_spo,
+            recipe=published.published_spo,
         ),
         _spo(
             name="mspo",
             tags=("spo", "preference-optimization"),
             objective=_CODE + "MSPO",
-            published=mspo_method,
+            published=published.mspo_method,
             paper=SPO_PAPER,
             about="step-by-step preference\noptimisation (MSPO)",
-            recipe=published_spo,
+            recipe=published.published_spo,
         ),
         _spo(
             name="d3po",
             objective=_CODE + "D3PO",
             reads=("num_candidates", "eta", "branch_start", "rollout_weights", *COMPARISONS),
-            published=d3po,
+            published=published.d3po,
             paper=Paper(title="D3PO", arxiv="2311.13231"),
             leaves_start=False,  # its beta keeps the loss there
         ),
         _spo(
             name="lpo",
             objective=_CODE + "LPO",
-            published=lpo,
+            published=published.lpo,
             paper=Paper(title="Latent Preference Optimization", arxiv="2502.01051"),
-            recipe=published_code,
-            misfit=no_latent_judge,
+            recipe=published.published_code,
+            misfit=published.no_latent_judge,
         ),
         _spo(
             name="gradspo",
             objective=_CODE + "GradSPO",
             reads=("num_candidates", "eta", "branch_start", "branch_end", *STEPS, *COMPARISONS),  # rollouts of averages
             settings=("beta", "clip", "guidance_step", "ema_decay"),
-            published=gradspo,
+            published=published.gradspo,
             paper=Paper(title="GradSPO", venue="NeurIPS 2025"),
             leaves_start=False,  # its clamp keeps the loss there
             margin="beta times the difference of how much nearer to its target than the reference a side is",
-            recipe=published_code,
-            misfit=unlike_siblings,
+            recipe=published.published_code,
+            misfit=published.unlike_siblings,
         ),
-        Method(
+        _reinforcement(
             name="ddpo",
-            objective=_CODE + "DDPO",
+            objective=_GRADIENTS + "DDPO",
             reads=TRAJECTORIES,
             settings=("clip", "advantage_clip"),
-            published=ddpo,
+            published=published.ddpo,
             paper=Paper(title="DDPO", arxiv="2305.13301"),
             start=0.0,  # a prompt's advantages sum to 0
-            tags=("reinforcement-learning",),
         ),
-        Method(
+        _reinforcement(
             name="dpok",
-            objective=_CODE + "DPOK",
+            objective=_GRADIENTS + "DPOK",
             reads=TRAJECTORIES,
             settings=("clip", "advantage_clip", "kl_weight"),
-            published=dpok,
+            published=published.dpok,
             paper=Paper(title="DPOK", arxiv="2305.16381"),
             start=0.0,
-            tags=("reinforcement-learning",),
+        ),
+        _reinforcement(
+            name="stepgrpo",
+            objective=_GRADIENTS + "StepGRPO",
+            reads=("next_start", "last_step", *TRAJECTORIES),
+            settings=("clip", "advantage_clip", "kl_weight", "weight_by_std", "guard_ratio", "dead_zone"),
+            published=published.stepgrpo,
+            paper=Paper(title="Step-wise group-relative policy optimisation", arxiv="2603.28718"),
+            start=0.0,  # the advantages of a prompt's children sum to 0
+            misfit=published.unlike_siblings,
+        ),
+        _reinforcement(
+            name="grpo",
+            objective=_GRADIENTS + "GRPO",
+            reads=TRAJECTORIES,
+            settings=("clip", "advantage_clip", "kl_weight", "advantage_std", "grpo_window", "window_moves"),
+            published=published.grpo,
+            of_flows=True,
+            paper=Paper(title="Flow-GRPO", arxiv="2505.05470"),
+            start=0.0,
+            misfit=published.bad_window,
+        ),
+        _reinforcement(
+            name="nft",
+            objective=_MATCHING + "NFT",
+            reads=("num_candidates", "branch_start", "branch_end"),
+            settings=("beta", "advantage_clip", "advantage_std", "kl_weight"),
+            published=published.nft,
+            of_flows=True,
+            paper=Paper(title="DiffusionNFT", arxiv="2509.16117"),
+            transitions=False,
+            misfit=published.guided_or_noisy,
+        ),
+        _reinforcement(
+            name="awm",
+            objective=_MATCHING + "AWM",
+            reads=("num_candidates", "branch_start", "branch_end"),
+            settings=("advantage_clip", "advantage_std", "kl_weight", "awm_clip", "ema_weight"),
+            published=published.awm,
+            of_flows=True,
+            paper=Paper(title="Advantage weighted matching", arxiv="2509.25050"),
+            transitions=False,
+            start=0.0,
+            misfit=published.guided_or_noisy,
         ),
         Method(
             name="dense",
             objective=_CODE + "DenseReward",
             reads=TRAJECTORIES,
             settings=("beta", "clip", "gamma", "num_ranked", "num_sampled_steps", "terms_per_prompt"),
-            published=dense,
+            published=published.dense,
             paper=Paper(
                 title="a dense reward view on aligning text-to-image diffusion",
                 arxiv="2402.08265",
             ),
             start=lambda settings: math.log(math.factorial(settings["num_ranked"])),  # all orders are as likely
             margin="beta times the difference of the means over steps of the log-ratios",
-            misfit=too_few_to_rank,
+            misfit=published.too_few_to_rank,
         ),
         Method(
             name="dpo",
             objective=_CODE + "DiffusionDPO",
             reads=PAIRS,
             settings=("beta", "prompt_dropout"),
-            published=dpo,
+            published=published.dpo,
             paper=Paper(title="Diffusion-DPO", arxiv="2311.12908"),
             start=LN2,
             leaves_start=True,
@@ -461,10 +348,10 @@ METHODS: dict[str, Method] = {
             objective=_CODE + "MaPO",
             reads=PAIRS,
             settings=("beta", "prompt_dropout"),
-            published=mapo,
+            published=published.mapo,
             paper=Paper(title="MaPO", arxiv="2406.06424"),
             margin="1000 times the difference of the weighted denoising errors",
-            misfit=not_of_velocities,
+            misfit=published.not_of_velocities,
         ),
     )
 }

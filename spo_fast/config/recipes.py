@@ -65,7 +65,8 @@ def for_model(method: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     """
     if not given["model"]:
         return {}
-    kept = ("num_steps", "guidance_scale", "eta") if given["model"] in FLOWS else ()
+    of_a_diffusion = given["model"] in FLOWS and not find_method(given.get("method", "spo")).of_flows
+    kept = ("num_steps", "guidance_scale", "eta") if of_a_diffusion else ()
     return {name: value for name, value in method.items() if name not in kept}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -237,7 +238,11 @@ def judging_parts(names: Iterable[str]) -> list[str]:
 
 
 def name_and_weight(entry: str) -> tuple[str, str]:
-    """spm:0.5 -> (spm, 0.5); my_file:my_function:0.5 -> (my_file:my_function, 0.5); a missing weight is empty."""
+    """spm:0.5 -> (spm, 0.5); my_file:my_function:0.5 -> (my_file:my_function, 0.5); a missing weight is empty.
+
+    What follows an @, timesteps, is left out.
+    """
+    entry = entry.partition("@")[0]
     first, _, rest = entry.partition(":")
     own = ":".join((first, rest.partition(":")[0]))
     if first in SCORERS or not is_outside(own):
@@ -259,4 +264,21 @@ def scorer_specs(names: tuple[str, ...]) -> list[tuple[str, float]]:
             raise ValueError(
                 f"scorer {name}:{weight!s:.60}: the weight after the colon must be a number, as in {name}:0.5"
             )
+        judged_range(entry)
     return specs
+
+
+ALWAYS = (0, 1000)
+
+
+def judged_range(entry: str) -> tuple[int, int]:
+    """spm:1@0-750 -> (0, 750): the timesteps at which a scorer judges, both included; ALWAYS if none are given."""
+    _, at, given = entry.partition("@")
+    if not at:
+        return ALWAYS
+    found = re.fullmatch(r"(\d{1,4})-(\d{1,4})", given)
+    if found is None or not int(found[1]) <= int(found[2]) <= ALWAYS[1]:
+        raise ValueError(
+            f"scorer {entry!s:.60}: after the @ stand two timesteps of 0 to 1000, the lower first, as in spm:1@0-750"
+        )
+    return int(found[1]), int(found[2])

@@ -13,6 +13,8 @@ from spo_fast.config.scorers import SCORER_SOURCES, SCORERS
 
 FLOWS = ("toy-flow", "sd35", "flux")
 """Of --model: those whose networks predict the velocity of a flow."""
+TOYS = ("toy", "toy-flow")
+"""Of --model: those of the embedded world, whose prompts and true scores are known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,10 +224,12 @@ class ObjectiveConfig(Section):
 
     method: Annotated[str, METHODS] = "spo"
     """What trains the model; it brings its published settings. On rollouts: spo, mspo (with inner steps), d3po (whole
-    trajectories), lpo (latent scorer), gradspo, ddpo and dpok (policy gradients), dense (DenseReward). On --pairs: dpo
+    trajectories), lpo (latent scorer), gradspo, dense (DenseReward); policy gradients stepgrpo (of a step's children),
+    grpo, ddpo and dpok (of trajectories); nft and awm (finished pictures, noised again). On --pairs: dpo
     (Diffusion-DPO), mapo. One of your own, from a file beside the command or installed: module:record."""
     beta: Positive = 10.0
-    """Strength of the preference in the loss; of mapo the weight of its margin."""
+    """Strength of the preference in the loss; of mapo the weight of its margin; of nft how far its two policies lie
+    from the old one, 1 being the policy itself."""
     clip: Annotated[float, Range(0, 1, "()", why="none turns the clamp off")] | None = 0.1
     """Probability ratios are clamped to [1 - clip, 1 + clip]; none turns the clamp off."""
     guidance_step: Positive = 0.5
@@ -235,9 +237,30 @@ class ObjectiveConfig(Section):
     ema_decay: Share = 0.9
     """gradspo: of the moving average that collects, per optimizer step."""
     advantage_clip: Positive = 5.0
-    """ddpo, dpok: advantages are clamped to +- this many standard deviations."""
+    """Policy gradients, nft, awm: advantages are clamped to +- this many standard deviations."""
+    advantage_std: Literal["prompt", "global"] = "prompt"
+    """Whose standard deviation an advantage is measured in: that of the prompt's candidates, or that of all scores of
+    the iteration."""
     kl_weight: NotNegative = 0.01
-    """dpok: weight of the squared difference from the reference's predictions."""
+    """Weight of the distance from the reference; at 0 that is not evaluated. grpo, stepgrpo: of the steps' KL. dpok,
+    nft, awm: of the mean squared difference of the predictions."""
+    weight_by_std: bool = False
+    """stepgrpo: each step's term weighs as much as its noise, std (TempFlow-GRPO)."""
+    guard_ratio: bool = False
+    """stepgrpo: ratios without the bias of their logarithm and of one spread at all steps (GRPO-Guard)."""
+    dead_zone: NotNegative | None = None
+    """stepgrpo: no term of a step whose candidates' scores differ by at most this; 0: that are all alike. Default: a
+    term of each."""
+    grpo_window: str | None = None
+    """grpo: FIRST:END, the steps that add noise and are trained; the others follow the probability flow (MixGRPO).
+    Default: all do, and those that branch_start and branch_end leave are trained."""
+    window_moves: Count | None = None
+    """grpo: iterations after which grpo_window moves on by a step, and from its last place back to its first; MixGRPO:
+    25. Default: it stays."""
+    awm_clip: Positive = 1.0
+    """awm: ratios are clamped to [1 - awm_clip, 1 + awm_clip]."""
+    ema_weight: NotNegative = 1.0
+    """awm: weight of the mean squared difference from the moving average's predictions."""
     gamma: Annotated[float, Range(0, 1, "(]")] = 0.9
     """dense: step i (0 the noisiest) is drawn with weight gamma^i."""
     num_ranked: Annotated[int, Range(2)] = 2
@@ -288,13 +311,17 @@ class ScorerConfig(ScorerPaths):
     """What judges the candidates of a step."""
 
     scorer: tuple[str, ...] = ("spm",)
-    """Scorers: {scorers}; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum. One of your own is a
-    function in a file beside the command or installed, module:function or module:function:0.5: pictures (N, 3, H, W) in
-    [0, 1] and prompts in, N numbers out. geneval (1 if all is as asked, else 0) needs --prompts with what it
-    looks for, such as evaluation_metadata.jsonl. lrm, the latent reward model, judges noisy latents and cannot be
-    mixed."""
+    """Scorers: {scorers}; a weight after a colon, as in spm:1 pickscore:0.5, makes a weighted sum, and timesteps after
+    an @ let a scorer judge at these alone, as in spm:1@0-750 hpsv2:1@500-1000 (finished pictures are at 0). One of your
+    own is a function in a file beside the command or installed, module:function or module:function:0.5: pictures
+    (N, 3, H, W) in [0, 1] and prompts in, N numbers out. geneval (1 if all is as asked, else 0) needs --prompts with
+    what it looks for, such as evaluation_metadata.jsonl. lrm, the latent reward model, judges noisy latents and cannot
+    be mixed."""
     spm_time_conditioned: bool = True
     """Off: --spm_path holds a model without the timestep (train_spm --no-time_conditioned), the paper's ablation."""
+    normalise_scorers: bool = False
+    """Bring each scorer's scores of a prompt's candidates to mean 0 and deviation 1 before they are weighed and added
+    up, so that none outweighs the others by its scale."""
     scorer_dtype: Literal["no", "fp16", "bf16"] = "no"
     """Compute type of the scorers' towers; the published code uses float32 (no)."""
 

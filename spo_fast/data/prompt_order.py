@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from spo_fast.config.sections import TOYS
 from spo_fast.data.prompts import TOY_PROMPTS, load_prompts
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
 
 def prompt_file(cfg: Config) -> str | Path | None:
     """The prompts given, else the built-in ones: the toy knows only its own world's."""
-    return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model == "toy" else None)
+    return cfg.data.prompts or (TOY_PROMPTS if cfg.model.model in TOYS else None)
 
 
 def training_prompts(cfg: Config, processes: int = 1) -> tuple[list[str], PromptSampler]:

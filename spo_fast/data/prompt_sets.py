@@ -8,6 +8,7 @@ from typing import TypedDict, cast
 
 from spo_fast.config.errors import did_you_mean
 from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.config.sections import TOYS
 from spo_fast.data.hub import offline_reason
 from spo_fast.data.prompts import READERS, load_prompts, parse_json, read_lines
 
@@ -162,7 +163,7 @@ CLASSES = (  # COCO's 80 in its order, as GenEval calls them
 def prompts_of(cfg: EvaluationConfig) -> tuple[list[str], str]:
     """(prompts, what they are)."""
     c = cfg.pictures
-    if c.prompts is None and cfg.model.model == "toy":
+    if c.prompts is None and cfg.model.model in TOYS:
         from spo_fast.data import toy_world
 
         texts, name = toy_world.TEST, "the toy's test prompts"

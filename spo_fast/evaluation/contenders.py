@@ -16,6 +16,7 @@ from spo_fast.config.errors import Missing, MissingFilesError
 from spo_fast.config.evaluation import EvaluationConfig
 from spo_fast.config.presets import EVALUATION_PRESETS
 from spo_fast.config.scorers import TRUE_SCORES, judging_parts
+from spo_fast.config.sections import TOYS
 from spo_fast.data.files import read_json, write_atomically
 from spo_fast.data.prompt_sets import prompts_of
 from spo_fast.evaluation.required_files import metric_scorers, resolve
@@ -152,7 +153,7 @@ def resolve_settings(parser: flags.Parser, arguments: list[str] | None) -> Evalu
         return brought if given.get("model") in (None, brought.get("model")) else {}
 
     cfg, given, _ = flags.parse(parser, EVALUATION_PRESETS, arguments, recipe)
-    if "metrics" in given or cfg.model.model != "toy" or not (why := why_no_true_scores(cfg, prompts_of(cfg)[0])):
+    if "metrics" in given or cfg.model.model not in TOYS or not (why := why_no_true_scores(cfg, prompts_of(cfg)[0])):
         return cfg
     print(f"left out: {' and '.join(TRUE_SCORES)} {why}.")
     return cfg.with_fields(metrics=tuple(name for name in cfg.metric.metric_names if name not in TRUE_SCORES))

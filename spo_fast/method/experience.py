@@ -99,6 +99,7 @@ class Candidates:
     num_candidates: int
     decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
     decode_chunk: int = 8
+    at: int | None = None  # t on the host, for a scorer that asks when (Rollout.when)
 
     def pixel_chunks(self) -> Iterator[tuple[Rows, Tensor]]:
         """Decodes a few images at a time, and only if asked: a latent scorer never pays for the VAE."""
@@ -112,7 +113,8 @@ class Experience:
     """N loss terms over U states. `states` holds each (x_t, row, prompt) once; `index` says which a transition used."""
 
     states: States
-    x_prev: Tensor  # (N, K, S, C, H, W) recorded children; of re-noised images what the network should have said
+    x_prev: Tensor  # (N, K, S, C, H, W) recorded children; of re-noised images what the network should have said,
+    # or the clean latents
     index: Tensor  # (N, K, S) int64 into states
     cond: Cond
     scores: Tensor  # every score of the rollout, for the log; empty without a rollout
@@ -120,7 +122,7 @@ class Experience:
     second_reference: Prediction | None = (
         None  # of a second frozen network: the moving average, or the reference beside the old
     )
-    advantage: Tensor | None = None  # (N,) of policy gradients
+    advantage: Tensor | None = None  # (N,) of policy gradients, or (N, K) of each side
     order: Tensor | None = None  # (N,) int64: a rollout's terms come by it, then by prompt (training/processes.py)
     read: tuple[Tensor, Tensor] | None = None  # an index, and its numbers on the host; of another index it says nothing
 
@@ -181,6 +183,11 @@ def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (
             start, grown = n, set(index[n].tolist())
         seen = grown
     yield slice(start, len(index))
+
+
+def asks_when(scorer: object) -> bool:
+    """Whether a scorer must be told the timestep on the host: its parts judge at some only."""
+    return bool(getattr(scorer, "asks_when", False))
 
 
 def judges(scorer: object) -> str:

@@ -51,6 +51,10 @@ class Draws(Protocol):
         """(B,) int64 of each step: the candidate that it starts from, uniform. Asked once a rollout, in order."""
         ...
 
+    def normal(self, use: int, shape: tuple[int, ...], which: int = 0, count: int = 1) -> Tensor:
+        """(count B, *shape) float32 standard normals for another use."""
+        ...
+
 
 @dataclass(frozen=True)
 class KeyedDraws:
@@ -68,10 +72,10 @@ class KeyedDraws:
         keys[..., 4] = torch.arange(candidates, device=keys.device)[:, None]
         return keys.flatten(0, 1)
 
-    def normal(self, use: int, shape: tuple[int, ...], which: int = 0) -> Tensor:
-        """(B, *shape) float32 standard normals for one use; `which` tells apart several of it."""
-        keys = self._keys(use)
-        keys[:, 4] = which
+    def normal(self, use: int, shape: tuple[int, ...], which: int = 0, count: int = 1) -> Tensor:
+        """(count B, *shape) float32 standard normals for one use; numbers from `which` on tell apart several of it."""
+        keys = self._keys(use, count)
+        keys[:, 4] += which
         return philox.normal(keys, int(torch.Size(shape).numel())).view(-1, *shape)
 
     def integer(self, use: int, high: int, count: int = 1) -> Tensor:

@@ -112,6 +112,10 @@ class Objective:
     """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and second_reference)."""
     rollout: ScoredRollout | None = staticmethod(rollout_segments)
     """The part of `collect` that costs something; None without a rollout."""
+    transitions: ClassVar[bool] = True
+    """Its terms are recorded transitions, which have log-probabilities; else it learns from clean latents noised."""
+    takes_both: bool = False
+    """Its rollouts take steps without noise too (Sampler.ode)."""
 
     def guided(self, cfg: SampleConfig) -> bool:
         """Whether the unconditional half is evaluated in training."""
@@ -129,6 +133,14 @@ class Objective:
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
         """The iteration's terms; the batch is one of PairInputs for a sampler of data."""
         raise NotImplementedError
+
+    def decay_after(self, steps: int) -> float | None:
+        """Of the moving average at an iteration's end, after so many optimizer steps; None: it moves with each step."""
+        return None
+
+    def judged(self, e: Experience, scores: Tensor) -> Experience:
+        """The experience of this process, told the scores of all; scores: (J K B,)."""
+        return e
 
     def prepare(
         self,
@@ -304,86 +316,6 @@ def trajectory_terms(walk: Trajectories, cfg: SampleConfig, batch: RolloutBatch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPO(Objective):
-    """DDPO (arXiv 2305.13301): PPO's clipped surrogate, one transition a term.
-
-    r = p(x_{t-1} | x_t) / p_old(x_{t-1} | x_t), log-probs as means over C, H, W; the loss is
-    max(-A r, -A clamp(r, 1 - clip, 1 + clip)), A the reward's distance from the prompt's mean in its standard
-    deviations, clamped to +-advantage_clip. Mean and deviation are of the prompt's K trajectories; the published code
-    has one trajectory a prompt and keeps a prompt's last rewards over rollouts instead (stat_tracking.py).
-    """
-
-    clip: float | None
-    advantage_clip: float
-    shape = (1, 1)
-    stats = ("terms", "ratio", "clamped", "approx_kl", "kl")
-    rollout = staticmethod(trajectory_rollout)
-
-    def term_states(self, cfg: SampleConfig) -> list[int]:
-        """One state a transition; K trajectories."""
-        return [1] * (cfg.num_candidates * cfg.branching_steps)
-
-    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
-        """Every transition of K trajectories of a prompt, with its trajectory's advantage."""
-        assert isinstance(batch, RolloutBatch)
-        walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
-        std, mean = torch.std_mean(walk.scores, dim=0, correction=0)
-        advantage = ((walk.scores - mean) / (std + 1e-6)).flatten().repeat(cfg.branching_steps)
-        return replace(trajectory_terms(walk, cfg, batch), advantage=advantage)
-
-    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
-        """The policy's own outputs before its first update, made by the training path: the ratio starts at 1.
-
-        From the rollout's path (other batches, merged weights) 16-bit rounding alone would exceed the clip at t = 51.
-        """
-        return {"frozen": own()}
-
-    def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
-        """(N,) and its weight in the loss."""
-        return torch.zeros(len(e), device=e.x_prev.device, dtype=e.x_prev.dtype), 0.0
-
-    def loss(
-        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `Objective.loss`: the clipped surrogate, plus the regulariser."""
-        assert e.advantage is not None, "collect the experience first"
-        log_r = log_ratios(m, table, e, cfg).flatten()
-        ratio, advantage = log_r.exp(), e.advantage.clamp(-self.advantage_clip, self.advantage_clip)
-        kept = ratio if self.clip is None else ratio.clamp(1 - self.clip, 1 + self.clip)
-        kl, kl_weight = self.regulariser(m, e, cfg)
-        terms = torch.maximum(-advantage * ratio, -advantage * kept) + kl_weight * kl
-        with torch.no_grad():
-            outside = (ratio != kept).to(ratio.dtype)
-            stats = torch.stack([torch.ones_like(ratio), ratio, outside, log_r.square() / 2, kl]).sum(1)
-        return weight * terms.sum(), stats
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOK(DDPO):
-    """DPOK (arXiv 2305.16381): DDPO plus kl_weight times the KL to the reference.
-
-    The authors' KL is the squared difference of the guided predictions, mean over C, H, W (google-research/dpok); the
-    Categorical KL over the batch in d3po's restatement is meaningless. Their learnt value function is DDPO's mean here.
-    """
-
-    kl_weight: float
-    num_baselines = 2
-
-    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
-        """DDPO's, and the reference as second_reference."""
-        with policy.reference():
-            second_reference = outputs()
-        return {**super().baselines(policy, outputs, own), "second_reference": second_reference}
-
-    def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
-        """The KL to the reference."""
-        assert e.second_reference is not None, "prepare the experience first"
-        g, dtype, index = cfg.guidance_scale, e.states.x_t.dtype, e.index.flatten()
-        difference = guided(*m, g, dtype)[index] - guided(*e.second_reference, g, dtype)[index]
-        return difference.square().flatten(1).mean(1), self.kl_weight
-
-
-@dataclass(frozen=True, kw_only=True)
 class DenseReward(SPO):
     """DenseReward (arXiv 2402.08265): ListMLE over trajectories of a prompt, early steps weighing more.
 
@@ -441,6 +373,7 @@ class DiffusionDPO(Objective):
     beta: float
     prompt_dropout: float  # read where pairs are (training/pair_batches.py)
     samples_from = "data"
+    transitions = False
     rollout = None
 
     def guided(self, cfg: SampleConfig) -> bool:

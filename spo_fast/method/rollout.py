@@ -9,7 +9,8 @@ step, and nothing is read back to the host before the rollout's end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from spo_fast.method.experience import (
     Prediction,
     States,
     Text,
+    asks_when,
     judges,
     repeat_text,
     to_device,
@@ -45,6 +47,7 @@ class RolloutBatch:
     latent_shape: tuple[int, int, int]  # C, H, W
     dtype: torch.dtype  # of the latents: float32, or float64 for checks
     skipped: frozenset[int] = frozenset()  # first steps of segments that are not compared (skipped_segments.py)
+    iteration: int = 0  # of the run
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -54,11 +57,11 @@ class RolloutBatch:
 class Segments:
     """A rollout before anything is read from the device: G (segment, step) slots of B prompts, valid or not."""
 
-    x_t: Tensor  # (G, 2, B, C, H, W) of the winner and the loser
-    x_prev: Tensor  # (G, 2, B, C, H, W)
+    x_t: Tensor  # (G, J, B, C, H, W) of the winner and the loser, or of all children
+    x_prev: Tensor  # (G, J, B, C, H, W)
     valid: Tensor  # (G, B) bool
     rows: list[int]  # (G,) row of each slot
-    shared: list[bool]  # (G,) whether both sides have one x_t
+    shared: list[bool]  # (G,) whether all sides have one x_t
     scores: Tensor  # every score, in order
 
     def first(self, slots: int) -> Segments:
@@ -68,13 +71,14 @@ class Segments:
         return Segments(self.x_t[kept], self.x_prev[kept], self.valid[kept], rows, shared, self.scores)
 
     def compact(self, cond: Cond) -> Experience:
-        """The kept pairs as loss terms, in the order segment, step, prompt. The rollout's one read of the device."""
+        """What was kept as loss terms, in the order segment, step, prompt. The rollout's one read of the device."""
+        sides = torch.arange(self.x_t.shape[1])
         slot, prompt = self.valid.cpu().nonzero(as_tuple=True)  # the read; what follows is index arithmetic on the host
         shared = torch.tensor(self.shared)[slot]  # (N,)
-        # states: one for a pair that shares x_t, else the winner's and the loser's, pair after pair
-        size = 2 - shared.long()
+        # states: one for sides that share x_t, else each side's own, term after term
+        size = torch.where(shared, 1, len(sides))
         first = size.cumsum(0) - size
-        index = torch.stack([first, first + (~shared).long()], dim=1)  # (N, 2)
+        index = first[:, None] + sides * (~shared)[:, None]  # (N, J)
         owner = torch.arange(len(slot)).repeat_interleave(size)
         side = torch.arange(owner.shape[0]) - first[owner]
         rows = torch.tensor(self.rows)[slot][owner]
@@ -82,7 +86,7 @@ class Segments:
         known = (slot, prompt, slot[owner], side, prompt[owner], rows, read)
         slot, prompt, of_slot, side, of_prompt, rows, index = (to_device(v, device) for v in known)
         states = States(self.x_t[of_slot, side, of_prompt], rows, of_prompt)
-        x_prev = self.x_prev[slot, :, prompt]  # (N, 2, C, H, W)
+        x_prev = self.x_prev[slot, :, prompt]  # (N, J, C, H, W)
         return Experience(states, x_prev.unsqueeze(2), index, cond, self.scores, order=slot, read=(index, read))
 
 
@@ -123,6 +127,22 @@ def trained_steps(cfg: SampleConfig, table: StepTable) -> tuple[int, int]:
     return first, end
 
 
+def window_at(window: str, moves: int | None, last: int, iteration: int) -> tuple[int, int]:
+    """First step of FIRST:END in an iteration, and the one after its last; back to FIRST once it has reached `last`."""
+    first, end = (int(part) for part in window.split(":"))
+    shift = 0 if moves is None else iteration // moves % (last - end + 1)
+    return first + shift, end + shift
+
+
+def with_window(sampler: Sampler, cfg: SampleConfig) -> Sampler:
+    """A sampler that adds noise in the steps that cfg trains, and takes those without noise elsewhere."""
+    assert sampler.ode is not None, "a window needs the steps without noise"
+    rows = torch.arange(sampler.table.num_steps, device=sampler.table.coefficients.device)[:, None]
+    inside = (rows >= cfg.first_branch) & (rows < cfg.last_branch)
+    mixed = sampler.table.coefficients.where(inside, sampler.ode.coefficients)
+    return replace(sampler, table=replace(sampler.table, coefficients=mixed))
+
+
 def segments(cfg: SampleConfig) -> list[tuple[int, int]]:
     """(first step, step of the judgement) of each segment; judgement at num_steps means the final latents.
 
@@ -157,6 +177,9 @@ def best_and_worst(scores: Tensor, threshold: float | Tensor) -> tuple[Tensor, T
     return torch.stack([indices[0], indices[-1]]), p[0] - p[1] > threshold
 
 
+Choice = Callable[[Tensor, "float | Tensor"], tuple[Tensor, Tensor]]
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:  # x (K, B, ...), index (J, B) -> (J, B, ...)
     return x[index, torch.arange(x.shape[1], device=x.device)]
 
@@ -188,6 +211,7 @@ class Sampler:
     decode: Decode
     cfg: SampleConfig
     decode_chunk: int = 8  # images through the VAE at a time
+    ode: StepTable | None = None  # the same steps without noise, for a method that takes both
 
 
 class Rollout:
@@ -207,6 +231,8 @@ class Rollout:
             policy.precompute_text(branched, guided),
         )
         self.branched_text = repeat_text(batch.text, self.K)
+        # read where nothing waits yet, and only for such scorers
+        self.when = table.judged_at.tolist() if asks_when(sampler.scorer) else None
         # the policy owns the graphs: they outlive a rollout
         self._predict = policy.graphs.wrap("predict_rows", predict_rows)
         self._advance = policy.graphs.wrap("advance", advance)
@@ -236,17 +262,22 @@ class Rollout:
         """Of the x0 estimates of step i; i = num_steps: of the final latents, at timestep 0."""
         if m is None:
             # GradSPO's code shows the final images at the last step's timestep
-            t = self.table.judged_at[-1] if self.cfg.last_step == "keep" else torch.zeros_like(self.table.judged_at[0])
-            return self._score(None, x, t)
+            if self.cfg.last_step == "keep":
+                return self._score(None, x, -1)
+            return self._score(None, x, None)
         arguments = (*m, x, self._rows(x, i), self.table.coefficients, self.cfg.guidance_scale)
-        return self._score(x, transition(*arguments, num_children=0)[0], self.table.judged_at[i])
+        return self._score(x, transition(*arguments, num_children=0)[0], i)
 
     def judge_children(self, x: Tensor, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B)
         """Of children of step i as they are, at their parent's timestep."""
-        return self._score(x, x, self.table.judged_at[i])
+        return self._score(x, x, i)
 
-    def _score(self, x_t: Tensor | None, x0: Tensor, t: Tensor) -> Tensor:
-        candidates = Candidates(x_t, x0, t, self.branched_text, self.K, self.decode, self.chunk)
+    def _score(self, x_t: Tensor | None, x0: Tensor, i: int | None) -> Tensor:
+        """At the timestep of step i; None: at 0."""
+        steps = self.table.judged_at
+        t = torch.zeros_like(steps[0]) if i is None else steps[i]
+        at = None if self.when is None else 0 if i is None else self.when[i]
+        candidates = Candidates(x_t, x0, t, self.branched_text, self.K, self.decode, self.chunk, at)
         return self.scorer(candidates).view(self.K, self.B)
 
     def _rows(self, x: Tensor, i: int) -> Tensor:
@@ -254,8 +285,11 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
-    """Everything of a branching rollout that can run without reading from the device: at most num_steps UNet calls."""
+def rollout_segments(sampler: Sampler, batch: RolloutBatch, choose: Choice = best_and_worst) -> Segments:
+    """Everything of a branching rollout that can run without reading from the device: at most num_steps UNet calls.
+
+    choose: scores (K, B) and a threshold -> indices (J, B) of the children that are recorded, and whose are used.
+    """
     table, cfg, draws = sampler.table, sampler.cfg, batch.draws
     K, B, rollout = cfg.num_candidates, len(batch), Rollout(sampler, batch)
     x = draws.latents(batch.latent_shape, batch.dtype)
@@ -286,7 +320,7 @@ def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
             m_all = rollout.predict(flat, end) if end < cfg.num_steps else None
             score = rollout.judge(flat, m_all, end)
         final = end == cfg.num_steps and cfg.last_step == "keep"
-        sides, kept = best_and_worst(score, -1.0 if final else threshold_at(table, cfg, end - 1))
+        sides, kept = choose(score, -1.0 if final else threshold_at(table, cfg, end - 1))
         for s, i in enumerate(range(first, end)):
             x_t.append(_take(path[s], sides))
             x_prev.append(_take(path[s + 1], sides))
@@ -295,8 +329,8 @@ def rollout_segments(sampler: Sampler, batch: RolloutBatch) -> Segments:
             shared.append(s == 0)
         scores.append(score.flatten())
         if end < cfg.last_branch:
-            by_rank = {"winner": sides[0], "loser": sides[1]}
-            pick = next(picks) if cfg.next_start == "random" else by_rank[cfg.next_start]
+            ranked = None if cfg.next_start == "random" else best_and_worst(score, 0.0)[0]
+            pick = next(picks) if ranked is None else ranked[("winner", "loser").index(cfg.next_start)]
             x = _take(branches, pick[None])[0]
             # the prediction that judged the chosen candidate starts its next step: no second UNet call
             chosen = pick * B + torch.arange(B, device=pick.device)

@@ -86,10 +86,14 @@ class FlowModel(DiffusionModel):
     def text_encoders(self) -> list[TextEncoder]:
         """Loaded anew, T5 in 8 bits if that was asked for."""
         encoders = load.load_text_encoders(self.resolved, self.dtype)
+        self.make_small(encoders)
+        return [encoder.to(self.device) for encoder in encoders]  # type: ignore[arg-type]  # as diffusers'
+
+    def make_small(self, encoders: Sequence[TextEncoder]) -> None:
+        """T5 in 8 bits, if that was asked for."""
         for encoder in encoders:
             if self.t5_weights != "full" and encoder.config.model_type == "t5":
                 quantise_t5(encoder, self.t5_weights)
-        return [encoder.to(self.device) for encoder in encoders]  # type: ignore[arg-type]  # as diffusers'
 
     def _load_encoder(self) -> Encoder:
         encoders = self.text_encoders()

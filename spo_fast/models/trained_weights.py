@@ -124,6 +124,17 @@ class TrainedWeights:
         self._each(take)
 
     @torch.no_grad()
+    def move_averages(self, decay: float) -> None:
+        """average = decay * average + (1 - decay) * master, now, beside what `keep_averages` does at each step."""
+        assert self.averages is not None, "call keep_averages first"
+        averages = self.averages
+
+        def take(i: int, master: Tensor) -> None:
+            averages[i].lerp_(master, 1 - decay)
+
+        self._each(take)
+
+    @torch.no_grad()
     def copy_masters(self) -> None:
         """The network computes with them, whole ones, from now on."""
         for i, master in enumerate(self.masters):

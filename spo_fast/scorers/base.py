@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from torch import Tensor
 
-from spo_fast.method.experience import judges
+from spo_fast.method.experience import asks_when, judges
 
 if TYPE_CHECKING:
     from spo_fast.method.experience import Candidates, Text
@@ -31,7 +31,8 @@ class InPhase:
     """A scorer each of whose calls runs in a phase: the trainer's timer, or a count of memory."""
 
     def __init__(self, scorer: Judge, phase: Callable[[], AbstractContextManager[object]]):
-        self.scorer, self.phase, self.judges = scorer, phase, judges(scorer)
+        self.scorer, self.phase = scorer, phase
+        self.judges, self.asks_when = judges(scorer), asks_when(scorer)
 
     def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
         """The scorer's own, inside the phase."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spo_fast.config.scorers import find_scorer, scorer_names
+from spo_fast.config.scorers import ALWAYS, find_scorer, scorer_names
 from spo_fast.data.prompt_sets import Wanted
 from spo_fast.scorers.base import PixelScorer, Scorer, sees_pixels
 from spo_fast.scorers.function import FunctionScorer
@@ -30,6 +30,8 @@ def load_scorer(
     time_conditioned: bool = True,  # False: the SPM is one that does not know the timestep
     wanted: Mapping[str, Wanted] | None = None,  # for geneval: prompt -> line of evaluation_metadata.jsonl
     prompts: Sequence[str] = (),  # a function of the user's own is tried on two of them
+    ranges: Sequence[tuple[int, int]] | None = None,  # timesteps at which each judges
+    sum_of_one: bool = False,  # a weighted sum even of one scorer
 ) -> Scorer:
     """One scorer, or the weighted sum of several. Raises ValueError for an unknown name or one without a path."""
     if not specs:
@@ -54,13 +56,16 @@ def load_scorer(
         words = token_ids if record.judges == "latents" else tokenize
         return record.loader()(Path(paths[name]), words, device, dtype, **options)
 
-    return summed([(load(name), weight) for name, weight in specs])
+    return summed([(load(name), weight) for name, weight in specs], ranges, sum_of_one)
 
 
-def summed(parts: Sequence[tuple[Scorer, float]]) -> Scorer:
-    """The only scorer, if its weight is 1, or the weighted sum of all."""
+def summed(
+    parts: Sequence[tuple[Scorer, float]], ranges: Sequence[tuple[int, int]] | None = None, sum_of_one: bool = False
+) -> Scorer:
+    """The only scorer, if its weight is 1 and it judges always, or the weighted sum of all."""
     scorers, weights = [scorer for scorer, _ in parts], [weight for _, weight in parts]
-    return scorers[0] if weights == [1] else WeightedSum(scorers, weights)
+    alone = weights == [1] and set(ranges or [ALWAYS]) == {ALWAYS} and not sum_of_one
+    return scorers[0] if alone else WeightedSum(scorers, weights, ranges)
 
 
 def load_metric(

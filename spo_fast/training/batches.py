@@ -100,7 +100,7 @@ def rollout_batch(run: Iterates, indices: list[int], iteration: int) -> RolloutB
     prompts = [run.prompts[i] for i in indices]
     draws = KeyedDraws(run.cfg.run.seed, iteration, to_device(torch.tensor(indices), run.device))
     text, model = run.scorer.encode(prompts), run.model
-    return RolloutBatch(model.cond(prompts), text, draws, model.latent_shape, model.latent_dtype)
+    return RolloutBatch(model.cond(prompts), text, draws, model.latent_shape, model.latent_dtype, iteration=iteration)
 
 
 def count_comparisons(run: Iterates, inputs: Inputs, rows: Tensor) -> dict[str, float]:

@@ -69,7 +69,7 @@ def base_errors(
     m, truth = (guided(*p, cfg.guidance_scale, e.states.x_t.dtype).flatten(1) for p in (rounded, full))
     t = table.timesteps[e.states.rows]
     found = {"base_error": (t, (m - truth).norm(dim=1) / truth.norm(dim=1))}
-    if objective.samples_from != "data":
+    if objective.transitions:
         ratio = log_ratios(rounded, table, replace(e, frozen=full), cfg)
         found["base_log_ratio"] = (t[e.index].flatten(), ratio.abs().flatten())
     return found

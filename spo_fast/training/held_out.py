@@ -6,6 +6,7 @@ import torch
 
 from spo_fast.config.fields import parted
 from spo_fast.config.scorers import TRUE_SCORES, judging_parts, scorer_specs
+from spo_fast.config.sections import TOYS
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_sets import Wanted, geneval_records
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
@@ -21,7 +22,7 @@ def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
 
 def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
     """Names of the metrics asked for; of the toy, on captions that its world can draw, the true scores by itself."""
-    if cfg.run.validation_metrics or cfg.model.model != "toy":
+    if cfg.run.validation_metrics or cfg.model.model not in TOYS:
         return parted(cfg.run.validation_metrics)
     from spo_fast.data import toy_world
 

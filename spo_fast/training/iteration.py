@@ -12,16 +12,17 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.base import InPhase
+from spo_fast.scorers.weighted import Normalised, WeightedSum
 from spo_fast.training import batches, diagnosis
 from spo_fast.training.rebalance import rebalance, whole_scores
-from spo_fast.training.rollout_statistics import Saturation, of_scores
+from spo_fast.training.rollout_statistics import Pictures, of_scores
 from spo_fast.training.signals import Stopped
 
 if TYPE_CHECKING:
-    import torch
-
     from spo_fast.config.training import Config, SampleConfig
     from spo_fast.data.prompt_order import PromptSampler
     from spo_fast.method.objectives import Objective
@@ -65,25 +66,41 @@ class Iterates:
         sample = self.cfg.sample
         if self.objective.samples_from == "data":
             return self.model.full_table()
+        if not self.objective.transitions:
+            return self.ode_table
         return self.model.table(sample.num_steps, sample.eta, sample.sampler)
+
+    @functools.cached_property
+    def ode_table(self) -> StepTable:
+        """The rollout's steps without noise."""
+        sample = self.cfg.sample
+        return self.model.table(sample.num_steps, 0.0, sample.sampler)
 
     @property
     def sampler(self) -> Sampler:
         """Draws from the policy as it is trained, decodes and judges."""
         cfg = self.cfg
-        return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, cfg.model.images_per_decode)
+        chunk, ode = cfg.model.images_per_decode, self.ode_table if self.objective.takes_both else None
+        return Sampler(self.policy, self.table, self.scorer, self.decode, cfg.sample, chunk, ode)
 
     def iterate(self, iteration: int, timer: Timer) -> dict[str, object] | None:
         """One iteration: experience, frozen networks, updates. Returns what to log; None if the run is to stop."""
         cfg, sample, objective, state = self.cfg, self.cfg.sample, self.objective, self.state
-        decode = Saturation(self.decode)
-        score = InPhase(self.scorer, functools.partial(self.score_phase, timer))  # decoding included
+        decode = Pictures(self.decode)
+        normalised = None
+        if cfg.scorer.normalise_scorers:
+            assert isinstance(self.scorer, WeightedSum)  # make_scorer's, even of one
+            normalised = Normalised(self.scorer)
+        score = InPhase(normalised or self.scorer, functools.partial(self.score_phase, timer))  # decoding included
         with contextlib.suppress(Stopped), timer("rollout"), self.rollout_weights(sample, iteration):
             inputs = batches.inputs(self, iteration)
             experience = objective.collect(replace(self.sampler, scorer=score, decode=decode), inputs.batch)
         if self.group.any(bool(self.stop.signal)):
             return None
         scores = whole_scores(experience.scores, inputs.prompts, self.group)
+        experience = objective.judged(experience, scores)
+        if normalised is not None:  # what is logged has a scale
+            scores = whole_scores(torch.cat(normalised.raw), inputs.prompts, self.group)
         slots = functools.partial(self.learner.slot_terms, state=state)
         experience, total, rows = rebalance(experience, inputs.prompts, self.group, cfg.run.seed, iteration, slots)
         skipped_segments = batches.count_comparisons(self, inputs, rows)
@@ -106,7 +123,7 @@ class Iterates:
             "valid_share": total / (inputs.total * len(objective.term_states(sample))),
             "states": self.group.total(len(experience.states)),
             "images": scores.numel(),
-            **decode.record(self.group, inputs.prompts),
+            **decode.record(self.group, inputs.prompts, sample.num_candidates),
             **skipped_segments,
             **rounded,
             **learned,

@@ -41,6 +41,8 @@ class Sums:
     stats: Tensor | None = None  # of the objective, over terms; None before the first
     loss: Tensor | float = 0.0  # over terms
     dead_batches: Tensor | int = 0
+    output: Tensor | float = 0.0  # root mean squares of the states' predictions
+    states: int = 0
     norms: list[float] = field(default_factory=list)  # of the gradient, a step each
 
 
@@ -126,6 +128,8 @@ class Learner(WeightUpdates):
                 if state.nonfinite_in_a_row >= self.cfg.optim.max_nonfinite_steps:
                     break
         state.pairs += used
+        if (decay := self.objective.decay_after(state.optimizer_steps)) is not None:
+            self.policy.move_averages(decay)
         if state.slots:
             self.keep_gradients()
         record = self._log(used, self._of_all(sums) if used else sums)
@@ -139,6 +143,8 @@ class Learner(WeightUpdates):
         sums.dead_batches, self.dead = sums.dead_batches + dead, self.dead + dead
         sums.stats = stats if sums.stats is None else sums.stats + stats
         sums.loss = sums.loss + loss / weight
+        sums.output = sums.output + m.cond.float().square().flatten(1).mean(1).sqrt().sum()
+        sums.states += len(e.states)
         self.nonfinite = self.nonfinite + 0 * loss  # a clamp's gradient of NaN is 0: no norm would show it
         return LastBatch(e, m, loss)
 
@@ -163,7 +169,7 @@ class Learner(WeightUpdates):
 
     def _compare_with_reference(self, batch: LastBatch) -> None:
         """Before the first step policy and reference are one: how far the computed ratio is from 1."""
-        if self.objective.samples_from == "data":
+        if not self.objective.transitions:
             return
         known = self.deviations or {}
         for t, value in ratio_deviations(batch.m, self.table, batch.experience, self.cfg.sample).items():
@@ -201,10 +207,10 @@ class Learner(WeightUpdates):
             return sums
         device = self.policy.device
         own = torch.zeros(len(self.objective.stats), device=device) if sums.stats is None else sums.stats
-        both = torch.as_tensor([float(sums.loss), float(sums.dead_batches)], device=device)
-        found = torch.cat([both, own]).double()
+        about = [float(sums.loss), float(sums.dead_batches), float(sums.output), sums.states]
+        found = torch.cat([torch.as_tensor(about, device=device), own]).double()
         self.group.add([found])
-        return Sums(found[2:], found[0], int(found[1]), sums.norms)
+        return Sums(found[4:], found[0], int(found[1]), found[2], int(found[3]), sums.norms)
 
     def is_dead(self, stats: Tensor) -> Tensor | bool:
         """() Whether a clamp holds every side of a micro-batch: then its gradient is exactly 0."""
@@ -272,6 +278,8 @@ class Learner(WeightUpdates):
             record["loss"] = sums.loss / terms
             names = enumerate(self.objective.stats)
             record |= {name: sums.stats[i] / terms for i, name in names if name != "terms"}
+        if sums.states:
+            record["output_rms"] = sums.output / sums.states
         if sums.norms:
             record["grad_norm"] = statistics.fmean([norm for norm in sums.norms if math.isfinite(norm)] or sums.norms)
         if self.scaler.is_enabled():

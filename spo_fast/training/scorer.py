@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from spo_fast.config.outside import is_outside
-from spo_fast.config.scorers import name_and_weight, register_scorer, scorer_specs
-from spo_fast.config.training import Config
+from spo_fast.config.scorers import judged_range, name_and_weight, register_scorer, scorer_specs
+from spo_fast.config.training import Config, SampleConfig
 from spo_fast.data.prompt_sets import Wanted
 from spo_fast.method.experience import judges
 from spo_fast.method.objectives import Objective
+from spo_fast.method.rollout import rollout_segments, segments
+from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.scorers.base import Scorer
 from spo_fast.scorers.function import PictureFunction
 from spo_fast.scorers.registry import load_scorer
+from spo_fast.scorers.weighted import WeightedSum
 
 
 def make_scorer(
@@ -34,6 +37,8 @@ def make_scorer(
         time_conditioned=cfg.scorer.spm_time_conditioned,
         wanted=wanted,
         prompts=prompts,
+        ranges=[judged_range(entry) for entry in names],
+        sum_of_one=cfg.scorer.normalise_scorers,
     )
     if objective.judges not in (None, judges(scorer)):
         method = cfg.objective.method
@@ -41,6 +46,22 @@ def make_scorer(
             f"--method {method} needs a scorer of noisy latents, and {' '.join(names)} is none. Use --scorer lrm."
         )
     return scorer
+
+
+def check_ranges(scorer: Scorer, table: StepTable, objective: Objective, cfg: SampleConfig) -> None:
+    """Raises ValueError if candidates, or the validation's finished pictures, come at a timestep at which no scorer
+    judges."""
+    if not isinstance(scorer, WeightedSum) or not scorer.asks_when:
+        return
+    cfg, n = objective.sampling(cfg), table.num_steps
+    steps = [end for _, end in segments(cfg)] if objective.rollout is rollout_segments else [n]
+    if judges(scorer) == "children":
+        steps = [end - 1 for end in steps]
+    ends = -1 if cfg.last_step == "keep" else None  # as Rollout.judge
+    scorer.judging(0)
+    for step in steps:
+        at = step if step < n else ends
+        scorer.judging(0 if at is None else int(table.judged_at[at]))
 
 
 def with_scorer(cfg: Config, function: PictureFunction) -> Config:

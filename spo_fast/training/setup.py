@@ -18,7 +18,7 @@ from spo_fast.training.learner import Learner
 from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.plan.fit_memory import choose_for
 from spo_fast.training.run import TrainingRun
-from spo_fast.training.scorer import make_scorer
+from spo_fast.training.scorer import check_ranges, make_scorer
 from spo_fast.training.validation import Validator
 
 
@@ -56,6 +56,7 @@ class Parts(TrainingRun[Config], Iterates):
             self.pairs = PairReader(self.model, cfg, self.run_dir, self.resume is not None)
         self.table = self.make_table()
         self.scorer = make_scorer(cfg, self.model, self.objective, wanted, shown)
+        check_ranges(self.scorer, self.table, self.objective, cfg.sample)
         if cfg.engine.compile != "off":
             self.compile()
         self.record_graphs(accelerate.capture_for(cfg, self.device))

@@ -16,7 +16,27 @@ from spo_fast.training.monitor.log import Record, number
 STILL_ITERATIONS, STILL = 50, 5e-4 / LN2  # the loss sits still: the mean of so many iterations is so near, relatively
 REJECTED_ITERATIONS = 3
 CLAMPED_ITERATIONS, CLAMPED = 3, 0.99
-SATURATION_WINDOW, SATURATION_RISE = 20, 0.25  # iterations averaged; relative to the run's first ones
+WINDOW, SATURATION_RISE = 20, 0.25  # iterations averaged; relative to the run's first ones
+FLAT_ITERATIONS, FLAT = 3, 0.9  # so many groups of candidates have one score
+DIVERSITY_FALL, OUTPUT_CHANGE = 0.5, 0.25  # relative to the run's first iterations
+
+
+class Level:
+    """The mean of a field's first WINDOW values, and that of its last."""
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def of(self, value: float | None) -> tuple[float, float] | None:
+        """Both, with this value; None before there are enough, or if the first are 0."""
+        if value is None:
+            return None
+        if len(self._first) < WINDOW:
+            self._first.append(value)
+        self._recent.append(value)
+        first, now = (sum(values) / len(values) for values in (self._first, self._recent))
+        return (first, now) if len(self._recent) == WINDOW and first > 0 else None
 
 
 class Watch:
@@ -25,11 +45,10 @@ class Watch:
     def __init__(self, cfg: Config) -> None:
         self.cfg, self._method = cfg, find_method(cfg.objective.method)
         self._start = self._method.start_of(cfg.flat()) if self._method.leaves_start else None
-        self._rejected = self._clamped = 0  # records in a row
+        self._rejected = self._clamped = self._flat = 0  # records in a row
         self._losses: deque[float] = deque(maxlen=STILL_ITERATIONS)
         self._told: set[str] = set()
-        self._first: list[float] = []
-        self._recent: deque[float] = deque(maxlen=SATURATION_WINDOW)
+        self._saturation, self._diversity, self._output = Level(), Level(), Level()
         self._next_rise = SATURATION_RISE
         self._signs: dict[str, str] = {}  # of reward hacking in the last validation, by look
 
@@ -41,6 +60,9 @@ class Watch:
             "still": self._loss_sits_still(record),
             "clamped": self._all_clamped(record),
             "skipped": self._step_skipped(record),
+            "flat": self._scores_are_flat(record),
+            "diversity": self._pictures_grow_alike(record),
+            "output": self._predictions_change_size(record),
             **self._signs_of_hacking(record),
         }
         new = [text for name, text in found.items() if text and name not in self._told]
@@ -106,6 +128,36 @@ class Watch:
             f"were skipped. The run stops after {self.cfg.optim.max_nonfinite_steps} in a row"
         )
 
+    def _scores_are_flat(self, record: Record) -> str:
+        share = number(record, "flat_groups")
+        if share is not None:
+            self._flat = self._flat + 1 if share >= FLAT else 0
+        if self._flat < FLAT_ITERATIONS:
+            return ""
+        return (
+            f"{share or 0:.0%} of the prompts' candidates score all alike, which teaches nothing: the scorer cannot "
+            "tell them apart. Raise --num_candidates, mix in another scorer, or use prompts that are not solved yet"
+        )
+
+    def _pictures_grow_alike(self, record: Record) -> str:
+        found = self._diversity.of(number(record, "diversity"))
+        if found is None or found[1] > found[0] * (1 - DIVERSITY_FALL):
+            return ""
+        return (
+            f"a prompt's pictures have grown alike: their mean difference has fallen from {found[0]:.3g} to "
+            f"{found[1]:.3g} since the run began (collapse). Go back to an earlier checkpoint, lower --learning_rate, "
+            "or hold on to the reference"
+        )
+
+    def _predictions_change_size(self, record: Record) -> str:
+        found = self._output.of(number(record, "output_rms"))
+        if found is None or abs(found[1] / found[0] - 1) < OUTPUT_CHANGE:
+            return ""
+        return (
+            f"the network's predictions have changed their size from {found[0]:.3g} to {found[1]:.3g} since the run "
+            "began: pictures will be over- or underexposed. Lower --learning_rate, or hold on to the reference"
+        )
+
     def _signs_of_hacking(self, record: Record) -> dict[str, str]:
         if "hacking" in record:  # a validation: sentences that begin with the look
             self._signs = {text.split()[0]: text for text in str(record["hacking"]).split("; ") if text}
@@ -117,17 +169,10 @@ class Watch:
         }
 
     def _saturation_climbs(self, record: Record) -> str:
-        value = number(record, "saturation")
-        if value is None:
+        found = self._saturation.of(number(record, "saturation"))
+        if found is None or found[1] < found[0] * (1 + self._next_rise):
             return ""
-        if len(self._first) < SATURATION_WINDOW:
-            self._first.append(value)
-        self._recent.append(value)
-        if len(self._recent) < SATURATION_WINDOW:
-            return ""
-        first, now = (sum(v) / len(v) for v in (self._first, self._recent))
-        if first <= 0 or now < first * (1 + self._next_rise):  # pictures without any colour: nothing to compare with
-            return ""
+        first, now = found
         self._next_rise = SATURATION_RISE * (1 + (now / first - 1) // SATURATION_RISE)
         return (
             f"the images' saturation has risen by {now / first - 1:.0%} since the run began ({first:.3f} to "

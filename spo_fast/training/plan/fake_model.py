@@ -34,7 +34,6 @@ from spo_fast.models.files.sources import (
 )
 from spo_fast.models.flow import FlowModel
 from spo_fast.models.prompt_cache import ENCODE_BATCH, PromptCache
-from spo_fast.models.quantised import quantise_t5
 from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.plan.once import Once
@@ -121,10 +120,8 @@ class FakeFlow(Fake, FlowModel):
         self.scheduler = flow_scheduler(self._schedule(resolved))
         self.tokenizers = [SimpleNamespace(model_max_length=n) for n in self._positions()]  # type: ignore[misc]
         self._take_door(cfg)
-        for encoder in self._encoders:
-            if self.t5_weights != "full" and encoder.config.model_type == "t5":
-                with once.mode:
-                    quantise_t5(encoder, self.t5_weights)
+        with once.mode:
+            self.make_small(self._encoders)
 
 
 def fake_model(cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once) -> FakeModel | FakeFlow:

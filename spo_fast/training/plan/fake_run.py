@@ -50,7 +50,7 @@ def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "c
     resolved=None: the published architectures, and the shipped toy. Memory is that of an iteration that keeps every
     pair. One that keeps a few can have up to 1.5 times longer slots; states_per_forward bounds what they take.
     """
-    if resolved is None and cfg.model.model == "toy":
+    if resolved is None and cfg.model.model.startswith("toy"):
         resolved = resolve(cfg.model, scorer_paths(cfg.scorer))
     model = replace(cfg.model, decode_chunk=None)
     key = (model, cfg.adapter, cfg.scorer, cfg.engine.fuse, cfg.engine.base_weights, repr(resolved), device_type)

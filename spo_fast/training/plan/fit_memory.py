@@ -38,8 +38,11 @@ MANY = 1000  # iterations on pairs whose number is not known before they are ope
 
 def with_trained_steps(cfg: Config, resolved: Resolved | None) -> tuple[Config, list[Choice]]:
     """cfg with the steps that are trained, as the model's schedule has them. Raises ValueError if there are none."""
-    if find_method(cfg.objective.method).on_pairs:
+    method = find_method(cfg.objective.method)
+    if method.on_pairs:
         return cfg, []
+    if not method.transitions:  # any level of noise can be trained
+        return cfg.with_fields(branch_start=cfg.sample.first_branch), []
     if resolved is None and cfg.sample.branch_start is not None:
         return cfg, []  # nothing is open, and no file says more
     from spo_fast.models.unasked import import_networks

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from spo_fast.config.scorers import find_scorer, scorer_specs
+from spo_fast.config.scorers import find_scorer, judged_range, scorer_specs
 from spo_fast.config.training import Config
 from spo_fast.models.compile import BLOCKS
 from spo_fast.models.diffusion import DTYPES
@@ -32,7 +32,8 @@ class Networks:
         self.model = fake_model(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
         self.policy = self._policy(cfg)
         self.scorers = {name: self._scorer(name, cfg, resolved) for name, _ in specs}
-        self.scorer = summed([(self.scorers[name], weight) for name, weight in specs])
+        ranges, normalise = [judged_range(entry) for entry in cfg.scorer.scorer], cfg.scorer.normalise_scorers
+        self.scorer = summed([(self.scorers[name], weight) for name, weight in specs], ranges, normalise)
         self.unknown = tuple(name for name in self.scorers if find_scorer(name).network == "unknown")
 
     def computed(self, cfg: Config) -> Config:
