@@ -14,7 +14,6 @@ from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
-from spo_fast.config.sections import FLOWS
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.models.files.lora_files import find_lora
@@ -44,11 +43,6 @@ def parse(arguments: list[str] | None = None) -> Config:
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         method = find_method(source["method"]).defaults(given) if "method" in source and given["model"] else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
-        if given["model"] in FLOWS and not find_method(source.get("method", "spo")).of_flows:
-            # their authors' steps and guidance are a diffusion's
-            method = {
-                name: value for name, value in method.items() if name not in ("num_steps", "guidance_scale", "eta")
-            }
         noise = {"eta": ETAS[source["sampler"]]} if source.get("sampler") in ETAS else {}
         return method | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
 
