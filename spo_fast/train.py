@@ -13,7 +13,7 @@ from spo_fast.config.errors import RunError
 from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
 from spo_fast.config.presets import PRESETS
-from spo_fast.config.recipes import ETAS, MEMORY, RECIPES, for_model
+from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.models.files.lora_files import find_lora
@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     )
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-        method = for_model(find_method(source["method"]).defaults(given), given) if "method" in source else {}
+        method = find_method(source["method"]).defaults(given) if "method" in source and given["model"] else {}
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
         sampler = source.get("sampler", method.get("sampler"))
         noise = {"eta": ETAS[sampler]} if sampler in ETAS and "eta" not in method else {}

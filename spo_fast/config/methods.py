@@ -19,7 +19,7 @@ from spo_fast.config import published
 from spo_fast.config.errors import UsageError, did_you_mean
 from spo_fast.config.outside import is_outside, load_outside
 from spo_fast.config.published import Given
-from spo_fast.config.sections import PairSourceConfig
+from spo_fast.config.sections import FLOWS, PairSourceConfig
 
 TRAJECTORIES = ("num_candidates", "eta", "branch_start", "branch_end", "rollout_weights")
 """What whole trajectories of a prompt are drawn with."""
@@ -136,13 +136,18 @@ class Method:
         return found
 
     def defaults(self, given: Given) -> dict[str, Any]:
-        """What choosing the method sets: the class's defaults, and over them what was published."""
+        """What choosing the method sets: the class's defaults, and over them what was published.
+
+        Of flows without the steps, guidance and eta that its authors published for diffusions.
+        """
         own = {} if isinstance(self.objective, str) else {
             f.name: f.default for f in dataclasses.fields(self.objective)
             if f.name in self.settings and f.default is not dataclasses.MISSING
         }  # fmt: skip
         unread = {} if "num_inner_steps" in self.reads else {"num_inner_steps": 0}
-        return {**unread, **own, **self.asked("published", given)}
+        of_diffusions = () if self.of_flows or given["model"] not in FLOWS else ("num_steps", "guidance_scale", "eta")
+        found = {**unread, **own, **self.asked("published", given)}
+        return {name: value for name, value in found.items() if name not in of_diffusions}
 
 
 def settings_of(kind: type) -> tuple[str, ...]:

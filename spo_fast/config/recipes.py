@@ -59,17 +59,6 @@ def small(given: Mapping[str, Any]) -> dict[str, Any]:
 MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
 
 
-def for_model(method: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's published settings as they fit the model: on flows its authors' steps and guidance, a diffusion's, are
-    left to the preset. None without a model.
-    """
-    if not given["model"]:
-        return {}
-    of_a_diffusion = given["model"] in FLOWS and not find_method(given.get("method", "spo")).of_flows
-    kept = ("num_steps", "guidance_scale", "eta") if of_a_diffusion else ()
-    return {name: value for name, value in method.items() if name not in kept}
-
-
 # by the value of --sampler: the published eta, of flow_sde that of SD3.5 (FLUX .8 to .9, Qwen-Image 1.2)
 ETAS = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.8, "dance": 0.3}
 

@@ -67,11 +67,14 @@ class WeightedSum:
             at = int(candidates.t)
         judging = self.judging(0 if at is None else at)
         x0, text = candidates.x0, candidates.text
+        assert isinstance(text, tuple)  # encode's
         found = {i: torch.zeros(len(x0), dtype=torch.float32, device=x0.device) for i in judging}
         of_pixels = {i: scorer for i in judging if sees_pixels(scorer := self.scorers[i])}
         for rows, pixels in candidates.pixel_chunks() if of_pixels else ():
             for i, scorer in of_pixels.items():
-                found[i][rows] = scorer.score_pixels(pixels, candidates.t, text[i][rows])
+                own = text[i]
+                assert isinstance(own, Tensor)  # PixelScorer.encode's
+                found[i][rows] = scorer.score_pixels(pixels, candidates.t, own[rows])
         for i in judging:
             if i not in of_pixels:
                 found[i] += self.scorers[i](replace(candidates, text=text[i]))
