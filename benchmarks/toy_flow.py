@@ -28,7 +28,7 @@ from spo_fast.toy import evaluate
 from spo_fast.toy.claim_tables import BUDGET, TUNING_SEED
 from spo_fast.toy.claims import Meter, software
 
-GRID, SEEDS, PICTURES, TUNING_PICTURES = (5e-4, 1e-3, 2e-3), (0, 1, 2), 1024, 512
+GRID, SEEDS, PICTURES, TUNING_PICTURES = (1.25e-4, 2.5e-4, 5e-4, 1e-3), (0, 1, 2), 1024, 512
 CONTENDERS: dict[str, tuple[str, ...]] = {
     "spo": (),
     "random picks": (),
