@@ -35,7 +35,7 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
     "flow_sde": ("--sampler", "flow_sde"),
 }
 RATE_OF = {"random picks": "spo"}
-RECORDS = Path(__file__).parent / "results" / "toy_flow.jsonl"
+RECORDS = Path(__file__).parent / "results" / "2026-11-30_toy_flow.jsonl"
 
 
 def run(name: str, seed: int, rate: float) -> dict[str, Any]:
