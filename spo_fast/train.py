@@ -45,7 +45,9 @@ def parse(arguments: list[str] | None = None) -> Config:
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
         sampler = source.get("sampler", method.get("sampler"))
         noise = {"eta": ETAS[sampler]} if sampler in ETAS and "eta" not in method else {}
-        return method | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
+        # it takes the place of the first step that a preset or a method names
+        opened = {"branch_start": None} if source.get("branch_sigma") is not None else {}
+        return method | opened | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
 
     cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, named)
