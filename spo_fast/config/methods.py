@@ -22,7 +22,8 @@ from spo_fast.config.published import Given
 from spo_fast.config.sections import FLOWS, PairSourceConfig
 
 NOISE = ("eta", "sampler")
-TRAJECTORIES = ("num_candidates", *NOISE, "branch_start", "branch_sigma", "branch_end", "rollout_weights")
+RANGE = ("branch_start", "branch_sigma", "branch_end")
+TRAJECTORIES = ("num_candidates", *NOISE, *RANGE, "rollout_weights")
 """What whole trajectories of a prompt are drawn with."""
 COMPARISONS = ("threshold", "threshold_max")
 STEPS = ("next_start", "last_step", "branch_window")
@@ -253,7 +254,7 @@ METHODS: dict[str, Method] = {
         _spo(
             name="gradspo",
             objective=_CODE + "GradSPO",
-            reads=(*TRAJECTORIES[:-1], *STEPS, *COMPARISONS),  # rollouts of averages
+            reads=("num_candidates", *NOISE, *RANGE, *STEPS, *COMPARISONS),  # rollouts of averages
             settings=("beta", "clip", "guidance_step", "ema_decay"),
             published=published.gradspo,
             paper=Paper(title="GradSPO", venue="NeurIPS 2025"),

@@ -71,10 +71,6 @@ def evaluate(
     return evaluation
 
 
-TOLD = {"embedded_guidance": None, "max_sequence_length": None, "t5_weights": "full", "size_told": "own"}
-"""Settings of what the network is told besides the prompts' words, and their defaults."""
-
-
 def drawn_by(cfg: EvaluationConfig, resolved: Resolved, prompts: list[str]) -> dict[str, Any]:
     """All that pictures depend on besides the contender."""
     return {
@@ -82,8 +78,7 @@ def drawn_by(cfg: EvaluationConfig, resolved: Resolved, prompts: list[str]) -> d
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "sampler": "DDIM, eta 0",
         **{name: getattr(cfg.model, name) for name in ("mixed_precision", "height", "width")},
-        # galleries of before have none of these: a default is null, as what is not there
-        **{name: None if (told := getattr(cfg.model, name)) == default else told for name, default in TOLD.items()},
+        **cfg.model.told,
         **{name: getattr(cfg.engine, name) for name in ("compile", "fuse", "attention")},
         **{name: getattr(cfg.pictures, name) for name in ("images_per_prompt", "num_steps", "guidance_scale", "seed")},
     }

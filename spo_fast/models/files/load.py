@@ -42,7 +42,9 @@ def check_weights(resolved: Resolved) -> None:
 
 def load_network(resolved: Resolved, dtype: torch.dtype | None) -> UNet2DConditionModel | FlowTransformer:
     """The model's UNet, or a flow model's transformer."""
-    return (load_unet if network_part(resolved.source.kind) == "unet" else load_transformer)(resolved, dtype)
+    if network_part(resolved.source.kind) == "unet":
+        return load_unet(resolved, dtype)
+    return load_transformer(resolved, dtype)
 
 
 def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> UNet2DConditionModel:
