@@ -203,6 +203,10 @@ def test_a_branch_sigma_takes_the_place_of_a_first_step(line: list[str], tmp_pat
     file = tmp_path / "config.yaml"
     file.write_text("branch_start: 3\n")
     assert parse([*wanted, "--config", str(file)]).sample.branch_start is None
+    file.write_text("branch_sigma: 0.6\n")
+    assert parse(["--model", "toy-flow", "--method", "ddpo", "--config", str(file)]).sample.branch_sigma == 0.6
+    later = parse(["--model", "toy-flow", "--config", str(file), "--branch_start", "2"]).sample
+    assert (later.branch_start, later.branch_sigma) == (2, None)
     with pytest.raises(ValueError, match="branch_start=2 and branch_sigma=0.7 say the same thing"):
         parse([*wanted, "--branch_start", "2"])
 
