@@ -191,6 +191,11 @@ def test_steps_that_are_trained() -> None:
         sampled(branch_end=10)
     with pytest.raises(ValueError, match="leaves no step to train of 10: use a higher --branch_sigma"):
         sampled(branch_sigma=0.001)
+    with pytest.raises(ValueError, match=r"the one before hardly any \(--branch_end 9 trains it\)"):
+        sampled(branch_start=8)
+    assert sampled(branch_start=8, branch_end=9) == (8, 9)
+    with pytest.raises(ValueError, match=r"branch_start=9 leaves .* adds no noise\. Use a lower"):
+        sampled(branch_start=9)
     with pytest.raises(ValueError, match=r"branch_sigma=0.805 leaves no step to train of 1"):
         sampled(num_steps=1)
 
