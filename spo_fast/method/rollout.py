@@ -117,7 +117,7 @@ def trained_steps(cfg: SampleConfig, table: StepTable) -> tuple[int, int]:
             )
     if first >= end:
         # by default alone, and not for want of noise
-        left_out = f", and the one before hardly any (--branch_end {noisy} trains it)" if end <= first < noisy else ""
+        left_out = f", and the one before hardly any (--branch_end {noisy} trains it)" if first < noisy else ""
         raise ValueError(
             f"branch_start={cfg.branch_start} leaves no step to train: on the model's noise schedule the last of "
             f"{cfg.num_steps} steps, from {at}, adds no noise{left_out}. Use a lower --branch_start."
