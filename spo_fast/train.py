@@ -45,7 +45,13 @@ def parse(arguments: list[str] | None = None) -> Config:
         less_memory = MEMORY[source["memory"]](given) if source.get("memory") in MEMORY else {}
         sampler = source.get("sampler", method.get("sampler"))
         noise = {"eta": ETAS[sampler]} if sampler in ETAS and "eta" not in method else {}
-        return method | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
+        # of the two that name the first step the later one holds; a method's or a preset's is the earliest
+        first: dict[str, None] = {}
+        if given.get("branch_sigma") is not None and "branch_start" not in source:
+            first = {"branch_start": None}
+        elif source.get("branch_start") is not None and "branch_sigma" not in source:
+            first = {"branch_sigma": None}
+        return method | first | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
 
     cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, named)

@@ -386,6 +386,19 @@ def test_a_run_brings_its_model_and_sampling_along(run_dir: Path) -> None:
     assert (cfg.pictures.num_steps, cfg.model.height, cfg.pictures.guidance_scale) == (7, 24, 2.0)
 
 
+def test_loras_of_a_flow_are_drawn_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each on the transformer as its file has it. What a network is told is the run's, and does not mix."""
+    run = run_toy(tmp_path / "mine", model="toy-flow", max_sequence_length=3, branch_start=1, learning_rate=5e-3)
+    brought = evaluate.parse(["--lora", str(run)])
+    assert (brought.model.model, brought.model.max_sequence_length) == ("toy-flow", 3)
+    line = {**TINY, "model": "toy-flow", "max_prompts": 1, "metrics": ["aesthetics"], "output_dir": tmp_path / "out"}
+    assert evaluate.main(command_line({**line, "lora": [f"a={run}", f"b={run}"]})) == 0
+    base, a, b = (pictures(tmp_path / "out" / name) for name in ("base", "a", "b"))
+    assert a == b and base.keys() == a.keys() and base != a
+    error = told(capsys, command_line({**line, "max_sequence_length": 5}))
+    assert "max_sequence_length: 3 there, 5 now" in error
+
+
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 

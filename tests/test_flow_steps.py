@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from golden_replay import load, table
 
+from spo_fast.config.errors import UsageError
+from spo_fast.config.sections import ModelConfig
 from spo_fast.config.training import SampleConfig
 from spo_fast.method import flow_schedule
 from spo_fast.method.rollout import trained_steps
 from spo_fast.ops.backend import available_backends, use_backend
 from spo_fast.ops.log_ratio import log_ratio
 from spo_fast.ops.transition import transition
+from spo_fast.train import parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # there, `pytest -m gpu` runs this file on the device
@@ -186,6 +191,49 @@ def test_steps_that_are_trained() -> None:
         sampled(branch_end=10)
     with pytest.raises(ValueError, match="leaves no step to train of 10: use a higher --branch_sigma"):
         sampled(branch_sigma=0.001)
+    with pytest.raises(ValueError, match=r"the one before hardly any \(--branch_end 9 trains it\)"):
+        sampled(branch_start=8)
+    assert sampled(branch_start=8, branch_end=9) == (8, 9)
+    with pytest.raises(ValueError, match=r"branch_start=9 leaves .* adds no noise\. Use a lower"):
+        sampled(branch_start=9)
+    with pytest.raises(ValueError, match=r"branch_sigma=0.805 leaves no step to train of 1"):
+        sampled(num_steps=1)
+
+
+@pytest.mark.parametrize("line", [[], ["--method", "ddpo"], ["--branch_start", "none"]])
+def test_a_branch_sigma_takes_the_place_of_a_first_step(line: list[str], tmp_path: Path) -> None:
+    """Also of one that a method's record or a file names; beside one that is given it is an error."""
+    wanted = ["--model", "toy-flow", *line, "--branch_sigma", "0.7"]
+    assert (parse(wanted).sample.branch_start, parse(wanted).sample.branch_sigma) == (None, 0.7)
+    file = tmp_path / "config.yaml"
+    file.write_text("branch_start: 3\n")
+    assert parse([*wanted, "--config", str(file)]).sample.branch_start is None
+    file.write_text("branch_sigma: 0.6\n")
+    assert parse(["--model", "toy-flow", "--method", "ddpo", "--config", str(file)]).sample.branch_sigma == 0.6
+    later = parse(["--model", "toy-flow", "--config", str(file), "--branch_start", "2"]).sample
+    assert (later.branch_start, later.branch_sigma) == (2, None)
+    with pytest.raises(ValueError, match="branch_start=2 and branch_sigma=0.7 say the same thing"):
+        parse([*wanted, "--branch_start", "2"])
+
+
+@pytest.mark.parametrize(("method", "flag", "value"), [("dpo", "sampler", "cps"), ("nft", "branch_sigma", "0.5")])
+def test_noise_that_a_method_does_not_read(method: str, flag: str, value: str) -> None:
+    line = ["--model", "toy-flow", "--method", method, "--pairs", "x"] if method == "dpo" else ["--method", method]
+    with pytest.raises(UsageError, match=f"--{flag} is not read by --method {method}"):
+        parse(["--model", "toy-flow", *line, f"--{flag}", value])
+
+
+@pytest.mark.parametrize("setting", [{"embedded_guidance": 3.0}, {"max_sequence_length": 77}, {"t5_weights": "int8"}])
+def test_settings_of_flows_are_told_to_diffusions(setting: dict[str, Any]) -> None:
+    ModelConfig(model="flux", **setting)
+    with pytest.raises(ValueError, match=r"is for flow models \(toy-flow, sd35, flux\): --model sd15"):
+        ModelConfig(model="sd15", **setting)
+
+
+def test_a_sampler_of_flows_is_told_to_a_diffusion() -> None:
+    """Before any file is looked for."""
+    with pytest.raises(ValueError, match="sampler=cps is for flows: --model sd15 takes DDIM's steps"):
+        parse(["--model", "sd15", "--sampler", "cps"])
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,18 @@ def test_settings_that_differ_from_the_preset(tmp_path: Path) -> None:
         ),
         ({"model": "sd35", "height": 512}, 'pipe("a prompt", height=512, width=512, num_inference_steps='),
         ({"model": "toy-flow"}, "settings |= dict(text_encoder_3=None, tokenizer_3=None)"),
+        ({"model": "toy-flow"}, "num_inference_steps=10, guidance_scale=2.0, max_sequence_length=0).images[0]"),
+        # FluxPipeline's guidance_scale is what the network is told: 3.5 by default, as in training
+        ({"model": "flux"}, 'pipe("a prompt", height=512, width=512, num_inference_steps=6).images[0]'),
+        ({"model": "flux", "embedded_guidance": 2.0}, "num_inference_steps=6, guidance_scale=2.0).images[0]"),
+        (
+            {"model": "flux", "guidance_scale": 4.0, "max_sequence_length": 128},
+            'num_inference_steps=6, negative_prompt="", true_cfg_scale=4.0, max_sequence_length=128).images[0]',
+        ),
+        (
+            {"model": "sd35", "full_finetune": True, "pretrained_model_name_or_path": "/m/x.safetensors"},
+            'SD3Transformer2DModel.from_pretrained("W", subfolder="transformer", torch_dtype=torch.float16)',
+        ),
         (
             {"model": "flux", "pretrained_model_name_or_path": "/m/x.safetensors"},
             'FluxTransformer2DModel.from_single_file("/m/x.safetensors", config="black-forest-labs/FLUX.1-dev"',

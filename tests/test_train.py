@@ -185,8 +185,10 @@ def test_a_sheet_of_many_images_can_still_be_opened(tmp_path: Path, monkeypatch:
 def test_resumed_with_other_grids_compares_nothing_with_the_old_ones(
     shown_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fewer pictures, or of other prompts: a gain over other pictures would be none."""
-    for n, other in enumerate(({"num_validation_images": 2}, {"validation_prompt": ["a red circle"]})):
+    """Fewer pictures, of other prompts, or told another size: a gain over other pictures would be none."""
+    for n, other in enumerate(
+        ({"num_validation_images": 2}, {"validation_prompt": ["a red circle"]}, {"size_told": "native"})
+    ):
         copy = tmp_path / str(n)
         shutil.copytree(shown_run, copy)
         shutil.rmtree(copy / "checkpoint-4")

@@ -21,7 +21,9 @@ from spo_fast.config.outside import is_outside, load_outside
 from spo_fast.config.published import Given
 from spo_fast.config.sections import FLOWS, PairSourceConfig
 
-TRAJECTORIES = ("num_candidates", "eta", "branch_start", "branch_end", "rollout_weights")
+NOISE = ("eta", "sampler")
+RANGE = ("branch_start", "branch_sigma", "branch_end")
+TRAJECTORIES = ("num_candidates", *NOISE, *RANGE, "rollout_weights")
 """What whole trajectories of a prompt are drawn with."""
 COMPARISONS = ("threshold", "threshold_max")
 STEPS = ("next_start", "last_step", "branch_window")
@@ -236,7 +238,7 @@ METHODS: dict[str, Method] = {
         _spo(
             name="d3po",
             objective=_CODE + "D3PO",
-            reads=("num_candidates", "eta", "branch_start", "rollout_weights", *COMPARISONS),
+            reads=("num_candidates", *NOISE, "branch_start", "branch_sigma", "rollout_weights", *COMPARISONS),
             published=published.d3po,
             paper=Paper(title="D3PO", arxiv="2311.13231"),
             leaves_start=False,  # its beta keeps the loss there
@@ -252,7 +254,7 @@ METHODS: dict[str, Method] = {
         _spo(
             name="gradspo",
             objective=_CODE + "GradSPO",
-            reads=("num_candidates", "eta", "branch_start", "branch_end", *STEPS, *COMPARISONS),  # rollouts of averages
+            reads=("num_candidates", *NOISE, *RANGE, *STEPS, *COMPARISONS),  # rollouts of averages
             settings=("beta", "clip", "guidance_step", "ema_decay"),
             published=published.gradspo,
             paper=Paper(title="GradSPO", venue="NeurIPS 2025"),

@@ -69,6 +69,17 @@ class ModelConfig(Section):
             self.size_told == "own" or self.model in ("sdxl", "toy"),
             f"size_told=native is SDXL's: a model of kind {self.model} is told no size. Leave it out.",
         )
+        odd = next((f"{n}={v}" for n, v in self.told.items() if v is not None and n != "size_told"), None)
+        require(
+            odd is None or self.model in FLOWS,
+            f"{odd} is for flow models ({', '.join(FLOWS)}): --model {self.model} has no such input. Leave it out.",
+        )
+
+    @property
+    def told(self) -> dict[str, object]:
+        """What pictures depend on of what the network is told beside words and guidance_scale; a default is None."""
+        defaults = {"embedded_guidance": None, "max_sequence_length": None, "t5_weights": "full", "size_told": "own"}
+        return {name: None if (own := getattr(self, name)) == value else own for name, value in defaults.items()}
 
     @property
     def images_per_decode(self) -> int:

@@ -103,7 +103,8 @@ class SampleConfig(Section):
     """First branching step, an index below num_steps. 4 of 20 is t = 751: above it there is no detail to compare. Of a
     flow by default the first step that branch_sigma allows."""
     branch_sigma: Annotated[float, Range(0, 1, "(]")] | None = None
-    """Flows: branch from the first step on whose sigma is at most this. Default: .805, the noise of SPO's t = 751."""
+    """In place of branch_start: branch from the first step on whose sigma (noise / (signal + noise)) is at most this.
+    Default: of a flow .805, the noise of SPO's t = 751."""
     branch_end: Count | None = None
     """Stop branching before this step: with branch_start the range of timesteps that is trained. Default: num_steps; of
     a flow with ddim or cps two less, since its last step adds no noise and the one before hardly any."""
@@ -399,6 +400,11 @@ class Config(Settings):
         require(
             "lrm" not in trained or self.objective.method == "lpo" or self.model.model not in FLOWS,
             f"scorer=lrm is a UNet of SD-1.5 or SDXL, which cannot judge latents of {self.model.model}. Use spm.",
+        )
+        sampler, model = self.sample.sampler, self.model.model
+        require(
+            sampler == "ddim" or model in FLOWS,
+            f"sampler={sampler} is for flows: --model {model} takes DDIM's steps. Leave it out.",
         )
         method, settings = find_method(self.objective.method), self.flat()
         misfit = method.asked("misfit", settings)

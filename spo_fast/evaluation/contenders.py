@@ -25,7 +25,8 @@ from spo_fast.models.files.sources import MODELS, Resolved
 
 OF_THE_RUN = (  # settings that a run's directory brings along, unless they are given
     *("model", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"),
-    *("height", "width", "num_steps", "guidance_scale"),
+    *("height", "width", "num_steps", "guidance_scale", "size_told"),
+    *("base_model_name_or_path", "embedded_guidance", "max_sequence_length"),  # of flow models
 )
 
 # ------------------------------------------------------------------------------------------------------- what to draw

@@ -16,7 +16,7 @@ from spo_fast.models.accelerate import prepare_drawing
 from spo_fast.models.compile import compile_network, keep_cache
 from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, network_width
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.files.load import load_unet, load_unet_from
+from spo_fast.models.files.load import load_network, load_unet_from
 from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.sources import Resolved
 from spo_fast.models.flow import load_model
@@ -54,7 +54,7 @@ def draw_all(
             model.network = None  # type: ignore[assignment]  # its memory goes first
             model.network = load_unet_from(contender.path, model.dtype).to(device)  # type: ignore[arg-type]
         elif model.network is None:
-            model.network = load_unet(resolved, model.dtype).to(device)
+            model.network = load_network(resolved, model.dtype).to(device)
         if contender.kind == "lora":
             assert contender.path is not None
             print(f"{contender.name}: {apply_lora(contender.path, model.network)}", flush=True)

@@ -78,6 +78,7 @@ def drawn_by(cfg: EvaluationConfig, resolved: Resolved, prompts: list[str]) -> d
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "sampler": "DDIM, eta 0",
         **{name: getattr(cfg.model, name) for name in ("mixed_precision", "height", "width")},
+        **cfg.model.told,
         **{name: getattr(cfg.engine, name) for name in ("compile", "fuse", "attention")},
         **{name: getattr(cfg.pictures, name) for name in ("images_per_prompt", "num_steps", "guidance_scale", "seed")},
     }

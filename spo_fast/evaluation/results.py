@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.config.sections import FLOWS
 from spo_fast.config.tables import markdown
 from spo_fast.data.files import without_nan, write_atomically
 from spo_fast.evaluation.contenders import Gallery
@@ -87,13 +88,15 @@ def summary(values: Values, cfg: EvaluationConfig) -> dict[str, Any]:
 
 def page(result: Mapping[str, Any], cfg: EvaluationConfig, num_prompts: int) -> str:
     """results.md: the table, how it was made, and signs of reward hacking."""
-    c = cfg.pictures
+    c, told = cfg.pictures, cfg.model.embedded_guidance
+    steps = "Euler" if cfg.model.model in FLOWS else "DDIM"  # the same, of a flow
+    guidance = f"guidance {c.guidance_scale:g}" + ("" if told is None else f" (embedded {told:g})")
     signs = [f"- {name}: {text}" for name, found in result["hacking"].items() for text in found.values()]
     lines = [
         table(result, cfg.model.model, cfg.metric.metric_names),
         "",
-        f"{num_prompts} prompts ({result['prompts']['from']}), {c.images_per_prompt} pictures each, {c.num_steps} DDIM "
-        f"steps, guidance {c.guidance_scale:g}, seed {c.seed}; means with 95 % bootstrap intervals over prompts. Rows "
+        f"{num_prompts} prompts ({result['prompts']['from']}), {c.images_per_prompt} pictures each, {c.num_steps} "
+        f"{steps} steps, {guidance}, seed {c.seed}; means with 95 % bootstrap intervals over prompts. Rows "
         "marked published are their authors' numbers (Pick-a-Pic's 500 validation prompts), not measured here.",
         *(["", "Signs of reward hacking:", "", *signs] if signs else []),
     ]

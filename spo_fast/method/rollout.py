@@ -116,12 +116,13 @@ def trained_steps(cfg: SampleConfig, table: StepTable) -> tuple[int, int]:
                 f"noise with sampler={cfg.sampler}: it has no log-probability. Use at most {noisy}."
             )
     if first >= end:
-        which = "branch_start" if cfg.branch_start is not None else "branch_sigma"
+        # by default alone, and not for want of noise
+        left_out = f", and the one before hardly any (--branch_end {noisy} trains it)" if first < noisy else ""
         raise ValueError(
-            f"{which}={getattr(cfg, which)} leaves no step to train: on the model's noise schedule the last of "
-            f"{cfg.num_steps} steps, from {at}, adds no noise. Use a lower --branch_start."
+            f"branch_start={cfg.branch_start} leaves no step to train: on the model's noise schedule the last of "
+            f"{cfg.num_steps} steps, from {at}, adds no noise{left_out}. Use a lower --branch_start."
             if cfg.branch_start is not None
-            else f"{which}={cfg.branch_sigma} leaves no step to train of {cfg.num_steps}: use a higher --branch_sigma, "
+            else f"branch_sigma={most:g} leaves no step to train of {cfg.num_steps}: use a higher --branch_sigma, "
             "or more --num_steps."
         )
     return first, end

@@ -158,10 +158,6 @@ def sampled_table(cfg: Config, resolved: sources.Resolved | None) -> StepTable:
     own = folder / "scheduler" / "scheduler_config.json"
     scheduler = layout.scheduler_config(resolved) if resolved else read_json(own)
     if source.kind not in sources.FLOWS:
-        if sample.sampler != "ddim":
-            raise ValueError(
-                f"sampler={sample.sampler} is for flows: --model {source.kind} takes DDIM's steps. Leave it out."
-            )
         return table_of(ddim_scheduler(scheduler), sample.num_steps, sample.eta)
     network = layout.transformer_config(resolved) if resolved else read_json(folder / "transformer" / "config.json")
     door = FLOW_DOORS[str(network["_class_name"])]

@@ -43,6 +43,10 @@ class Shown(TypedDict, total=False):
     guidance_scale: float
     latents: list[int]
     scorer: list[str]
+    embedded_guidance: float
+    max_sequence_length: int
+    t5_weights: str
+    size_told: str
 
 
 class Validation(NamedTuple):
@@ -161,6 +165,7 @@ class Validator:
         flat = self.cfg.flat()
         found = {name: flat[name] for name in ("num_validation_images", "seed", "num_steps", "guidance_scale")}
         found |= {"prompts": self.prompts, "latents": self.model.latent_shape, "scorer": flat["scorer"]}
+        found |= {name: value for name, value in self.cfg.model.told.items() if value is not None}
         return json.loads(json.dumps(found))
 
     @torch.no_grad()

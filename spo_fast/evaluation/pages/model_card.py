@@ -15,7 +15,7 @@ from spo_fast.evaluation.pictures import sheet_prompts
 from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE, LORA_FILE
 
 FILES = (
-    *(LORA_FILE, KOHYA_FILE, COMFYUI_FILE, "unet/*"),
+    *(LORA_FILE, KOHYA_FILE, COMFYUI_FILE, "unet/*", "transformer/*"),
     *("README.md", "report.html", "samples/*.png", "config.yaml", "metrics.jsonl"),
 )
 """What is uploaded; patterns under the run directory."""
@@ -49,7 +49,7 @@ def card(run: RunRecord, repository: str | None) -> str:
         method=method,
         metadata=metadata(run, method, prompts),
         name=repository or run.run_dir.resolve().name,
-        kind="Full fine-tuning of the UNet" if s["full_finetune"] else f"LoRA of rank {s['rank']}",
+        kind=f"Full fine-tuning of the {run.network}" if s["full_finetune"] else f"LoRA of rank {s['rank']}",
         how=method.about or method.name.upper(),
         paper=method.paper and method.paper.markdown(),
         done=f"{count_text(run.pairs, run.unit)} in {count_text(run.iterations, 'iteration')}",

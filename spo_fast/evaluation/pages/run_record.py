@@ -156,6 +156,26 @@ class RunRecord:
         return path or (default.pretrained_model_name_or_path if default else None)
 
     @property
+    def network(self) -> str:
+        """What was trained of the model, as pages call it; its folder has the name in small letters."""
+        return "transformer" if self.settings["model"] in FLOW_PIPELINES else "UNet"
+
+    @property
+    def steps(self) -> str:
+        """What draws the validation's pictures: DDIM without noise, which of a flow is Euler's method."""
+        return "Euler" if self.settings["model"] in FLOW_PIPELINES else "DDIM"
+
+    @property
+    def guidance(self) -> str:
+        """Of these pictures, as pages say it."""
+        s = self.settings
+        if s["model"] != "flux":
+            return str(s["guidance_scale"])
+        told = s.get("embedded_guidance")
+        shown = "as the pipeline has it" if told is None else f"{told} (embedded)"
+        return f"{shown}, true guidance {s['guidance_scale']}" if s["guidance_scale"] > 1 else shown
+
+    @property
     def file_elsewhere(self) -> str:
         """The LoRA for ComfyUI and its like."""
         return COMFYUI_FILE if self.settings["model"] in FLOW_PIPELINES else KOHYA_FILE
@@ -193,7 +213,10 @@ class RunRecord:
         return "\n".join(lines)
 
     def _loading_flow(self, weights: str) -> str:
-        """A single file is the transformer alone; an SD3 without T5 is loaded by saying so."""
+        """A single file is the transformer alone; an SD3 without T5 is loaded by saying so.
+
+        FluxPipeline's guidance_scale is what the network is told (3.5 unless given), its true_cfg_scale is ours.
+        """
         s = self.settings
         pipeline, transformer = FLOW_PIPELINES[s["model"]]
         base = json.dumps(self.base_model, ensure_ascii=False)
@@ -203,21 +226,35 @@ class RunRecord:
         if not self.base_model:
             base = 'toy_files(FLOW_WEIGHTS)["model"]'
             lines += ["from spo_fast.models.files.toy import FLOW_WEIGHTS, toy_files"]
-        elif base.endswith('.safetensors"'):
-            rest = s.get("base_model_name_or_path") or DEFAULTS[s["model"]].pretrained_model_name_or_path
+        weights, whole, single = (
+            json.dumps(weights, ensure_ascii=False),
+            s["full_finetune"],
+            base.endswith('.safetensors"'),
+        )
+        own = f'subfolder="transformer", torch_dtype={dtype}'
+        if whole or single:
             lines[1] += f", {transformer}"
-            config = f'config={json.dumps(rest)}, subfolder="transformer", torch_dtype={dtype}'
-            settings += [f'settings["transformer"] = {transformer}.from_single_file({base}, {config})']
-            base = json.dumps(rest, ensure_ascii=False)
+        if whole:
+            settings += [f'settings["transformer"] = {transformer}.from_pretrained({weights}, {own})']
+        if single:
+            rest = s.get("base_model_name_or_path") or DEFAULTS[s["model"]].pretrained_model_name_or_path
+            file, base = base, json.dumps(rest, ensure_ascii=False)
+            if not whole:
+                loaded = f"{transformer}.from_single_file({file}, config={base}, {own})"
+                settings += [f'settings["transformer"] = {loaded}']
         path = Path(str(self.base_model)).expanduser()
         if s["model"] != "flux" and (not self.base_model or (path.is_dir() and not (path / "text_encoder_3").is_dir())):
             settings += ["settings |= dict(text_encoder_3=None, tokenizer_3=None)"]
         lines += ["", *settings, f'pipe = {pipeline}.from_pretrained({base}, **settings).to("cuda")']
-        sizes = "".join(f"{name}={s[name]}, " for name in ("height", "width") if s.get(name))
-        draw = f"{sizes}num_inference_steps={s['num_steps']}, guidance_scale={s['guidance_scale']}"
-        return "\n".join(
-            [*lines, f"pipe.load_lora_weights({json.dumps(weights)})", f'image = pipe("a prompt", {draw}).images[0]']
-        )
+        lines += [] if whole else [f"pipe.load_lora_weights({weights})"]
+        told = {name: s[name] for name in ("height", "width") if s.get(name)}
+        told["num_inference_steps"], told["guidance_scale"] = s["num_steps"], s["guidance_scale"]
+        if s["model"] == "flux":
+            told["guidance_scale"] = s.get("embedded_guidance")
+            told |= {"negative_prompt": '""', "true_cfg_scale": s["guidance_scale"]} if s["guidance_scale"] > 1 else {}
+        told["max_sequence_length"] = s.get("max_sequence_length")
+        draw = ", ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+        return "\n".join([*lines, f'image = pipe("a prompt", {draw}).images[0]'])
 
     def _file_prediction(self) -> str:
         """What a single file's network predicts."""

@@ -35,10 +35,16 @@ Network = TypeVar("Network", bound="nn.Module")
 def check_weights(resolved: Resolved) -> None:
     """Raise ValueError for a network whose names and shapes are not its files', or a tokenizer that is not its text
     encoder's. No weight is read."""
-    network = load_unet if network_part(resolved.source.kind) == "unet" else load_transformer
-    for load in (network, load_vae, load_text_encoders):
+    for load in (load_network, load_vae, load_text_encoders):
         load(resolved, None)
     load_tokenizers(resolved)
+
+
+def load_network(resolved: Resolved, dtype: torch.dtype | None) -> UNet2DConditionModel | FlowTransformer:
+    """The model's UNet, or a flow model's transformer."""
+    if network_part(resolved.source.kind) == "unet":
+        return load_unet(resolved, dtype)
+    return load_transformer(resolved, dtype)
 
 
 def load_unet(resolved: Resolved, dtype: torch.dtype | None) -> UNet2DConditionModel:
