@@ -145,7 +145,7 @@ SETTINGS = [
     ("--learning 1e-5", ["unknown argument '--learning'"]),
     ("runs/mine", ["unknown argument 'runs/mine'", "--help"]),
     ("--rank", ["--rank", "expected one argument"]),
-    ("--model sdx", ["--model='sdx' is none of toy, sd15, sdxl.", "Did you mean 'sdxl'"]),
+    ("--model sdx", ["--model='sdx' is none of toy, toy-flow, sd15, sdxl, sd35, flux.", "Did you mean 'sdxl'"]),
     ("--method dspo", ["--method='dspo' is none of spo, mspo, d3po", "Did you mean 'spo'"]),
     ("--recipe publish", ["--recipe='publish' is none of default, published, fast.", "Did you mean 'published'"]),
     ("--scorer pikscore", ["unknown scorer 'pikscore'. Known: spm, pickscore, ", "Did you mean 'pickscore'"]),
@@ -159,9 +159,9 @@ SETTINGS = [
     ("--mixed_precision fp61", ["--mixed_precision='fp61'", "Did you mean 'fp64'"]),
     ("--learning_rate abc", ["--learning_rate='abc' is not a number"]),
     ("--rank 4.5", ["--rank='4.5' is not a whole number"]),
-    ("--eta 1e-10", ["eta=1e-10 must be in [0.001, 1]"]),
+    ("--eta 1e-10", ["eta=1e-10 must be in [0.001, 2]"]),
     ("--guidance_scale 1e10", ["guidance_scale=10000000000.0 must be in [0, 100]: beyond"]),
-    ("--eta 0", ["eta=0.0 must be in [0.001, 1]: at 0 a step is deterministic"]),
+    ("--eta 0", ["eta=0.0 must be in [0.001, 2]: at 0 a step is deterministic"]),
     ("--branch_start 20", ["branch_start=20 leaves no steps to branch (num_steps=20). Use a value from 0 to 19"]),
     ("--num_steps 4", ["leaves no steps to branch (num_steps=4). Use a value from 0 to 3"]),
     ("--num_steps 1001 --branch_start 2", ["num_steps=1001 must be in [1, 999]"]),
@@ -175,7 +175,7 @@ SETTINGS = [
     ("--seed 4294967296", ["seed=4294967296 must be in [0, 4294967295]"]),
     ("--resolution 0", ["--resolution=0 must be at least 1"]),
     ("--rank 99999999999999999999999", ["rank=99999999999999999999999 is too large"]),
-    ("--lora_targets nothing", ["--lora_targets nothing fits no layer of the UNet", "Try to_q to_k to_v"]),
+    ("--lora_targets nothing", ["--lora_targets nothing fits no layer of the network", "Try to_q to_k to_v"]),
     ("--lora_targets", ["lora_targets is empty"]),
     ("--lora_path x --full_finetune", ["lora_path starts a LoRA, but full_finetune trains none"]),
     ("--lora_path nowhere", ["--lora_path nowhere", "pytorch_lora_weights.safetensors or its directory"]),
@@ -212,7 +212,7 @@ FILES: dict[str, tuple[Callable[[Place], list[Any]], list[str]]] = {
     "no truth": (lambda p: p.yaml("shuffle: 3"), ["c.yaml, line 1: shuffle='3' is not true or false"]),
     "no value": (lambda p: p.yaml("rank:"), ["c.yaml, line 1: rank has no value"]),
     "unknown choice": (lambda p: p.yaml("method: mspoo"), ["line 1: method='mspoo' is none of", "'mspo'"]),
-    "out of range": (lambda p: p.yaml("eta: 0"), ["c.yaml, line 1: eta=0.0 must be in [0.001, 1]"]),
+    "out of range": (lambda p: p.yaml("eta: 0"), ["c.yaml, line 1: eta=0.0 must be in [0.001, 2]"]),
     "not a number": (lambda p: p.yaml("eta: .nan"), ["c.yaml, line 1: eta='.nan' is not a number"]),
     "list for a number": (lambda p: p.yaml("rank: [4]"), ["c.yaml, line 1: rank must be one plain value"]),
     "mapping for names": (lambda p: p.yaml("scorer: {spm: 1}"), ["line 1: scorer must be a list of plain values"]),
@@ -404,7 +404,7 @@ def test_no_number_may_be_negative_or_none(
 
 
 def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(train.main, [], capsys, status=2).startswith("--model is needed: toy, sd15, sdxl")
+    assert refused(train.main, [], capsys, status=2).startswith("--model is needed: toy, toy-flow, sd15, sdxl, sd35, flux")
 
 
 # ------------------------------------------------------------------------------------------------- the machine's part
