@@ -388,7 +388,9 @@ def test_a_run_brings_its_model_and_sampling_along(run_dir: Path) -> None:
 
 def test_loras_of_a_flow_are_drawn_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each on the transformer as its file has it. What a network is told is the run's, and does not mix."""
-    run = run_toy(tmp_path / "mine", model="toy-flow", max_sequence_length=3, branch_start=1, learning_rate=5e-3)
+    run = run_toy(
+        tmp_path / "mine", model="toy-flow", max_sequence_length=3, branch_start=1, resolution=16, learning_rate=5e-3
+    )
     brought = evaluate.parse(["--lora", str(run)])
     assert (brought.model.model, brought.model.max_sequence_length) == ("toy-flow", 3)
     line = {**TINY, "model": "toy-flow", "max_prompts": 1, "metrics": ["aesthetics"], "output_dir": tmp_path / "out"}
