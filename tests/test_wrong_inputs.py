@@ -404,7 +404,8 @@ def test_no_number_may_be_negative_or_none(
 
 
 def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(train.main, [], capsys, status=2).startswith("--model is needed: toy, toy-flow, sd15, sdxl, sd35, flux")
+    said = "--model is needed: toy, toy-flow, sd15, sdxl, sd35, flux"
+    assert refused(train.main, [], capsys, status=2).startswith(said)
 
 
 # ------------------------------------------------------------------------------------------------- the machine's part
