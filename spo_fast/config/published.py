@@ -13,7 +13,8 @@ Given = Mapping[str, Any]
 
 
 def _by_model(given: Given, everywhere: Given, **models: Given) -> dict[str, Any]:
-    return {**everywhere, **models.get(given["model"], {})}
+    kind = "toy" if given["model"] in TOYS else given["model"]  # both toys are of one world
+    return {**everywhere, **models.get(kind, {})}
 
 
 def mspo_method(given: Given) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def ddpo(given: Given) -> dict[str, Any]:
 
 def dpok(given: Given) -> dict[str, Any]:
     """google-research/dpok: learning rate 1e-5, gradients clipped at 0.1, guidance 7.5, KL weight 0.01."""
-    if given["model"] == "toy":
+    if given["model"] in TOYS:
         return ddpo(given)
     return ddpo(given) | {"learning_rate": 1e-5, "max_grad_norm": 0.1, "guidance_scale": 7.5, "adam_weight_decay": 0.0}
 
