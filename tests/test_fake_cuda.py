@@ -45,7 +45,7 @@ EVERY = {
     Place("rollout", "sent", "scorers/spm.py ClipScorer.encode"): 1,
     # the rollout's one read, and the index that is made of it
     Place("rollout", "to host", "method/rollout.py Segments.compact"): 1,
-    Place("rollout", "on the host", "method/rollout.py Segments.compact"): 4,
+    Place("rollout", "on the host", "method/rollout.py Segments.compact"): 5,
     Place("rollout", "sent", "method/rollout.py Segments.compact"): 7,
     # the permutation
     Place("between", "on the host", "method/noise.py permutation"): 1,

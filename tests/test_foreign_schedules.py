@@ -21,7 +21,7 @@ from spo_fast.config.training import SampleConfig
 from spo_fast.evaluation.required_files import resolve
 from spo_fast.evaluation.sampling import Drawn
 from spo_fast.method.objectives import D3PO
-from spo_fast.method.rollout import last_noisy_step, sample_latents, segments, threshold_at
+from spo_fast.method.rollout import sample_latents, segments, threshold_at, trained_steps
 from spo_fast.method.schedule import ddim_scheduler, ddim_table, full_table, schedule_notes, table_of
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.files.toy import WEIGHTS
@@ -270,10 +270,10 @@ def test_training_ends_where_the_noise_does() -> None:
     linspace, leading = (
         table_of(ddim_scheduler(config_of(timestep_spacing=spacing)), 4, 1.0) for spacing in ("linspace", "leading")
     )
-    assert (last_noisy_step(cfg, leading), last_noisy_step(cfg, linspace)) == (4, 3)
-    assert last_noisy_step(SampleConfig(num_steps=4, branch_start=1, branch_end=2), linspace) == 2
+    assert (trained_steps(cfg, leading), trained_steps(cfg, linspace)) == ((1, 4), (1, 3))
+    assert trained_steps(SampleConfig(num_steps=4, branch_start=1, branch_end=2), linspace) == (1, 2)
     with pytest.raises(ValueError, match="branch_start=3 leaves no step to train: .* from t = 0, adds no noise"):
-        last_noisy_step(SampleConfig(num_steps=4, branch_start=3), linspace)
+        trained_steps(SampleConfig(num_steps=4, branch_start=3), linspace)
     trained = SampleConfig(num_steps=4, branch_start=1, branch_end=3)
     assert segments(trained) == [(1, 2), (2, 3)] and segments(D3PO(beta=0.1, clip=0.1).sampling(trained)) == [(1, 3)]
     # of LPO's thresholds --threshold is the one of the least noisy step that is compared

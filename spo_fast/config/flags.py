@@ -102,11 +102,15 @@ def build_parser(
     return parser
 
 
+HELP_COLUMNS = 80
+
+
 def add_flag(group: Any, name: str, kind: Kind, text: str, notes: list[str]) -> None:
     """The values stay text here: `converted` reads them, as it does those of a YAML file."""
-    options: dict[str, Any] = {
-        "metavar": f"{{{','.join(kind.choices)}}}" if kind.choices else kind.base.__name__.upper()
-    }
+    choices = f"{{{','.join(kind.choices)}}}" if kind.choices else ""
+    if len(f"  --{name} {choices}") > HELP_COLUMNS:  # argparse breaks no word: among the notes it can
+        notes, choices = [f"one of {', '.join(kind.choices)}", *notes], ""
+    options: dict[str, Any] = {"metavar": choices or kind.base.__name__.upper()}
     if kind.many:
         options["nargs"] = "*"
     elif kind.base is bool:

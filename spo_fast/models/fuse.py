@@ -89,6 +89,15 @@ def _fuse_convolutional(network: nn.Module, recompute: bool) -> None:
         _fuse_embeddings(network)
 
 
+def folded(network: nn.Module) -> list[Tensor]:
+    """What a fused network keeps beside its weights, made if it is not there yet."""
+    found = []
+    for part in (m for m in network.modules() if isinstance(m, FusedUpsample)):
+        part.kernel = part.fold() if part.kernel is None else part.kernel
+        found.append(part.kernel)
+    return found
+
+
 def _fuse_embeddings(unet: UNet2DConditionModel) -> None:
     resnets = [m for m in unet.modules() if isinstance(m, ResnetBlock2D)]
     if unet.time_embed_act is None and all(type(m) is FusedResnet for m in resnets):

@@ -10,6 +10,7 @@ from torch import Tensor
 from spo_fast.config.sections import AdamConfig
 from spo_fast.config.training import Config
 from spo_fast.models.doors import flow_door
+from spo_fast.models.fuse import folded
 from spo_fast.models.merged import base_weight, lora_layers
 from spo_fast.models.policy import Policy
 from spo_fast.models.sharded import BUCKET
@@ -54,14 +55,14 @@ class HeldBytes:
         state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
         weights = {name: [w for part in networks_of(s) for w in part.parameters()] for name, s in scorers.items()}
         held = {
-            network: self.of(rest),
+            network: self.of([*rest, *folded(policy.network)]),
             "LoRA": 0 if full else self.of(policy._weights),
             "float32 masters": self.of(_own(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights != "merged" else self.of(merged),
             "optimizer state": sum(map(self.rounded, state)),
             "moving averages": self.of(policy.averages or ()),
             "reference copy": self.of(copy.parameters() if (copy := policy._frozen_copy) else policy._start or ()),
-            "VAE": self.of(vae.parameters()),
+            "VAE": self.of([*vae.parameters(), *folded(vae)]),
             **{f"scorer {name}": self.of(found) for name, found in weights.items()},
         }
         return {part: n for part, n in held.items() if n or part == "optimizer state"}
