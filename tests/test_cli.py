@@ -209,7 +209,7 @@ def test_help_shows_ranges(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         "num_candidates": "(at least 2;",
         "learning_rate": "(above 0; default: toy",
         "clip": "(in (0, 1); default: 0.1)",
-        "threshold": "(in [-1, 1); default: toy 0.05, sd15 0.3, sdxl 0.4)",
+        "threshold": "(in [-1, 1); default: toy 0.05, toy-flow 0.05, sd15 0.3, sdxl 0.4, sd35 0.3, flux 0.3)",
     }.items():
         assert said in shown[name]
 

@@ -275,7 +275,7 @@ def test_training_ends_where_the_noise_does() -> None:
     with pytest.raises(ValueError, match="branch_start=3 leaves no step to train: .* from t = 0, adds no noise"):
         trained_steps(SampleConfig(num_steps=4, branch_start=3), linspace)
     trained = SampleConfig(num_steps=4, branch_start=1, branch_end=3)
-    assert segments(trained) == [(1, 2), (2, 3)] and segments(D3PO(beta=0.1, clip=0.1).sampling(trained)) == [(1, 3)]
+    assert segments(trained) == [(1, 2), (2, 3)] and segments(D3PO(beta=0.1, clip=0.1).sampling(trained)) == [(1, 4)]
     # of LPO's thresholds --threshold is the one of the least noisy step that is compared
     lpo = SampleConfig(num_steps=4, branch_start=1, branch_end=3, threshold=0.1, threshold_max=0.5)
     assert threshold_at(linspace, lpo, 2) == pytest.approx(0.1) and threshold_at(linspace, lpo, 0) == pytest.approx(0.5)

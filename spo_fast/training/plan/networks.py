@@ -12,7 +12,6 @@ from spo_fast.models.compile import BLOCKS
 from spo_fast.models.diffusion import DTYPES
 from spo_fast.models.files.lora import read_lora
 from spo_fast.models.files.sources import Resolved
-from spo_fast.models.fuse import folded
 from spo_fast.models.policy import Policy
 from spo_fast.models.quantised import import_for
 from spo_fast.models.trained_weights import TrainedWeights
@@ -57,8 +56,6 @@ class Networks:
         with once.mode:  # masters and hooks again, for the fake weights
             TrainedWeights.__init__(policy, [(n, p) for n, p in model.network.named_parameters() if p.requires_grad])
             set_up(policy, model, self.computed(cfg))
-            for network in (model.vae, model.network):
-                folded(network)  # before anything is counted: it stays
             if cfg.adapter.lora_path is not None:
                 policy._start = [torch.empty_like(p) for p in policy._weights]
         policy.forget_full_base()
