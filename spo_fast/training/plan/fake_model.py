@@ -56,7 +56,7 @@ class Fake(DiffusionModel):
         self.once, self.device, self.dtype, self.kind = once, once.device, dtype, source.kind
         self.config_dir = resolved.config_dir if resolved else settings_directory(source)
         vae_config = vae_settings(self.kind, resolved, source.pretrained_vae_model_name_or_path)
-        self.vae = once.weights(fake_vae(vae_config), vae_dtype(self.kind, dtype, vae_config))
+        self.vae = once.weights(fake_vae(vae_config).requires_grad_(False), vae_dtype(self.kind, dtype, vae_config))
         self.vae.decode = once.wrap(self.vae.decode, "decode")
         self.posterior = once.wrap(super().posterior, "encode images")  # type: ignore[method-assign]
         self.parts = [part for _, part in text_parts(self.kind, self.config_dir)]
