@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from spo_fast.models.attention import Attend, sdpa
 from spo_fast.models.fused_layers import FusedLora, Projections, made_again, plain_lora, saving_inputs
 from spo_fast.ops import backend
-from spo_fast.ops.ada_norm import ada_norm, gated
+from spo_fast.ops.ada_norm import ada_norm
 from spo_fast.ops.gelu_tanh import gelu_tanh
 from spo_fast.ops.joint_heads import Stream, joint_heads, joint_heads_ref
 
@@ -78,7 +78,7 @@ class Pending(NamedTuple):
 
     def settled(self) -> Tensor:
         """h."""
-        return self.x if self.gate is None or self.y is None else gated(self.x, self.gate, self.y)
+        return self.x if self.gate is None or self.y is None else torch.addcmul(self.x, self.gate[:, None], self.y)
 
 
 Flow: TypeAlias = "Tensor | Pending"
