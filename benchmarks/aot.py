@@ -77,11 +77,11 @@ KERNELS = {
     **{
         f"gelu_tanh{words}": (gelu_tanh._gelu_tanh_kernel, {**flags, "BLOCK": gelu_tanh.BLOCK})
         for words, flags in (
-            ("", {"HAS_BIAS": False, "HAS_BEFORE": False}),
-            (", bias, columns before", {"HAS_BIAS": True, "HAS_BEFORE": True}),
+            ("", {"HAS_BEFORE": False}),
+            (", columns before", {"HAS_BEFORE": True}),
         )
     },
-    "gelu_tanh backward": (gelu_tanh._gelu_tanh_backward_kernel, {"HAS_BIAS": True, "BLOCK": gelu_tanh.BLOCK}),
+    "gelu_tanh backward": (gelu_tanh._gelu_tanh_backward_kernel, {"BLOCK": gelu_tanh.BLOCK}),
     **{
         f"ada_norm{words}, {residuals} + {norms}, {D} channels": (
             kernel,

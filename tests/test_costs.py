@@ -25,7 +25,6 @@ from spo_fast.evaluation.required_files import resolve, scorer_paths
 from spo_fast.models.device import Device
 from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
 from spo_fast.models.files.load import load_text_encoders, load_unet
-from spo_fast.models.fuse import folded
 from spo_fast.scorers.latent_files import init_latent_reward, save_latent_reward
 from spo_fast.scorers.spm import ClipScorer, make_tiny_spm
 from spo_fast.toy.build import write_pairs
@@ -68,7 +67,7 @@ def weights(run: Run) -> list[torch.Tensor]:
     """What the run holds before its first step: each tensor once."""
     scorers: list[ClipScorer] = list(getattr(run.scorer, "scorers", [run.scorer]))
     networks: list[Any] = [run.model.network, run.model.vae, *(s.model for s in scorers), run.policy._frozen_copy]
-    found = [t for n in networks if n is not None for t in (*n.parameters(), *n.buffers(), *folded(n))]
+    found = [t for n in networks if n is not None for t in (*n.parameters(), *n.buffers())]
     return list(
         {
             id(t): t for t in [*found, *run.policy.masters, *(run.policy._start or ()), *(run.policy.averages or ())]

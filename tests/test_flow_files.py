@@ -122,7 +122,7 @@ def test_a_t5_in_8_bits_is_half_as_large_and_near(tiny, dtype):
     exact = load.load_text_encoder(resolved, "text_encoder_2", torch.float32)(ids)[0]
     t5 = load.load_text_encoder(resolved, "text_encoder_2", dtype)
     sixteen = (t5(ids)[0].float() - exact).norm() / exact.norm()
-    quantise_t5(t5)
+    quantise_t5(t5, "int8")
     linear = {name: m.weight.dtype for name, m in t5.named_modules() if isinstance(m, torch.nn.Linear)}
     whole = {name for name, kept in linear.items() if kept != torch.int8}
     wide = {name for name in linear if name.endswith(".wo") and dtype == torch.float16}

@@ -19,7 +19,7 @@ from spo_fast.models.accelerate import blank_forward
 from spo_fast.models.attention import sdpa, shapes_of
 from spo_fast.models.compile import compile_network
 from spo_fast.models.fuse import fuse
-from spo_fast.models.fuse_transformer import FUSED, Rotary, rotary_of, transformer_text
+from spo_fast.models.fuse_transformer import FUSED, transformer_text
 from spo_fast.models.merged import MergedWeights
 from spo_fast.ops import backend
 from spo_fast.ops.backend import available_backends, use_backend
@@ -207,17 +207,14 @@ def test_one_timestep_or_one_a_row_guided_or_not(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_text_and_angles_computed_once(kind: str) -> None:
+def test_text_computed_once(kind: str) -> None:
     """The same numbers, and another network's after its weights changed; rows of it are those rows' text."""
     network, told = build(kind, "everything", torch.float32), inputs(kind, dtype=torch.float32)
     fuse(network)
     with torch.no_grad():
         want = network(**told).sample
         text = transformer_text(network, told["encoder_hidden_states"], told["pooled_projections"])
-        kept = {n: v for n, v in told.items() if n in ("hidden_states", "timestep", "guidance")}
-        if family(kind) == "flux":
-            kept["img_ids"] = rotary_of(network, told["txt_ids"], told["img_ids"])
-            assert isinstance(kept["img_ids"], Rotary) and kept["img_ids"].table.shape == (2, 31, 8)
+        kept = {n: v for n, v in told.items() if n not in ("encoder_hidden_states", "pooled_projections")}
         assert torch.equal(network(**kept, encoder_hidden_states=text).sample, want)
         flipped = type(text)(*(v.flip(0) for v in text))
         kept["hidden_states"], kept["timestep"] = kept["hidden_states"].flip(0), kept["timestep"].flip(0)
@@ -367,7 +364,7 @@ class Full:
             network: Any = cls(**config).requires_grad_(False).eval()
             names = TARGETS["published"][kind]
             network.add_adapter(LoraConfig(r=LORA_RANK[kind], lora_alpha=2 * LORA_RANK[kind], target_modules=names))
-        self.network, self.mode, self.kind = network, FakeTensorMode(), kind
+        self.network, self.mode = network, FakeTensorMode()
         with self.mode:
             for part in network.modules():
                 for name, p in part.named_parameters(recurse=False):
@@ -387,18 +384,12 @@ class Full:
 
     def fuse(self, recompute: bool = False) -> None:
         """And compute once what a rollout computes once."""
+        told = self.told
         with self.mode:
             fuse(self.network, recompute)
-            self.once()
-
-    def once(self) -> None:
-        """Of the prompts, and of the sizes."""
-        told = self.told
-        told["encoder_hidden_states"] = transformer_text(  # type: ignore[assignment]
-            self.network, told["encoder_hidden_states"], told.pop("pooled_projections")
-        )
-        if self.kind == "flux":
-            told["img_ids"] = rotary_of(self.network, told.pop("txt_ids"), told["img_ids"])  # type: ignore[assignment]
+            told["encoder_hidden_states"] = transformer_text(  # type: ignore[assignment]
+                self.network, told["encoder_hidden_states"], told.pop("pooled_projections")
+            )
 
     def forward(self) -> Tensor:
         """Its output."""

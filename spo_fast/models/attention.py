@@ -1,4 +1,4 @@
-"""Which attention kernel a fused UNet runs: timed at the start on the run's own shapes, on a GPU; PyTorch's on a CPU.
+"""Which attention kernel a fused network runs: on a GPU timed at the start on the run's own shapes, on a CPU PyTorch's.
 
 12 % of SDXL's FLOPs, and which kernel is ahead depends on card, head size and version: so it is measured, not assumed.
 """
@@ -8,14 +8,10 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, L', H, D) -> (B, L, H, D)
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  # of q, of k and v

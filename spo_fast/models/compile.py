@@ -19,13 +19,8 @@ from torch import Tensor, fx, nn
 
 Backend = Callable[[fx.GraphModule, list[Tensor]], Callable[..., object]]
 """What torch.compile hands a graph and its inputs."""
-BLOCKS: tuple[type[nn.Module], ...] = (
-    BasicTransformerBlock,
-    ResnetBlock2D,
-    JointTransformerBlock,
-    FluxTransformerBlock,
-    FluxSingleTransformerBlock,
-)
+FLOW_BLOCKS: tuple[type[nn.Module], ...] = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
+BLOCKS: tuple[type[nn.Module], ...] = (BasicTransformerBlock, ResnetBlock2D, *FLOW_BLOCKS)
 GRAPHS = 256
 """Of one function: shapes x batch sizes x (with and without gradient, with and without LoRA). PyTorch stops at 8."""
 

@@ -75,8 +75,8 @@ def _fuse_convolutional(network: nn.Module, recompute: bool) -> None:
         for kind, (fused, fits) in FUSED.items():
             if type(module) is kind and fits(module):
                 module.__class__ = fused
-        if isinstance(module, FusedAttention):
-            module.attend = getattr(module, "attend", sdpa)
+        if isinstance(module, FusedUpsample) and not hasattr(module, "kernel"):
+            module.fold()
         if isinstance(module, FusedTransformer):
             module.first_pair, cross = cross, cross + len(module.transformer_blocks)
         module.recompute = recompute  # type: ignore[assignment]
@@ -84,18 +84,10 @@ def _fuse_convolutional(network: nn.Module, recompute: bool) -> None:
             module.conv_norm_out.__class__, module.conv_act = FusedGroupNormSiLU, nn.Identity()
     for module in network.modules():
         if isinstance(module, FusedAttention) and not hasattr(module, "projections"):
+            module.attend = sdpa
             module.projections = Projections(module.to_q, module.to_k, module.to_v)
     if cross and isinstance(network, UNet2DConditionModel):
         _fuse_embeddings(network)
-
-
-def folded(network: nn.Module) -> list[Tensor]:
-    """What a fused network keeps beside its weights, made if it is not there yet."""
-    found = []
-    for part in (m for m in network.modules() if isinstance(m, FusedUpsample)):
-        part.kernel = part.fold() if part.kernel is None else part.kernel
-        found.append(part.kernel)
-    return found
 
 
 def _fuse_embeddings(unet: UNet2DConditionModel) -> None:
@@ -193,23 +185,22 @@ class FusedUpsample(Upsample2D):
     """
 
     conv: nn.Conv2d  # type: ignore[assignment]  # frozen
-    kernel: Tensor | None = None  # (I, O, 4, 4)
+    kernel: Tensor  # (I, O, 4, 4)
 
-    def fold(self) -> Tensor:
-        """The weights added up."""
+    def fold(self) -> None:
+        """Adds the weights up, once: kept beside them, and not saved."""
         w = self.conv.weight  # (O, I, 3, 3)
         kernel = w.new_zeros(*w.shape[:2], 4, 4)
         for i, j in itertools.product((0, 1), repeat=2):  # a pixel is seen from two rows and two columns
             kernel[:, :, i : i + 3, j : j + 3] += w.flip(2, 3)
-        return kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        self.register_buffer("kernel", kernel, persistent=False)
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *_: object, **__: object) -> Tensor:
         """As Upsample2D's: (N, I, H, W) -> (N, O, 2 H, 2 W), or output_size."""
         x = hidden_states
         if output_size not in (None, torch.Size(2 * side for side in x.shape[-2:])):
             return super().forward(x, output_size)
-        if self.kernel is None:
-            self.kernel = self.fold()
         return F.conv_transpose2d(x, self.kernel, self.conv.bias, stride=2, padding=1)
 
 

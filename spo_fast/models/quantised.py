@@ -17,18 +17,19 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from spo_fast.config.optional_packages import missing_extra
+from spo_fast.models.compile import FLOW_BLOCKS
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FLOW_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-"""Of a flow's transformer, which is all transformer."""
+TRANSFORMERS = (Transformer2DModel, *FLOW_BLOCKS)
+"""Whose linear layers are held in fewer bits: of a flow all that its blocks have, modulations too."""
 MULTIPLE = 16  # of both sizes: what FP8's products take
 
 
 class QuantisedLinear(nn.Linear):
-    """A frozen linear layer whose weight is held in 8 bits."""
+    """A frozen linear layer whose weight is held in fewer bits."""
 
     weight_scale: Tensor
     full: Tensor | None = None
@@ -60,17 +61,16 @@ def import_for(how: str) -> None:
 
 def quantise_base(network: nn.Module, how: str) -> dict[QuantisedLinear, Tensor]:
     """In place, before `fuse` and after the LoRA is on; returns the layers and their weights, on the CPU."""
-    blocks = [part for name, part in network.named_children() if name in FLOW_BLOCKS]
-    blocks = blocks or [m for m in network.modules() if isinstance(m, Transformer2DModel)]
+    transformers = [m for m in network.modules() if isinstance(m, TRANSFORMERS)]
     return {
         layer: _quantise(layer, how).cpu()  # type: ignore[misc]  # mypy does not see __class__ change
-        for layer in (m for block in blocks for m in block.modules())
+        for layer in (m for transformer in transformers for m in transformer.modules())
         if _fits(layer)
     }
 
 
-def quantise_t5(encoder: PreTrainedModel, how: str = "int8") -> None:
-    """A frozen T5's linear layers in place, for half of its memory. Inexact.
+def quantise_t5(encoder: PreTrainedModel, how: str) -> None:
+    """A frozen T5's linear layers in place. Inexact.
 
     Layers that stay float32 beside float16 stay so here too: their sums overflow (files/networks.py).
     """
@@ -80,7 +80,7 @@ def quantise_t5(encoder: PreTrainedModel, how: str = "int8") -> None:
 
 
 def _fits(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """A frozen linear layer, so no LoRA's matrix, of sizes that can be."""
+    """A frozen linear layer, so no LoRA's matrix, of sizes that can be multiplied."""
     if type(layer) is not nn.Linear or layer.weight.requires_grad:
         return False
     return not any(size % MULTIPLE for size in layer.weight.shape)

@@ -49,7 +49,7 @@ class RowShards:
 
     def _look(self) -> None:
         try:
-            listed = os.listdir(self.directory)  # names alone: paths of 4,000 files take thrice as long
+            listed = os.listdir(self.directory)  # names alone: paths of 4,000 files take 2.6 times as long
         except FileNotFoundError:
             return
         new = (self.directory / name for name in listed if name not in self._seen and name.endswith(".safetensors"))

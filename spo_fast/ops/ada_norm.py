@@ -48,109 +48,72 @@ def ada_norm_ref(x: Tensor, residuals: Pairs, modulations: Pairs, eps: float) ->
 
 
 @jit
+def _read(ptr, inside):
+    return tl.load(ptr, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
 def _ada_norm_kernel(
-    x_ptr,
-    y_0_ptr,
-    y_1_ptr,
-    gate_0_ptr,
-    gate_1_ptr,
-    shift_0_ptr,
-    shift_1_ptr,
-    scale_0_ptr,
-    scale_1_ptr,
-    h_ptr,
-    n_0_ptr,
-    n_1_ptr,
-    mean_ptr,
-    rstd_ptr,
-    L,
-    D,
-    x_b,
-    gate_b,
-    mod_b,
-    eps,
-    RESIDUALS: tl.constexpr,
-    NORMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, y_0_ptr, y_1_ptr, gate_0_ptr, gate_1_ptr, shift_0_ptr, shift_1_ptr, scale_0_ptr, scale_1_ptr,
+    h_ptr, n_0_ptr, n_1_ptr, mean_ptr, rstd_ptr,
+    L, D, x_b, gate_b, mod_b, eps,
+    RESIDUALS: tl.constexpr, NORMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One token. x_b, gate_b, mod_b: from a sample to the next; gates are columns of one matrix, so are modulations."""
     token = tl.program_id(0).to(tl.int64)
     sample = (tl.program_id(0) // L).to(tl.int64)
     j = tl.arange(0, BLOCK)
     inside = j < D
     dtype: tl.constexpr = n_0_ptr.dtype.element_ty
-    h = tl.load(x_ptr + sample * x_b + (token - sample * L) * D + j, mask=inside, other=0.0).to(tl.float32)
+    at, gates, modulations = token * D + j, sample * gate_b + j, sample * mod_b + j
+    h = _read(x_ptr + sample * x_b + (token - sample * L) * D + j, inside)
     if RESIDUALS > 0:
-        gate = tl.load(gate_0_ptr + sample * gate_b + j, mask=inside, other=0.0).to(tl.float32)
-        h += gate * tl.load(y_0_ptr + token * D + j, mask=inside, other=0.0).to(tl.float32)
+        h += _read(gate_0_ptr + gates, inside) * _read(y_0_ptr + at, inside)
         if RESIDUALS > 1:
-            gate = tl.load(gate_1_ptr + sample * gate_b + j, mask=inside, other=0.0).to(tl.float32)
-            h += gate * tl.load(y_1_ptr + token * D + j, mask=inside, other=0.0).to(tl.float32)
+            h += _read(gate_1_ptr + gates, inside) * _read(y_1_ptr + at, inside)
         h = h.to(dtype)
-        tl.store(h_ptr + token * D + j, h, mask=inside)
+        tl.store(h_ptr + at, h, mask=inside)
         h = h.to(tl.float32)  # the norm is of what was stored: the backward sees no other
     mean = tl.sum(h) / D
     deviation = tl.where(inside, h - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation) / D + eps)
     tl.store(mean_ptr + token, mean)
     tl.store(rstd_ptr + token, rstd)
-    scale = tl.load(scale_0_ptr + sample * mod_b + j, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_0_ptr + sample * mod_b + j, mask=inside, other=0.0).to(tl.float32)
-    tl.store(n_0_ptr + token * D + j, (deviation * rstd * (1.0 + scale) + shift).to(dtype), mask=inside)
+    x_hat = deviation * rstd
+    n = x_hat * (1.0 + _read(scale_0_ptr + modulations, inside)) + _read(shift_0_ptr + modulations, inside)
+    tl.store(n_0_ptr + at, n.to(dtype), mask=inside)
     if NORMS > 1:
-        scale = tl.load(scale_1_ptr + sample * mod_b + j, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_1_ptr + sample * mod_b + j, mask=inside, other=0.0).to(tl.float32)
-        tl.store(n_1_ptr + token * D + j, (deviation * rstd * (1.0 + scale) + shift).to(dtype), mask=inside)
+        n = x_hat * (1.0 + _read(scale_1_ptr + modulations, inside)) + _read(shift_1_ptr + modulations, inside)
+        tl.store(n_1_ptr + at, n.to(dtype), mask=inside)
 
 
 @jit
 def _ada_norm_backward_kernel(
-    h_ptr,
-    mean_ptr,
-    rstd_ptr,
-    gate_0_ptr,
-    gate_1_ptr,
-    scale_0_ptr,
-    scale_1_ptr,
-    grad_h_ptr,
-    grad_n_0_ptr,
-    grad_n_1_ptr,
-    grad_x_ptr,
-    grad_y_0_ptr,
-    grad_y_1_ptr,
-    L,
-    D,
-    h_b,
-    gate_b,
-    mod_b,
-    HAS_GRAD_H: tl.constexpr,
-    RESIDUALS: tl.constexpr,
-    NORMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    h_ptr, mean_ptr, rstd_ptr, gate_0_ptr, gate_1_ptr, scale_0_ptr, scale_1_ptr, grad_h_ptr, grad_n_0_ptr, grad_n_1_ptr,
+    grad_x_ptr, grad_y_0_ptr, grad_y_1_ptr,
+    L, D, h_b, gate_b, mod_b,
+    HAS_GRAD_H: tl.constexpr, RESIDUALS: tl.constexpr, NORMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     sample = (tl.program_id(0) // L).to(tl.int64)
     j = tl.arange(0, BLOCK)
     inside = j < D
     dtype: tl.constexpr = grad_x_ptr.dtype.element_ty
-    scale = tl.load(scale_0_ptr + sample * mod_b + j, mask=inside, other=0.0).to(tl.float32)
-    t = (1.0 + scale) * tl.load(grad_n_0_ptr + token * D + j, mask=inside, other=0.0).to(tl.float32)
+    at, gates, modulations = token * D + j, sample * gate_b + j, sample * mod_b + j
+    t = (1.0 + _read(scale_0_ptr + modulations, inside)) * _read(grad_n_0_ptr + at, inside)
     if NORMS > 1:
-        scale = tl.load(scale_1_ptr + sample * mod_b + j, mask=inside, other=0.0).to(tl.float32)
-        t += (1.0 + scale) * tl.load(grad_n_1_ptr + token * D + j, mask=inside, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + sample * h_b + (token - sample * L) * D + j, mask=inside, other=0.0).to(tl.float32)
+        t += (1.0 + _read(scale_1_ptr + modulations, inside)) * _read(grad_n_1_ptr + at, inside)
+    h = _read(h_ptr + sample * h_b + (token - sample * L) * D + j, inside)
     rstd = tl.load(rstd_ptr + token)
     x_hat = tl.where(inside, (h - tl.load(mean_ptr + token)) * rstd, 0.0)
     grad = rstd * (t - tl.sum(t) / D - x_hat * (tl.sum(t * x_hat) / D))
     if HAS_GRAD_H:
-        grad += tl.load(grad_h_ptr + token * D + j, mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad_x_ptr + token * D + j, grad.to(dtype), mask=inside)
+        grad += _read(grad_h_ptr + at, inside)
+    tl.store(grad_x_ptr + at, grad.to(dtype), mask=inside)
     if RESIDUALS > 0:
-        gate = tl.load(gate_0_ptr + sample * gate_b + j, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_y_0_ptr + token * D + j, (gate * grad).to(dtype), mask=inside)
+        tl.store(grad_y_0_ptr + at, (_read(gate_0_ptr + gates, inside) * grad).to(dtype), mask=inside)
         if RESIDUALS > 1:
-            gate = tl.load(gate_1_ptr + sample * gate_b + j, mask=inside, other=0.0).to(tl.float32)
-            tl.store(grad_y_1_ptr + token * D + j, (gate * grad).to(dtype), mask=inside)
+            tl.store(grad_y_1_ptr + at, (_read(gate_1_ptr + gates, inside) * grad).to(dtype), mask=inside)
 
 
 def _block(D: int) -> dict[str, int]:
@@ -272,7 +235,7 @@ def _sum(p: Tensor, q: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (p.float() if q is None else p.float() * q.float()).sum(1).to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- public functions
+# ---------------------------------------------------------------------------------------------------- public function
 
 
 def ada_norm(
@@ -295,11 +258,6 @@ def ada_norm(
     columns = [v for group in (_alike(gates), ys, _alike([*shifts, *scales])) for v in group]
     out = _AdaNorm.apply(name, float(eps), len(ys), x, *columns)
     return out if residuals else (x, *out)
-
-
-def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:  # (B, L, D), (B, D), (B, L, D)
-    """x + gate y, where no norm follows: one pass, which is PyTorch's own."""
-    return torch.addcmul(x, gate[:, None], y)
 
 
 def _alike(rows: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""GELU by tanh, of the feed-forwards of diffusion transformers, with its bias, beside what a product also reads:
+"""GELU by tanh, of the feed-forwards of diffusion transformers, beside what a product also reads:
 
-    y = [before, gelu(h + bias)],   gelu(z) = z (1 + tanh u) / 2 = z sigmoid(2 u),   u = sqrt(2 / pi) (z + .044715 z^3)
+    y = [before, gelu(h)],   gelu(z) = z (1 + tanh u) / 2 = z sigmoid(2 u),   u = sqrt(2 / pi) (z + .044715 z^3)
 
 FLUX's single blocks multiply attention and feed-forward, side by side, by one matrix: here the second is written where
 it is to stand, and no pass of its own joins them. The backward computes gelu' from h again, and saves no more.
@@ -33,9 +33,9 @@ backend.register(
 # ---------------------------------------------------------------------------------------------------- definition
 
 
-def gelu_tanh_ref(h: Tensor, bias: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+def gelu_tanh_ref(h: Tensor, before: Tensor | None = None) -> Tensor:
     """The definition."""
-    y = F.gelu(h if bias is None else h + bias, approximate="tanh")
+    y = F.gelu(h, approximate="tanh")
     return y if before is None else torch.cat([before, y], -1)
 
 
@@ -51,9 +51,7 @@ def _sigmoid_2u(z):
 
 
 @jit
-def _gelu_tanh_kernel(
-    h_ptr, bias_ptr, before_ptr, y_ptr, P, D, HAS_BIAS: tl.constexpr, HAS_BEFORE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gelu_tanh_kernel(h_ptr, before_ptr, y_ptr, P, D, HAS_BEFORE: tl.constexpr, BLOCK: tl.constexpr):
     """Blocks of the P columns before come first: no block holds columns of both."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -68,22 +66,16 @@ def _gelu_tanh_kernel(
     j = block * BLOCK + tl.arange(0, BLOCK)
     inside = (j >= 0) & (j < D)
     z = tl.load(h_ptr + row * D + j, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + j, mask=inside, other=0.0).to(tl.float32)
     sigmoid, _ = _sigmoid_2u(z)
     tl.store(y_ptr + row * (P + D) + P + j, (z * sigmoid).to(dtype), mask=inside)
 
 
 @jit
-def _gelu_tanh_backward_kernel(
-    h_ptr, bias_ptr, grad_y_ptr, grad_h_ptr, P, D, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gelu_tanh_backward_kernel(h_ptr, grad_y_ptr, grad_h_ptr, P, D, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = j < D
     z = tl.load(h_ptr + row * D + j, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + j, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_y_ptr + row * (P + D) + P + j, mask=inside, other=0.0).to(tl.float32)
     sigmoid, slope = _sigmoid_2u(z)
     # beyond 16 sigmoid (1 - sigmoid) is 0, whatever z
@@ -95,27 +87,24 @@ def _gelu_tanh_backward_kernel(
 BLOCK = 1024  # columns a program: 8 a thread
 
 
-def _launch(h: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
+def _launch(h: Tensor, before: Tensor | None) -> Tensor:
     D, P = h.shape[-1], 0 if before is None else before.shape[-1]
-    y = _fake(h, bias, before)
+    y = _fake(h, before)
     if h.numel():
         launch(_gelu_tanh_kernel)[(h.numel() // D, -(-P // BLOCK) + -(-D // BLOCK))](
-            *(h, h if bias is None else bias, h if before is None else before, y, P, D),
-            HAS_BIAS=bias is not None,
+            *(h, h if before is None else before, y, P, D),
             HAS_BEFORE=before is not None,
             BLOCK=BLOCK,
         )
     return y
 
 
-def _launch_backward(h: Tensor, bias: Tensor | None, grad_y: Tensor) -> Tensor:
+def _launch_backward(h: Tensor, grad_y: Tensor) -> Tensor:
     D = h.shape[-1]
     grad_h = torch.empty_like(h)
     if h.numel():
         launch(_gelu_tanh_backward_kernel)[(h.numel() // D, -(-D // BLOCK))](
-            *(h, h if bias is None else bias, grad_y, grad_h, grad_y.shape[-1] - D, D),
-            HAS_BIAS=bias is not None,
-            BLOCK=BLOCK,
+            *(h, grad_y, grad_h, grad_y.shape[-1] - D, D), BLOCK=BLOCK
         )
     return grad_h
 
@@ -123,11 +112,11 @@ def _launch_backward(h: Tensor, bias: Tensor | None, grad_y: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- torch.library op
 
 
-def _fake(h, bias, before):
+def _fake(h, before):
     return h.new_empty((*h.shape[:-1], h.shape[-1] + (0 if before is None else before.shape[-1])))
 
 
-def _backward_fake(h, bias, grad_y):
+def _backward_fake(h, grad_y):
     return torch.empty_like(h)
 
 
@@ -136,15 +125,13 @@ GRADIENT = implementations("gelu_tanh_backward", triton=_launch_backward, fake=_
 
 
 def _save(ctx: Context, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    ctx.save_for_backward(inputs[0])
 
 
 def _backward(gradient: Callable[..., Tensor], ctx: Context, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    h, bias = ctx.saved_tensors
+    (h,) = ctx.saved_tensors
     grad_y = grad_y.contiguous()
-    grad_h = gradient(h, bias, grad_y)
-    grad_bias = grad_h.sum_to_size(grad_h.shape[-1:]) if ctx.needs_input_grad[1] else None
-    return grad_h, grad_bias, grad_y[..., : -h.shape[-1]] if ctx.needs_input_grad[2] else None
+    return gradient(h, grad_y), grad_y[..., : -h.shape[-1]] if ctx.needs_input_grad[1] else None
 
 
 differentiate(GELU_TANH, GRADIENT, _save, _backward)
@@ -154,24 +141,20 @@ differentiate(GELU_TANH, GRADIENT, _save, _backward)
 
 def gelu_tanh(
     h: Tensor,  # (..., D) any float type
-    bias: Tensor | None = None,  # (D,) of h's type
     before: Tensor | None = None,  # (..., P) of h's type
 ) -> Tensor:  # (..., P + D)
-    """[before, gelu(h + bias)] with gelu by tanh, inside a kernel in float32.
+    """[before, gelu(h)] with gelu by tanh, inside a kernel in float32.
 
-    Raises ValueError for a bias or columns before that do not fit h.
+    Raises ValueError for columns before that do not fit h.
     """
-    for name, v, shape in (("bias", bias, h.shape[-1:]), ("before", before, None)):
-        if v is None:
-            continue
-        fits = v.shape == shape if shape is not None else v.shape[:-1] == h.shape[:-1]
-        if not fits or v.dtype != h.dtype or v.device != h.device:
-            raise ValueError(
-                f"gelu_tanh: {name} is {tuple(v.shape)} {v.dtype} on {v.device}, beside h {tuple(h.shape)} {h.dtype} "
-                f"on {h.device}"
-            )
+    if before is not None and (
+        before.shape[:-1] != h.shape[:-1] or before.dtype != h.dtype or before.device != h.device
+    ):
+        raise ValueError(
+            f"gelu_tanh: before is {tuple(before.shape)} {before.dtype} on {before.device}, beside h "
+            f"{tuple(h.shape)} {h.dtype} on {h.device}"
+        )
     chosen = backend.choose("gelu_tanh", h)
     if chosen == "eager":
-        return gelu_tanh_ref(h, bias, before)
-    parts = (None if v is None else v.contiguous() for v in (bias, before))
-    return GELU_TANH[chosen](h.contiguous(), *parts)
+        return gelu_tanh_ref(h, before)
+    return GELU_TANH[chosen](h.contiguous(), None if before is None else before.contiguous())

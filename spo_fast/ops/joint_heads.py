@@ -134,38 +134,18 @@ def _head_backward(
 
 @jit
 def _joint_heads_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    weight_q_ptr,
-    weight_k_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    v_out_ptr,
-    L,
-    S,
-    first,
-    heads,
-    D,
-    in_b,
-    in_l,
-    eps,
-    NORM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    COPY_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, weight_q_ptr, weight_k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    L, S, first, heads, D, in_b, in_l, eps,
+    NORM: tl.constexpr, ROTARY: tl.constexpr, COPY_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One token of a stream, which begins at token `first` of S, and a block of heads."""
     sample = (tl.program_id(0) // L).to(tl.int64)
     row = tl.program_id(0) % L
+    s = first + row
     offsets, inside = _tile(heads, D, BLOCK_H, BLOCK_D)
     at = sample * in_b + row * in_l
-    out = (sample * S + first + row) * heads * D + offsets
+    out = (sample * S + s) * heads * D + offsets
     dtype: tl.constexpr = q_out_ptr.dtype.element_ty
-    s = first + row
     x = _head(q_ptr + at, weight_q_ptr, cos_ptr, sin_ptr, offsets, inside, s, D, eps, NORM, ROTARY, BLOCK_H, BLOCK_D)
     tl.store(q_out_ptr + out, x.to(dtype), mask=inside)
     x = _head(k_ptr + at, weight_k_ptr, cos_ptr, sin_ptr, offsets, inside, s, D, eps, NORM, ROTARY, BLOCK_H, BLOCK_D)
@@ -176,73 +156,28 @@ def _joint_heads_kernel(
 
 @jit
 def _joint_heads_backward_kernel(
-    q_ptr,
-    k_ptr,
-    grad_q_out_ptr,
-    grad_k_out_ptr,
-    grad_v_out_ptr,
-    weight_q_ptr,
-    weight_k_ptr,
-    cos_ptr,
-    sin_ptr,
-    grad_q_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    L,
-    S,
-    first,
-    heads,
-    D,
-    in_b,
-    in_l,
-    eps,
-    NORM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    COPY_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_ptr, grad_q_out_ptr, grad_k_out_ptr, grad_v_out_ptr, weight_q_ptr, weight_k_ptr, cos_ptr, sin_ptr,
+    grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    L, S, first, heads, D, in_b, in_l, eps,
+    NORM: tl.constexpr, ROTARY: tl.constexpr, COPY_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     sample = (tl.program_id(0) // L).to(tl.int64)
     row = tl.program_id(0) % L
+    s = first + row
     offsets, inside = _tile(heads, D, BLOCK_H, BLOCK_D)
     at = sample * in_b + row * in_l
-    out = (sample * S + first + row) * heads * D
+    out = (sample * S + s) * heads * D
     into = tl.program_id(0).to(tl.int64) * heads * D + offsets
     dtype: tl.constexpr = grad_q_ptr.dtype.element_ty
-    s = first + row
     grad = _head_backward(
-        q_ptr + at,
-        grad_q_out_ptr + out,
-        weight_q_ptr,
-        cos_ptr,
-        sin_ptr,
-        offsets,
-        inside,
-        s,
-        D,
-        eps,
-        NORM,
-        ROTARY,
-        BLOCK_H,
-        BLOCK_D,
-    )
+        q_ptr + at, grad_q_out_ptr + out, weight_q_ptr, cos_ptr, sin_ptr, offsets, inside, s, D, eps,
+        NORM, ROTARY, BLOCK_H, BLOCK_D,
+    )  # fmt: skip
     tl.store(grad_q_ptr + into, grad.to(dtype), mask=inside)
     grad = _head_backward(
-        k_ptr + at,
-        grad_k_out_ptr + out,
-        weight_k_ptr,
-        cos_ptr,
-        sin_ptr,
-        offsets,
-        inside,
-        s,
-        D,
-        eps,
-        NORM,
-        ROTARY,
-        BLOCK_H,
-        BLOCK_D,
-    )
+        k_ptr + at, grad_k_out_ptr + out, weight_k_ptr, cos_ptr, sin_ptr, offsets, inside, s, D, eps,
+        NORM, ROTARY, BLOCK_H, BLOCK_D,
+    )  # fmt: skip
     tl.store(grad_k_ptr + into, grad.to(dtype), mask=inside)
     if COPY_V:
         tl.store(grad_v_ptr + into, tl.load(grad_v_out_ptr + out + offsets, mask=inside), mask=inside)
@@ -329,19 +264,19 @@ class _JointContext(Context):
     count: int
     name: str
     eps: float
-    joint: bool
 
 
 class _JointHeads(torch.autograd.Function):
     """parts: each q, each k, each v if they are to be joined, each weight of q, each of k."""
 
     @staticmethod
-    def forward(ctx: _JointContext, name, heads, eps, rotary, count, joint, *parts):
+    def forward(ctx: _JointContext, name, heads, eps, rotary, count, *parts):
+        joint = count > 1
         groups = [list(parts[i : i + count]) for i in range(0, len(parts), count)]
         qs, ks, vs = groups[0], groups[1], groups[2] if joint else []
         weights = groups[3 if joint else 2 :] or [[], []]
         ctx.save_for_backward(rotary, *qs, *ks, *weights[0], *weights[1])
-        ctx.count, ctx.name, ctx.eps, ctx.joint = count, name, eps, joint
+        ctx.count, ctx.name, ctx.eps = count, name, eps
         return tuple(JOINT_HEADS[name](qs, ks, vs, *weights, rotary, heads, eps))
 
     @staticmethod
@@ -350,7 +285,7 @@ class _JointHeads(torch.autograd.Function):
         n, (rotary, *rest) = ctx.count, ctx.saved_tensors
         qs, ks, *weights = [rest[i : i + n] for i in range(0, len(rest), n)]
         found = GRADIENT[ctx.name]([g.contiguous() for g in grads], qs, ks, *(weights or ([], [])), rotary, ctx.eps)
-        return None, None, None, None, None, None, *found, *[None] * sum(map(len, weights))
+        return None, None, None, None, None, *found, *[None] * sum(map(len, weights))
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -380,7 +315,7 @@ def joint_heads(
     weights = [] if first.weight_q is None else [w for ws in zip(*(s[3:] for s in streams), strict=True) for w in ws]
     rotary = None if rotary is None else rotary.float().contiguous()
     parts = [*qs, *ks, *(vs if joint else ()), *(w.contiguous() for w in weights)]
-    out = _JointHeads.apply(name, heads, float(eps), rotary, len(streams), joint, *parts)
+    out = _JointHeads.apply(name, heads, float(eps), rotary, len(streams), *parts)
     return out if joint else (*out, first.v.unflatten(-1, (heads, -1)))
 
 

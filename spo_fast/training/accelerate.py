@@ -20,7 +20,7 @@ from spo_fast.models.attention import KERNELS
 from spo_fast.models.compile import Backend, compile_network, keep_cache
 from spo_fast.models.device import Choice
 from spo_fast.models.diffusion import DiffusionModel
-from spo_fast.models.fuse import folded, fuse
+from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import Capture, CudaCapture, Graphs
 from spo_fast.models.policy import Policy
 from spo_fast.scorers.base import Scorer, sees_pixels
@@ -46,8 +46,6 @@ def set_up(policy: Policy, model: DiffusionModel, cfg: Config, processes: int = 
     if not cfg.engine.fuse:
         return []
     fuse(model.vae)
-    for network in (model.vae, policy.network):
-        folded(network)  # now, not in the first rollout: it stays
     rows = cfg.optim.states_at_once * (2 if cfg.sample.guidance_scale > 1 else 1)
     choice = pick_attention(policy.network, cfg.engine, rows, model.latent_shape, model.text_tokens)
     policy.attend_with(KERNELS[str(choice.value)])

@@ -10,7 +10,6 @@ from torch import Tensor
 from spo_fast.config.sections import AdamConfig
 from spo_fast.config.training import Config
 from spo_fast.models.doors import flow_door
-from spo_fast.models.fuse import folded
 from spo_fast.models.merged import base_weight, lora_layers
 from spo_fast.models.policy import Policy
 from spo_fast.models.sharded import BUCKET
@@ -50,19 +49,19 @@ class HeldBytes:
         trained, full = {id(p) for p in policy._weights}, cfg.adapter.full_finetune
         network = "UNet" if flow_door(policy.network) is None else "transformer"
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharing(cfg) > 1 or m is not p]
-        rest = [t for t in (*policy.network.parameters(), *policy.network.buffers()) if full or id(t) not in trained]
+        rest = [t for t in _tensors(policy.network) if full or id(t) not in trained]
         merged = [base_weight(layer) for _, layer in lora_layers(policy.network)]
         state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
         weights = {name: [w for part in networks_of(s) for w in part.parameters()] for name, s in scorers.items()}
         held = {
-            network: self.of([*rest, *folded(policy.network)]),
+            network: self.of(rest),
             "LoRA": 0 if full else self.of(policy._weights),
             "float32 masters": self.of(_own(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights != "merged" else self.of(merged),
             "optimizer state": sum(map(self.rounded, state)),
             "moving averages": self.of(policy.averages or ()),
-            "reference copy": self.of(copy.parameters() if (copy := policy._frozen_copy) else policy._start or ()),
-            "VAE": self.of([*vae.parameters(), *folded(vae)]),
+            "reference copy": self.of(_tensors(copy) if (copy := policy._frozen_copy) else policy._start or ()),
+            "VAE": self.of(_tensors(vae)),
             **{f"scorer {name}": self.of(found) for name, found in weights.items()},
         }
         return {part: n for part, n in held.items() if n or part == "optimizer state"}
@@ -74,6 +73,10 @@ class HeldBytes:
         adamw = sum(sizes) if self.together else 2 * max(sizes)
         travels = sum(sizes) + 2 * masters[0].element_size() * min(BUCKET, sum(m.numel() for m in masters))
         return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if sharing(cfg) > 1 else 0)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def _own(cfg: Config, masters: list[Tensor]) -> list[Tensor]:
