@@ -464,7 +464,7 @@ def test_sizes_and_guidance_that_a_model_does_not_take(tiny):
     sd3, schnell, dev = (resolve(tiny[name], KINDS[name]) for name in ("sd35", "schnell", "flux"))
 
     def ask(resolved: Resolved, scale: float = 1.0, **settings: Any) -> None:
-        check_asked(resolved, ModelConfig(**settings), scale)
+        check_asked(resolved, ModelConfig(model=resolved.source.kind, **settings), scale)
 
     ask(sd3, 4.5, height=384, width=64)  # 24 positions x patch 2 x factor 8
     assert "at most 384" in line_of(lambda: ask(sd3, height=400, width=64))

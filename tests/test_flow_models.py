@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SanaTransformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from runs import command_line
 from tiny import make_tiny_flux, make_tiny_sd3
 from torch import Tensor
@@ -28,6 +34,10 @@ from spo_fast.models.policy import Policy
 from spo_fast.models.quantised import QuantisedLinear
 
 PROMPTS = ("a red cat", "green tea")
+TINY_SD3: dict[str, Any] = dict(
+    sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+    joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=24,
+)  # fmt: skip
 PIPELINES = {"sd35": StableDiffusion3Pipeline, "flux": FluxPipeline}
 
 
@@ -175,3 +185,23 @@ def test_t5_alone_is_held_in_8_bits(settings: dict[str, Any], tmp_path: Path) ->
         cfg.model.t5_weights == "int8"
         and train.parse(["--model", "sdxl", "--memory", "small"]).model.t5_weights == "full"
     )
+
+
+def test_a_forward_asks_its_networks_type_twice_at_most() -> None:
+    """diffusers walks all modules for it: 16 ms on SDXL. Once for the latents, once for the prompts, guided or not."""
+    asked: list[int] = []
+    torch.manual_seed(0)
+    network: Any = SD3Transformer2DModel(**TINY_SD3)
+    policy = Policy(network, AdapterConfig(rank=2, lora_targets=("to_q",)), seed=0)
+    plain = type(network).dtype.fget
+    network.__class__ = type("Asked", (type(network),), {"dtype": property(lambda n: asked.append(1) or plain(n))})
+    words = {"prompt_embeds": torch.zeros(3, 5, 32), "pooled": torch.zeros(3, 16)}
+    cond = Cond(words, {name: value[:1] for name, value in words.items()})
+    for fused in (False, True):
+        if fused:
+            policy.fuse()
+            cond = policy.precompute_text(cond, guided=True)
+        asked.clear()
+        with torch.no_grad():
+            policy.predict(torch.zeros(3, 4, 16, 16), torch.tensor(500.0), cond, guided=True)
+        assert len(asked) == (1 if fused else 2)

@@ -732,8 +732,8 @@ def test_a_v_prediction_file_is_trained_as_one(tiny: dict[str, Path], unsaid: Pa
     save_file({**single_file_tensors("sd15", tiny["sd15"]), "v_pred": NOTHING}, file)
     cfg = ModelConfig(model="sd15", pretrained_model_name_or_path=str(file), mixed_precision="no")
     model = DiffusionModel(cfg, resolve(file, config=str(unsaid)), torch.device("cpu"), tmp_path / "cache")
-    assert model.prediction_type == "v_prediction"
-    abar = model.alphas_cumprod[model.table(4, 1.0).timesteps].double()
+    assert model._ddim.config["prediction_type"] == "v_prediction"
+    abar = model._ddim.alphas_cumprod[model.table(4, 1.0).timesteps].double()
     c, d = model.table(4, 1.0).coefficients[:, 2:4].T  # x0 = sqrt(abar) x_t - sqrt(1 - abar) v
     assert torch.allclose(c, abar.sqrt()) and torch.allclose(d, -(1 - abar).sqrt())
 

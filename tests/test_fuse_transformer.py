@@ -437,13 +437,13 @@ def test_a_forward_has_few_operations(kind: str, monkeypatch: pytest.MonkeyPatch
         assert composed < plain and kernels <= 0.3 * plain
 
 
-def least_flops(kind: str) -> tuple[int, int]:  # noqa: C901  a network, layer by layer
-    """Of one row: a forward with its LoRA, and the backward of it, written out by hand.
+def least_flops(kind: str, picture: int = PICTURE, rank: int | None = None) -> tuple[int, int]:  # noqa: C901  a network, layer by layer
+    """Of one row of so many tokens: a forward with its LoRA, and the backward of it, written out by hand.
 
     A frozen layer's backward is dx; a LoRA layer's besides u = dy B, u A, dA and dB; attention's takes five products
     where the forward takes two. Nothing flows into what lies before the first LoRA.
     """
-    L, T, r = PICTURE, TEXT[kind], LORA_RANK[kind]
+    L, T, r = picture, TEXT[kind], LORA_RANK[kind] if rank is None else rank
     S = L + T
     forward = backward = 0
 

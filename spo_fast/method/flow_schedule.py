@@ -51,9 +51,11 @@ def flow_table(
         raise ValueError(f"sigmas {sigmas.tolist()!s:.80} must fall, and lie within 0 to 1.")
     s, to = s[:-1], s[1:]
     if sampler in ("ddim", "cps"):
-        # shares of x0 and noise that the step before would have kept; at s = 1 nothing was signal
-        kept = ((1 - s) * to / ((1 - to) * s)).square() if sampler == "ddim" else None
-        std = eta * to * (1 - kept).clamp_min(0).sqrt() if kept is not None else to * math.sin(eta * math.pi / 2)
+        if sampler == "ddim":
+            kept = (1 - s) * to / ((1 - to) * s)  # of the noise that was there at `to`; at s = 1 none
+            std = eta * to * (1 - kept.square()).clamp_min(0).sqrt()
+        else:
+            std = to * math.sin(eta * math.pi / 2)
         q = (to.square() - std.square()).clamp_min(0).sqrt()
         a, b = (1 - to) + q, -s * (1 - to) + (1 - s) * q
     else:

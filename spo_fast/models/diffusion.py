@@ -144,23 +144,13 @@ class DiffusionModel:
         """Names the VAE's weights, for what is kept of its outputs."""
         return fingerprint_files(layout.vae_files(self.resolved))
 
-    @property
-    def alphas_cumprod(self) -> Tensor:  # (T,) float32 on the CPU
-        """The scheduler's own table."""
-        return self._ddim.alphas_cumprod
-
-    @property
-    def prediction_type(self) -> str:
-        """What the UNet's output means: epsilon, v_prediction or sample."""
-        return self._ddim.config["prediction_type"]
-
     def table(self, num_steps: int, eta: float, sampler: str = "ddim") -> StepTable:
         """Steps of the model's own noise schedule, on the device; of a diffusion DDIM's, whatever the sampler."""
         return table_of(self._ddim, num_steps, eta).to(self.device)
 
     def full_table(self) -> StepTable:
         """All timesteps, noisiest first, on the device: for what is noised to any of them."""
-        return full_table(self.alphas_cumprod, self.prediction_type).to(self.device)
+        return full_table(self._ddim.alphas_cumprod, self._ddim.config["prediction_type"]).to(self.device)
 
     def judged_table(self) -> StepTable:
         """Steps of all timesteps that scorers are told, 999 first: row 999 - t is timestep t."""

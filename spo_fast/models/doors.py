@@ -110,9 +110,6 @@ class FlowDoor(Door):
         """Pixels of a picture's side, if nothing is asked."""
         return int(config["sample_size"]) * factor
 
-    def check_size(self, config: Mapping[str, Any], height: int, width: int) -> None:
-        """Raises ValueError for latents (height, width) that the network cannot take."""
-
     def takes_guidance(self, config: Mapping[str, Any]) -> bool:
         """Whether guidance is an input of this network, of those of its class."""
         return False
@@ -148,15 +145,6 @@ class SD3Door(FlowDoor):
             more = text.new_zeros(len(text), prompts.lengths[2], width)
         pooled = torch.cat([out.text_embeds for out in clips], dim=-1)
         return {"prompt_embeds": torch.cat([text, more], dim=1), "pooled": pooled}
-
-    def check_size(self, config: Mapping[str, Any], height: int, width: int) -> None:
-        """No more positions than the network has."""
-        most = int(config["pos_embed_max_size"]) * int(config["patch_size"])
-        if max(height, width) > most:
-            raise ValueError(
-                f"height and width of {8 * height} x {8 * width} give latents of {height} x {width}, and the model has "
-                f"positions for {most} x {most} (pos_embed_max_size): use at most {8 * most} pixels a side."
-            )
 
     def predict(
         self, network: SD3Transformer2DModel, x: Tensor, t: Tensor, inputs: Inputs, text: Precomputed | None = None

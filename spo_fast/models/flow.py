@@ -15,15 +15,18 @@ from spo_fast.data.files import read_json
 from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.flow_schedule import flow_scheduler, flow_steps, flow_table, full_flow_table, judged_table
 from spo_fast.method.schedule import StepTable, ddim_scheduler, table_of
-from spo_fast.models.diffusion import DTYPES, DiffusionModel, check_size, vae_dtype
+from spo_fast.models.diffusion import DTYPES, DiffusionModel, vae_dtype
 from spo_fast.models.doors import FLOW_DOORS, FlowDoor, Network, Tokens, flow_door
-from spo_fast.models.files import layout, load, sources
+from spo_fast.models.files import kinds, layout, load, sources
 from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.quantised import quantise_t5
 from spo_fast.models.tensor_cache import fingerprint_files
 
 if TYPE_CHECKING:
     from spo_fast.models.files.load import VAE, TextEncoder
+
+GUIDANCE = 3.5
+"""What a network is told that has guidance as an input, if nothing is asked: FluxPipeline's default."""
 
 
 class FlowModel(DiffusionModel):
@@ -55,19 +58,11 @@ class FlowModel(DiffusionModel):
         if asked == 0 and len(own) == len(door.lengths):
             raise ValueError("max_sequence_length=0 is for an SD3 without T5: this model has one. Use 1 to 512.")
         self.lengths = tuple(own[i] if n is None else n if asked is None else asked for i, n in enumerate(door.lengths))
-        self.told_guidance = self._guidance(cfg)
+        kinds.check_guidance(config, {"embedded_guidance": cfg.embedded_guidance}, type(self.network).__name__)
+        asked_guidance = GUIDANCE if cfg.embedded_guidance is None else cfg.embedded_guidance
+        self.told_guidance = asked_guidance if door.takes_guidance(config) else None
         self.height, self.width, self.latent_shape = sizes(cfg, door, config, self.vae.config)
         self.tokens = tokens_of(door, self.latent_shape)
-
-    def _guidance(self, cfg: ModelConfig) -> float | None:
-        """What the network is told; None where it has no such input."""
-        takes = self.door.takes_guidance(self.network.config)
-        if cfg.embedded_guidance is not None and not takes:
-            raise ValueError(
-                f"embedded_guidance={cfg.embedded_guidance:g}: this model ({type(self.network).__name__}) is told no "
-                "guidance, as FLUX.1-schnell and SD3.5. Leave it out."
-            )
-        return None if not takes else 3.5 if cfg.embedded_guidance is None else cfg.embedded_guidance
 
     # ------------------------------------------------------------------------------------------------ prompts
 
@@ -140,8 +135,7 @@ def sizes(
     factor = 2 ** (len(levels) - 1)
     default = door.default_size(network, factor)
     height, width = cfg.height or default, cfg.width or default
-    check_size(height, width, factor * door.patch)
-    door.check_size(network, height // factor, width // factor)
+    kinds.check_flow_size(network, vae, height, width)
     return height, width, (door.channels(network), height // factor, width // factor)
 
 

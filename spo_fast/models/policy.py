@@ -262,11 +262,14 @@ def denoise(
 
 def told(network: Network, B: int, cond: Cond, guided: bool) -> Inputs:
     """What the network is told of B rows, or of twice as many, that is not in cond.text."""
-    left = [name for name in cond.cond if cond.text is None or name in door_of(network).beside_text]
-    inputs = {name: cond.cond[name].to(network.dtype) for name in left}
+    names = list(cond.cond) if cond.text is None else [n for n in door_of(network).beside_text if n in cond.cond]
+    if not names:
+        return {}
+    dtype = network.dtype  # once: diffusers walks all modules for it
+    inputs = {name: cond.cond[name].to(dtype) for name in names}
     if not guided:
         return inputs
-    empty = {name: cond.uncond[name].to(network.dtype).expand(B, *value.shape[1:]) for name, value in inputs.items()}
+    empty = {name: cond.uncond[name].to(dtype).expand(B, *value.shape[1:]) for name, value in inputs.items()}
     return {name: torch.cat([empty[name], value]) for name, value in inputs.items()}
 
 

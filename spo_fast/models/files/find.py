@@ -323,7 +323,8 @@ def _instead(names: Collection[str], lacking: Collection[str], need: _Need) -> s
 
 
 def _lacks(need: _Need, why: str) -> Missing:
-    return Missing(need.what, need.source, need.file, need.flag, why)
+    folders = " ".join(f"{part}/" for part in need.parts if part in PARTS.get(need.kind, ()))
+    return Missing(need.what, need.source, need.file or folders, need.flag, why)
 
 
 # ---------------------------------------------------------------------------------------------- files of a layout
