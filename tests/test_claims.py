@@ -15,7 +15,7 @@ import torch
 from spo_fast.toy import claim_tables, claims, contenders
 from spo_fast.toy.claim_tables import CLAIMS, GRID, SEEDS, TUNING_SEED, key
 from spo_fast.toy.contenders import CONTENDERS, MAIN
-from spo_fast.training import loop
+from spo_fast.training import loop, preference_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,3 +239,19 @@ def test_a_small_study_resumes_and_repeats_its_cells(tmp_path, monkeypatch, caps
     assert claims.main(common) == 1 and "before its budget was spent" in capsys.readouterr().err
     assert "random picks/0" not in claims.read(path)  # a run cut short is no result
     assert claims.main([*common, "--cell", "spo/7"]) == 1 and "is no run" in capsys.readouterr().err
+
+
+def test_a_judge_that_was_stopped_is_no_result(tmp_path, monkeypatch, capsys):
+    """A signal stops train_spm in good order: status 0, and no model."""
+    monkeypatch.setattr(claims.build, "PAIRS", 240)
+    iterate = preference_run.PreferenceRun.iterate
+
+    def stopped(run, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(run, *args)
+
+    monkeypatch.setattr(preference_run.PreferenceRun, "iterate", stopped)
+    line = ["--cell", "judge", "--records", str(tmp_path / "records.jsonl"), "--work_dir", str(tmp_path / "work")]
+    assert claims.main(line) == 1
+    printed = capsys.readouterr()
+    assert "was stopped" in printed.err and printed.err.count("\n") == 1 and '"cpu_s"' not in printed.out

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from spo_fast import train, train_spm
 from spo_fast.config.command import for_pytorch
-from spo_fast.config.presets import PREFERENCE_PRESETS, PRESETS
+from spo_fast.config.presets import EVALUATION_PRESETS, PREFERENCE_PRESETS, PRESETS
 from spo_fast.config.scorers import SCORER_SOURCES
 from spo_fast.config.training import Config
 from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
@@ -150,6 +150,26 @@ def test_published_settings() -> None:
     assert (sdxl.sample.num_candidates, sdxl.sample.num_inner_steps, sdxl.sample.threshold) == (2, 3, 0.4)
     assert (sdxl.optim.learning_rate, sdxl.adapter.rank, sdxl.sample.sample_batch_size) == (1e-5, 64, 2)
     assert (sdxl.optim.train_batch_size, sdxl.optim.gradient_accumulation_steps) == (2, 2)
+
+
+def test_published_settings_of_flows() -> None:
+    """Flow-GRPO's recipes at 512 px; as many steps in use as the models' pages give."""
+    for model, told in (("sd35", (10, 40, 4.5, 32, 64)), ("flux", (6, 28, 1.0, 64, 128))):
+        cfg, use, pairs = PRESETS[model](), EVALUATION_PRESETS[model](), PREFERENCE_PRESETS[model]()
+        s, a = cfg.sample, cfg.adapter
+        assert (s.num_steps, use.pictures.num_steps, s.guidance_scale, a.rank, a.alpha) == told
+        assert use.pictures.guidance_scale == pairs.reward.train_guidance_scale == s.guidance_scale
+        assert use.model == cfg.model and (cfg.model.height, cfg.model.width) == (pairs.model.height, 512) == (512, 512)
+        assert cfg.optim.learning_rate == 3e-4
+
+
+def test_a_sampler_brings_its_published_eta() -> None:
+    line = ("--model", "flux", "--sampler")
+    for sampler, eta in (("ddim", 1.0), ("flow_sde", 0.7), ("cps", 0.8), ("dance", 0.3)):
+        assert parse(*line, sampler).sample.eta == eta
+    assert parse(*line, "cps", "--eta", "0.5").sample.eta == 0.5
+    assert parse("--model", "flux", "--method", "grpo").sample.eta == 0.9  # FLUX's own
+    assert parse("--model", "toy-flow", "--method", "grpo").sample.eta == 0.7  # flow_sde is the method's
 
 
 # ---------------------------------------------------------------------------------------------------------- help

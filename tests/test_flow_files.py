@@ -496,6 +496,10 @@ def test_damaged_weights_are_named(tiny, single, tmp_path):
     broken = tmp_path / "broken.safetensors"
     save_file({n: t for n, t in tensors.items() if "fc1.bias" not in n}, broken)
     assert "is incomplete (transformer of sd35)" in line_of(lambda: load.check_weights(resolve(broken, "sd35", **base)))
+    for name, shape in (("x_embedder.proj.weight", (32, 4)), ("pos_embed", (1,)), ("final_layer.linear.weight", ())):
+        save_file({**tensors, f"model.diffusion_model.{name}": torch.zeros(shape)}, broken)
+        line = line_of(lambda: resolve(broken, "sd35", **base))
+        assert "is incomplete (transformer of sd35): a tensor has another shape" in line
     save_file({**tensors, "model.diffusion_model.scaled_fp8": torch.zeros(1)}, broken)
     assert "scaled_fp8" in line_of(lambda: load.check_weights(resolve(broken, "sd35", **base)))
 

@@ -27,7 +27,7 @@ from spo_fast.models.files import load
 from spo_fast.models.files.clip_tokenizer import clip_tokenizer
 from spo_fast.models.files.find import resolve_all
 from spo_fast.models.files.layout import scheduler_config, select_files, text_files
-from spo_fast.models.files.load import load_text, load_tokenizers, load_unet, load_vae
+from spo_fast.models.files.load import load_text_encoders, load_tokenizers, load_unet, load_vae
 from spo_fast.models.files.sources import CONFIGS, DEFAULTS, ModelSource, Resolved
 from spo_fast.models.files.toy import no_progress_bar
 
@@ -79,7 +79,7 @@ def run_python(code: str, **env: str) -> str:
 def test_directory_loads_what_diffusers_loads(kind: str, tiny: dict[str, Path], caplog, capfd) -> None:
     resolved = resolve(kind, tiny[kind])
     unet, vae = load_unet(resolved, torch.float32), load_vae(resolved, torch.float32)
-    tokenizers, encoders = load_text(resolved, torch.float32)
+    tokenizers, encoders = load_tokenizers(resolved), load_text_encoders(resolved, torch.float32)
     assert caplog.records == [] and capfd.readouterr() == ("", "")  # no warnings, no bars
     truth = pipeline(kind, tiny[kind])
     for ours, theirs in zip((unet, vae, *encoders), parts_of(truth), strict=True):
@@ -122,7 +122,8 @@ def test_parts_load_in_16_bits_and_by_variant(tiny: dict[str, Path], tmp_path: P
     plain = resolve("sdxl", tiny["sdxl"])
     assert_same_tensors(load_unet(resolved, torch.float16), load_unet(plain, torch.float16))
     assert_same_tensors(load_vae(resolved, torch.bfloat16), load_vae(plain, torch.float16).to(torch.bfloat16))
-    for ours, theirs in zip(load_text(resolved, torch.float16)[1], load_text(plain, torch.float16)[1], strict=True):
+    encoders = (load_text_encoders(model, torch.float16) for model in (resolved, plain))
+    for ours, theirs in zip(*encoders, strict=True):
         assert ours.dtype == torch.float16
         assert_same_tensors(ours, theirs)
     assert {f.suffixes[0] for f in text_files(resolved) if f.suffix == ".safetensors"} == {".fp16"}
@@ -358,7 +359,7 @@ def test_single_file_equals_its_directory(
     config = shutil.copytree(tiny[kind], tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
     resolved = resolve(kind, single[kind], config=str(config))
     unet, vae = load_unet(resolved, torch.float32), load_vae(resolved, torch.float32)
-    tokenizers, encoders = load_text(resolved, torch.float32)
+    tokenizers, encoders = load_tokenizers(resolved), load_text_encoders(resolved, torch.float32)
     assert caplog.records == [] and capfd.readouterr() == ("", "")
     truth = pipeline(kind, tiny[kind])
     for ours, theirs in zip((unet, vae, *encoders), parts_of(truth), strict=True):
@@ -368,7 +369,7 @@ def test_single_file_equals_its_directory(
     assert images(kind, truth, unet, vae, encoders).equal(expected)
     assert tokenizers[0]("a cat").input_ids == truth.tokenizer("a cat").input_ids
     assert load_unet(resolved, torch.bfloat16).dtype == torch.bfloat16
-    assert load_text(resolved, torch.float16)[1][-1].dtype == torch.float16
+    assert load_text_encoders(resolved, torch.float16)[-1].dtype == torch.float16
 
 
 def test_single_file_uses_the_shipped_settings(single: dict[str, Path]) -> None:
@@ -440,7 +441,7 @@ def test_wrong_single_files(tiny: dict[str, Path], single: dict[str, Path], tmp_
         resolved = resolve("sd15", tmp_path / "part.safetensors", config=str(tiny["sd15"]))
         with pytest.raises(ValueError, match="1 missing: (conv_out.weight|(text_model.)?final_layer_norm.bias)"):
             load_unet(resolved, torch.float32)
-            load_text(resolved, torch.float32)
+            load_text_encoders(resolved, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- files of a repository

@@ -114,7 +114,7 @@ def test_the_large_toy_end_to_end(tmp_path, monkeypatch, capsys):
     assert not (work / "toy").exists()
     assert claims.main(common) == 0
     found = claims.read(path)
-    assert set(found) == {"base", "spo/tuning/0.001", "spo/0"}
+    assert set(found) == {"base", "judge", "spo/tuning/0.001", "spo/0"} and found["judge"]["pairs"] == 240
     assert {r["size"] for r in found.values()} == {"large"}
     assert found["spo/0"]["iterations"] == 1 and "--size large --cell 'spo/0'" in found["spo/0"]["command"]
     first = path.read_text()

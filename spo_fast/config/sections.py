@@ -78,8 +78,8 @@ class ModelConfig(Section):
     @property
     def told(self) -> dict[str, object]:
         """What pictures depend on of what the network is told beside words and guidance_scale; a default is None."""
-        defaults = {"embedded_guidance": None, "max_sequence_length": None, "t5_weights": "full", "size_told": "own"}
-        return {name: None if (own := getattr(self, name)) == value else own for name, value in defaults.items()}
+        names = ("embedded_guidance", "max_sequence_length", "t5_weights", "size_told")
+        return {name: None if (own := getattr(self, name)) == getattr(type(self), name) else own for name in names}
 
     @property
     def images_per_decode(self) -> int:

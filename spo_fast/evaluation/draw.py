@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from spo_fast.config.evaluation import EvaluationConfig
+from spo_fast.config.sections import TOYS
 from spo_fast.config.training import Config, EngineConfig
 from spo_fast.evaluation.contenders import Gallery
 from spo_fast.evaluation.pictures import write_picture
@@ -112,7 +113,7 @@ PICTURE_TFLOP = {
     "sdxl": (1024, 6.76, 10.5),
     "sd35": (512, 2.22, 2.51),
     "flux": (512, 21.5, 2.51),
-    **dict.fromkeys(("toy", "toy-flow"), (16, 2e-4, 0)),
+    **dict.fromkeys(TOYS, (16, 2e-4, 0)),
 }
 """Pixels a side, TFLOP of a network's row and of decoding, counted (training/plan); in proportion for other sizes."""
 

@@ -8,7 +8,7 @@ from spo_fast.config.errors import Missing, did_you_mean
 from spo_fast.config.fields import parted
 from spo_fast.config.outside import is_outside
 from spo_fast.config.scorers import SCORERS, TRUE_SCORES, scorer_specs
-from spo_fast.config.sections import ModelConfig
+from spo_fast.config.sections import TOYS, ModelConfig
 from spo_fast.config.training import Config, ScorerConfig
 from spo_fast.models.files.find import Present, check_asked, look, resolve_all
 from spo_fast.models.files.sources import MODELS, Resolved
@@ -22,7 +22,7 @@ def scorer_paths(cfg: ScorerConfig) -> dict[str, str | None]:
 def metric_scorers(metrics: Iterable[str], model: str, flag: str) -> list[str]:
     """The scorers among the metrics. Raises ValueError for a metric that is none, or not of this model."""
     scorers = [name for name in metrics if name not in TRUE_SCORES]
-    if not model.startswith("toy") and (odd := next((name for name in metrics if name in TRUE_SCORES), None)):
+    if model not in TOYS and (odd := next((name for name in metrics if name in TRUE_SCORES), None)):
         raise ValueError(f"{flag}: {odd} is a true score of the toy's world: --model {model} has none.")
     if any(":" in name and not is_outside(name) for name in scorers):
         raise ValueError(f"{flag}: metrics have no weights: write {flag} pickscore aesthetic.")
@@ -31,7 +31,7 @@ def metric_scorers(metrics: Iterable[str], model: str, flag: str) -> list[str]:
     try:
         scorer_specs(tuple(scorers))
     except ValueError as error:
-        near = next((did_you_mean(name, TRUE_SCORES) for name in scorers), "") if model.startswith("toy") else ""
+        near = next((did_you_mean(name, TRUE_SCORES) for name in scorers), "") if model in TOYS else ""
         raise ValueError(f"{flag}: {error}{'' if 'Did you mean' in str(error) else near}") from None
     return scorers
 
@@ -58,7 +58,7 @@ def look_for(model: ModelConfig, scorers: Mapping[str, str | None]) -> list[Pres
 
 
 def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapping[str, str | None]:
-    if not model.model.startswith("toy") or None not in scorers.values():
+    if model.model not in TOYS or None not in scorers.values():
         return scorers
     from spo_fast.models.files.toy import toy_files
 

@@ -137,8 +137,11 @@ class Pretraining:
         """The learning rate after the warm-up: half a cosine."""
         return torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
-    def encode(self, captions: list[str]) -> tuple[Tensor, list[Tensor]]:  # (B, L, 2 WIDTH), (B, WIDTH) of each
-        """As the pipelines do: the layer before the last of both encoders side by side; and what each pools."""
+    def encode(self, captions: list[str]) -> tuple[Tensor, list[Tensor]]:  # (B, L, 2 WIDTH), (B, WIDTH) each
+        """As the pipelines do: the layer before the last of both encoders side by side; the pooled output of each.
+
+        SDXL's first encoder pools nothing: its last layer stands there, and is not read.
+        """
         outputs = []
         for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
             length = self.parts[tokenizer].model_max_length

@@ -57,17 +57,16 @@ from spo_fast.toy.contenders import CONTENDERS
 from spo_fast.training.loop import Run
 
 MARKS = (0.25, 0.5, 0.75)  # of the budget: scored on the way, for the curve
-PAIRS, PAIRS_SEED = build.PAIRS, build.PAIRS_SEED  # those that the shipped preference model was trained on
 
 # ---------------------------------------------------------------------------------------------------- what is counted
 
 
 class Meter:
-    """UNet sample-forwards since it was made: a forward that will have a backward counts thrice."""
+    """A network's sample-forwards since it was made: a forward that will have a backward counts thrice."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, network: nn.Module):
         self.spent, self.on = 0, True
-        unet.register_forward_pre_hook(self._count)
+        network.register_forward_pre_hook(self._count)
 
     def _count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if self.on:
@@ -171,30 +170,34 @@ def materials(work: Path, text: str) -> dict[str, str]:
     pairs = work / "pairs.parquet"
     if any(f"{{{what}}}" in text for what in ("pairs", "blind", "lrm")):
         if not pairs.is_file():
-            build.write_pairs(pairs, PAIRS, PAIRS_SEED, scale=size_of(work).scale)
+            # those that the shipped preference model was trained on
+            build.write_pairs(pairs, build.PAIRS, build.PAIRS_SEED, scale=size_of(work).scale)
         made["pairs"] = str(pairs)
     for what, flags in (("blind", ["--no-time_conditioned"]), ("lrm", ["--parameterisation", "latent"])):
         if f"{{{what}}}" in text:
             target = work / what / "preference_model"
             if not target.is_dir():
-                out = ["--output_dir", str(work / what), "--resume_from_checkpoint", "latest"]
-                toy = ["--model", "toy", *toy_flags(work, scorers=False)]
-                if train_spm.main([*toy, "--pairs", str(pairs), *out, *flags]) != 0:
-                    raise RuntimeError(f"training {what} failed")
+                train_judge(work, target.parent, "--resume_from_checkpoint", "latest", *flags)
             made[what] = str(target)
     return made
+
+
+def train_judge(work: Path, out: Path, *flags: str) -> None:
+    """A preference model of the pairs, in out/preference_model. Raises RunError if there is none in the end."""
+    toy = ["--model", "toy", *toy_flags(work, scorers=False), "--pairs", str(work / "pairs.parquet")]
+    status = train_spm.main([*toy, "--output_dir", str(out), *flags])
+    if status != 0 or not (out / "preference_model").is_dir():  # a signal stops a training in good order
+        raise RunError("The training of a preference model failed or was stopped, so nothing is recorded of it.")
 
 
 def judge(work: Path) -> dict[str, Any]:
     """What the shipped step-aware preference model costs, trained again on its pairs. It starts from PickScore, whose
     own training is not counted: it is given, as in the paper."""
-    pairs = materials(work, "{pairs}")["pairs"]
+    materials(work, "{pairs}")
     with tempfile.TemporaryDirectory(dir=work) as directory:
         started = time.process_time()
-        toy = ["--model", "toy", *toy_flags(work, scorers=False)]
-        if train_spm.main([*toy, "--pairs", pairs, "--output_dir", directory]) != 0:
-            raise RuntimeError("training the judge failed")
-        return {"cell": "judge", "pairs": PAIRS, "cpu_s": round(time.process_time() - started, 1)}
+        train_judge(work, Path(directory))
+        return {"cell": "judge", "pairs": build.PAIRS, "cpu_s": round(time.process_time() - started, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------- all runs

@@ -226,11 +226,8 @@ class RunRecord:
         if not self.base_model:
             base = 'toy_files(FLOW_WEIGHTS)["model"]'
             lines += ["from spo_fast.models.files.toy import FLOW_WEIGHTS, toy_files"]
-        weights, whole, single = (
-            json.dumps(weights, ensure_ascii=False),
-            s["full_finetune"],
-            base.endswith('.safetensors"'),
-        )
+        weights = json.dumps(weights, ensure_ascii=False)
+        whole, single = s["full_finetune"], base.endswith('.safetensors"')
         own = f'subfolder="transformer", torch_dtype={dtype}'
         if whole or single:
             lines[1] += f", {transformer}"

@@ -21,7 +21,7 @@ from spo_fast.models.files import kinds, prediction
 from spo_fast.models.files.layout import (
     WEIGHT_SUFFIXES,
     file_names,
-    needs,
+    required,
     scheduler_config,
     select_files,
     transformer_config,
@@ -313,7 +313,7 @@ def _instead(names: Collection[str], lacking: Collection[str], need: _Need) -> s
         for there in sorted(n for n in names if n.rpartition("/")[0] == folder):
             if m := re.fullmatch(pattern, there.rpartition("/")[2]):
                 found[m[3] or m[6]] = there
-    found.pop(need.variant if needs(need.variant) else None, None)  # shards, not all of them
+    found.pop(need.variant if required(need.variant) else None, None)  # shards, not all of them
     if not found:
         return ""
     variant, there = next(iter(found.items()))

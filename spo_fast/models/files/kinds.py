@@ -33,7 +33,7 @@ SCALES = {"sd15": 0.18215, "sdxl": 0.13025}
 FLOW_SCALES = {"sd35": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}  # scaling_factor, shift_factor
 TRANSFORMERS = {"sd35": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 FLUX_PURPOSES = {128: "it is led by depth or edges (FLUX.1-Depth, Canny)", 384: "it inpaints (FLUX.1-Fill)"}
-FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TEXT_TYPES = ("clip_text_model", "clip")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 TIME_IDS = 6  # SDXL's original size, crop corner, target size; its refiner's are 5
@@ -89,10 +89,8 @@ def check_flow_vae(config: Config, file: Path, kind: str) -> None:
 
 def check_flow_scheduler(config: Config, file: Path) -> None:
     """Raise ValueError for a scheduler whose sigmas are not known here."""
-    name = config.get("_class_name", FLOW_SCHEDULERS[0])
-    _need(
-        name in FLOW_SCHEDULERS, file, f"_class_name={name}", f"flows are sampled by {FLOW_SCHEDULERS[0]}'s sigmas", ""
-    )
+    name = config.get("_class_name", FLOW_SCHEDULER)
+    _need(name == FLOW_SCHEDULER, file, f"_class_name={name}", f"flows are sampled by {FLOW_SCHEDULER}'s sigmas", "")
 
 
 def check_vae(config: Config, file: Path, kind: str, borrowed: bool) -> None:

@@ -72,7 +72,7 @@ def _select_part(names: Collection[str], part: str, variant: str | None) -> tupl
     chosen, lacking = _present_or_lacking([folder + "config.json"], names)
     weights = weight_names(names, folder, stem, variant)
     if not weights:
-        lacking.append(f"{folder}{stem}{f'.{variant}' if needs(variant) else ''}.safetensors")
+        lacking.append(f"{folder}{stem}{f'.{variant}' if required(variant) else ''}.safetensors")
     return chosen + weights, lacking
 
 
@@ -80,14 +80,14 @@ def _present_or_lacking(wanted: list[str], names: Collection[str]) -> tuple[list
     return [n for n in wanted if n in names], [n for n in wanted if n not in names]
 
 
-def needs(variant: str | None) -> bool:
+def required(variant: str | None) -> bool:
     """Whether weights of no other variant will do."""
     return variant is not None and not variant.endswith("?")
 
 
 def weight_names(names: Collection[str], folder: str, stem: str, variant: str | None) -> list[str]:
     """One complete set of weights, whole or in shards, or nothing. A variant that ends in "?" may be lacking."""
-    if variant is not None and not needs(variant):
+    if variant is not None and not required(variant):
         return weight_names(names, folder, stem, variant[:-1]) or weight_names(names, folder, stem, None)
     v = f".{variant}" if variant else ""
     for s, suffix in ((stem, "safetensors"), ({"model": "pytorch_model"}.get(stem, stem), "bin")):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from spo_fast.data.files import DAMAGED, read_json, shown
 from spo_fast.models.files import kinds
 from spo_fast.models.files.clip_tokenizer import clip_tokenizer
-from spo_fast.models.files.layout import WEIGHT_SUFFIXES, needs, vae_folder, weight_names
+from spo_fast.models.files.layout import WEIGHT_SUFFIXES, required, vae_folder, weight_names
 from spo_fast.models.files.single_file import TEXT_PREFIXES, text_class, vae_class
 from spo_fast.models.files.sources import T5S, Resolved, network_part, published_settings, settings_directory
 
@@ -94,11 +94,6 @@ def load_vae(resolved: Resolved, dtype: torch.dtype | None) -> VAE:
     return _from_directory(cls, folder, dtype, None if resolved.vae_path else resolved.source.variant)
 
 
-def load_text(resolved: Resolved, dtype: torch.dtype | None) -> tuple[list[PreTrainedTokenizerBase], list[TextEncoder]]:
-    """(tokenizers, text encoders) in the pipeline's order; encoders in dtype, eval mode, frozen."""
-    return load_tokenizers(resolved), load_text_encoders(resolved, dtype)
-
-
 def load_tokenizers(resolved: Resolved) -> list[PreTrainedTokenizerBase]:
     """In the pipeline's order: one CLIPTokenizer for SD1.5, two for SDXL and SD3, whose third is T5's, FLUX's second.
 
@@ -127,12 +122,12 @@ def load_tokenizers(resolved: Resolved) -> list[PreTrainedTokenizerBase]:
 
 
 def load_text_encoders(resolved: Resolved, dtype: torch.dtype | None) -> list[TextEncoder]:
-    """All of them in the pipeline's order, in memory together."""
+    """All of them in the pipeline's order, in memory together, in dtype, eval mode, frozen."""
     return [load_text_encoder(resolved, part, dtype) for _, part in resolved.text_parts]
 
 
 def load_text_encoder(resolved: Resolved, part: str, dtype: torch.dtype | None) -> TextEncoder:
-    """One of Resolved.text_parts alone, so that a T5-XXL (9.5 GB in 16 bits) needs to sit beside no other."""
+    """One of Resolved.text_parts alone, in dtype, eval mode, frozen."""
     from spo_fast.models.files.networks import text_encoder_from_file
 
     kind, folder = resolved.source.kind, resolved.config_dir / part
@@ -161,7 +156,7 @@ def _from_directory(cls: type[Network], folder: Path, dtype: torch.dtype | None,
     if not chosen:
         others = sorted(file.name for file in folder.glob(f"{stem}*") if file.suffix in WEIGHT_SUFFIXES)
         mend = f"It has {others[0]}: rename that, if it is what you want." if others else DAMAGED
-        lacking = f"{stem}{f'.{variant}' if needs(variant) else ''}.safetensors"
+        lacking = f"{stem}{f'.{variant}' if required(variant) else ''}.safetensors"
         raise FileNotFoundError(f"{shown(folder)} has no {lacking}. {mend}")
     return _frozen(load_part(cls, folder / chosen[0], folder, dtype))
 

@@ -7,8 +7,8 @@ A tensor's name is a layer's name between a prefix and an ending, both of which 
     kohya's SDXL     lora_unet_input_blocks_1_1_..._to_q.lora_down.weight: LDM's blocks
     OneTrainer       unet.input_blocks.1.1...to_q.lora_down.weight, or as kohya; ComfyUI: diffusion_model.input...
     of flow models   transformer.transformer_blocks.0.attn.to_q.lora_A.weight; of kohya's for FLUX see _of_flux
-So a layer is looked up by its name with underscores for dots, in a table of the UNet's own names and of LDM's for them,
-and styles may mix. What of a file is not used is an error: other loaders skip it, and draw something else in silence.
+So a layer is looked up by its name with underscores for dots, in a table of the network's own names and of LDM's for a
+UNet's, and styles may mix. What of a file is not used is an error: other loaders skip it, and draw something else.
 """
 
 from __future__ import annotations
@@ -145,23 +145,23 @@ IN_A_RESNET = {
 }
 
 
-def _weights(unet: LoraNetwork) -> dict[str, tuple[int, ...]]:
+def _weights(network: LoraNetwork) -> dict[str, tuple[int, ...]]:
     """Layer -> its weight's shape; a network may wear an adapter already."""
     ends = ".weight"
     return {
         name.removesuffix(ends).removesuffix(".base_layer"): p.shape
-        for name, p in unet.named_parameters()
+        for name, p in network.named_parameters()
         if name.endswith(ends) and ".lora_" not in name
     }
 
 
-def layer_names(unet: LoraNetwork) -> dict[str, str]:
+def layer_names(network: LoraNetwork) -> dict[str, str]:
     """Every name of a layer that files use, with underscores for dots -> its name in the network."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    ldm = ldm_names(unet) if isinstance(unet, UNet2DConditionModel) else {}
+    ldm = ldm_names(network) if isinstance(network, UNet2DConditionModel) else {}
     found = {}
-    for name in _weights(unet):
+    for name in _weights(network):
         block = next((b for b in ldm if name == b or name.startswith(b + ".")), None)
         found[name] = name
         if name.endswith(".to_out.0"):
@@ -174,7 +174,7 @@ def layer_names(unet: LoraNetwork) -> dict[str, str]:
     return {name.replace(".", "_"): layer for name, layer in found.items()}
 
 
-def read_file(file: Path, unet: LoraNetwork) -> Lora:
+def read_file(file: Path, network: LoraNetwork) -> Lora:
     """All of a LoRA file, as the network's layers have it. Raises ValueError for what cannot be read, by name.
 
     The truth is W + alpha / rank * up @ down (alpha / sqrt(rank) of an rsLoRA), alpha from a tensor beside the matrices
@@ -184,7 +184,7 @@ def read_file(file: Path, unet: LoraNetwork) -> Lora:
     def refuse(why: str) -> NoReturn:
         raise ValueError(f"{_shown(file, why)} {why}")
 
-    known, weights = layer_names(unet), _weights(unet)
+    known, weights = layer_names(network), _weights(network)
     _refuse_kinds(read_header(file), refuse)
     tensors, told = read_safetensors(file), Told.of(file, refuse)
     tensors = _of_flux(tensors, known, refuse)
@@ -251,7 +251,7 @@ def _refuse_kinds(names: Collection[str], refuse: Refuse) -> None:
     """What is no LoRA, or more than one of a UNet, is named as what it is."""
     for kind, pattern in OTHER_KINDS.items():
         if odd := next((name for name in names if re.search(pattern, name)), None):
-            refuse(f"is {kind} ({odd:.80}), which is not read here. Merge it into a UNet and give that.")
+            refuse(f"is {kind} ({odd:.80}), which is not read here. Merge it into the network and give that.")
     if texts := [name for name in names if TEXT.match(name)]:
         refuse(
             f"holds more than a LoRA of a UNet: {len(texts)} tensors of text encoders, such as {texts[0]:.60}, which "
@@ -282,7 +282,7 @@ def _check_values(found: Mapping[str, Tensor], names: Mapping[str, str], refuse:
 
 
 def _place(name: str, known: dict[str, str], refuse: Refuse) -> tuple[str, str]:
-    """(layer of the UNet, what of it) that a tensor belongs to."""
+    """(layer of the network, what of it) that a tensor belongs to."""
     for what, ending in ENDINGS.items():
         if m := re.fullmatch(rf"(.+?){ending}", name):
             bare = PREFIX.sub("", m[1], count=1).replace(".processor.", ".")
@@ -368,9 +368,7 @@ class Told:
             return cls(None, {}, None, {}, False)
         odd = [key for key, value in config.items() if key not in READ | HARMLESS and not _says_nothing(key, value)]
         if odd:
-            refuse(
-                f"was trained with {odd[0]:.40}={config[odd[0]]!s:.40}, which is not read here. Merge it into a UNet."
-            )
+            refuse(f"was trained with {odd[0]:.40}={config[odd[0]]!s:.40}, which is not read here. Merge it.")
         alpha, rank = config.get("lora_alpha"), config.get("r")
         patterns = [config.get(key) or {} for key in ("alpha_pattern", "rank_pattern")]
         numbers = [
@@ -419,7 +417,7 @@ def _positive(value: object) -> bool:
 # -------------------------------------------------------------------------------------------------------- to be used
 
 
-def apply_lora(file: Path, unet: LoraNetwork) -> Lora:
+def apply_lora(file: Path, network: LoraNetwork) -> Lora:
     """Put a LoRA of any rank, alpha and layers on a network, for good; returns what it was. Raises as `read_file`."""
     import torch
     from peft import LoraConfig
@@ -427,10 +425,10 @@ def apply_lora(file: Path, unet: LoraNetwork) -> Lora:
 
     from spo_fast.models.merged import lora_layers
 
-    lora = read_file(file, unet)
+    lora = read_file(file, network)
     for name, change in lora.changes.items():
         layer, _, what = name.rpartition(".")
-        module = unet.get_submodule(layer)
+        module = network.get_submodule(layer)
         now = getattr(module, what)
         if now is None:
             module.bias = nn.Parameter(change.to(module.get_parameter("weight")))
@@ -440,22 +438,22 @@ def apply_lora(file: Path, unet: LoraNetwork) -> Lora:
         ranks = {f"^{re.escape(name)}": len(layer.down) for name, layer in lora.layers.items()}
         config = LoraConfig(r=1, rank_pattern=ranks, target_modules=list(lora.layers), init_lora_weights=False)
         with torch.random.fork_rng(devices=[]):  # PEFT draws the matrices that are replaced here
-            unet.add_adapter(config)
-        worn = dict(lora_layers(unet))
+            network.add_adapter(config)
+        worn = dict(lora_layers(network))
         if worn.keys() != lora.layers.keys():  # PEFT matches names by their ends
             raise ValueError(f"{file}: {len(worn)} layers would take its LoRA, but it names {len(lora.layers)}.")
         for name, (down, up, scale) in lora.layers.items():
             for matrix, value in ((worn[name].lora_A, down), (worn[name].lora_B, up)):
-                matrix["default"].weight.data = value.to(unet.device, unet.dtype)
+                matrix["default"].weight.data = value.to(network.device, network.dtype)
             worn[name].scaling["default"] = scale
-    unet.requires_grad_(False).eval()
+    network.requires_grad_(False).eval()
     return lora
 
 
-def read_lora(path: str | Path, unet: LoraNetwork, adapter: AdapterConfig) -> dict[str, Tensor]:
+def read_lora(path: str | Path, network: LoraNetwork, adapter: AdapterConfig) -> dict[str, Tensor]:
     """The file's tensors by the names of the network's own LoRA, which it fits. Raises ValueError for what differs."""
     file = find_lora(path)
-    lora = read_file(file, unet)
+    lora = read_file(file, network)
     label = f"--lora_path {_shown(file, ' ' * 190)}"
     if lora.changes:
         raise ValueError(f"{label} changes {next(iter(lora.changes))}: only the two matrices of a LoRA are trained on.")
@@ -466,7 +464,7 @@ def read_lora(path: str | Path, unet: LoraNetwork, adapter: AdapterConfig) -> di
         raise ValueError(
             f"{label} has rank {', '.join(map(str, ranks))!s:.60}, but --rank is {adapter.rank}: use the same."
         )
-    if found.keys() != {name for name, _ in unet.named_parameters() if ".lora_" in name}:
+    if found.keys() != {name for name, _ in network.named_parameters() if ".lora_" in name}:
         targets = " ".join(sorted({_ending(layer) for layer in lora.layers}))
         why = f"is on other layers than --lora_targets: use --lora_targets {targets:.190}, or another file."
         raise ValueError(f"--lora_path {_shown(file, f'--lora_path {why}')} {why}")

@@ -103,8 +103,8 @@ def transformer_sizes(path: Path, kind: str) -> dict[str, object]:
     shapes = {name.removeprefix(UNET_PREFIX): entry["shape"] for name, entry in read_header(path).items()}
     try:
         return {"sd35": _mmdit_sizes, "flux": _flux_sizes}[kind](shapes)
-    except (KeyError, IndexError) as error:
-        lack = f"it lacks {error}, or that has another shape" if isinstance(error, KeyError) else "a shape is too short"
+    except (LookupError, ValueError, ArithmeticError) as error:
+        lack = f"it lacks {error}" if isinstance(error, KeyError) else "a tensor has another shape"
         raise ValueError(f"{shown(path)} is incomplete (transformer of {kind}): {lack}. {DAMAGED}") from error
 
 
