@@ -185,6 +185,20 @@ def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (
     yield slice(start, len(index))
 
 
+EPSILON = 1e-4  # beside a deviation of scores (flow_grpo/stat_tracking.py)
+
+
+def group_advantages(scores: Tensor, global_std: bool = False) -> Tensor:  # (..., K, B) -> the same
+    """Distance of each score from the mean of its prompt's K, in their standard deviations (population's).
+
+    global_std: not divided yet, since the deviation is that of everybody's scores (policy_gradients.over_global_std).
+    """
+    wide = scores.double()  # equal ones have no distance, and a prompt's distances sum to 0
+    distance = wide - wide.mean(-2, keepdim=True)
+    found = distance if global_std else distance / (wide.std(-2, correction=0, keepdim=True) + EPSILON)
+    return found.to(scores.dtype)
+
+
 def asks_when(scorer: object) -> bool:
     """Whether a scorer must be told the timestep on the host: its parts judge at some only."""
     return bool(getattr(scorer, "asks_when", False))
