@@ -643,6 +643,7 @@ def test_diffusion_dpo_is_that_of_an_independent_loop(
         ("flux", "mspo", {"num_inner_steps": 1, "threshold": -1}),
         ("sd35", "d3po", {"threshold": -1, "branch_start": 1}),
         ("flux", "dpok", {"branch_start": 1}),
+        ("flux", "dpok", {"branch_start": 1, "kl_weight": 0.0}),  # then the reference is not evaluated
     ],
 )
 def test_unique_states_are_evaluated_once(
@@ -673,7 +674,7 @@ def test_unique_states_are_evaluated_once(
         "spo": (B * (first + 1) + K * B * S, B * S, K * B * S, 1),
         "mspo": (B * (first + 1) + K * B * S, B * (S + S // 2), K * B * -(-S // 2), 1),
         "d3po": (B * (first + 1) + K * B * (n - first - 1), B * (2 * S - 1), K * B, 1),
-        "dpok": (K * B * n, K * B * S, K * B, 2),
+        "dpok": (K * B * n, K * B * S, K * B, 2 if settings.get("kl_weight", True) else 1),
     }[method]
     assert record is not None and (record["states"], record["images"]) == (states, images)
     expected = {"rollout": rollout, "reference": references * states, "backward": states}

@@ -130,7 +130,7 @@ def test_longer_runs_stay_finite(tmp_path: Path, of: Callable[..., Any], method:
     assert (out / "report.html").is_file() and method.upper() in (out / "README.md").read_text()
 
 
-def test_only_gradspo_keeps_averages(tmp_path: Path, of: Callable[..., Any]) -> None:
+def test_gradspo_keeps_averages_and_spo_none(tmp_path: Path, of: Callable[..., Any]) -> None:
     out = run_toy(tmp_path / "run", **of("gradspo"))
     assert (out / "checkpoint-2" / "averages.safetensors").is_file()
     assert not (run_toy(tmp_path / "spo", **of("spo")) / "checkpoint-2" / "averages.safetensors").exists()
@@ -530,6 +530,7 @@ def test_a_flag_that_a_method_does_not_read_is_an_error_with_those_that_do(capsy
         ("--method ddpo --threshold 0.3", "--threshold is not read by --method ddpo, only by spo, mspo"),
         ("--method spo --pairs x", "--pairs is not read by --method spo, only by dpo, mapo."),
         ("--kl_weight 1", "--kl_weight is not read by --method spo, only by dpok, stepgrpo"),
+        ("--method dpo --pairs x --normalise_scorers", "--normalise_scorers is not read by --method dpo, only by spo"),
         ("--method dpo", "--method dpo trains on --pairs"),
     ):
         assert train.main(["--model", "toy", *line.split()]) == 2
@@ -596,11 +597,14 @@ def test_a_method_brings_its_published_settings(method: str, model: str) -> None
     pairs = ["--pairs", "x"] if method in DATA else []
     flat = train.parse(["--model", model, "--method", method, *pairs]).flat()
     assert {name: flat[name] for name in PUBLISHED[method, model]} == PUBLISHED[method, model]
-    assert train.parse(
-        ["--model", model, "--method", method, *pairs, "--beta", "7"]
-        if "beta" in METHODS[method].settings
-        else ["--model", model, "--method", method, "--learning_rate", "7e-4"]
-    )  # flags win
+    name, value = ("beta", 7.0) if "beta" in METHODS[method].settings else ("learning_rate", 7e-4)
+    given = train.parse(["--model", model, "--method", method, *pairs, f"--{name}", str(value)])
+    assert given.flat()[name] == value  # flags win
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_record_says_of_transitions_what_its_class_does(method: str) -> None:
+    assert METHODS[method].transitions == METHODS[method].kind().transitions
 
 
 @pytest.mark.parametrize("model", PRESETS)

@@ -11,10 +11,10 @@ from golden_replay import load
 
 from spo_fast.config.methods import METHODS, settings_of
 from spo_fast.config.training import ObjectiveConfig, SampleConfig
-from spo_fast.method.experience import Cond, Experience, Prediction, States
+from spo_fast.method.experience import Cond, Experience, Prediction, States, group_advantages
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.objectives import SPO, make_objective
-from spo_fast.method.policy_gradients import clipped_surrogate, group_advantages, over_global_std
+from spo_fast.method.policy_gradients import clipped_surrogate, over_global_std
 from spo_fast.method.renoise import PairInputs, renoised_pairs
 from spo_fast.method.schedule import StepTable, ddim_table, full_table
 

@@ -299,6 +299,13 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
     assert facts(tmp_path / "run")[0]["base_error"] == pytest.approx(float(want.mean()), rel=tolerance)
 
 
+def test_a_flows_timesteps_are_told_as_whole_numbers(tmp_path, capsys):
+    run_toy(tmp_path / "run", model="toy-flow", base_weights="fp8", num_steps=8, max_train_steps=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and " at " in line]
+    told = [part.split(" at ")[1] for line in lines for part in line.split(", ")]
+    assert len(lines) == 2 and len(told) == 8 and all(t.isdigit() for t in told)
+
+
 def test_labelled_pairs_have_no_log_ratio(tmp_path, capsys):
     write_pairs(tmp_path / "pairs.parquet", 10, seed=0)
     beside: dict[str, Any] = {"num_candidates": None, "threshold": None, "branch_start": None, "validation_share": 0.1}

@@ -123,9 +123,11 @@ def test_gaps_by_hand() -> None:
     assert float(found["third_threshold"]) == pytest.approx(differences[2])  # 2/3 of the way along four values
 
 
-def test_the_threshold_it_names_keeps_a_third(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_threshold_it_names_keeps_a_third(tmp_path: Path, normalised: bool) -> None:
     """The pairs of the same rollout, kept by the threshold that the record of an all-rejecting run recommends."""
     settings = {"max_prompts": 8, "sample_batch_size": 8, "num_candidates": 3, "num_train_epochs": 1}
+    settings["normalise_scorers"] = normalised
     nothing = built(tmp_path / "a", threshold=0.999, **settings).iterate(0, timer.Timer())
     assert nothing["pairs"] == 0
     named = built(tmp_path / "b", threshold=float(nothing["third_threshold"]), **settings).iterate(0, timer.Timer())

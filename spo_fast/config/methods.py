@@ -23,7 +23,9 @@ from spo_fast.config.sections import FLOWS, PairSourceConfig
 
 NOISE = ("eta", "sampler")
 RANGE = ("branch_start", "branch_sigma", "branch_end")
-TRAJECTORIES = ("num_candidates", *NOISE, *RANGE, "rollout_weights")
+CANDIDATES = ("num_candidates", "normalise_scorers")
+"""What candidates are drawn and judged with, whatever the method."""
+TRAJECTORIES = (*CANDIDATES, *NOISE, *RANGE, "rollout_weights")
 """What whole trajectories of a prompt are drawn with."""
 COMPARISONS = ("threshold", "threshold_max")
 STEPS = ("next_start", "last_step", "branch_window")
@@ -81,7 +83,7 @@ class Method:
     of_flows: bool = False
     """Flows are among what was published: steps, guidance and eta too."""
     transitions: bool = True
-    """It trains steps that add noise; else pictures are noised to any step's level."""
+    """It trains steps that add noise; else pictures are noised to any step's level. Where objective is a class: its."""
     misfit: Callable[[Given], str] = field(default=lambda settings: "")
     """All settings -> why it cannot run with them and what to change, or an empty text."""
 
@@ -91,6 +93,7 @@ class Method:
         if not dataclasses.is_dataclass(self.objective):
             raise ValueError(f"{self.objective.__name__} needs @dataclass(frozen=True, kw_only=True).")
         object.__setattr__(self, "settings", self.settings or settings_of(self.objective))
+        object.__setattr__(self, "transitions", getattr(self.objective, "transitions", True))
 
     @property
     def own_class(self) -> bool:
@@ -205,7 +208,20 @@ SPO_PAPER = Paper(
 _CODE = "spo_fast.method.objectives:"
 _GRADIENTS = "spo_fast.method.policy_gradients:"
 _MATCHING = "spo_fast.method.matching:"
-_reinforcement = functools.partial(Method, tags=("reinforcement-learning",))
+_reinforcement = functools.partial(
+    Method,
+    reads=TRAJECTORIES,
+    tags=("reinforcement-learning",),
+    start=0.0,  # a prompt's advantages sum to 0
+)
+_pictures = functools.partial(
+    _reinforcement,
+    reads=(*CANDIDATES, "branch_start", "branch_end"),
+    of_flows=True,
+    transitions=False,
+    misfit=published.guided_or_noisy,
+)
+_pairs = functools.partial(Method, reads=PAIRS, settings=("beta", "prompt_dropout"), transitions=False)
 _spo = functools.partial(
     Method,
     reads=SEGMENTS,
@@ -238,7 +254,7 @@ METHODS: dict[str, Method] = {
         _spo(
             name="d3po",
             objective=_CODE + "D3PO",
-            reads=("num_candidates", *NOISE, "branch_start", "branch_sigma", "rollout_weights", *COMPARISONS),
+            reads=(*CANDIDATES, *NOISE, "branch_start", "branch_sigma", "rollout_weights", *COMPARISONS),
             published=published.d3po,
             paper=Paper(title="D3PO", arxiv="2311.13231"),
             leaves_start=False,  # its beta keeps the loss there
@@ -254,7 +270,7 @@ METHODS: dict[str, Method] = {
         _spo(
             name="gradspo",
             objective=_CODE + "GradSPO",
-            reads=("num_candidates", *NOISE, *RANGE, *STEPS, *COMPARISONS),  # rollouts of averages
+            reads=(*CANDIDATES, *NOISE, *RANGE, *STEPS, *COMPARISONS),  # rollouts of averages
             settings=("beta", "clip", "guidance_step", "ema_decay"),
             published=published.gradspo,
             paper=Paper(title="GradSPO", venue="NeurIPS 2025"),
@@ -266,20 +282,16 @@ METHODS: dict[str, Method] = {
         _reinforcement(
             name="ddpo",
             objective=_GRADIENTS + "DDPO",
-            reads=TRAJECTORIES,
             settings=("clip", "advantage_clip"),
             published=published.ddpo,
             paper=Paper(title="DDPO", arxiv="2305.13301"),
-            start=0.0,  # a prompt's advantages sum to 0
         ),
         _reinforcement(
             name="dpok",
             objective=_GRADIENTS + "DPOK",
-            reads=TRAJECTORIES,
             settings=("clip", "advantage_clip", "kl_weight"),
             published=published.dpok,
             paper=Paper(title="DPOK", arxiv="2305.16381"),
-            start=0.0,
         ),
         _reinforcement(
             name="stepgrpo",
@@ -288,42 +300,31 @@ METHODS: dict[str, Method] = {
             settings=("clip", "advantage_clip", "kl_weight", "weight_by_std", "guard_ratio", "dead_zone"),
             published=published.stepgrpo,
             paper=Paper(title="Step-wise group-relative policy optimisation", arxiv="2603.28718"),
-            start=0.0,  # the advantages of a prompt's children sum to 0
             misfit=published.unlike_siblings,
         ),
         _reinforcement(
             name="grpo",
             objective=_GRADIENTS + "GRPO",
-            reads=TRAJECTORIES,
             settings=("clip", "advantage_clip", "kl_weight", "advantage_std", "grpo_window", "window_moves"),
             published=published.grpo,
             of_flows=True,
             paper=Paper(title="Flow-GRPO", arxiv="2505.05470"),
-            start=0.0,
             misfit=published.bad_window,
         ),
-        _reinforcement(
+        _pictures(
             name="nft",
             objective=_MATCHING + "NFT",
-            reads=("num_candidates", "branch_start", "branch_end"),
             settings=("beta", "advantage_clip", "advantage_std", "kl_weight"),
             published=published.nft,
-            of_flows=True,
             paper=Paper(title="DiffusionNFT", arxiv="2509.16117"),
-            transitions=False,
-            misfit=published.guided_or_noisy,
+            start=None,  # two errors, which no advantage weighs down to 0
         ),
-        _reinforcement(
+        _pictures(
             name="awm",
             objective=_MATCHING + "AWM",
-            reads=("num_candidates", "branch_start", "branch_end"),
             settings=("advantage_clip", "advantage_std", "kl_weight", "awm_clip", "ema_weight"),
             published=published.awm,
-            of_flows=True,
             paper=Paper(title="Advantage weighted matching", arxiv="2509.25050"),
-            transitions=False,
-            start=0.0,
-            misfit=published.guided_or_noisy,
         ),
         Method(
             name="dense",
@@ -339,22 +340,18 @@ METHODS: dict[str, Method] = {
             margin="beta times the difference of the means over steps of the log-ratios",
             misfit=published.too_few_to_rank,
         ),
-        Method(
+        _pairs(
             name="dpo",
             objective=_CODE + "DiffusionDPO",
-            reads=PAIRS,
-            settings=("beta", "prompt_dropout"),
             published=published.dpo,
             paper=Paper(title="Diffusion-DPO", arxiv="2311.12908"),
             start=LN2,
             leaves_start=True,
             margin="beta / 2 times the difference of how much nearer to the noise than the reference a side is",
         ),
-        Method(
+        _pairs(
             name="mapo",
             objective=_CODE + "MaPO",
-            reads=PAIRS,
-            settings=("beta", "prompt_dropout"),
             published=published.mapo,
             paper=Paper(title="MaPO", arxiv="2406.06424"),
             margin="1000 times the difference of the weighted denoising errors",

@@ -188,7 +188,7 @@ def published_spo(given: Given) -> dict[str, Any]:
 
 
 def unlike_siblings(settings: Given) -> str:
-    """GradSPO's target is a difference of children of one x_t, a step apart from it."""
+    """GradSPO's target and step-wise GRPO's group are of children of one x_t, a step apart from it."""
     if settings["num_inner_steps"]:
         return "compares children of one x_t: num_inner_steps must be 0."
     if settings["last_step"] == "extend":

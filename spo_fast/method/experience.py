@@ -1,6 +1,6 @@
 """What a rollout hands to training. Every objective eats one shape, (N, K, S), and a UNet state is stored once.
 
-Letters: N loss terms, K sides of a term (best first), S transitions of a side, U unique states, P prompts.
+Letters: N loss terms, K sides of a term (of a comparison the best first), S transitions of a side, U unique states, P prompts.
 """
 
 from __future__ import annotations
@@ -183,6 +183,20 @@ def batches(index: Tensor, max_states: int | None) -> Iterator[Rows]:  # index (
             start, grown = n, set(index[n].tolist())
         seen = grown
     yield slice(start, len(index))
+
+
+EPSILON = 1e-4  # beside a deviation of scores (flow_grpo/stat_tracking.py)
+
+
+def group_advantages(scores: Tensor, global_std: bool = False) -> Tensor:  # (..., K, B) -> the same
+    """Distance of each score from the mean of its prompt's K, in their standard deviations (population's).
+
+    global_std: not divided yet, since the deviation is that of everybody's scores (policy_gradients.over_global_std).
+    """
+    wide = scores.double()  # equal ones have no distance, and a prompt's distances sum to 0
+    distance = wide - wide.mean(-2, keepdim=True)
+    found = distance if global_std else distance / (wide.std(-2, correction=0, keepdim=True) + EPSILON)
+    return found.to(scores.dtype)
 
 
 def asks_when(scorer: object) -> bool:

@@ -8,16 +8,15 @@ losses are the authors' for the velocity of a flow. With x0 = c x_t + d m they h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spo_fast.config.training import SampleConfig
-from spo_fast.method.experience import Experience, Prediction, States, to_device
+from spo_fast.method.experience import Experience, Prediction, States, group_advantages, to_device
 from spo_fast.method.noise import RENOISE
 from spo_fast.method.objectives import Objective, Outputs, error_drop
-from spo_fast.method.policy_gradients import clipped_surrogate, group_advantages, over_global_std
+from spo_fast.method.policy_gradients import clipped_surrogate, over_global_std
 from spo_fast.method.protocols import Policy
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch, Sampler, trajectory_rollout
@@ -37,7 +36,6 @@ class ForwardProcess(Objective):
     samples_from = "ema"
     ema_decay = 1.0  # it stands while an iteration's updates are made
     shape = (1, 1)
-    num_baselines: ClassVar[int] = 2
     transitions = False
     rollout = staticmethod(trajectory_rollout)
 

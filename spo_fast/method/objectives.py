@@ -108,8 +108,6 @@ class Objective:
     """Of the moving average, if the samples are from it."""
     clip: float | None = None
     """Half the width of the ratio's clamp; None: no clamp."""
-    num_baselines: ClassVar[int] = 1
-    """How many frozen networks it compares with: 0, 1 (frozen) or 2 (and second_reference)."""
     rollout: ScoredRollout | None = staticmethod(rollout_segments)
     """The part of `collect` that costs something; None without a rollout."""
     transitions: ClassVar[bool] = True
@@ -268,7 +266,6 @@ class GradSPO(SPO):
     guidance_step: float
     ema_decay: float
     samples_from = "ema"
-    num_baselines = 2
 
     def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
         """SPO's, by the moving average."""
@@ -411,7 +408,6 @@ class MaPO(DiffusionDPO):
     """
 
     scale: ClassVar[float] = 1000.0  # the number of timesteps
-    num_baselines = 0
 
     def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
         """None."""

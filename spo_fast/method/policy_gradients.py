@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spo_fast.config.training import SampleConfig
-from spo_fast.method.experience import Experience, Prediction
-from spo_fast.method.objectives import Objective, Outputs, log_ratios, trajectory_terms
+from spo_fast.method.experience import EPSILON, Experience, Prediction, group_advantages
+from spo_fast.method.objectives import Objective, Outputs, trajectory_terms
 from spo_fast.method.protocols import Policy
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import (
@@ -29,108 +28,6 @@ from spo_fast.method.rollout import (
 from spo_fast.method.schedule import StepTable
 from spo_fast.ops.guidance import guided
 from spo_fast.ops.log_ratio import log_ratio
-
-EPSILON = 1e-4  # beside a group's deviation (flow_grpo/stat_tracking.py)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DDPO(Objective):
-    """DDPO (arXiv 2305.13301): PPO's clipped surrogate, one transition a term.
-
-    r = p(x_{t-1} | x_t) / p_old(x_{t-1} | x_t), log-probs as means over C, H, W; the loss is
-    max(-A r, -A clamp(r, 1 - clip, 1 + clip)), A the reward's distance from the prompt's mean in its standard
-    deviations, clamped to +-advantage_clip. Mean and deviation are of the prompt's K trajectories; the published code
-    has one trajectory a prompt and keeps a prompt's last rewards over rollouts instead (stat_tracking.py).
-    """
-
-    clip: float | None
-    advantage_clip: float
-    shape = (1, 1)
-    stats = ("terms", "ratio", "clamped", "approx_kl", "kl")
-    rollout = staticmethod(trajectory_rollout)
-
-    def term_states(self, cfg: SampleConfig) -> list[int]:
-        """One state a transition; K trajectories."""
-        return [1] * (cfg.num_candidates * cfg.branching_steps)
-
-    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
-        """Every transition of K trajectories of a prompt, with its trajectory's advantage."""
-        assert isinstance(batch, RolloutBatch)
-        walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
-        std, mean = torch.std_mean(walk.scores, dim=0, correction=0)
-        advantage = ((walk.scores - mean) / (std + 1e-6)).flatten().repeat(cfg.branching_steps)
-        return replace(trajectory_terms(walk, cfg, batch), advantage=advantage)
-
-    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
-        """The policy's own outputs before its first update, made by the training path: the ratio starts at 1.
-
-        From the rollout's path (other batches, merged weights) 16-bit rounding alone would exceed the clip at t = 51.
-        """
-        return {"frozen": own()}
-
-    def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
-        """(N,) and its weight in the loss."""
-        return torch.zeros(len(e), device=e.x_prev.device, dtype=e.x_prev.dtype), 0.0
-
-    def loss(
-        self, m: Prediction, table: StepTable, e: Experience, cfg: SampleConfig, weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `Objective.loss`: the clipped surrogate, plus the regulariser."""
-        assert e.advantage is not None, "collect the experience first"
-        log_r = log_ratios(m, table, e, cfg).flatten()
-        ratio, advantage = log_r.exp(), e.advantage.clamp(-self.advantage_clip, self.advantage_clip)
-        kept = ratio if self.clip is None else ratio.clamp(1 - self.clip, 1 + self.clip)
-        kl, kl_weight = self.regulariser(m, e, cfg)
-        terms = torch.maximum(-advantage * ratio, -advantage * kept) + kl_weight * kl
-        with torch.no_grad():
-            outside = (ratio != kept).to(ratio.dtype)
-            stats = torch.stack([torch.ones_like(ratio), ratio, outside, log_r.square() / 2, kl]).sum(1)
-        return weight * terms.sum(), stats
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOK(DDPO):
-    """DPOK (arXiv 2305.16381): DDPO plus kl_weight times the KL to the reference.
-
-    The authors' KL is the squared difference of the guided predictions, mean over C, H, W (google-research/dpok); the
-    Categorical KL over the batch in d3po's restatement is meaningless. Their learnt value function is DDPO's mean here.
-    """
-
-    kl_weight: float
-    num_baselines = 2
-
-    def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
-        """DDPO's, and the reference as second_reference."""
-        with policy.reference():
-            second_reference = outputs()
-        return {**super().baselines(policy, outputs, own), "second_reference": second_reference}
-
-    def regulariser(self, m: Prediction, e: Experience, cfg: SampleConfig) -> tuple[Tensor, float]:
-        """The KL to the reference."""
-        assert e.second_reference is not None, "prepare the experience first"
-        g, dtype, index = cfg.guidance_scale, e.states.x_t.dtype, e.index.flatten()
-        difference = guided(*m, g, dtype)[index] - guided(*e.second_reference, g, dtype)[index]
-        return difference.square().flatten(1).mean(1), self.kl_weight
-
-
-# ---------------------------------------------------------------------------------------------------- groups
-
-
-def group_advantages(scores: Tensor, global_std: bool = False) -> Tensor:  # (..., K, B) -> the same
-    """Distance of each score from the mean of its prompt's K, in their standard deviations (population's).
-
-    global_std: not divided yet, since the deviation is that of everybody's scores (`over_global_std`).
-    """
-    wide = scores.double()  # equal ones have no distance, and a prompt's distances sum to 0
-    distance = wide - wide.mean(-2, keepdim=True)
-    found = distance if global_std else distance / (wide.std(-2, correction=0, keepdim=True) + EPSILON)
-    return found.to(scores.dtype)
-
-
-def over_global_std(e: Experience, scores: Tensor) -> Experience:
-    """Advantages in standard deviations of all scores of the iteration, whatever their prompt."""
-    assert e.advantage is not None
-    return replace(e, advantage=e.advantage / (scores.std(correction=0) + EPSILON).to(e.advantage.dtype))
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
@@ -148,27 +45,42 @@ def against(
     return log_r.view(len(e), -1), kl.view(len(e), -1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupRelative(Objective):
-    """What GRPO's two forms share: the clipped surrogate of group advantages, and a KL to the reference if it weighs.
+def over_global_std(e: Experience, scores: Tensor) -> Experience:
+    """Advantages in standard deviations of all scores of the iteration, whatever their prompt."""
+    assert e.advantage is not None
+    return replace(e, advantage=e.advantage / (scores.std(correction=0) + EPSILON).to(e.advantage.dtype))
 
-    A term is the mean over its K transitions of max(-A r, -A clamp(r, 1 +- clip)) + kl_weight KL, where the ratio is
-    to the policy before its first update, as DDPO's.
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradient(Objective):
+    """What all share: PPO's clipped surrogate of advantages, and a distance from the reference if it weighs anything.
+
+    r = p(x_{t-1} | x_t) / p_old(x_{t-1} | x_t), log-probs as means over C, H, W; a term is the mean over its K
+    transitions of max(-A r, -A clamp(r, 1 - clip, 1 + clip)) + kl_weight distance, A clamped to +-advantage_clip.
     """
 
     clip: float | None
     advantage_clip: float
-    kl_weight: float
+    kl_weight = 0.0  # of those that have it a field
     stats = ("terms", "ratio", "clamped", "approx_kl", "kl")
-    num_baselines: ClassVar[int] = 2
 
     def baselines(self, policy: Policy, outputs: Outputs, own: Outputs) -> dict[str, Prediction]:
-        """The policy's own outputs by the training path (DDPO.baselines); the reference's if the KL weighs anything."""
+        """The policy's own outputs before its first update, made by the training path: the ratio starts at 1. And the
+        reference's, if the distance from it weighs anything.
+
+        From the rollout's path (other batches, merged weights) 16-bit rounding alone would exceed the clip at t = 51.
+        """
         found = {"frozen": own()}
         if self.kl_weight:
             with policy.reference():
                 found["second_reference"] = outputs()
         return found
+
+    def distance(
+        self, m: Prediction, reference: Prediction, table: StepTable, e: Experience, cfg: SampleConfig
+    ) -> Tensor:
+        """(N, K): the KL of each step."""
+        return against(m, reference, table, e, cfg)[1]
 
     def weigh(self, log_r: Tensor, drift: Tensor, std: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Ratios, the surrogate, and what was clamped; drift: mean (mu - mu_old)^2 / (2 std^2). All (N, K)."""
@@ -185,15 +97,65 @@ class GroupRelative(Objective):
         advantage = e.advantage.view_as(log_r).clamp(-self.advantage_clip, self.advantage_clip)
         ratio, terms, outside = self.weigh(log_r, drift, std, advantage.to(log_r.dtype))
         kl = torch.zeros_like(log_r)
-        if e.second_reference is not None:
-            kl = against(m, e.second_reference, table, e, cfg)[1]
+        if self.kl_weight:
+            assert e.second_reference is not None, "prepare the experience first"
+            kl = self.distance(m, e.second_reference, table, e, cfg)
         with torch.no_grad():
             told = torch.stack([torch.ones_like(ratio), ratio, outside.to(ratio.dtype), log_r.square() / 2, kl])
         return weight * (terms + self.kl_weight * kl).mean(1).sum(), told.mean(2).sum(1)
 
 
+# ---------------------------------------------------------------------------------------------------- trajectories
+
+
 @dataclass(frozen=True, kw_only=True)
-class StepGRPO(GroupRelative):
+class DDPO(PolicyGradient):
+    """DDPO (arXiv 2305.13301): one transition a term, A its trajectory's.
+
+    A is the reward's distance from the prompt's mean in its standard deviations. Mean and deviation are of the prompt's
+    K trajectories; the published code has one trajectory a prompt and keeps a prompt's last rewards over rollouts
+    instead (stat_tracking.py).
+    """
+
+    shape = (1, 1)
+    rollout = staticmethod(trajectory_rollout)
+
+    def term_states(self, cfg: SampleConfig) -> list[int]:
+        """One state a transition; K trajectories."""
+        return [1] * (cfg.num_candidates * cfg.branching_steps)
+
+    def collect(self, sampler: Sampler, batch: RolloutBatch | PairInputs) -> Experience:
+        """Every transition of K trajectories of a prompt, with its trajectory's advantage."""
+        assert isinstance(batch, RolloutBatch)
+        walk, cfg = trajectory_rollout(sampler, batch), sampler.cfg
+        std, mean = torch.std_mean(walk.scores, dim=0, correction=0)
+        advantage = ((walk.scores - mean) / (std + 1e-6)).flatten().repeat(cfg.branching_steps)
+        return replace(trajectory_terms(walk, cfg, batch), advantage=advantage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOK(DDPO):
+    """DPOK (arXiv 2305.16381): DDPO plus kl_weight times the KL to the reference.
+
+    The authors' KL is the squared difference of the guided predictions, mean over C, H, W (google-research/dpok); the
+    Categorical KL over the batch in d3po's restatement is meaningless. Their learnt value function is DDPO's mean here.
+    """
+
+    kl_weight: float
+
+    def distance(
+        self, m: Prediction, reference: Prediction, table: StepTable, e: Experience, cfg: SampleConfig
+    ) -> Tensor:
+        """(N, 1): the authors' KL."""
+        policy, frozen = (guided(*p, cfg.guidance_scale, e.states.x_t.dtype)[e.index.flatten()] for p in (m, reference))
+        return (policy - frozen).square().flatten(1).mean(1)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGRPO(PolicyGradient):
     """Step-wise GRPO: K children of one x_t are judged as SPO's are, and each is a transition with its advantage.
 
     The K transitions of a prompt's step are the sides of one term, all from one state: one forward and one backward
@@ -204,6 +166,7 @@ class StepGRPO(GroupRelative):
     whose K scores differ by no more give no term.
     """
 
+    kl_weight: float
     weight_by_std: bool
     guard_ratio: bool
     dead_zone: float | None
@@ -218,7 +181,7 @@ class StepGRPO(GroupRelative):
         return replace(e, advantage=advantage[e.order, :, e.states.prompts[e.index[:, 0, 0]]])
 
     def weigh(self, log_r: Tensor, drift: Tensor, std: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As GroupRelative's, by the options."""
+        """As PolicyGradient's, by the options."""
         ratio, terms, outside = super().weigh(
             (log_r + drift) * std if self.guard_ratio else log_r, drift, std, advantage
         )
@@ -234,7 +197,7 @@ def all_children(scores: Tensor, threshold: float | Tensor, dead_zone: float | N
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(GroupRelative):
+class GRPO(PolicyGradient):
     """Flow-GRPO (arXiv 2505.05470): K whole trajectories of a prompt, judged at their ends; a transition is a term.
 
     advantage_std: the deviation is of the prompt's K scores, or of all of the iteration's (global). grpo_window
@@ -243,6 +206,7 @@ class GRPO(GroupRelative):
     back to the first.
     """
 
+    kl_weight: float
     advantage_std: str
     grpo_window: str | None
     window_moves: int | None

@@ -118,7 +118,7 @@ class TrainedWeights:
 
         def take(i: int, master: Tensor) -> None:
             self._copy(i, master)
-            if self.averages is not None:
+            if self.averages is not None and self.decay < 1:
                 self.averages[i].lerp_(master, 1 - self.decay)
 
         self._each(take)
@@ -143,7 +143,7 @@ class TrainedWeights:
     @torch.no_grad()
     def average(self) -> None:
         """Move the averages, if kept, towards whole masters."""
-        if self.averages is not None:
+        if self.averages is not None and self.decay < 1:
             torch._foreach_lerp_(self.averages, self.masters, 1 - self.decay)
 
     def keep_averages(self, decay: float) -> None:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.scorers import ALWAYS
+from spo_fast.method.experience import group_advantages
 from spo_fast.scorers.base import Scorer, sees_pixels
 
 if TYPE_CHECKING:
     from spo_fast.method.experience import Candidates, Text
-
-EPSILON = 1e-4  # beside a deviation
 
 
 class WeightedSum:
@@ -101,9 +100,5 @@ class Normalised:
         """The sum of the normalised scores."""
         parts = self.scorer.parts(candidates)
         self.raw.append(self.scorer.total(parts))
-        return self.scorer.total({i: self._normalised(s, candidates.num_candidates) for i, s in parts.items()})
-
-    def _normalised(self, scores: Tensor, K: int) -> Tensor:
-        by_prompt = scores.view(K, -1)
-        std, mean = torch.std_mean(by_prompt, dim=0, correction=0)
-        return ((by_prompt - mean) / (std + EPSILON)).flatten()
+        K = candidates.num_candidates
+        return self.scorer.total({i: group_advantages(s.view(K, -1)).flatten() for i, s in parts.items()})

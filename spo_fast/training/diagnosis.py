@@ -67,7 +67,7 @@ def base_errors(
         with policy.full_base():
             full = both()
     m, truth = (guided(*p, cfg.guidance_scale, e.states.x_t.dtype).flatten(1) for p in (rounded, full))
-    t = table.timesteps[e.states.rows]
+    t = table.timesteps[e.states.rows].round().long()
     found = {"base_error": (t, (m - truth).norm(dim=1) / truth.norm(dim=1))}
     if objective.transitions:
         ratio = log_ratios(rounded, table, replace(e, frozen=full), cfg)

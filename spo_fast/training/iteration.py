@@ -88,7 +88,7 @@ class Iterates:
         cfg, sample, objective, state = self.cfg, self.cfg.sample, self.objective, self.state
         decode = Pictures(self.decode)
         normalised = None
-        if cfg.scorer.normalise_scorers:
+        if cfg.scorer.normalise_scorers and objective.rollout is not None:
             assert isinstance(self.scorer, WeightedSum)  # make_scorer's, even of one
             normalised = Normalised(self.scorer)
         score = InPhase(normalised or self.scorer, functools.partial(self.score_phase, timer))  # decoding included
@@ -97,8 +97,8 @@ class Iterates:
             experience = objective.collect(replace(self.sampler, scorer=score, decode=decode), inputs.batch)
         if self.group.any(bool(self.stop.signal)):
             return None
-        scores = whole_scores(experience.scores, inputs.prompts, self.group)
-        experience = objective.judged(experience, scores)
+        scores = compared = whole_scores(experience.scores, inputs.prompts, self.group)
+        experience = objective.judged(experience, compared)
         if normalised is not None:  # what is logged has a scale
             scores = whole_scores(torch.cat(normalised.raw), inputs.prompts, self.group)
         slots = functools.partial(self.learner.slot_terms, state=state)
@@ -118,7 +118,7 @@ class Iterates:
             state.nonfinite_in_a_row += 1
         return {
             "epoch": inputs.epoch,
-            **of_scores(scores, sample.num_candidates, inputs.total),
+            **of_scores(scores, compared, sample.num_candidates, inputs.total),
             "pairs": total,
             "valid_share": total / (inputs.total * len(objective.term_states(sample))),
             "states": self.group.total(len(experience.states)),

@@ -24,12 +24,13 @@ def spread(scores: Tensor) -> dict[str, Tensor]:  # (J, K, B)
     return {"group_std": scores.std(1, correction=0).mean(), "flat_groups": flat.to(scores.dtype).mean()}
 
 
-def of_scores(scores: Tensor, num_candidates: int, prompts: int) -> dict[str, Tensor]:
-    """Mean, deviation, gaps and spread of everybody's scores; nothing of labelled pairs, which have none."""
+def of_scores(scores: Tensor, compared: Tensor, num_candidates: int, prompts: int) -> dict[str, Tensor]:
+    """Mean, deviation and spread of everybody's scores, gaps of what stood for them where candidates were compared;
+    nothing of labelled pairs, which have none."""
     if not len(scores):
         return {}
-    groups = scores.view(-1, num_candidates, prompts)
-    return {"score_mean": scores.mean(), "score_std": scores.std(), **gaps(groups), **spread(groups)}
+    groups, by_gap = (x.view(-1, num_candidates, prompts) for x in (scores, compared))
+    return {"score_mean": scores.mean(), "score_std": scores.std(), **gaps(by_gap), **spread(groups)}
 
 
 THUMBNAIL = 8  # pixels a side
