@@ -1,6 +1,7 @@
 """What a rollout hands to training. Every objective eats one shape, (N, K, S), and a UNet state is stored once.
 
-Letters: N loss terms, K sides of a term (of a comparison the best first), S transitions of a side, U unique states, P prompts.
+Letters: N loss terms, K sides of a term (of a comparison the best first), S transitions of a side, U unique states, P
+prompts.
 """
 
 from __future__ import annotations
