@@ -38,7 +38,7 @@ from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.data.images import decode_image, to_square
 from spo_fast.method.experience import Cond
 from spo_fast.method.schedule import full_table
-from spo_fast.models.diffusion import DTYPES, decode, embeddings
+from spo_fast.models.diffusion import DTYPES, decode, decode_in_cache, embeddings
 from spo_fast.models.fuse import fuse
 from spo_fast.training.pair_batches import ENCODE_BATCH, Images
 from spo_fast.training.preference_learner import RewardLearner
@@ -219,7 +219,7 @@ class Ours(Step):
             judged_table=lambda: full_table(self.alphas, "epsilon"),
             device=torch.device("cpu"),
             network=self.unet,
-            decode=functools.partial(decode, self.vae),
+            decode=functools.partial(decode_in_cache, self.vae),
             cond=lambda _: self.told(self.ids),
             tokenize=lambda _: self.ids,
         )

@@ -29,7 +29,7 @@ from spo_fast.method.noise import KeyedDraws, permutation
 from spo_fast.method.objectives import make_objective, predict_states
 from spo_fast.method.rollout import RolloutBatch, Sampler, segments
 from spo_fast.method.schedule import StepTable, ddim_table
-from spo_fast.models.diffusion import DTYPES
+from spo_fast.models.diffusion import DTYPES, decode_in_cache
 from spo_fast.models.fuse import fuse
 from spo_fast.models.graphs import CudaCapture
 from spo_fast.models.policy import Policy
@@ -304,8 +304,7 @@ class Ours:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         with contextlib.nullcontext() if self.policy.graphs.capture else self.setup.timer("decode"):
-            latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-            return self.vae.decode(latents, return_dict=False)[0]
+            return decode_in_cache(self.vae, latents)
 
     def iterate(self, decisions: Decisions) -> dict[str, Any]:
         """loop.Run.iterate with the script in the scorer's place; always iteration 0, so that shapes repeat."""

@@ -12,7 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, get_peft_model
 from runs import facts, run_toy
 from safetensors.torch import load_file
-from tiny import make_tiny_sd15, make_tiny_sdxl
+from tiny import make_tiny_sd15, make_tiny_sdxl, tiny_vae
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from spo_fast.config.presets import PRESETS
 from spo_fast.config.training import AdapterConfig
 from spo_fast.data.files import read_json
 from spo_fast.method.experience import Cond
-from spo_fast.models.diffusion import decode
+from spo_fast.models.diffusion import decode, decode_in_cache
 from spo_fast.models.files.sources import CONFIGS
 from spo_fast.models.files.toy import toy_files
 from spo_fast.models.fuse import FusedResnet, FusedUpsample, fuse
@@ -418,3 +418,19 @@ def test_a_fused_run_learns_what_a_plain_one_does(name, tmp_path):
     assert ours.keys() == other.keys() and all(ours[n].shape == other[n].shape for n in ours)
     # resumed: what was saved fits the fused network again
     run_toy(tmp_path / "fused", **{**settings, "max_train_steps": 3}, fuse=True, resume_from_checkpoint="latest")
+
+
+def test_a_cpu_decodes_large_pictures_one_or_two_at_a_time(monkeypatch):
+    """The same pictures as in one piece; small ones, and those of a GPU, stay together."""
+    vae = tiny_vae(scaling_factor=0.18215).requires_grad_(False).eval()
+    sizes, whole = [], vae.decode
+    monkeypatch.setattr(vae, "decode", lambda x, **k: sizes.append(len(x)) or whole(x, **k))
+    for side, dtype, asked in ((32, torch.float32, [1, 1, 1]), (32, torch.bfloat16, [2, 1]), (8, torch.float32, [3])):
+        latents = torch.randn(3, 4, side, side, generator=torch.Generator().manual_seed(0))
+        vae.to(dtype)
+        sizes.clear()
+        with torch.no_grad():
+            found = decode_in_cache(vae, latents)
+            assert sizes == asked
+            want = decode(vae, latents)
+        torch.testing.assert_close(found, want, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0)

@@ -18,7 +18,7 @@ from spo_fast.method.flow_schedule import flow_scheduler
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.schedule import ddim_scheduler
-from spo_fast.models.diffusion import DiffusionModel, vae_dtype
+from spo_fast.models.diffusion import DiffusionModel, decode, vae_dtype
 from spo_fast.models.files.layout import scheduler_config, vae_files
 from spo_fast.models.files.single_file import text_class, vae_class
 from spo_fast.models.files.sources import (
@@ -94,6 +94,10 @@ class Fake(DiffusionModel):
         """Of the network and the text encoders, by their folders."""
         parts = (network_part(self.kind), *self.parts)
         return {part: read_json(self.config_dir / part / "config.json") for part in parts}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """In one piece, as on the device that is planned for; here all tensors lie on the CPU."""
+        return decode(self.vae, latents)
 
     def text_encoders(self) -> list[TextEncoder]:
         """Without weights."""
