@@ -433,4 +433,4 @@ def test_a_cpu_decodes_large_pictures_one_or_two_at_a_time(monkeypatch):
             found = decode_in_cache(vae, latents)
             assert sizes == asked
             want = decode(vae, latents)
-        torch.testing.assert_close(found, want, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0)
+        torch.testing.assert_close(found, want, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0)
