@@ -237,7 +237,7 @@ class Ours(Step):
             images = Images(prompts, latents, None)
             seen = self.reward.see(images, batch.t, batch.noise.expand_as(latents))
         with self.phase("backward"):
-            text, features, scale = self.reward.features(seen, batch.t, prompts)
+            text, features, scale = self.reward.compare(seen, batch.t, prompts)
             labels = torch.ones(B)
             loss = pair_loss(text, features, scale, labels, labels / B)
             loss.backward()

@@ -175,7 +175,7 @@ class Judge:
         prompts = ["a prompt"] * pairs
         noise = torch.randn_like(latents[0]).expand_as(latents)
         seen = self.reward.see(Images(prompts, latents, None), t, noise)
-        text, images, scale = self.reward.features(seen, t, prompts)
+        text, images, scale = self.reward.compare(seen, t, prompts)
         labels = torch.ones(pairs, device=text.device)
         loss = pair_loss(text, images, scale, labels, labels / pairs)
         loss.backward()

@@ -127,7 +127,7 @@ def test_a_training_step_matches_published_code() -> None:
     assert model.calls == [4 * len(t)]  # both images and both guidance halves in one forward
     theirs = torch.cat([data["out.pixel_values_0"], data["out.pixel_values_1"]])
     assert scaled_error(seen, theirs) < 1e-4
-    text, features, scale = reward.features(seen, t, images.prompts)
+    text, features, scale = reward.compare(seen, t, images.prompts)
     for ours, name in ((text, "text"), (features[0], "img0"), (features[1], "img1")):
         assert scaled_error(ours, data[f"mid.{name}_feat"]) < 1e-4
     weights = 1 / data["in.num_example_per_prompt"]

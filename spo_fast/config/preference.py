@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from spo_fast.config.fields import Count, Range, Section, Settings, Share, require
-from spo_fast.config.sections import AdamConfig, LoopConfig, ModelConfig, PairSourceConfig
+from spo_fast.config.sections import FLOWS, AdamConfig, LoopConfig, ModelConfig, PairSourceConfig
 from spo_fast.config.training import Guidance
 
 
@@ -15,8 +15,8 @@ class RewardConfig(Section):
     """The preference model, and what it sees of a pair."""
 
     parameterisation: Literal["pixel", "latent"] = "pixel"
-    """pixel: the step-aware preference model (SPM), a CLIP that sees the decoded x0 estimate. latent: the latent reward
-    model of LPO, the diffusion UNet's own encoder, which sees x_t and needs no VAE."""
+    """pixel: the step-aware preference model (SPM), a CLIP that sees the decoded x0 estimate. latent: a judge that sees
+    x_t and needs no VAE: LPO's latent reward model, the UNet's own encoder, or DiNa-LRM, SD3.5's first blocks."""
     init_path: str | None = None
     """What training starts from. pixel: a CLIP (PickScore, the default) or a step-aware one, file or directory. latent:
     a latent reward model; default: the diffusion model's own weights."""
@@ -107,6 +107,16 @@ class PreferenceConfig(Settings):
         require(
             self.reward.parameterisation == "pixel" or not self.run.compare_with,
             "compare_with takes pixel models, which see decoded images; parameterisation=latent has nothing for them.",
+        )
+        require(
+            self.reward.parameterisation == "pixel" or self.model.model != "flux",
+            "parameterisation=latent on a flow is made of SD3's blocks, and --model flux has none. Use pixel.",
+        )
+        require(
+            not self.reward.reward_checkpointing
+            or self.reward.parameterisation == "pixel"
+            or self.model.model not in FLOWS,
+            "reward_checkpointing is for CLIPs and UNets: a flow's latent judge keeps its activations. Leave it out.",
         )
         require(
             self.reward.noise != "none" or 0 in self.run.validation_timesteps,

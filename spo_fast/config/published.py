@@ -209,7 +209,8 @@ def no_latent_judge(settings: Given) -> str:
     if settings["model"] not in FLOWS:
         return ""
     return (
-        f"is judged by a latent reward model, a UNet of SD-1.5 or SDXL: there is none of {settings['model']}. Use spo."
+        f"is judged by a latent reward model, a UNet of SD-1.5 or SDXL: there is none of {settings['model']}. Use spo"
+        f"{'.' if settings['model'] == 'flux' else ', with scorer=dina for a judge of latents.'}"
     )
 
 

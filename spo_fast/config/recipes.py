@@ -66,7 +66,12 @@ ETAS = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.8, "dance": 0.3}
 
 
 def latent_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What LPO's training of its latent reward model does otherwise (8 GPUs: 128 pairs a step, SDXL 32)."""
+    """What LPO's training of its latent reward model does otherwise (8 GPUs: 128 pairs a step, SDXL 32), or of flows
+    DiNa-LRM's (HKUST-C4G/diffusion-rm; 4 pairs a GPU, one epoch)."""
+    if given["model"] in FLOWS:
+        own = {"parameterisation": "latent", "noise": "all", "shared_noise": True, "relabel": "none"}
+        published = {"learning_rate": 5e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1000}
+        return own | (published if given["model"] == "sd35" else {})
     size = {"sd15": (16, 8, 4000, 500), "sdxl": (4, 8, 8000, 1000)}.get(given["model"])
     settings: dict[str, Any] = {
         "parameterisation": "latent",

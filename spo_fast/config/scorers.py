@@ -48,7 +48,7 @@ class ScorerRecord:
     beside: str = ""
     """Whose weights it needs besides its own."""
     options: tuple[str, ...] = ()
-    """What its loader is told of the run besides: time_conditioned, wanted."""
+    """What its loader is told of the run besides: time_conditioned, wanted, flow."""
     judges: str = "pictures"
     """pictures, latents (noisy ones, before the UNet), or toy: a true score of pictures of the toy's world."""
     percent: bool = False
@@ -109,6 +109,22 @@ SCORERS: dict[str, ScorerRecord] = {
                 "(train_spm --parameterisation latent)",
                 flag="Local latent reward model (a directory). Default: the architecture's, from casiatao/LRM on the "
                 "hub.",
+            ),
+        ),
+        ScorerRecord(
+            name="dina",
+            load=_LOADERS + "dina:load_dina",
+            network="latent",
+            judges="latents",
+            options=("flow",),
+            source=ScorerSource(
+                "DiNa-LRM",
+                "liuhuohuo/DiNa-LRM-SD35M-12layers",
+                part="flow-reward",
+                local_only="not fetched: give a folder of that repository, or train one "
+                "(train_spm --model sd35 --parameterisation latent)",
+                flag="Local DiNa-LRM (a directory), SD3.5's own latent judge. Default: none; "
+                "liuhuohuo/DiNa-LRM-SD35M-12layers is one.",
             ),
         ),
         ScorerRecord(

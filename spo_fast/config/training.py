@@ -401,6 +401,10 @@ class Config(Settings):
             "lrm" not in trained or self.objective.method == "lpo" or self.model.model not in FLOWS,
             f"scorer=lrm is a UNet of SD-1.5 or SDXL, which cannot judge latents of {self.model.model}. Use spm.",
         )
+        require(
+            "dina" not in trained or self.model.model in ("sd35", "toy-flow"),
+            f"scorer=dina is made of SD3's blocks, which cannot judge latents of {self.model.model}. Use spm.",
+        )
         sampler, model = self.sample.sampler, self.model.model
         require(
             sampler == "ddim" or model in FLOWS,

@@ -95,7 +95,7 @@ class Candidates:
 
     x_t: Tensor | None  # (K B, C, H, W) noisy latents; None at the very end
     x0: Tensor  # (K B, C, H, W) clean estimates, or the final latents; of children before the UNet, x_t again
-    t: Tensor  # () int64 timestep they are judged at; of children their parent's; 0 for the final latents
+    t: Tensor  # () int64 timestep they are judged at; of children their parent's or own; 0 for the final latents
     text: Text  # scorer.encode(prompts), rows repeated k-major
     num_candidates: int
     decode: Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> pixels (N, 3, 8H, 8W) in about [-1, 1]
@@ -208,6 +208,11 @@ def asks_when(scorer: object) -> bool:
 def judges(scorer: object) -> str:
     """What a scorer wants to see: "x0", clean estimates after the UNet, or "children", noisy x_{t-1} before it."""
     return getattr(scorer, "judges", "x0")
+
+
+def children_told(scorer: object) -> int:
+    """Steps beyond their parent's whose timestep a scorer of children is told: none, as LPO's."""
+    return getattr(scorer, "children_told", 0)
 
 
 def repeat_text(text: Text, num_candidates: int) -> Text:

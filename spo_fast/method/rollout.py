@@ -24,6 +24,7 @@ from spo_fast.method.experience import (
     States,
     Text,
     asks_when,
+    children_told,
     judges,
     repeat_text,
     to_device,
@@ -270,8 +271,9 @@ class Rollout:
         return self._score(x, transition(*arguments, num_children=0)[0], i)
 
     def judge_children(self, x: Tensor, i: int) -> Tensor:  # (K B, C, H, W) -> (K, B)
-        """Of children of step i as they are, at their parent's timestep."""
-        return self._score(x, x, i)
+        """Of children of step i as they are, at their parent's timestep or, as the scorer has it, at their own."""
+        told = i + children_told(self.scorer)
+        return self._score(x, x, told) if told < self.table.num_steps else self._score(None, x, None)
 
     def _score(self, x_t: Tensor | None, x0: Tensor, i: int | None) -> Tensor:
         """At the timestep of step i; None: at 0."""

@@ -16,13 +16,15 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.flow_schedule import flow_scheduler, flow_steps, flow_table, full_flow_table, judged_table
 from spo_fast.method.schedule import StepTable, ddim_scheduler, table_of
 from spo_fast.models.diffusion import DTYPES, DiffusionModel, vae_dtype
-from spo_fast.models.doors import FLOW_DOORS, FlowDoor, Network, Tokens, flow_door
+from spo_fast.models.doors import FLOW_DOORS, FlowDoor, Network, SD3Door, Tokens, flow_door
 from spo_fast.models.files import kinds, layout, load, sources
 from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.quantised import quantise_t5
 from spo_fast.models.tensor_cache import fingerprint_files
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
     from spo_fast.models.files.load import VAE, TextEncoder
 
 GUIDANCE = 3.5
@@ -110,6 +112,14 @@ class FlowModel(DiffusionModel):
             uncond["guidance"] = to_device(torch.tensor([self.told_guidance]), self.device)
             cond["guidance"] = uncond["guidance"].expand(len(prompts))
         return Cond(cond, uncond)
+
+    # ------------------------------------------------------------------------------------------------ network
+
+    def fresh_network(self, dtype: torch.dtype) -> SD3Transformer2DModel:
+        """The network as its files have it, again, on the CPU: for a judge made of its blocks. An SD3's only."""
+        if not isinstance(self.door, SD3Door):
+            raise ValueError(f"a latent judge is made of SD3's blocks, and a {type(self.network).__name__} has none.")
+        return load.load_transformer(self.resolved, dtype)  # type: ignore[return-value]
 
     # ------------------------------------------------------------------------------------------------ schedule
 

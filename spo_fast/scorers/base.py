@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from torch import Tensor
 
-from spo_fast.method.experience import asks_when, judges
+from spo_fast.method.experience import asks_when, children_told, judges
 
 if TYPE_CHECKING:
     from spo_fast.method.experience import Candidates, Text
@@ -33,6 +33,7 @@ class InPhase:
     def __init__(self, scorer: Judge, phase: Callable[[], AbstractContextManager[object]]):
         self.scorer, self.phase = scorer, phase
         self.judges, self.asks_when = judges(scorer), asks_when(scorer)
+        self.children_told = children_told(scorer)
 
     def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major
         """The scorer's own, inside the phase."""

@@ -12,6 +12,7 @@ import torch
 from spo_fast.config.scorers import ALWAYS, find_scorer, scorer_names
 from spo_fast.data.prompt_sets import Wanted
 from spo_fast.scorers.base import PixelScorer, Scorer, sees_pixels
+from spo_fast.scorers.dina import FlowBase
 from spo_fast.scorers.function import FunctionScorer
 from spo_fast.scorers.latent import TokenIds
 from spo_fast.scorers.preprocess import cropped
@@ -32,11 +33,12 @@ def load_scorer(
     prompts: Sequence[str] = (),  # a function of the user's own is tried on two of them
     ranges: Sequence[tuple[int, int]] | None = None,  # timesteps at which each judges
     sum_of_one: bool = False,  # a weighted sum even of one scorer
+    flow: FlowBase | None = None,  # for dina, which judges by the model's own blocks
 ) -> Scorer:
     """One scorer, or the weighted sum of several. Raises ValueError for an unknown name or one without a path."""
     if not specs:
         raise ValueError(f"No scorer given. Known: {', '.join(scorer_names())}.")
-    told = {"time_conditioned": time_conditioned, "wanted": wanted or {}}
+    told = {"time_conditioned": time_conditioned, "wanted": wanted or {}, "flow": flow}
 
     def load(name: str) -> Scorer:
         record = find_scorer(name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.scorers import ALWAYS
-from spo_fast.method.experience import group_advantages
+from spo_fast.method.experience import children_told, group_advantages
 from spo_fast.scorers.base import Scorer, sees_pixels
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class WeightedSum:
                 "name lrm alone in --scorer, or leave it out."
             )
         self.judges = kinds.pop()
+        self.children_told = children_told(scorers[0])
 
     def encode(self, prompts: list[str]) -> Text:
         """A tuple with what each scorer's own encode returned."""
@@ -94,6 +95,7 @@ class Normalised:
 
     def __init__(self, scorer: WeightedSum):
         self.scorer, self.judges, self.asks_when = scorer, scorer.judges, scorer.asks_when
+        self.children_told = scorer.children_told
         self.raw: list[Tensor] = []
 
     def __call__(self, candidates: Candidates) -> Tensor:  # (K*B,) float32, k-major

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +84,89 @@ def predicted_x0(
     return (c * x_t.flatten(0, 1) + d * guided).unflatten(0, (2, B))
 
 
+FIDELITY_EPSILON = 1e-6
+
+
+def thurstone_loss(scores: Tensor, sigma: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """DiNa-LRM's: noisier latents decide less. scores (2, B), sigma (B,), labels and weights (B,) as pair_loss's.
+
+    P(first is better) = Phi((s_1 - s_2) / sqrt(2 v)), v = 2 sigma^2 + .05, and the loss is 1 less the fidelity of P and
+    the label, sqrt(P label) + sqrt((1 - P) (1 - label)). HKUST-C4G/diffusion-rm has labels of 0 and 1.
+    """
+    gap = (scores[0] - scores[1]) / (2 * (2 * sigma**2 + 0.05) + FIDELITY_EPSILON).sqrt()
+    wins = torch.special.ndtr(torch.stack([gap, -gap]))
+    fidelity = (torch.stack([labels, 1 - labels]).sqrt() * (wins + FIDELITY_EPSILON).sqrt()).sum(0)
+    return ((1 - fidelity) * weights).sum()
+
+
+class Comparison(Protocol):
+    """What a preference model makes of both images of B pairs."""
+
+    @property
+    def scores(self) -> Tensor:
+        """(2, B)."""
+        ...
+
+    @property
+    def gap(self) -> Tensor:
+        """(B,) by how much the first is better."""
+        ...
+
+    def loss(self, labels: Tensor, weights: Tensor, in_batch_negatives: bool) -> Tensor:
+        """(), of labels and weights (B,) as pair_loss's."""
+        ...
+
+    def facts(self) -> dict[str, Tensor]:
+        """What to log of it."""
+        ...
+
+
+class Cosines(NamedTuple):
+    """Of text and image features."""
+
+    text: Tensor  # (B, D) unit vectors
+    images: Tensor  # (2, B, D)
+    scale: Tensor  # ()
+
+    @property
+    def scores(self) -> Tensor:
+        """Scaled cosines."""
+        return self.scale * (self.images * self.text).sum(-1)
+
+    @property
+    def gap(self) -> Tensor:
+        """Of the cosines."""
+        return (self.images[0] - self.images[1]).mul(self.text).sum(-1)
+
+    def loss(self, labels: Tensor, weights: Tensor, in_batch_negatives: bool) -> Tensor:
+        """pair_loss."""
+        return pair_loss(self.text, self.images, self.scale, labels, weights, in_batch_negatives)
+
+    def facts(self) -> dict[str, Tensor]:
+        """The factor, which is trained."""
+        return {"logit_scale": self.scale.detach()}
+
+
+class NoisyScores(NamedTuple):
+    """Of latents noised to sigma."""
+
+    scores: Tensor  # (2, B)
+    sigma: Tensor  # (B,)
+
+    @property
+    def gap(self) -> Tensor:
+        """Of the scores."""
+        return self.scores[0] - self.scores[1]
+
+    def loss(self, labels: Tensor, weights: Tensor, in_batch_negatives: bool) -> Tensor:
+        """thurstone_loss."""
+        return thurstone_loss(self.scores, self.sigma, labels, weights)
+
+    def facts(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+
 class Reward(Protocol):
     """A trainable preference model."""
 
@@ -98,8 +181,8 @@ class Reward(Protocol):
         """What it judges, without gradient."""
         ...
 
-    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """(text (B, D), images (2, B, D), scale ()), float32 unit vectors; both images in one forward."""
+    def compare(self, seen: Tensor, t: Tensor, prompts: list[str]) -> Comparison:
+        """Both images of B pairs in one forward; float32."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -129,11 +212,11 @@ class PixelReward:
         chunks = x0.split(self.decode_chunk)
         return torch.cat([preprocess_for_spm_training(self.model.decode(x), size) for x in chunks])
 
-    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the CLIP, told t if it is time-conditioned."""
+    def compare(self, seen: Tensor, t: Tensor, prompts: list[str]) -> Cosines:
+        """By the CLIP, told t if it is time-conditioned."""
         ids = self.model.tokenize(prompts).to(seen.device)
         image, text = self.clip(seen, ids, t.repeat(2) if self.clip.config.time_conditioned else None)
-        return text, image.unflatten(0, (2, len(prompts))), self.clip.logit_scale.exp()
+        return Cosines(text, image.unflatten(0, (2, len(prompts))), self.clip.logit_scale.exp())
 
     def save(self, directory: Path) -> None:
         """As transformers' CLIPModel has it; time conditioning under the SPM's names."""
@@ -154,14 +237,15 @@ class NoisyLatentReward:
         assert images.latents is not None and noise is not None
         return noised(self.table, images.latents, self.table.num_steps - 1 - t, noise).flatten(0, 1)
 
-    def features(self, seen: Tensor, t: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, seen: Tensor, t: Tensor, prompts: list[str]) -> Cosines:
         """Guided by the empty prompt, as the scorer is."""
         ids = [rows.to(seen.device) for rows in self.model.token_ids([*prompts, ""])]
         context, feature = self.network.encode(ids)
         both = context[:-1].repeat(2, 1, 1), feature[:-1].repeat(2, 1)
         empty = context[-1:], feature[-1:]
         visual = self.network.visual_features(seen, t.repeat(2), both, empty, self.guidance_scale)
-        return unit(feature[:-1]), unit(visual).unflatten(0, (2, len(prompts))), self.network.logit_scale.exp()
+        images = unit(visual).unflatten(0, (2, len(prompts)))
+        return Cosines(unit(feature[:-1]), images, self.network.logit_scale.exp())
 
     def save(self, directory: Path) -> None:
         """As LPO's repository has it."""

@@ -36,7 +36,7 @@ from spo_fast.training.pair_batches import (
     repeated,
 )
 from spo_fast.training.preference_learner import RewardLearner
-from spo_fast.training.preference_model import PixelReward, Reward, pair_loss
+from spo_fast.training.preference_model import PixelReward, Reward
 from spo_fast.training.rewards import Rewards
 from spo_fast.training.run import TrainingRun
 
@@ -123,11 +123,11 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
                 t, noise = self.timesteps(draws), self.noise(images, draws)
                 seen = self.reward.see(images, t, noise)
             with timer("backward"):
-                text, features, scale = self.reward.features(seen, t, batch.prompts)
+                found = self.reward.compare(seen, t, batch.prompts)
                 weights = (batch.weights / total_weight).to(self.device)
-                loss = pair_loss(text, features, scale, labels, weights, cfg.reward.in_batch_negatives)
+                loss = found.loss(labels, weights, cfg.reward.in_batch_negatives)
                 loss.backward()
-            gap = (features[0] - features[1]).mul(text).sum(-1).detach()
+            gap = found.gap.detach()
             right += ((gap > 0) * labels + (gap < 0) * (1 - labels)).mul(labels != 0.5).sum()
             decided += (labels != 0.5).sum()
             loss_sum += loss.detach()
@@ -143,7 +143,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             "grad_norm": norm,
             "lr": lr,
             "accuracy": right / decided,
-            "logit_scale": scale.detach(),
+            **found.facts(),
             "bad_rows": len(self.bad),
         }
 
@@ -209,8 +209,8 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             kind = reward.clip.config.image_size if isinstance(reward, PixelReward) else name
             if kind not in shared:
                 shared[kind] = reward.see(images, t, noise)
-            text, features, scale = reward.features(shared[kind], t, images.prompts)
-            judgements.add(name, timestep, (scale * (features * text).sum(-1)).cpu(), labels.cpu())
+            found = reward.compare(shared[kind], t, images.prompts)
+            judgements.add(name, timestep, found.scores.cpu(), labels.cpu())
 
     def log_evaluation(self, judgements: Judgements) -> dict[str, float]:
         """The trained model's agreement with people at each timestep, as it is logged."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo_fast.config.preference import PreferenceConfig
 from spo_fast.data.files import shown, weight_files
 from spo_fast.data.weights import check_finite, read_tensors
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.files.load import load_text_encoders, load_unet
+from spo_fast.models.flow import FlowModel
 from spo_fast.models.tensor_cache import fingerprint_files
 from spo_fast.scorers.clip_files import find_weights, init_identity_time_conditioning, load_any_clip
+from spo_fast.scorers.dina import init_dina, load_dina_reward
 from spo_fast.scorers.latent_files import init_latent_reward, load_latent_reward
 from spo_fast.scorers.spm import ClipScorer, check_vocabulary, load_pickscore
+from spo_fast.training.flow_preference_model import FlowLatentReward
 from spo_fast.training.preference_model import NoisyLatentReward, PixelReward, Reward
 
 
@@ -32,6 +35,8 @@ class Rewards:
         if cfg.parameterisation == "pixel":
             assert self.start_path is not None
             return self.pixel(self.start_path, cfg.time_conditioned)
+        if isinstance(self.model, FlowModel):
+            return self.of_flow(self.model)
         if cfg.init_path is not None:
             network = load_latent_reward(cfg.init_path, device=self.device).train()
         else:
@@ -41,12 +46,23 @@ class Rewards:
             unet, encoders = load_unet(self.resolved, wide), load_text_encoders(self.resolved, wide)
             unet.to(self.device)  # type: ignore[arg-type]  # diffusers' decorator hides what `to` takes
             network = init_latent_reward(unet, encoders, text_projection=projection, seed=self.cfg.run.seed)
-        start = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
-        for name, p in network.named_parameters():
-            p.data = p.data.to(torch.float32 if name == "logit_scale" else DTYPES[cfg.reward_dtype])
+        start = _cast(network, DTYPES[cfg.reward_dtype])
         if cfg.reward_checkpointing:
             network.unet.enable_gradient_checkpointing()
         reward = NoisyLatentReward(network, self.model, cfg.train_guidance_scale)
+        reward.weights.load_state_dict(start)
+        return reward
+
+    def of_flow(self, model: FlowModel) -> FlowLatentReward:
+        """A latent judge of the flow's own blocks: new, or that of --init_path."""
+        cfg = self.cfg.reward
+        if cfg.init_path is None:
+            network = init_dina(model, self.cfg.run.seed)
+        else:
+            network = load_dina_reward(cfg.init_path, model)
+        network = network.to(self.device)
+        start = _cast(network, DTYPES[cfg.reward_dtype])
+        reward = FlowLatentReward(network.train(), model)
         reward.weights.load_state_dict(start)
         return reward
 
@@ -89,6 +105,14 @@ class Rewards:
         path = self.resolved.scorer_paths["pickscore"]
         scorer = load_pickscore(path, self.model.tokenize, self.device)
         return scorer, fingerprint_files(weight_files(find_weights(path)))
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """In place, but for a logit_scale; returns what trains as it was."""
+    start = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    for name, p in network.named_parameters():
+        p.data = p.data.to(torch.float32 if name == "logit_scale" else dtype)
+    return start
 
 
 def read_projection(path: Path) -> Tensor:  # (D, width)

@@ -8,11 +8,12 @@ from spo_fast.config.outside import is_outside
 from spo_fast.config.scorers import judged_range, name_and_weight, register_scorer, scorer_specs
 from spo_fast.config.training import Config, SampleConfig
 from spo_fast.data.prompt_sets import Wanted
-from spo_fast.method.experience import judges
+from spo_fast.method.experience import children_told, judges
 from spo_fast.method.objectives import Objective
 from spo_fast.method.rollout import rollout_segments, segments
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
+from spo_fast.models.flow import FlowModel
 from spo_fast.scorers.base import Scorer
 from spo_fast.scorers.function import PictureFunction
 from spo_fast.scorers.registry import load_scorer
@@ -39,6 +40,7 @@ def make_scorer(
         prompts=prompts,
         ranges=[judged_range(entry) for entry in names],
         sum_of_one=cfg.scorer.normalise_scorers,
+        flow=model if isinstance(model, FlowModel) else None,
     )
     if objective.judges not in (None, judges(scorer)):
         method = cfg.objective.method
@@ -56,7 +58,7 @@ def check_ranges(scorer: Scorer, table: StepTable, objective: Objective, cfg: Sa
     cfg, n = objective.sampling(cfg), table.num_steps
     steps = [end for _, end in segments(cfg)] if objective.rollout is rollout_segments else [n]
     if judges(scorer) == "children":
-        steps = [end - 1 for end in steps]
+        steps = [end - 1 + children_told(scorer) for end in steps]
     ends = -1 if cfg.last_step == "keep" else None  # as Rollout.judge
     scorer.judging(0)
     for step in steps:

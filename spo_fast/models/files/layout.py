@@ -17,8 +17,8 @@ from spo_fast.models.files.sources import OPTIONAL, Resolved, network_part, publ
 
 
 def file_names(directory: Path) -> set[str]:
-    """Names of the files in a directory and one level down, relative to it, with forward slashes."""
-    files = [*directory.glob("*"), *directory.glob("*/*")]
+    """Names of the files in a directory and one level down (in checkpoint/ two), relative to it, by forward slashes."""
+    files = [*directory.glob("*"), *directory.glob("*/*"), *directory.glob("checkpoint/*/*")]
     return {f.relative_to(directory).as_posix() for f in files if f.is_file()}
 
 
@@ -65,6 +65,10 @@ def _select_part(names: Collection[str], part: str, variant: str | None) -> tupl
     if part == "latent-reward" and "state_dict.pt" in names:  # as published: a folder a network
         weights = [n for n in names if re.fullmatch(r"(unet|text_encoder(_2)?)/[^/]+\.(json|safetensors|bin)", n)]
         return ["state_dict.pt", *sorted(weights)], []
+    if part == "flow-reward":  # as published, or with what is published in checkpoint/
+        inside = "checkpoint/" if any(n.startswith("checkpoint/") for n in names) else ""
+        wanted = ["config.json", f"{inside}backbone_lora/adapter_model.safetensors", f"{inside}rm_head.pt"]
+        return _present_or_lacking(wanted, names)
     if part == "vae-alone":  # either a VAE's own repository, or a pipeline whose VAE is borrowed
         part = "" if "config.json" in names or "vae/config.json" not in names else "vae"
     folder = "" if part in ("", "clip-alone", "latent-reward") else f"{part}/"

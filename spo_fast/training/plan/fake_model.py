@@ -39,6 +39,8 @@ from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.plan.once import Once
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
     from spo_fast.models.files.load import VAE, TextEncoder
 
 
@@ -126,6 +128,10 @@ class FakeFlow(Fake, FlowModel):
         self._take_door(cfg)
         with once.mode:
             self.make_small(self._encoders)
+
+    def fresh_network(self, dtype: torch.dtype) -> SD3Transformer2DModel:
+        """On the meta device."""
+        return type(self.network).from_config(self.configs()[network_part(self.kind)])  # type: ignore[return-value]
 
 
 def fake_model(cfg: ModelConfig, resolved: Resolved | None, dtype: torch.dtype, once: Once) -> FakeModel | FakeFlow:

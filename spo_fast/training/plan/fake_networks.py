@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,14 @@ from spo_fast.config.scorers import find_scorer
 from spo_fast.data.files import read_header, weight_files
 from spo_fast.data.weights import read_tensors
 from spo_fast.scorers.aesthetic import AestheticScorer
-from spo_fast.scorers.base import PixelScorer, Scorer
+from spo_fast.scorers.base import PixelScorer
 from spo_fast.scorers.clip import Clip, ClipConfig, Layer, TowerConfig
 from spo_fast.scorers.clip_files import find_weights, load_clip, read_hf_config
 from spo_fast.scorers.geneval import GenEval, fake_detector
 from spo_fast.scorers.image_reward import MAX_TOKENS, ImageReward, ImageRewardScorer, Sizes
-from spo_fast.scorers.latent import LatentScorer
-from spo_fast.scorers.latent_files import read_configs
-from spo_fast.scorers.latent_network import LatentReward
 from spo_fast.scorers.preprocess import PictureScorer, score_head
-from spo_fast.scorers.spm import TEXT_BATCH, ClipScorer
+from spo_fast.scorers.spm import ClipScorer
 from spo_fast.training.plan.once import Once
-
-if TYPE_CHECKING:
-    from spo_fast.training.plan.fake_model import FakeModel
 
 VIT_H = ClipConfig(
     text=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu"),
@@ -89,25 +83,6 @@ def run_once(scorer: PixelScorer, once: Once) -> PixelScorer:
         with once.live:
             scorer.encode([""])  # it keeps what it encoded
     return scorer
-
-
-def encode_text(scorer: Scorer) -> None:
-    """A batch of prompts through the text tower, of a scorer that encodes each prompt once."""
-    if isinstance(scorer, ClipScorer):
-        scorer.encode_ids(scorer.tokenize([""] * TEXT_BATCH))
-
-
-def latent_scorer(path: Path | None, model: FakeModel, dtype: torch.dtype, once: Once) -> LatentScorer:
-    """LPO's, of its own files or of the published form: the diffusion model's architecture."""
-    configs = read_configs(path) if path else model.configs()
-    with torch.device("meta"):
-        width = configs[list(model.configs())[-1]]["projection_dim" if model.kind == "sdxl" else "hidden_size"]
-        assert isinstance(width, int)
-        network = LatentReward(configs, width)
-    once.weights(network, dtype)
-    network.encode = once.wrap(network.encode, "score text")  # type: ignore[method-assign]
-    network.score = once.wrap(network.score, "score")  # type: ignore[method-assign]
-    return LatentScorer(network, model.token_ids)
 
 
 def _clip(published: ClipConfig, files: Files) -> ClipScorer:

@@ -15,11 +15,10 @@ from spo_fast.models.files.sources import Resolved
 from spo_fast.models.policy import Policy
 from spo_fast.models.quantised import import_for
 from spo_fast.models.trained_weights import TrainedWeights
-from spo_fast.scorers.base import Scorer
 from spo_fast.scorers.registry import summed
 from spo_fast.training.accelerate import set_up
-from spo_fast.training.plan.fake_model import FakeModel, fake_model
-from spo_fast.training.plan.fake_networks import encode_text, fake_scorer, latent_scorer, run_once
+from spo_fast.training.plan.fake_model import fake_model
+from spo_fast.training.plan.fake_scorers import encode_text, scorer_without_weights
 from spo_fast.training.plan.once import Once
 
 
@@ -31,7 +30,8 @@ class Networks:
         self.once = once or Once(self.cuda)
         self.model = fake_model(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
         self.policy = self._policy(cfg)
-        self.scorers = {name: self._scorer(name, cfg, resolved) for name, _ in specs}
+        paths, model = resolved.scorer_paths if resolved else {}, self.model
+        self.scorers = {n: scorer_without_weights(n, paths, cfg.scorer, model, self.once) for n, _ in specs}
         ranges, normalise = [judged_range(entry) for entry in cfg.scorer.scorer], cfg.scorer.normalise_scorers
         self.scorer = summed([(self.scorers[name], weight) for name, weight in specs], ranges, normalise)
         self.unknown = tuple(name for name in self.scorers if find_scorer(name).network == "unknown")
@@ -66,13 +66,6 @@ class Networks:
             network.forward = once.wrap(network.forward)
         policy.text = once.wrap(policy.text, samples=False)  # type: ignore[method-assign]
         return policy
-
-    def _scorer(self, name: str, cfg: Config, resolved: Resolved | None) -> Scorer:
-        paths, dtype = resolved.scorer_paths if resolved else {}, DTYPES[cfg.scorer.scorer_dtype]
-        if find_scorer(name).judges == "latents":
-            assert isinstance(self.model, FakeModel)  # a flow has no such scorer
-            return latent_scorer(paths.get(name), self.model, dtype, self.once)
-        return run_once(fake_scorer(name, paths, dtype, cfg.scorer.spm_time_conditioned), self.once)
 
     @torch.no_grad()
     def encode_prompts(self) -> None:
