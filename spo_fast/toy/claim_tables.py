@@ -11,7 +11,7 @@ from typing import Any
 from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
 from spo_fast.toy import evaluate
-from spo_fast.toy.contenders import ABLATIONS, CONTENDERS, MAIN, REST
+from spo_fast.toy.contenders import ABLATIONS, BY_NOISE, CONTENDERS, MAIN, REINFORCEMENT, REST
 
 BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
 PICTURES, MARK_PICTURES = 512, 128
@@ -35,7 +35,7 @@ def key(name: str, seed: int, learning_rate: float | None = None) -> str:
 def plan() -> list[tuple[str, int, float | None]]:
     """(name, seed, learning rate of the grid) in order of importance; the grid of a group comes before its seeds."""
     runs: list[tuple[str, int, float | None]] = []
-    for group in (MAIN, ABLATIONS, REST):
+    for group in (MAIN, REINFORCEMENT, ABLATIONS, BY_NOISE, REST):
         tuned = [name for name, contender in group.items() if not contender.like]
         runs += [(name, TUNING_SEED, lr) for lr in GRID for name in tuned]
         runs += [(name, seed, None) for seed in SEEDS for name in group]
@@ -179,6 +179,15 @@ CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Callable[[Mapping[str, Any]]
     "larger steps (inner steps) are better for a strong model": ("mspo", "spo"),
     "random picks do not do it": ("spo", "random picks"),
 }
+
+QUESTIONS: dict[str, tuple[str, str, str]] = {
+    "step-wise GRPO is above GRPO": ("stepgrpo", "grpo", "aesthetics"),
+    "step-wise GRPO is above SPO": ("stepgrpo", "spo", "aesthetics"),
+    "NFT is above GRPO": ("nft", "grpo", "aesthetics"),
+    "scorers by noise level raise layout (unguided)": ("by noise level", "unguided", "layout"),
+    "and lose no aesthetics": ("by noise level", "unguided", "aesthetics"),
+}
+"""Of the reinforcement-learning side, written down before the runs; NFT and AWM draw and are scored without guidance."""
 
 
 def verdict(found: tuple[float, float] | None) -> str:

@@ -50,4 +50,16 @@ REST = {
     "gradspo": Contender({"method": "gradspo"}),
     "lpo": Contender({"method": "lpo", "lrm_path": "{lrm}"}),
 }
-CONTENDERS = MAIN | ABLATIONS | REST
+REINFORCEMENT = {
+    "stepgrpo": Contender({"method": "stepgrpo"}),
+    "grpo": Contender({"method": "grpo", **FEW, "train_batch_size": 20}),
+    "nft": Contender({"method": "nft", **FEW, "train_batch_size": 20}),
+    "awm": Contender({"method": "awm", **FEW, "train_batch_size": 20}),
+}
+# guided pictures have their layouts already, so whether a judge can raise layout is asked without guidance
+EARLY = {"guidance_scale": 1.0, "branch_start": 0}
+BY_NOISE = {
+    "unguided": Contender(EARLY, like="spo"),
+    "by noise level": Contender({**EARLY, "scorer": ("spm:1@0-500", "pickscore:1@501-1000")}, like="spo"),
+}
+CONTENDERS = MAIN | REINFORCEMENT | ABLATIONS | BY_NOISE | REST
