@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ from spo_fast.toy.contenders import ABLATIONS, BY_NOISE, CONTENDERS, MAIN, REINF
 
 BUDGET = 24_000  # UNet sample-forwards of a training, a backward counted as two
 PICTURES, MARK_PICTURES = 512, 128
-GRID = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # learning rates of every method
+GRID = (5e-4, 1e-3, 2e-3)  # learning rates of every method, and beyond an end that is the best those of LADDER
+LADDER = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, *GRID, 5e-3, 1e-2, 2e-2)
 TUNING_SEED = 100
-SEEDS = (0, 1, 2)
+LOOKS = {3: 8.860, 6: 3.810, 9: 3.206, 12: 2.981}
+"""Numbers of seeds at which a difference is looked at, and how many standard errors it must exceed: Student's t, at
+.0125 on both sides together, so that of claims about no difference at most one in twenty ever gets a verdict."""
+SEEDS = tuple(range(min(LOOKS)))
 OWN = "guidance 2"  # of the base's scores: the preset's, with which all are trained and scored
 LAYOUT_LOSS = 0.03  # a learning rate that costs more of the layout than this is not chosen; nor a point of a curve kept
-SIGMAS = 2.0
-"""A claim counts as reproduced if the difference over seeds exceeds so many of its standard errors, as not reproduced
-if it exceeds them the other way; between, it is undecided."""
+NO_LOSS = 0.05  # of 10 points: less than two standard errors, or than this, is no loss of aesthetics
 
 # ---------------------------------------------------------------------------------------------------- all runs
+
+
+Cell = tuple[str, int, float | None]
 
 
 def key(name: str, seed: int, learning_rate: float | None = None) -> str:
@@ -32,25 +38,65 @@ def key(name: str, seed: int, learning_rate: float | None = None) -> str:
     return f"{name}/{seed}" if learning_rate is None else f"{name}/tuning/{learning_rate:g}"
 
 
-def plan() -> list[tuple[str, int, float | None]]:
-    """(name, seed, learning rate of the grid) in order of importance; the grid of a group comes before its seeds."""
-    runs: list[tuple[str, int, float | None]] = []
-    for group in (MAIN, REINFORCEMENT, ABLATIONS, BY_NOISE, REST):
-        tuned = [name for name, contender in group.items() if not contender.like]
-        runs += [(name, TUNING_SEED, lr) for lr in GRID for name in tuned]
-        runs += [(name, seed, None) for seed in SEEDS for name in group]
-    return runs
+GROUPS = (MAIN, REINFORCEMENT, ABLATIONS, BY_NOISE, REST)
+
+
+def size_in(records: Mapping[str, Any]) -> str:
+    """Which toy the records are of."""
+    return next((record.get("size", "small") for record in records.values()), "small")
+
+
+def missing(records: Mapping[str, Any], names: Collection[str] = (), size: str = "") -> Iterator[Cell]:
+    """(name, seed, learning rate to try) of runs to make by what is known now, in order of importance.
+
+    Of each group first the rates, then the seeds; after all of them, more seeds where a claim is undecided.
+    """
+    size = size or size_in(records)
+    for group in GROUPS:
+        here = [name for name in group if CONTENDERS[name].on(size) is not None and (not names or name in names)]
+        for name in here:
+            if not CONTENDERS[name].like and (rate := next_rate(name, records)) is not None:
+                yield name, TUNING_SEED, rate
+        for seed, name in itertools.product(SEEDS, here):
+            if key(name, seed) not in records and chosen_rate(name, records) is not None:
+                yield name, seed, None
+    for a, b in undecided(records):
+        have = min(len(seeds_of(name, records)) for name in (a, b))
+        upto = min((look for look in LOOKS if look > have), default=0)
+        for seed, name in itertools.product(range(upto), (a, b)):
+            if key(name, seed) not in records and (not names or name in names):
+                yield name, seed, None
+
+
+def rates_tried(name: str, records: Mapping[str, Any]) -> dict[float, Any]:
+    """Tuning runs by learning rate, of the contender or of that whose rate it takes."""
+    owner = CONTENDERS[name].like or name
+    return {lr: records[what] for lr in LADDER if (what := key(owner, TUNING_SEED, lr)) in records}
+
+
+def best_rate(tried: Mapping[float, Any], records: Mapping[str, Any]) -> float:
+    """Of the tuning runs the best for aesthetics, layout kept."""
+    floor = records["base"]["tuning"]["layout"][0] - LAYOUT_LOSS
+    safe = [lr for lr, r in tried.items() if r["layout"][0] >= floor] or list(tried)
+    return max(safe, key=lambda lr: tried[lr]["aesthetics"][0])
+
+
+def next_rate(name: str, records: Mapping[str, Any]) -> float | None:
+    """The learning rate to try next: the grid's, then what lies beside the best; None if the best lies between two."""
+    tried = rates_tried(name, records)
+    if rest := [lr for lr in GRID if lr not in tried]:
+        return rest[0]
+    at = LADDER.index(best_rate(tried, records))
+    beside = LADDER[max(0, at - 1) : at + 2]
+    return next((lr for lr in beside if lr not in tried), None)
 
 
 def chosen_rate(name: str, records: Mapping[str, Any]) -> float | None:
-    """The grid's best for the aesthetics of tuning prompts, layout kept; None while the grid is not complete."""
+    """The best learning rate on the tuning prompts; None while there are others to try."""
     owner = CONTENDERS[name].like or name
-    tried = [records.get(key(owner, TUNING_SEED, lr)) for lr in GRID]
-    if any(r is None for r in tried) or "base" not in records:
+    if "base" not in records or next_rate(owner, records) is not None:
         return None
-    floor = records["base"]["tuning"]["layout"][0] - LAYOUT_LOSS
-    safe = [r for r in tried if r and r["layout"][0] >= floor] or [r for r in tried if r]
-    return max(safe, key=lambda r: r["aesthetics"][0])["learning_rate"]
+    return best_rate(rates_tried(owner, records), records)
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -69,7 +115,7 @@ def over_seeds(values: list[float], errors: list[float]) -> tuple[float, float]:
 
 def seeds_of(name: str, records: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A contender's runs that have been made, by seed."""
-    return [records[key(name, seed)] for seed in SEEDS if key(name, seed) in records]
+    return [records[key(name, seed)] for seed in range(max(LOOKS)) if key(name, seed) in records]
 
 
 def score_table(records: Mapping[str, Any]) -> str:
@@ -80,8 +126,10 @@ def score_table(records: Mapping[str, Any]) -> str:
         scores = records["base"][f"guidance {g:g}"]
         rows.append([f"base, guidance {g:g}", "", "", *(f"{scores[c][0]:.3f} ± {scores[c][1]:.3f}" for c in columns)])
         rows[-1] += ["0", "0"]
-    for name in CONTENDERS:
+    for name, contender in CONTENDERS.items():
         runs = seeds_of(name, records)
+        if contender.on(size_in(records)) is None:
+            continue
         if not runs:
             rows.append([name, "0", "", *["not run"] * len(columns), "", ""])
             continue
@@ -127,16 +175,19 @@ def layout_kept(records: Mapping[str, Any]) -> Point:
     return best
 
 
-def difference(
+def paired(
     a: str, b: str, records: Mapping[str, Any], score: str = "aesthetics", of_a: Point = at_end, of_b: Point = at_end
-) -> tuple[float, float] | None:
-    """a - b over the seeds that both have, paired by seed; None with fewer than two of them."""
-    runs = [(records[key(a, s)], records[key(b, s)]) for s in SEEDS if key(a, s) in records and key(b, s) in records]
-    both = [(x, y) for run_a, run_b in runs if (x := of_a(run_a)) is not None and (y := of_b(run_b)) is not None]
-    if len(both) < 2:
-        return None
-    gaps = [x[score][0] - y[score][0] for x, y in both]
-    return over_seeds(gaps, [math.hypot(x[score][1], y[score][1]) for x, y in both])
+) -> list[tuple[float, float]]:
+    """a - b and the error of its pictures, of each seed that both have."""
+    seeds = [s for s in range(max(LOOKS)) if key(a, s) in records and key(b, s) in records]
+    points = [(of_a(records[key(a, s)]), of_b(records[key(b, s)])) for s in seeds]
+    return [(x[score][0] - y[score][0], math.hypot(x[score][1], y[score][1])) for x, y in points if x and y]
+
+
+def difference(*run: Any, **options: Any) -> tuple[float, float] | None:
+    """As paired; the mean over seeds and its standard error, None with fewer than two of them."""
+    gaps = paired(*run, **options)
+    return over_seeds(*map(list, zip(*gaps, strict=True))) if len(gaps) > 1 else None
 
 
 def rows_to_reach(name: str, level: float, records: Mapping[str, Any]) -> tuple[float, bool] | None:
@@ -187,15 +238,55 @@ QUESTIONS: dict[str, tuple[str, str, str]] = {
     "scorers by noise level raise layout (unguided)": ("by noise level", "unguided", "layout"),
     "and lose no aesthetics": ("by noise level", "unguided", "aesthetics"),
 }
-"""Of the reinforcement-learning side, written down before the runs; NFT and AWM draw and are scored without guidance."""
+"""Of reinforcement learning, written down before the runs; NFT and AWM draw and are scored without guidance."""
 
 
-def verdict(found: tuple[float, float] | None) -> str:
-    """What a difference and its standard error say about a claim."""
-    if found is None:
+def verdict(gaps: Sequence[tuple[float, float]]) -> str:
+    """What the differences of seeds, in their order, say about a claim: the first look that is sure decides."""
+    for look, errors_off in LOOKS.items():
+        if len(gaps) >= look:
+            mean, error = over_seeds(*map(list, zip(*gaps[:look], strict=True)))
+            if abs(mean) > errors_off * error:
+                return f"{'reproduced' if mean > 0 else 'not reproduced'} ({look} seeds)"
+    return "undecided" if len(gaps) >= min(LOOKS) else "not run"
+
+
+def no_loss(gaps: Sequence[tuple[float, float]]) -> str:
+    """Of `and lose no aesthetics`: a loss is more than two standard errors and more than NO_LOSS."""
+    if len(gaps) < min(LOOKS):
         return "not run"
-    mean, error = found
-    return "reproduced" if mean > SIGMAS * error else "not reproduced" if mean < -SIGMAS * error else "undecided"
+    mean, error = over_seeds(*map(list, zip(*gaps, strict=True)))
+    return "not reproduced" if mean < -max(2 * error, NO_LOSS) else "reproduced"
+
+
+def needed(gaps: Sequence[tuple[float, float]]) -> str:
+    """Of an undecided claim: the interval of its difference now, and how many seeds would settle it four times of five,
+    if the difference and its spread between seeds are those seen."""
+    values = [gap for gap, _ in gaps]
+    mean, error = over_seeds(values, [e for _, e in gaps])
+    off = LOOKS[max(look for look in LOOKS if look <= len(gaps))]
+    pictures = sum(e for _, e in gaps) / len(gaps)
+    spread = statistics.stdev(values)
+    seeds = math.ceil(((Z_LOOK + Z_POWER) * spread / mean) ** 2) + 2 if mean else math.inf
+    seeds = next((look for look in LOOKS if look >= max(seeds, len(gaps) + 1)), seeds)
+    how = (
+        f"about {seeds:,} seeds" if abs(mean) > (Z_LOOK + Z_POWER) * pictures else f"{seeds:,} seeds and more pictures"
+    )
+    return f"{mean - off * error:+.2f} to {mean + off * error:+.2f}; {how}"
+
+
+Z_LOOK, Z_POWER = 2.498, 0.842  # normal quantiles of a look (.0125 on both sides together) and of a power of .8
+
+
+def undecided(records: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Pairs of contenders with an undecided claim that more seeds may settle, in the tables' order."""
+    for a, b, point in [(c[0], c[1], c[2:]) for c in CLAIMS.values()]:
+        of_a = point[0](records) if point and "base" in records else at_end
+        if verdict(gaps := paired(a, b, records, of_a=of_a)) == "undecided" and len(gaps) < max(LOOKS):
+            yield a, b
+    for a, b, score in QUESTIONS.values():
+        if verdict(gaps := paired(a, b, records, score)) == "undecided" and len(gaps) < max(LOOKS):
+            yield a, b
 
 
 def claims_table(records: Mapping[str, Any]) -> str:
@@ -208,8 +299,28 @@ def claims_table(records: Mapping[str, Any]) -> str:
         safe = None if point else difference(a, b, records, of_a=kept, of_b=kept)
         share = rows_share(a, b, records, of_a) if point else None
         of_rows = f" ({share:.0%} of its rows)" if share else ""
-        cells = ["" if d is None else f"{d[0]:+.3f} ± {d[1]:.3f}" for d in (found, layout, safe)]
-        rows.append([claim + of_rows, *cells, verdict(found)])
+        rows.append([claim + of_rows, *map(shown, (found, layout, safe)), said(paired(a, b, records, of_a=of_a))])
+    return markdown(rows)
+
+
+def shown(found: tuple[float, float] | None) -> str:
+    """A difference and its standard error."""
+    return "" if found is None else f"{found[0]:+.3f} ± {found[1]:.3f}"
+
+
+def said(gaps: Sequence[tuple[float, float]], judge: Callable[[Any], str] = verdict) -> str:
+    """The verdict; of an undecided claim what would settle it."""
+    says = judge(gaps)
+    return f"{says}: {needed(gaps)}" if says == "undecided" else says
+
+
+def questions_table(records: Mapping[str, Any]) -> str:
+    """What was asked of the reinforcement-learning side, each with its differences and verdict."""
+    rows = [["question", "difference in aesthetics", "in layout", "verdict"]]
+    for question, (a, b, score) in QUESTIONS.items():
+        both = [shown(difference(a, b, records, of)) for of in ("aesthetics", "layout")]
+        judge = no_loss if "no aesthetics" in question else verdict
+        rows.append([question, *both, said(paired(a, b, records, score), judge)])
     return markdown(rows)
 
 
@@ -245,7 +356,7 @@ def cost_table(records: Mapping[str, Any]) -> str:
 
 def seconds_a_row(name: str, records: Mapping[str, Any]) -> float | None:
     """CPU seconds of a UNet row by the median run of the grid, which is not scored on the way."""
-    runs = [records[cell] for lr in GRID if (cell := key(name, TUNING_SEED, lr)) in records]
+    runs = rates_tried(name, records).values() if not CONTENDERS[name].like else ()
     return statistics.median(r["cpu_s"] / r["spent"] for r in runs) if runs else None
 
 
@@ -257,14 +368,16 @@ def plot(records: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7.5), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(3, 2, figsize=(10, 11), layout="constrained", sharey=True)
     judge_s = records.get("judge", {}).get("cpu_s")
     start = records["base"][OWN]["aesthetics"][0]
     spo = {"spo": MAIN["spo"]} if "spo" in MAIN else {}
     groups = [
         ("methods", MAIN),
         ("methods, by time", MAIN),
+        ("reinforcement learning", spo | REINFORCEMENT),
         ("ablations of spo", spo | ABLATIONS),
+        ("scorers by noise level", spo | BY_NOISE),
         ("more methods", REST),
     ]
     for number, (axes, (title, group)) in enumerate(zip(panels.flat, groups, strict=True)):
@@ -300,17 +413,25 @@ def plot(records: Mapping[str, Any], path: Path) -> None:
 
 def page(records: Mapping[str, Any], command: str, picture: str | None = None) -> str:
     """The tables as a page of markdown that names the command behind them; picture: the plot, as seen from the page."""
-    done = sum(key(*run) in records for run in plan())
+    size = size_in(records)
+    here = [name for name, contender in CONTENDERS.items() if contender.on(size) is not None]
+    done = sum(key(name, seed) in records for name in here for seed in SEEDS)
     parts = [
-        "# The paper's claims on the toy world",
+        f"# The paper's claims on the {'flow ' if size == 'flow' else ''}toy world",
         f"Written by `{command}`. What is measured, and what it shows: docs/toy.md.",
-        f"{done} of {len(plan())} runs; {BUDGET:,} UNet rows each, {PICTURES} pictures of {len(toy_world.TEST)} "
-        "prompts. The ± of a mean is the larger of its pictures' error and the spread over seeds; `held_out` is the "
-        "toy's PickScore.",
+        f"{done} of {len(here) * len(SEEDS)} runs; {BUDGET:,} UNet rows each, {PICTURES} pictures of "
+        f"{len(toy_world.TEST)} prompts. The ± of a mean is the larger of its pictures' error and the spread over "
+        "seeds; `held_out` is the toy's PickScore.",
         score_table(records),
-        f"A difference counts above {SIGMAS:g} standard errors, over the seeds that both have. The last column but one "
+        f"A verdict is looked for at {', '.join(map(str, LOOKS))} seeds, paired by seed: the difference must exceed "
+        f"{', '.join(f'{off:.2f}' for off in LOOKS.values())} standard errors (Student's t, .0125 at each look), so a "
+        "claim about no difference gets one in at most 5 % of cases. Undecided ones have their interval by that rule, "
+        "and the seeds that would settle them four times of five if what is seen is true. The last column but one "
         "takes the best point of each run whose layouts are kept, instead of its end.",
         claims_table(records),
+        "Reinforcement learning, with the same rule; a loss of aesthetics is one above two standard errors and above "
+        f"{NO_LOSS}. NFT and AWM draw, and are scored, without guidance and in 10 steps.",
+        questions_table(records),
         "UNet rows, and CPU seconds, that reach a level of aesthetics; + is the training of the preference model.",
         cost_table(records),
     ]
