@@ -65,7 +65,7 @@ RECORDS = Path(__file__).parent / "results" / "2026-11-30_toy_flow.jsonl"
 
 
 @functools.cache
-def pairs() -> Path:
+def labelled_pairs() -> Path:
     """Those that the shipped preference model was trained on."""
     path = Path(tempfile.mkdtemp()) / "pairs.parquet"
     build.write_pairs(path, build.PAIRS, build.PAIRS_SEED)
@@ -81,7 +81,7 @@ def run(name: str, seed: int, rate: float) -> dict[str, Any]:
         words = ["--model", "toy-flow", "--seed", str(seed), "--learning_rate", str(rate), "--output_dir", directory]
         words += ["--num_validation_images", "0", "--num_train_epochs", "100000", "--checkpointing_steps", "100000000"]
         if name == "dpo":
-            words += ["--pairs", str(pairs())]
+            words += ["--pairs", str(labelled_pairs())]
         one = train.build(train.parse([*words, *CONTENDERS[name]]))
         if one.pairs is not None:
             one.pairs.valid_rows = one.pairs.valid_rows[:0]  # looking at held-out pairs is no training
