@@ -236,7 +236,8 @@ class ObjectiveConfig(Section):
     guidance_step: Positive = 0.5
     """gradspo: how far the noise target is shifted along the reward."""
     ema_decay: Share = 0.9
-    """gradspo: of the moving average that collects, per optimizer step."""
+    """Of a moving average of the trained weights, per optimizer step: the one that is exported (export_ema), which
+    begins where this is given; of gradspo the one that collects."""
     advantage_clip: Positive = 5.0
     """Policy gradients, nft, awm: advantages are clamped to +- this many standard deviations."""
     advantage_std: Literal["prompt", "global"] = "prompt"
@@ -364,6 +365,9 @@ class RunConfig(LoopConfig):
     recipe: Literal["default", "published", "fast"] = "default"
     """published reproduces the published code's accumulation, last step and missing clipping. fast gives up exactness
     where that is cheap: the tiny VAE, a 16-bit scorer, 8-bit AdamW."""
+    export_ema: bool = False
+    """Export the moving average of the trained weights (ema_decay, such as .999) in their place; the sample grids are
+    its own too. On where ema_decay is given, but of gradspo."""
     push_to_hub: bool = False
     """Upload the trained weights, sample grids, model card, log and settings (with the paths that were given) when the
     run ends. Log in first: `hf auth login`."""

@@ -100,6 +100,13 @@ class Policy(TrainedWeights):
         with self._filled(self.averages):
             yield
 
+    @contextlib.contextmanager
+    def exported(self) -> Iterator[None]:
+        """Inside, `predict` is the network that is exported."""
+        finished = self.finished()
+        with contextlib.nullcontext() if finished is None else self._filled(finished):
+            yield
+
     def quantise(self, how: str) -> None:
         """Keep the frozen base in fewer bits (quantised.py), before `fuse`. Inexact."""
         import_for(how)
