@@ -59,6 +59,11 @@ class AdapterConfig(Section):
     """LoRA alpha; the update is scaled by alpha / rank. Default: the rank (scale 1), as published."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names (endings) of the linear layers that get a LoRA."""
+    use_rslora: bool = False
+    """rsLoRA: the update is scaled by alpha / sqrt(rank) instead, so that it does not shrink as the rank grows."""
+    use_dora: bool = False
+    """DoRA: a trained magnitude for each row of weights beside the LoRA, whose sum with the weights it rescales. PEFT's
+    own layers compute it, several times slower than this package's LoRA."""
     full_finetune: bool = False
     """Train every UNet weight instead of a LoRA; keeps a frozen copy as the reference."""
     lora_path: str | None = None
@@ -72,6 +77,16 @@ class AdapterConfig(Section):
             self.lora_path is None or not self.full_finetune,
             "lora_path starts a LoRA, but full_finetune trains none: leave one of them out.",
         )
+        kind = "use_dora" if self.use_dora else "use_rslora"
+        require(
+            not (self.full_finetune and (self.use_dora or self.use_rslora)),
+            f"{kind} is a kind of LoRA, but full_finetune trains none: leave one of them out.",
+        )
+
+    @property
+    def scale(self) -> float:
+        """Of the update B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
     def alpha(self) -> float:
@@ -423,6 +438,11 @@ class Config(Settings):
             rounded == "full" or self.sample.rollout_weights != "merged",
             f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
             "--rollout_weights unmerged, or --base_weights full.",
+        )
+        odd = f"base_weights={rounded}" if rounded != "full" else f"rollout_weights={self.sample.rollout_weights}"
+        require(
+            not self.adapter.use_dora or (rounded == "full" and self.sample.rollout_weights != "merged"),
+            f"{odd} knows plain LoRAs alone: leave it or use_dora out.",
         )
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,7 +1,8 @@
 """Checkpoints: all a run needs to go on as if it had never stopped; a crash leaves the last one whole.
 
 checkpoint-<iteration>/ holds trained.safetensors (float32 masters), averages.safetensors and
-exported_averages.safetensors (moving averages of them, where the run keeps some), optimizer.safetensors, gradients.safetensors (only when an accumulation is under way),
+exported_averages.safetensors (moving averages of them, where the run keeps some), optimizer.safetensors,
+gradients.safetensors (only when an accumulation is under way),
 state.json (counters, settings, non-tensor optimizer state, versions), the LoRA as other software loads it, and
 SHA256SUMS of all that. Of sharded masters (models/sharded.py) shards/ takes the tensors' place: each process's parts,
 as torch.distributed.checkpoint writes them. The directory is written under a temporary name and renamed, so a name
@@ -124,6 +125,8 @@ FIXED = (
     "lora_targets",
     "lora_path",
     "full_finetune",
+    "use_rslora",
+    "use_dora",
     "base_weights",
     "optimizer",
     "min_8bit_size",
