@@ -62,6 +62,10 @@ def parse(arguments: list[str] | None = None) -> Config:
         )
     if cfg.data.prompts is not None and "max_prompts" not in given:
         cfg = cfg.with_fields(max_prompts=None)  # the toy preset's limit is meant for the built-in list
+    # a decay of .9 in a file says nothing: runs from before there was export_ema wrote it whatever the method
+    asked = "ema_decay" in named or ("ema_decay" in given and cfg.objective.ema_decay != Config().objective.ema_decay)
+    if asked and "export_ema" not in given and "ema_decay" not in find_method(cfg.objective.method).settings:
+        cfg = cfg.with_fields(export_ema=True)
     return cfg
 
 

@@ -211,14 +211,23 @@ def test_a_kohya_lora_has_its_own_alpha_in_each_layer(tmp_path: Path, with_alpha
         assert (found - truth).norm() < 1e-5 * truth.norm(), name
 
 
-def test_a_dora_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_kohya_dora_is_its_formula(tmp_path: Path, conv: bool) -> None:
+    """As ComfyUI and LyCORIS draw it: magnitude (W + s B A) / |W + s B A|, the norm that of each row."""
     unet: Any = UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")
-    name = next(name for name, _ in unet.named_modules() if name.endswith("to_q"))
-    state, _ = lora_of(unet, {name: 1.0}, {name: 2})
-    state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = torch.ones(4, 1)
+    name = next(name for name, _ in unet.named_modules() if name.endswith("conv1" if conv else "to_q"))
+    state, change = lora_of(unet, {name: 1.0}, {name: 2})
+    weight = unet.get_submodule(name).weight.detach().double()
+    whole = weight + change[name].double()
+    magnitude = torch.linspace(0.5, 2, len(weight), dtype=torch.float64).view(-1, *[1] * (weight.ndim - 1))
+    truth = magnitude * whole / whole.flatten(1).norm(dim=1).view_as(magnitude)
+    state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = magnitude.float()
     save_file(state, tmp_path / "mine.safetensors")
-    with pytest.raises(ValueError, match="is a DoRA"):
-        apply_lora(tmp_path / "mine.safetensors", unet)
+    lora = apply_lora(tmp_path / "mine.safetensors", unet)
+    assert str(lora).startswith("a DoRA on 1 layers")
+    layer = unet.get_submodule(name)
+    layer.merge()
+    assert (layer.weight.double() - truth).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("file", LORAS)
@@ -247,3 +256,46 @@ def test_settings_that_are_written_are_those_that_differ(tmp_path: Path, tiny: d
     targets = found.pop("unet.target_modules")
     assert found == {f"unet.{key}": value for key, value in {**always, "init_lora_weights": "gaussian"}.items()}
     assert set(targets) > {"to_q", "to_v"}
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 2.0},
+    "DoRA": {"use_dora": True, "lora_alpha": 2.0},
+    "rsDoRA": {"use_rslora": True, "use_dora": True},
+    "EMA": {"ema_decay": 0.5},
+}
+
+
+def moved(run: loop.Run, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Far from where they are; magnitudes by a factor near 1, as training leaves them."""
+    draw = torch.Generator().manual_seed(7)
+    noise = {n: torch.randn(v.shape, generator=draw) for n, v in state.items()}
+    return {n: v * (1 + 0.1 * noise[n]) if "magnitude" in n else 0.3 * noise[n] for n, v in state.items()}
+
+
+@pytest.mark.parametrize("targets", ["attention", "convolutions too"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_lora_draw_alike_in_diffusers(
+    tmp_path: Path, tiny: dict[str, dict[str, Any]], kind: str, targets: str
+) -> None:
+    settings = tiny["toy" if targets == "attention" else "toy, convolutions too"]
+    run = built(tmp_path / "run", **{**settings, "mixed_precision": "no", "rank": 4, "max_prompts": 2, **KINDS[kind]})
+    if kind == "EMA":
+        run.policy.load_average_state_dict(moved(run, run.policy.state_dict()), "exported_averages")
+    else:
+        run.policy.load_state_dict(moved(run, run.policy.state_dict()))
+    run.export(tmp_path / "lora")
+    with run.policy.exported():
+        ours = our_images(run)
+    with run.policy.reference():
+        assert (ours - our_images(run)).abs().max() > 100 * TOLERANCE
+    pipe = pipeline_of(run)
+    for file in LORAS[:1] if "DoRA" in kind else LORAS:  # diffusers 0.42 leaves kohya's dora_scale out, and warns
+        pipe.load_lora_weights(str(tmp_path / "lora"), weight_name=file)
+        assert (pipeline_images(pipe, run) - ours).abs().max() < TOLERANCE, file
+        pipe.unload_lora_weights()
+    for file in LORAS:  # and our own reading of both
+        own = {"mixed_precision": "no", "rank": 4, "ema_decay": None, "lora_path": tmp_path / "lora" / file}
+        again = built(tmp_path / file, **{**settings, **KINDS[kind], **own})
+        held, whole = again.policy.state_dict(), run.policy.whole()
+        assert held.keys() == whole.keys() and all(torch.equal(v, whole[n]) for n, v in held.items())

@@ -439,10 +439,14 @@ def nothing(**more: Tensor) -> dict[str, Tensor]:
 
 ONE = torch.ones(1)
 REFUSED: dict[str, tuple[Any, str]] = {  # tensors (and metadata) -> what is said of them
-    "DoRA of kohya": ({**two(), f"{KEY}.dora_scale": ONE}, "is a DoRA"),
-    "DoRA of PEFT": ({**two(), f"unet.{LAYER}.lora_magnitude_vector": ONE}, "is a DoRA"),
-    "DoRA of PEFT's later names": ({**two(), f"unet.{LAYER}.lora_magnitude_vector.weight": ONE}, "is a DoRA"),
-    "DoRA by its settings": ((two(), settings(use_dora=True)), "use_dora=True, which is not read"),
+    "DoRA of another base": ({**two(), f"{KEY}.dora_scale": ONE}, "has magnitudes of"),
+    "DoRA of columns": ({**two(), f"{KEY}.dora_scale": torch.ones(4, 8)}, "has magnitudes of"),
+    "DoRA of magnitudes alone": ({f"unet.{LAYER}.lora_magnitude_vector": ONE}, "there without the two matrices"),
+    "DoRA in part": (
+        {**two(), **two(KEY.replace("to_q", "to_k")), f"unet.{LAYER}.lora_magnitude_vector.weight": torch.ones(32)},
+        "without the magnitudes of some",
+    ),
+    "DoRA by its settings alone": ((two(), settings(use_dora=True)), "without the magnitudes of some"),
     "LoHa": (nothing(hada_w1_a=ONE, hada_w1_b=ONE, hada_w2_a=ONE, hada_w2_b=ONE), "is a LoHa"),
     "LoHa of many layers": ({f"lora_unet_{n}.hada_w1_a": ONE for n in range(3000)}, "is a LoHa"),
     "LoKr": (nothing(lokr_w1=ONE, lokr_w2_a=ONE, lokr_w2_b=ONE), "is a LoKr"),
@@ -581,7 +585,6 @@ def test_every_tensor_of_a_file_matters(unets: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ("LoraConfig", {"use_dora": True}, "is a DoRA"),
         ("LoHaConfig", {}, "is a LoHa"),
         ("LoKrConfig", {}, "is a LoKr"),
         ("OFTConfig", {"r": 0, "oft_block_size": 4}, "is an OFT"),

@@ -385,10 +385,14 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+ALL_READ = ("ema_decay",)
+"""Own settings of some methods that mean something to every other one, too."""
+
+
 def readers() -> dict[str, tuple[str, ...]]:
     """Setting -> the methods that read it, of those that not all read. Given to another method it is an error."""
     read = {name: (*record.settings, *record.reads) for name, record in METHODS.items()}
-    names = dict.fromkeys(setting for settings in read.values() for setting in settings)
+    names = dict.fromkeys(setting for settings in read.values() for setting in settings if setting not in ALL_READ)
     return {setting: tuple(m for m in METHODS if setting in read[m]) for setting in names}
 
 

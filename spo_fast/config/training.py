@@ -59,6 +59,11 @@ class AdapterConfig(Section):
     """LoRA alpha; the update is scaled by alpha / rank. Default: the rank (scale 1), as published."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names (endings) of the linear layers that get a LoRA."""
+    use_rslora: bool = False
+    """rsLoRA: the update is scaled by alpha / sqrt(rank) instead, so that it does not shrink as the rank grows."""
+    use_dora: bool = False
+    """DoRA: a trained magnitude for each row of weights beside the LoRA, whose sum with the weights it rescales. PEFT's
+    own layers compute it, several times slower than this package's LoRA."""
     full_finetune: bool = False
     """Train every UNet weight instead of a LoRA; keeps a frozen copy as the reference."""
     lora_path: str | None = None
@@ -72,6 +77,16 @@ class AdapterConfig(Section):
             self.lora_path is None or not self.full_finetune,
             "lora_path starts a LoRA, but full_finetune trains none: leave one of them out.",
         )
+        kind = "use_dora" if self.use_dora else "use_rslora"
+        require(
+            not (self.full_finetune and (self.use_dora or self.use_rslora)),
+            f"{kind} is a kind of LoRA, but full_finetune trains none: leave one of them out.",
+        )
+
+    @property
+    def scale(self) -> float:
+        """Of the update B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
     def alpha(self) -> float:
@@ -236,7 +251,8 @@ class ObjectiveConfig(Section):
     guidance_step: Positive = 0.5
     """gradspo: how far the noise target is shifted along the reward."""
     ema_decay: Share = 0.9
-    """gradspo: of the moving average that collects, per optimizer step."""
+    """Of a moving average of the trained weights, per optimizer step: the one that is exported (export_ema), which
+    begins where this is given; of gradspo the one that collects."""
     advantage_clip: Positive = 5.0
     """Policy gradients, nft, awm: advantages are clamped to +- this many standard deviations."""
     advantage_std: Literal["prompt", "global"] = "prompt"
@@ -364,6 +380,9 @@ class RunConfig(LoopConfig):
     recipe: Literal["default", "published", "fast"] = "default"
     """published reproduces the published code's accumulation, last step and missing clipping. fast gives up exactness
     where that is cheap: the tiny VAE, a 16-bit scorer, 8-bit AdamW."""
+    export_ema: bool = False
+    """Export the moving average of the trained weights (ema_decay, such as .999) in their place; the sample grids are
+    its own too. On where ema_decay is given, but of gradspo."""
     push_to_hub: bool = False
     """Upload the trained weights, sample grids, model card, log and settings (with the paths that were given) when the
     run ends. Log in first: `hf auth login`."""
@@ -423,6 +442,11 @@ class Config(Settings):
             rounded == "full" or self.sample.rollout_weights != "merged",
             f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
             "--rollout_weights unmerged, or --base_weights full.",
+        )
+        odd = f"base_weights={rounded}" if rounded != "full" else f"rollout_weights={self.sample.rollout_weights}"
+        require(
+            not self.adapter.use_dora or (rounded == "full" and self.sample.rollout_weights != "merged"),
+            f"{odd} knows plain LoRAs alone: leave it or use_dora out.",
         )
 
     model: ModelConfig = field(default_factory=ModelConfig)

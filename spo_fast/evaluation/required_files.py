@@ -60,7 +60,7 @@ def look_for(model: ModelConfig, scorers: Mapping[str, str | None]) -> list[Pres
 def _with_shipped(model: ModelConfig, scorers: Mapping[str, str | None]) -> Mapping[str, str | None]:
     if model.model not in TOYS or None not in scorers.values():
         return scorers
-    from spo_fast.models.files.toy import toy_files
+    from spo_fast.models.files.toy import FLOW_WEIGHTS, WEIGHTS, toy_files
 
-    shipped = toy_files()
+    shipped = toy_files(FLOW_WEIGHTS if model.model == "toy-flow" else WEIGHTS)
     return {name: path or (str(shipped[name]) if name in shipped else None) for name, path in scorers.items()}

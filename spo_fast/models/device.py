@@ -152,7 +152,7 @@ def fastest_precision(device: Device, width: int) -> Choice:
 
 def merges(cfg: Config, device: Device, width: int) -> bool:
     """Whether rollouts use merged weights without being told to: where that is exact, and less work."""
-    possible = not cfg.adapter.full_finetune and cfg.engine.base_weights == "full"
+    possible = not (cfg.adapter.full_finetune or cfg.adapter.use_dora) and cfg.engine.base_weights == "full"
     draws = "rollout_weights" in find_method(cfg.objective.method).reads
     is_open = cfg.sample.rollout_weights is None and possible and draws
     return is_open and device.type == "cpu" and width >= WIDE and cfg.model.mixed_precision == "no"
@@ -183,6 +183,8 @@ def how_computed(
         cfg = cfg.with_fields(**{flag: value})
         choices.append(Choice(flag, value, reason))
 
+    if cfg.adapter.use_dora:
+        choices.append(Choice("use_dora", True, "as given. PEFT's layers: the fused operations know plain LoRAs alone"))
     narrow = width < WIDE
     if cfg.model.mixed_precision == "auto":
         precision = fastest_precision(device, width)

@@ -16,7 +16,7 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.doors import Network
 from spo_fast.models.files import layout, load, sources
-from spo_fast.models.files.lora_files import save_transformer_lora, save_unet_lora, written_settings
+from spo_fast.models.files.lora_files import peft_names, save_transformer_lora, save_unet_lora, written_settings
 from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import Encoder, PromptCache
@@ -179,7 +179,7 @@ class DiffusionModel:
             policy.network.save_config(folder)
             save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [folder]
-        state = {name.replace(".default.", "."): value for name, value in weights.items()}
+        state = peft_names(weights)
         save = save_transformer_lora if self.kind in sources.FLOWS else save_unet_lora
         return save(self.kind, state, written_settings(policy.network.peft_config["default"]), directory)
 

@@ -67,8 +67,9 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
 
 
 def _fuse_convolutional(network: nn.Module, recompute: bool) -> None:
-    for p in network.parameters():
-        if p.ndim == 4:
+    dora = any("lora_magnitude_vector" in name for name, _ in network.named_parameters())
+    for name, p in network.named_parameters():
+        if p.ndim == 4 and not (dora and ".lora_" in name):  # PEFT's DoRA views those as matrices
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     cross = 0
     for module in list(network.modules()):

@@ -68,7 +68,7 @@ class Policy(TrainedWeights):
 
     @torch.no_grad()
     def size(self) -> Tensor:  # ()
-        """Of LoRAs the norm of what they add to the frozen weights, (alpha / rank) B A of all layers: B begins at 0."""
+        """Of LoRAs the norm of what they add to the frozen weights, scale B A of all layers: B begins at 0."""
         if self.adapter.full_finetune:
             return super().size()
         halves = dict(zip(self.names, self.masters, strict=True))
@@ -77,7 +77,7 @@ class Policy(TrainedWeights):
             if ".lora_A." in name:
                 a, b = down.flatten(1), halves[name.replace(".lora_A.", ".lora_B.")].flatten(1)  # (r, in), (out, r)
                 squares.append(((a @ a.T) * (b.T @ b)).sum())  # |B A|^2 without B A itself
-        return self.adapter.alpha / self.adapter.rank * torch.stack(squares).sum().clamp_min(0).sqrt()
+        return self.adapter.scale * torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @torch.no_grad()
     def _fill(self, values: list[Tensor]) -> None:
@@ -98,6 +98,13 @@ class Policy(TrainedWeights):
         """Inside, `predict` is the moving average of the trained network (keep_averages)."""
         assert self.averages is not None, "call keep_averages first"
         with self._filled(self.averages):
+            yield
+
+    @contextlib.contextmanager
+    def exported(self) -> Iterator[None]:
+        """Inside, `predict` is the network that is exported."""
+        finished = self.finished()
+        with contextlib.nullcontext() if finished is None else self._filled(finished):
             yield
 
     def quantise(self, how: str) -> None:
@@ -225,6 +232,8 @@ def _add_lora(network: Network, adapter: AdapterConfig) -> None:
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
         init_lora_weights="gaussian",
         target_modules=list(adapter.lora_targets),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
     )
     try:
         network.add_adapter(config)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+AVERAGES = SAMPLES, EXPORTED = "averages", "exported_averages"
+"""Of the masters, whole in every process: what a method samples from, and what is exported. Files of a checkpoint."""
 BUCKET = 2**26  # weights that travel at a time: 256 MiB
 
 
@@ -67,7 +69,7 @@ class Shards:
         from torch.distributed.tensor import DTensor, Shard
 
         part, i = part.cpu(), self.index(kind, name)
-        if kind == "averages" or part.shape != self.own[i].shape:
+        if kind in AVERAGES or part.shape != self.own[i].shape:
             return part
         stride = torch.empty(self.shapes[i], device="meta").stride()
         return DTensor.from_local(part, self.host, [Shard(0)], run_check=False, shape=self.shapes[i], stride=stride)
@@ -100,9 +102,7 @@ def load(directory: Path, kind: str, shards: Shards | None) -> dict[str, Tensor]
         if group == kind and isinstance(entry, dcp.metadata.TensorStorageMetadata):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             if shards is not None and tensor.shape == shards.shapes[shards.index(kind, name)]:
-                tensor = shards.as_distributed(
-                    kind, name, tensor if kind == "averages" else shards.part(tensor).clone()
-                )
+                tensor = shards.as_distributed(kind, name, tensor if kind in AVERAGES else shards.part(tensor).clone())
             found[key] = tensor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a single process loads is meant

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spo_fast.models.sharded import Shards
+from spo_fast.models.sharded import SAMPLES, Shards
+
+
+@dataclass
+class Average:
+    """A moving average of whole masters: decay * average + (1 - decay) * master at each optimizer step."""
+
+    tensors: list[Tensor]
+    decay: float
 
 
 @dataclass
@@ -38,9 +46,16 @@ class TrainedWeights:
         ]
         self.shards: Shards | None = None
         """If `masters` are this process's parts only; gradients arrive in `_sums` then, whole."""
-        self.averages: list[Tensor] | None = None  # moving ones of the masters, if they are kept
-        self.decay = 0.0
+        self.kept: dict[str, Average] = {}
+        """Of AVERAGES (sharded.py) those that are wanted."""
+        self.finished: Callable[[], list[Tensor] | None] = lambda: None
+        """What is exported, and drawn for validation, in the masters' place; None: they themselves."""
         self._held: dict[int, Tensor] = {}  # gradients' storages, once they are to stay, by the master's number
+
+    @property
+    def averages(self) -> list[Tensor] | None:
+        """Those that a method samples from, if they are kept."""
+        return self.kept[SAMPLES].tensors if SAMPLES in self.kept else None
 
     @property
     def network_weights(self) -> list[Tensor]:
@@ -118,8 +133,8 @@ class TrainedWeights:
 
         def take(i: int, master: Tensor) -> None:
             self._copy(i, master)
-            if self.averages is not None and self.decay < 1:
-                self.averages[i].lerp_(master, 1 - self.decay)
+            for average in self.kept.values():
+                average.tensors[i].lerp_(master, 1 - average.decay)
 
         self._each(take)
 
@@ -143,16 +158,21 @@ class TrainedWeights:
     @torch.no_grad()
     def average(self) -> None:
         """Move the averages, if kept, towards whole masters."""
-        if self.averages is not None and self.decay < 1:
-            torch._foreach_lerp_(self.averages, self.masters, 1 - self.decay)
+        for average in self.kept.values():
+            if average.decay < 1:
+                torch._foreach_lerp_(average.tensors, self.masters, 1 - average.decay)
 
-    def keep_averages(self, decay: float) -> None:
+    def keep_averages(self, decay: float, name: str = SAMPLES) -> None:
         """From now on: average = decay * average + (1 - decay) * master at each optimizer step."""
         # parts are cut from masters that the network begins with
         whole = self.masters if self.shards is None else self._weights
         dtypes = [master.dtype for master in self.masters]
-        self.averages = [p.detach().to(dtype, copy=True) for p, dtype in zip(whole, dtypes, strict=True)]
-        self.decay = decay
+        tensors = [p.detach().to(dtype, copy=True) for p, dtype in zip(whole, dtypes, strict=True)]
+        self.kept[name] = Average(tensors, decay)
+
+    def export_average(self, name: str) -> None:
+        """What is exported is this average from now on."""
+        self.finished = lambda: self.kept[name].tensors
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights (masters, or this process's parts of them) by their names in the network."""
@@ -163,14 +183,17 @@ class TrainedWeights:
         return {name: p.detach() for name, p in zip(self.names, self._weights, strict=True)}
 
     def whole(self) -> dict[str, Tensor]:
-        """The whole masters in host memory. Of parts all processes call it, and only process 0 gets them."""
+        """What is exported, whole and in host memory. Of parts all processes call it, and only process 0 gets them."""
         found: dict[str, Tensor] = {}
 
         def take(i: int, master: Tensor) -> None:
             if self.shards is None or self.shards.mesh.get_rank() == 0:
                 found[self.names[i]] = master.detach().to("cpu", copy=self.shards is not None).contiguous()
 
-        self._each(take)
+        if (finished := self.finished()) is None:
+            self._each(take)
+        for i, value in enumerate(finished or ()):
+            take(i, value)
         return found
 
     @torch.no_grad()
@@ -184,15 +207,14 @@ class TrainedWeights:
         """Norm of the masters, or of this process's parts of them. Nothing is read from the device."""
         return torch.nn.utils.get_total_norm(self.masters)
 
-    def average_state_dict(self) -> dict[str, Tensor]:
-        """The moving averages by the names of `state_dict`; empty if none are kept."""
-        return dict(zip(self.names, self.averages or (), strict=False))
+    def average_state_dict(self, name: str = SAMPLES) -> dict[str, Tensor]:
+        """Moving averages by the names of `state_dict`; empty if none are kept."""
+        return dict(zip(self.names, self.kept[name].tensors, strict=True)) if name in self.kept else {}
 
     @torch.no_grad()
-    def load_average_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_average_state_dict(self, state: dict[str, Tensor], name: str = SAMPLES) -> None:
         """The moving averages, as a checkpoint has them."""
-        assert self.averages is not None
-        self._read(state, self.averages)
+        self._read(state, self.kept[name].tensors)
 
     def _read(self, state: dict[str, Tensor], into: list[Tensor]) -> None:
         if set(state) != set(self.names):

@@ -4,7 +4,8 @@ Seeded and resumable: the same command goes on where it was stopped. Pretraining
 v-prediction on captioned pictures at uniform timesteps, a tenth of the captions dropped for guidance, an average of the
 weights kept. The preference model is trained by `python -m spo_fast.train_spm` on pairs of the same world.
 `--size large` makes one for a GPU: 64x64 pictures behind a VAE that is trained first (toy.LARGE).
-`--size flow` makes the flow model of the same world (toy.FLOW), which the small one's preference models judge.
+`--size flow` makes the flow model of the same world (toy.FLOW), and an SPM of its own predictions, which starts from
+the small one's PickScore.
 """
 
 from __future__ import annotations
@@ -362,21 +363,20 @@ def new_clip(seed: int, vocab_size: int, size: Size = SMALL) -> Clip:
     return clip
 
 
-def train_preference_model(work_dir: Path, name: str, *flags: str) -> Path:
-    """`python -m spo_fast.train_spm --model toy` on the world's pairs; returns what it saved. Resumes if it must."""
+def train_preference_model(work_dir: Path, name: str, *flags: str, model: str = "toy") -> Path:
+    """`python -m spo_fast.train_spm` on the world's pairs; returns what it saved. Resumes if it must."""
     run_dir = work_dir / name
-    model = run_dir / "preference_model"
     if not (run_dir / "evaluation.json").is_file():
         status = train_spm.main(
             [
-                *("--model", "toy", "--pretrained_model_name_or_path", str(work_dir / "pipeline")),
+                *("--model", model, "--pretrained_model_name_or_path", str(work_dir / "pipeline")),
                 *("--pairs", str(work_dir / "pairs.parquet"), "--output_dir", str(run_dir)),
                 *("--resume_from_checkpoint", "latest", *flags),
             ]
         )
         if status:
             raise RuntimeError(f"the training of {name} ended with status {status}")
-    return model
+    return run_dir / "preference_model"
 
 
 def agreement(pairs: toy_world.LabelledPairs) -> dict[str, float]:
@@ -417,11 +417,11 @@ def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(work_dir / "pipeline", draft)
     record = json.loads((draft / "build.json").read_text())
+    for name in ("spm",) if size.blocks else ("pickscore", "spm"):
+        clip = load_any_clip(work_dir / name / "preference_model")
+        save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
+        record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
     if not size.blocks:
-        for name in ("pickscore", "spm"):
-            clip = load_any_clip(work_dir / name / "preference_model")
-            save_clip(clip, draft / name, {key: value.half() for key, value in clip.state_dict().items()})
-            record[name] = json.loads((work_dir / name / "evaluation.json").read_text())
         record["labels"] = agreement(toy_world.draw_pairs(8192, torch.Generator().manual_seed(PAIRS_SEED + 1)))
     record["base"] = base_scores(work_dir, size)
     (draft / "build.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -444,7 +444,7 @@ def build(
     pipeline = pretrain(work_dir, seed, steps, size, deadline)
     if pipeline is None:
         return False
-    if not size.blocks and not train_judges(work_dir, pipeline, size, seed, pairs, deadline):
+    if not train_judges(work_dir, pipeline, size, seed, pairs, deadline):
         return False
     assemble(work_dir, output_dir, size)
     print(f"the toy's weights: {output_dir}")
@@ -452,17 +452,21 @@ def build(
 
 
 def train_judges(work_dir: Path, pipeline: Path, size: Size, seed: int, pairs: int, deadline: float) -> bool:
-    """PickScore and the SPM on labelled pairs; False if time (monotonic seconds) ran out before one of them."""
+    """PickScore (a flow has the small one's) and the SPM on labelled pairs; False if time (monotonic seconds) ran out
+    before one of them."""
     if not (work_dir / "pairs.parquet").is_file():
         write_pairs(work_dir / "pairs.parquet", pairs, PAIRS_SEED + seed, scale=size.scale)
+    common = ("--seed", str(seed), *precision(size))
+    if time.monotonic() > deadline:
+        return False
+    if size.blocks:
+        train_preference_model(work_dir, "spm", *common, model="toy-flow")
+        return True
     tokenizer = CLIPTokenizerFast.from_pretrained(str(pipeline / "tokenizer"))
     untrained = save_clip(new_clip(seed, len(tokenizer), size), work_dir / "untrained")
-    common = ("--seed", str(seed), *precision(size))
     # its PickScore: a plain CLIP on clean images; in_batch_negatives, as CLIP learns what words mean
     clean = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives")
     longer = ("--num_train_epochs", "4", "--learning_rate", "1e-3", "--init_path", str(untrained))
-    if time.monotonic() > deadline:
-        return False
     pickscore = train_preference_model(work_dir, "pickscore", *clean, *longer, *common)
     if time.monotonic() > deadline:
         return False

@@ -1,7 +1,8 @@
 """Checkpoints: all a run needs to go on as if it had never stopped; a crash leaves the last one whole.
 
-checkpoint-<iteration>/ holds trained.safetensors (float32 masters), averages.safetensors (only when the method keeps
-moving averages of them), optimizer.safetensors, gradients.safetensors (only when an accumulation is under way),
+checkpoint-<iteration>/ holds trained.safetensors (float32 masters), averages.safetensors and
+exported_averages.safetensors (moving averages of them, where the run keeps some), optimizer.safetensors,
+gradients.safetensors (only when an accumulation is under way),
 state.json (counters, settings, non-tensor optimizer state, versions), the LoRA as other software loads it, and
 SHA256SUMS of all that. Of sharded masters (models/sharded.py) shards/ takes the tensors' place: each process's parts,
 as torch.distributed.checkpoint writes them. The directory is written under a temporary name and renamed, so a name
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from spo_fast.data.files import read_json, read_safetensors, set_aside, versions
 from spo_fast.models import sharded
+from spo_fast.models.sharded import AVERAGES, EXPORTED
 from spo_fast.training.optimizer import WeightUpdates, flatten_optimizer, unflatten_optimizer
 from spo_fast.training.processes import ALONE, Group
 from spo_fast.training.run_directory import MismatchError, checkpoints, number, to_disk, write_sums
@@ -79,7 +81,7 @@ def save(
             if p.grad is not None and (state.slots or not learner.policy.holds_gradients)
         }
         kinds = {"trained": learner.policy.state_dict(), "optimizer": optimizer}  # no step yet: it is empty
-        some = {"gradients": gradients, "averages": learner.policy.average_state_dict()}
+        some = {"gradients": gradients, **{kind: learner.policy.average_state_dict(kind) for kind in AVERAGES}}
         kinds |= {kind: tensors for kind, tensors in some.items() if tensors}
         if shards is not None:
             shards.save(temporary / SHARDS, kinds)
@@ -123,6 +125,8 @@ FIXED = (
     "lora_targets",
     "lora_path",
     "full_finetune",
+    "use_rslora",
+    "use_dora",
     "base_weights",
     "optimizer",
     "min_8bit_size",
@@ -153,8 +157,13 @@ def load(
         )
     state = TrainState(**record["state"])
     learner.policy.load_state_dict(_tensors(path, "trained", learner))
-    if learner.policy.averages is not None:
-        learner.policy.load_average_state_dict(_tensors(path, "averages", learner))
+    for kind in learner.policy.kept:
+        if kind == EXPORTED and not (path / SHARDS).is_dir() and not (path / f"{kind}.safetensors").is_file():
+            raise MismatchError(
+                f"{path} has no moving average to export: it was saved without --export_ema. Leave that and "
+                "--ema_decay out, or start again in another --output_dir."
+            )
+        learner.policy.load_average_state_dict(_tensors(path, kind, learner), kind)
     tensors = _tensors(path, "optimizer", learner)
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict(unflatten_optimizer(tensors, record["optimizer"], groups))
@@ -177,14 +186,14 @@ def load(
 
 
 def _tensors(path: Path, kind: str, learner: WeightUpdates) -> dict[str, Tensor]:
-    """trained, optimizer, gradients or averages, as the learner holds them; no gradients is none."""
+    """trained, optimizer, gradients or one of AVERAGES, as the learner holds them; no gradients is none."""
     shards = learner.policy.shards
     if (path / SHARDS).is_dir():
         return _read(path, lambda directory: sharded.load(directory, kind, shards), SHARDS)
     if kind == "gradients" and not (path / "gradients.safetensors").is_file():
         return {}
     tensors = _read(path, read_safetensors, f"{kind}.safetensors")
-    if shards is None or kind == "averages":
+    if shards is None or kind in AVERAGES:
         return tensors
     whole = {name: value.shape == shards.shapes[shards.index(kind, name)] for name, value in tensors.items()}
     return {name: shards.part(value) if whole[name] else value for name, value in tensors.items()}

@@ -19,6 +19,7 @@ from spo_fast.method.experience import Experience, Prediction, Rows, batches
 from spo_fast.method.objectives import Objective, predict_states
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.policy import Policy
+from spo_fast.models.sharded import EXPORTED, SAMPLES
 from spo_fast.training.accumulation import Slot, slots
 from spo_fast.training.checkpoint import TrainState
 from spo_fast.training.diagnosis import ratio_deviations
@@ -64,6 +65,11 @@ class Learner(WeightUpdates):
         if objective.samples_from == "ema":
             policy.keep_averages(objective.ema_decay)
         super().__init__(policy, cfg.optim, cfg.optim.lr_scheduler, total_iterations)
+        if cfg.run.export_ema:
+            steady = objective.samples_from == "ema" and objective.ema_decay == cfg.objective.ema_decay
+            if not steady:
+                policy.keep_averages(cfg.objective.ema_decay, EXPORTED)
+            policy.export_average(SAMPLES if steady else EXPORTED)
         self.last: LastBatch | None = None
         self.deviations: dict[int, float] | None = None  # of the ratio from 1 before the first step, by timestep
         self.nonfinite: Tensor | float = 0.0  # NaN if a loss since the last step was not finite, else 0

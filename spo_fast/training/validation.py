@@ -152,8 +152,9 @@ class Validator:
         return pixels, self.scorer(Candidates(None, latents, now, text, 1, lambda _: pixels, count))
 
     def show(self, name: str) -> Validation | None:
-        """Validate and write samples/<name>.png, a row a prompt."""
-        result = self.validate()
+        """Validate what is exported and write samples/<name>.png, a row a prompt."""
+        with self.policy.exported():
+            result = self.validate()
         if result is None:
             return None
         images, score = result
@@ -216,7 +217,9 @@ class Validator:
     def look(self, log: MetricsLog, timer: Timer, done: int) -> dict[str, object]:
         """The grid and scores of the weights after so many iterations: what to log."""
         with timer("validate"):
-            shown, accuracy = self.show(f"step-{done}"), self.held_out_accuracy()
+            shown = self.show(f"step-{done}")
+            with self.policy.exported():
+                accuracy = self.held_out_accuracy()
         found: dict[str, object] = {} if accuracy is None else {"validation_accuracy": accuracy}
         if shown is None:
             return found

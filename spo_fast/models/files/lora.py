@@ -13,18 +13,17 @@ UNet's, and styles may mix. What of a file is not used is an error: other loader
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeAlias
 
-from spo_fast.data.files import read_header, read_json, read_metadata, read_safetensors
-from spo_fast.models.files.lora_files import PEFT_CONFIG, PEFT_FILE, find_lora
+from spo_fast.data.files import read_header, read_metadata, read_safetensors
+from spo_fast.models.files.lora_files import find_lora
+from spo_fast.models.files.lora_settings import Refuse, Told
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     LoraNetwork: TypeAlias = UNet2DConditionModel | FlowTransformer
     from spo_fast.config.training import AdapterConfig
 
-Refuse = Callable[[str], NoReturn]  # raises ValueError: the file's name and what is wrong
 DOWN = r"(?:\.lora_down|[._]lora\.down|\.lora_linear_layer\.down|\.lora_A)"
 UP = r"(?:\.lora_up|[._]lora\.up|\.lora_linear_layer\.up|\.lora_B)"
 ENDINGS = {
@@ -44,30 +42,23 @@ ENDINGS = {
     "up_bias": UP + r"\.bias",
     "mid": r"\.lora_mid\.weight",
     "alpha": r"(?:[._]lora)?\.alpha",
+    "magnitude": r"\.(?:dora_scale|lora_magnitude_vector(?:\.weight)?)",
     "weight": r"\.(?:diff|w_norm)",  # ComfyUI's and LyCORIS' changes of what has no two matrices
     "bias": r"\.(?:diff_b|b_norm)",
 }
-PEFT_NAME = re.compile(r"base_model\.model\.")
+OF_TWO = ("down", "up", "up_bias", "mid", "alpha", "magnitude")
+"""Of these what belongs to two matrices."""
 PREFIX = re.compile(
     r"(?:base_model\.model\.|model\.|diffusion_model\.|unet\.|transformer\.|lora_unet[._]|lora_transformer_|lycoris_)*"
 )
 TEXT = re.compile(r"(?:base_model\.model\.)?(?:lora_te\d*[._]|text_encoders?\w*\.|te\d?\.|clip_[lg]\.|text_model\.)")
 OTHER_KINDS = {
-    "a DoRA": r"\.dora_scale$|\.lora_magnitude_vector",
     "a LoHa": r"\.hada_\w+$",
     "a LoKr": r"\.lokr_\w+$",
     "an OFT": r"\.b?oft_\w+",
     "an (IA)3": r"\.(?:on_input|ia3_l\b)",
     "a GLoRA": r"\.[ab][12]\.weight$",
 }
-# of a LoraConfig: what is read, and what changes nothing once a LoRA was trained
-READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-HARMLESS = {
-    *("target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "inference_mode", "revision", "task_type"),
-    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "layers_to_transform", "layers_pattern"),
-    *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "lora_bias"),
-}
-PLAIN_STARTS = (True, "gaussian", "eva", "orthogonal")  # of the matrices; others change the base's weights as well
 
 
 class Layer(NamedTuple):
@@ -84,6 +75,8 @@ class Lora:
 
     layers: dict[str, Layer]  # by the layer's name in the network
     changes: dict[str, Tensor]  # what is added to weights and biases, by their names
+    magnitudes: dict[str, Tensor]
+    """Of a DoRA the norm of each row of a layer, (D') or (C'): V = W + scale * up @ down becomes magnitude V / |V|."""
     has_alpha: bool
     """Otherwise alpha is each layer's rank, as every loader has it."""
 
@@ -95,6 +88,7 @@ class Lora:
         ]
         text = f"a LoRA on {len(self.layers)} layers, rank {shown[0]}, alpha {shown[1]}"
         text += "" if self.has_alpha else " (the file gives none: the rank)"
+        text = text.replace("a LoRA", "a DoRA", 1) if self.magnitudes else text
         return text + (f", and {len(self.changes)} changed weights and biases" if self.changes else "")
 
 
@@ -190,15 +184,17 @@ def read_file(file: Path, network: LoraNetwork) -> Lora:
     tensors = _of_flux(tensors, known, refuse)
     parts = _parts(tensors, known, refuse)
     layers: dict[str, Layer] = {}
+    magnitudes: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
     for layer, names in parts.items():
         found = {what: tensors[name] for what, name in names.items()}
         _check_values(found, names, refuse)
         if "down" in found and "up" in found:
             layers[layer] = _layer(layer, found, weights[layer], told, refuse)
+            magnitudes |= _magnitude(layer, found, weights[layer][0], refuse)
             if "up_bias" in found:
                 changes[f"{layer}.bias"] = layers[layer].scale * found["up_bias"].double()
-        elif lonely := next((what for what in ("down", "up", "up_bias", "mid", "alpha") if what in found), None):
+        elif lonely := next((what for what in OF_TWO if what in found), None):
             lack = {"down": "its lora_up", "up": "its lora_down"}.get(lonely, "the two matrices that belong to it")
             refuse(f"is damaged: {names[lonely]:.100} is there without {lack}. Save it again.")
         if "weight" in found and layer in layers:
@@ -210,18 +206,24 @@ def read_file(file: Path, network: LoraNetwork) -> Lora:
             changes[f"{layer}.weight"] = weight.float() if weight.itemsize == 1 else weight
         if "bias" in found:
             changes[f"{layer}.bias"] = changes.get(f"{layer}.bias", 0) + found["bias"].double()
-        for what in ("weight", "bias"):
-            shape = weights[layer] if what == "weight" else weights[layer][:1]
-            if (change := changes.get(f"{layer}.{what}")) is not None and change.shape != shape:
-                given = tuple(change.shape)
-                refuse(f"belongs to another base model: its {layer}.{what} is {given}, here it is {tuple(shape)}.")
+        _check_shapes(layer, changes, weights[layer], refuse)
+    if len(magnitudes) < len(layers) and (magnitudes or told.is_dora):
+        refuse("is a DoRA without the magnitudes of some of its layers. Save it again.")
     has_alpha = told.alpha is not None or any("alpha" in names for names in parts.values())
     kohya, ranks = read_metadata(file).get("ss_network_alpha", ""), {len(x.down) for x in layers.values()}
     if not has_alpha and re.fullmatch(r"\d+(\.\d+)?", kohya) and ranks - {float(kohya)}:
         refuse(
             f"lost its alphas: its metadata says {kohya:.20} (ss_network_alpha), its tensors none. Download it again."
         )
-    return Lora(layers, changes, has_alpha)
+    return Lora(layers, changes, magnitudes, has_alpha)
+
+
+def _check_shapes(layer: str, changes: dict[str, Tensor], weight: tuple[int, ...], refuse: Refuse) -> None:
+    """Of the changes of a layer's weight and bias; weight: its shape."""
+    for what, shape in (("weight", weight), ("bias", weight[:1])):
+        if (change := changes.get(f"{layer}.{what}")) is not None and change.shape != shape:
+            given = tuple(change.shape)
+            refuse(f"belongs to another base model: its {layer}.{what} is {given}, here it is {tuple(shape)}.")
 
 
 def _of_flux(tensors: dict[str, Tensor], known: Collection[str], refuse: Refuse) -> dict[str, Tensor]:
@@ -324,94 +326,20 @@ def _layer(layer: str, found: dict[str, Tensor], weight: tuple[int, ...], told: 
     return Layer(down.reshape(down_shape), up.reshape(up_shape), told.scale(layer, rank, alpha, refuse))
 
 
+def _magnitude(layer: str, found: dict[str, Tensor], rows: int, refuse: Refuse) -> dict[str, Tensor]:
+    """layer -> its magnitudes, (rows), if it has some."""
+    if (value := found.get("magnitude")) is None:
+        return {}
+    # LyCORIS can have one for each column, (1, D); PEFT has (1, C', 1, 1) of a convolution
+    if value.numel() != rows or (value.ndim == 2 and len(value) != rows):
+        refuse(f"has magnitudes of {tuple(value.shape)} on {layer}: one for each of {rows} rows is read. Merge it.")
+    return {layer: value.flatten()}
+
+
 def _alike(shape: Sequence[int], wanted: Sequence[int]) -> bool:
     """The same but for ones at the end."""
     longest = max(len(shape), len(wanted))
     return [*shape, *[1] * (longest - len(shape))] == [*wanted, *[1] * (longest - len(wanted))]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a LoRA's settings say: diffusers keeps PEFT's LoraConfig in the file's metadata, PEFT in a file beside."""
-
-    alpha: float | None
-    alphas: dict[str, float]  # patterns of layers
-    rank: int | None
-    ranks: dict[str, int]
-    by_root: bool  # rsLoRA
-
-    @classmethod
-    def of(cls, file: Path, refuse: Refuse) -> Told:
-        """What a file's metadata says of its LoRA."""
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as f:
-            text = (f.metadata() or {}).get("lora_adapter_metadata")
-        beside = file.with_name(PEFT_CONFIG)
-        config: dict[str, Any] = {}  # JSON, checked below
-        if text is not None:
-            written = None
-            with contextlib.suppress(ValueError, RecursionError):
-                written = json.loads(text)
-            if not isinstance(written, dict):
-                refuse("is damaged: its lora_adapter_metadata is no JSON object. Save it again.")
-            told = [(re.match(r"(?:unet|transformer)\.", key), key, value) for key, value in written.items()]
-            config = {key[m.end() :]: value for m, key, value in told if m}
-            config = config or {key: value for key, value in written.items() if "." not in key}
-        elif file.name == PEFT_FILE or (beside.is_file() and any(map(PEFT_NAME.match, read_header(file)))):
-            if not beside.is_file():
-                refuse(
-                    f"is PEFT's, which writes {PEFT_CONFIG} beside it, where alpha stands: it is missing. Copy it too."
-                )
-            config = read_json(beside)
-        if not config:
-            return cls(None, {}, None, {}, False)
-        odd = [key for key, value in config.items() if key not in READ | HARMLESS and not _says_nothing(key, value)]
-        if odd:
-            refuse(f"was trained with {odd[0]:.40}={config[odd[0]]!s:.40}, which is not read here. Merge it.")
-        alpha, rank = config.get("lora_alpha"), config.get("r")
-        patterns = [config.get(key) or {} for key in ("alpha_pattern", "rank_pattern")]
-        numbers = [
-            alpha,
-            *([] if rank is None else [rank]),
-            *(v for p in patterns if isinstance(p, dict) for v in p.values()),
-        ]
-        if not all(isinstance(p, dict) for p in patterns) or not all(_positive(n) for n in numbers):
-            refuse(
-                "is damaged: its settings must give lora_alpha, and any patterns, as positive numbers. Save it again."
-            )
-        return cls(alpha, patterns[0], rank, patterns[1], bool(config.get("use_rslora")))
-
-    def scale(self, layer: str, rank: int, alpha: float | None, refuse: Refuse) -> float:
-        """alpha / rank of a layer; alpha: what the file's own tensor says."""
-        if self.alpha is None:
-            return 1.0 if alpha is None else alpha / rank
-        from peft.utils.other import get_pattern_key
-
-        try:
-            told = self.ranks.get(get_pattern_key(list(self.ranks), layer), self.rank)
-            mine = self.alphas.get(get_pattern_key(list(self.alphas), layer), self.alpha)
-        except re.error as error:
-            refuse(f"is damaged: its rank_pattern or alpha_pattern is no pattern ({error}). Save it again.")
-        if told is not None and told != rank:
-            refuse(f"is damaged: {layer} has rank {rank}, but its settings say {told}. Save it again.")
-        scale = mine / (math.sqrt(rank) if self.by_root else rank)
-        if alpha is not None and not math.isclose(scale, alpha / rank, rel_tol=1e-3):  # alphas are kept in 16 bits too
-            refuse(
-                f"contradicts itself: {layer} has alpha {alpha:g}, its settings say {scale * rank:g}. Save it again."
-            )
-        return scale
-
-
-def _says_nothing(key: str, value: object) -> bool:
-    """A setting of a LoraConfig that is off."""
-    if key == "init_lora_weights":
-        return not value or value in PLAIN_STARTS
-    return not value or (key, value) == ("bias", "none")
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 # -------------------------------------------------------------------------------------------------------- to be used
@@ -436,7 +364,13 @@ def apply_lora(file: Path, network: LoraNetwork) -> Lora:
             now.data = (now.data + change.to(now.device)).to(now.dtype)
     if lora.layers:
         ranks = {f"^{re.escape(name)}": len(layer.down) for name, layer in lora.layers.items()}
-        config = LoraConfig(r=1, rank_pattern=ranks, target_modules=list(lora.layers), init_lora_weights=False)
+        config = LoraConfig(
+            r=1,
+            rank_pattern=ranks,
+            target_modules=list(lora.layers),
+            init_lora_weights=False,
+            use_dora=bool(lora.magnitudes),
+        )
         with torch.random.fork_rng(devices=[]):  # PEFT draws the matrices that are replaced here
             network.add_adapter(config)
         worn = dict(lora_layers(network))
@@ -445,6 +379,9 @@ def apply_lora(file: Path, network: LoraNetwork) -> Lora:
         for name, (down, up, scale) in lora.layers.items():
             for matrix, value in ((worn[name].lora_A, down), (worn[name].lora_B, up)):
                 matrix["default"].weight.data = value.to(network.device, network.dtype)
+            if name in lora.magnitudes:
+                place = worn[name].lora_magnitude_vector["default"].get_parameter("weight")
+                place.data = lora.magnitudes[name].to(network.device, network.dtype).view_as(place)
             worn[name].scaling["default"] = scale
     network.requires_grad_(False).eval()
     return lora
@@ -460,6 +397,11 @@ def read_lora(path: str | Path, network: LoraNetwork, adapter: AdapterConfig) ->
     found = {}
     for name, layer in lora.layers.items():
         found[f"{name}.lora_A.default.weight"], found[f"{name}.lora_B.default.weight"] = layer.down, layer.up
+    for name, magnitude in lora.magnitudes.items():  # (D'), or (1, C', 1, 1) of a convolution
+        shape = (-1,) if lora.layers[name].down.ndim == 2 else (1, -1, 1, 1)
+        found[f"{name}.lora_magnitude_vector.default.weight"] = magnitude.view(shape)
+    if bool(lora.magnitudes) != adapter.use_dora:
+        raise ValueError(f"{label} is {'a DoRA: use' if lora.magnitudes else 'no DoRA: leave out'} --use_dora.")
     if (ranks := sorted({len(layer.down) for layer in lora.layers.values()})) != [adapter.rank]:
         raise ValueError(
             f"{label} has rank {', '.join(map(str, ranks))!s:.60}, but --rank is {adapter.rank}: use the same."
@@ -468,7 +410,7 @@ def read_lora(path: str | Path, network: LoraNetwork, adapter: AdapterConfig) ->
         targets = " ".join(sorted({_ending(layer) for layer in lora.layers}))
         why = f"is on other layers than --lora_targets: use --lora_targets {targets:.190}, or another file."
         raise ValueError(f"--lora_path {_shown(file, f'--lora_path {why}')} {why}")
-    alphas = sorted({layer.scale * adapter.rank for layer in lora.layers.values()})
+    alphas = sorted({layer.scale * adapter.alpha / adapter.scale for layer in lora.layers.values()})
     if not math.isclose(alphas[0], alphas[-1], rel_tol=1e-6):
         shown = f"{alphas[0]:g} to {alphas[-1]:g}"
         raise ValueError(f"{label} has alphas of {shown}: training goes on from one alpha for all layers only.")

@@ -50,6 +50,33 @@ def written_settings(config: LoraConfig) -> dict[str, object]:
     return {key: value for key, value in config.to_dict().items() if key in always or value != plain[key]}
 
 
+MAGNITUDE = ".lora_magnitude_vector"
+
+
+def plain_alpha(settings: Mapping[str, object]) -> float:
+    """What a program that divides alpha by the rank must be told: of an rsLoRA alpha sqrt(rank)."""
+    config = {"use_rslora": False, **settings}
+    alpha, rank = float(str(config["lora_alpha"])), int(str(config["r"]))
+    return alpha * rank**0.5 if config["use_rslora"] else alpha
+
+
+def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained weights by the names of PEFT's own files, which leave out the adapter's."""
+    ours = f"{MAGNITUDE}.default.weight"
+    return {
+        (n.removesuffix(ours) + MAGNITUDE if n.endswith(ours) else n.replace(".default.", ".")): value
+        for n, value in weights.items()
+    }
+
+
+def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A DoRA's, layer -> (D', 1) or (C', 1, 1, 1), as programs other than PEFT have them."""
+    downs = {name: state[f"{name.removesuffix(MAGNITUDE)}.lora_A.weight"] for name in state if name.endswith(MAGNITUDE)}
+    return {
+        name.removesuffix(MAGNITUDE): state[name].reshape(-1, *[1] * (down.ndim - 1)) for name, down in downs.items()
+    }
+
+
 def save_unet_lora(
     kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
 ) -> list[Path]:
@@ -72,16 +99,18 @@ def save_unet_lora(
     writer.save_lora_weights(
         save_directory=directory, unet_lora_layers=layers, unet_lora_adapter_metadata=dict(settings)
     )
-    kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in state.items()})
+    layers = {name: value for name, value in state.items() if "lora_magnitude_vector" not in name}
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in layers.items()})
+    kohya |= {f"lora_unet_{name.replace('.', '_')}.dora_scale": value for name, value in _magnitudes(state).items()}
     if kind == "sdxl":  # diffusers reads these two layers' LoRA by their names in the original network only
         for ours, theirs in (("add_embedding_linear", "label_emb_0"), ("time_embedding_linear", "time_embed")):
             for number, place in ((1, 0), (2, 2)):
                 old, new = f"lora_unet_{ours}_{number}.", f"lora_unet_{theirs}_{place}."
                 kohya = {name.replace(old, new): value for name, value in kohya.items()}
-    alpha = settings["lora_alpha"]
+    alpha = plain_alpha(settings)
     for name in kohya:
         if name.endswith(".alpha"):  # diffusers writes the rank
-            kohya[name] = torch.tensor(float(alpha))  # type: ignore[arg-type]  # of a LoraConfig
+            kohya[name] = torch.tensor(alpha)
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings["r"]),
@@ -111,8 +140,9 @@ def save_transformer_lora(
         transformer_lora_layers=state,
         transformer_lora_adapter_metadata=dict(settings),
     )
-    alpha = torch.tensor(float(settings["lora_alpha"]))  # type: ignore[arg-type]  # of a LoraConfig
-    tensors = {f"transformer.{name}": value for name, value in state.items()}
+    alpha = torch.tensor(plain_alpha(settings))
+    tensors = {f"transformer.{name}": value for name, value in state.items() if not name.endswith(MAGNITUDE)}
+    tensors |= {f"transformer.{name}.dora_scale": value for name, value in _magnitudes(state).items()}
     downs = [name for name in tensors if name.endswith(".lora_A.weight")]
     tensors |= {f"{name.removesuffix('.lora_A.weight')}.alpha": alpha.clone() for name in downs}
     save_file(tensors, directory / COMFYUI_FILE, metadata={"format": "pt"})

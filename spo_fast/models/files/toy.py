@@ -127,8 +127,8 @@ def flags_of(directory: Path, scorers: bool = True) -> list[str]:
 
 
 def toy_files(weights: Path = WEIGHTS) -> dict[str, Path]:
-    """A shipped toy: its pipeline (model), WEIGHTS or FLOW_WEIGHTS, and preference models of both (spm, pickscore)."""
-    found = {"model": weights, "spm": WEIGHTS / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
+    """A shipped toy: its pipeline (model), WEIGHTS or FLOW_WEIGHTS, its spm, and the pickscore of both."""
+    found = {"model": weights, "spm": weights / "spm" / "model.safetensors", "pickscore": WEIGHTS / "pickscore"}
     for path in found.values():
         if not path.exists():
             raise FileNotFoundError(

@@ -23,7 +23,7 @@ class FakeLearner(Learner):
 
     def __init__(self, run: FakeRun):
         cfg, policy = run.cfg, run.policy
-        policy.averages = None
+        policy.kept.clear()
         for master in policy.masters:
             master.grad = None  # of the prediction before
         whole = replace(cfg, optim=replace(cfg.optim, optimizer="adamw"))  # its steps are not taken

@@ -59,7 +59,7 @@ class HeldBytes:
             "float32 masters": self.of(_own(cfg, copies)),
             "merged weights": 0 if full or cfg.sample.rollout_weights != "merged" else self.of(merged),
             "optimizer state": sum(map(self.rounded, state)),
-            "moving averages": self.of(policy.averages or ()),
+            "moving averages": sum(self.of(average.tensors) for average in policy.kept.values()),
             "reference copy": self.of(_tensors(copy) if (copy := policy._frozen_copy) else policy._start or ()),
             "VAE": self.of(_tensors(vae)),
             **{f"scorer {name}": self.of(found) for name, found in weights.items()},
