@@ -439,6 +439,10 @@ class Config(Settings):
             f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
             "--rollout_weights unmerged, or --base_weights full.",
         )
+        require(
+            not (self.run.export_ema and self.optim.optimizer == "schedulefree"),
+            "optimizer=schedulefree exports an average of its own: leave out --export_ema and --ema_decay.",
+        )
         odd = f"base_weights={rounded}" if rounded != "full" else f"rollout_weights={self.sample.rollout_weights}"
         require(
             not self.adapter.use_dora or (rounded == "full" and self.sample.rollout_weights != "merged"),
