@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -362,6 +363,26 @@ class DataConfig(Section):
     """Use only the first so many prompts. The toy preset's limit is for the built-in list only."""
     prompt_cache_dir: str | None = None
     """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
+    resolutions: tuple[str, ...] = ()
+    """Several sizes, WIDTHxHEIGHT in pixels, such as 1024x1024 832x1216 1216x832: iterations draw them in turn, each
+    one of them. Validation and predictions are of the largest. Default: height and width alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.resolutions:
+            require(
+                re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text) is not None,
+                f"resolutions: {text!r:.40} is no size. Write WIDTHxHEIGHT in pixels, such as 832x1216.",
+            )
+        require(
+            len(set(self.resolutions)) == len(self.resolutions),
+            "resolutions names a size twice: leave one of them out.",
+        )
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each of `resolutions`."""
+        return [(int(height), int(width)) for width, height in (text.split("x") for text in self.resolutions)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,6 +434,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         if not isinstance(self.objective, section := objective_section()):
             object.__setattr__(self, "objective", section(**vars(self.objective)))
+        self._take_largest()
         trained = {name_and_weight(entry)[0] for entry in self.scorer.scorer}
         shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
         require(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
@@ -447,6 +469,28 @@ class Config(Settings):
         require(
             not self.adapter.use_dora or (rounded == "full" and self.sample.rollout_weights != "merged"),
             f"{odd} knows plain LoRAs alone: leave it or use_dora out.",
+        )
+
+    def _take_largest(self) -> None:
+        """Of several sizes; what is drawn and predicted without being told another."""
+        if not (sizes := self.data.sizes):
+            return
+        height, width = largest = max(sizes, key=lambda size: size[0] * size[1])
+        given = (self.model.height, self.model.width)
+        require(
+            given in ((None, None), largest),
+            f"height and width are {given[0]} and {given[1]}, but the largest of resolutions is {width}x{height}: "
+            "leave height, width and resolution out.",
+        )
+        object.__setattr__(self, "model", dataclasses.replace(self.model, height=height, width=width))
+        method = self.objective.method
+        require(
+            not find_method(method).on_pairs,
+            f"resolutions: --method {method} reads labelled pairs as square images of one size. Use --resolution.",
+        )
+        require(
+            len(sizes) < 2 or not self.engine.cuda_graphs,
+            "cuda_graphs would keep the memory of each of resolutions: leave one of them out.",
         )
 
     model: ModelConfig = field(default_factory=ModelConfig)
