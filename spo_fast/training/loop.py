@@ -16,7 +16,7 @@ from spo_fast.training.monitor.warnings import Watch
 from spo_fast.training.plan.fit_memory import is_out_of_memory, out_of_memory
 from spo_fast.training.scorer import with_scorer
 from spo_fast.training.setup import Parts
-from spo_fast.training.sizes import size_of
+from spo_fast.training.sizes import check_sizes, size_of
 
 
 class Run(Parts):
@@ -40,6 +40,7 @@ class Run(Parts):
         return self.run_dir
 
     def _train(self, timer: Timer) -> None:
+        check_sizes(self)
         outputs.announce(self)
         with timer("encode prompts"):
             batches.encode_first(self)

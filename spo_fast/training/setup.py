@@ -19,7 +19,6 @@ from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.plan.fit_memory import choose_for
 from spo_fast.training.run import TrainingRun
 from spo_fast.training.scorer import check_ranges, make_scorer
-from spo_fast.training.sizes import check_sizes
 from spo_fast.training.validation import Validator
 
 
@@ -48,7 +47,6 @@ class Parts(TrainingRun[Config], Iterates):
         )
         prompt_cache = cfg.data.prompt_cache_dir or self.run_dir / "prompt_cache"
         self.model = load_model(cfg.model, resolved, self.device, prompt_cache)
-        check_sizes(self)
         self.policy, picked = accelerate.make_policy(self.model, cfg, self.group.size)
         self.choices += picked
         self.objective = make_objective(cfg.objective)
