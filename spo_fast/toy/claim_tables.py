@@ -412,10 +412,10 @@ def plot(records: Mapping[str, Any], path: Path) -> None:
 RULE = (
     f"A verdict is looked for at {', '.join(map(str, LOOKS))} seeds, paired by seed: the difference must exceed "
     f"{', '.join(f'{off:.2f}' for off in LOOKS.values())} standard errors (Student's t, .0125 at each look), so a "
-    "claim about no difference gets one in at most 5 % of cases. The rule was written when the first three seeds of the "
-    "paper's claims were known, and before any of reinforcement learning's. Undecided ones have their interval by it, and the "
-    "seeds that would settle them four times of five if what is seen is true. The last column but one takes the best "
-    "point of each run whose layouts are kept, instead of its end."
+    "claim about no difference gets one in at most 5 % of cases. The rule was written when the first three seeds of "
+    "the paper's claims were known, and before any of reinforcement learning's. Undecided ones have their interval by "
+    "it, and the seeds that would settle them four times of five if what is seen is true. The last column but one "
+    "takes the best point of each run whose layouts are kept, instead of its end."
 )
 
 
