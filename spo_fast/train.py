@@ -13,7 +13,7 @@ from spo_fast.config.errors import RunError
 from spo_fast.config.methods import check_read, find_method
 from spo_fast.config.optional_packages import check_extras
 from spo_fast.config.presets import PRESETS
-from spo_fast.config.recipes import ETAS, MEMORY, RECIPES
+from spo_fast.config.recipes import ETAS, MEMORY, RECIPES, optimizer_rate
 from spo_fast.config.training import Config
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.models.files.lora_files import find_lora
@@ -51,7 +51,14 @@ def parse(arguments: list[str] | None = None) -> Config:
             first = {"branch_start": None}
         elif source.get("branch_start") is not None and "branch_sigma" not in source:
             first = {"branch_sigma": None}
-        return method | first | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
+        return (
+            method
+            | first
+            | RECIPES[source.get("recipe", "default")](given)
+            | less_memory
+            | noise
+            | optimizer_rate(source)
+        )
 
     cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, named)

@@ -13,7 +13,7 @@ from spo_fast.config import command, errors, flags
 from spo_fast.config.optional_packages import check_extras
 from spo_fast.config.preference import PreferenceConfig
 from spo_fast.config.presets import PREFERENCE_PRESETS
-from spo_fast.config.recipes import latent_recipe
+from spo_fast.config.recipes import latent_recipe, optimizer_rate
 from spo_fast.evaluation.required_files import resolve
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def parse(arguments: list[str] | None = None) -> PreferenceConfig:
     parser = flags.build_parser(PREFERENCE_PRESETS, "python -m spo_fast.train_spm", ABOUT, EXAMPLES)
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-        return latent_recipe(given) if source.get("parameterisation") == "latent" else {}
+        latent = latent_recipe(given) if source.get("parameterisation") == "latent" else {}
+        return latent | optimizer_rate(source)
 
     return flags.parse(parser, PREFERENCE_PRESETS, arguments, recipe)[0]
 

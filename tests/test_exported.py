@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import SMALL, assert_same_end, assert_same_tensors, built, command_line, killed_run, run_toy
+import yaml
+from runs import PAIRS, SMALL, assert_same_end, assert_same_tensors, built, command_line, killed_run, run_toy
 from safetensors.torch import load_file
 
 from spo_fast import train
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.sections import AdamConfig
 from spo_fast.models.files.lora_files import LORA_FILE
 from spo_fast.training import batches
 from spo_fast.training.monitor.timer import Timer
+from spo_fast.training.optimizer import make_optimizer
+from spo_fast.training.setup import check_processes
 
 TWO = {"max_train_steps": 2, "checkpointing_steps": 1, "num_validation_images": 1}
 EMA = {"ema_decay": 0.75, "train_batch_size": 1, "learning_rate": 1e-2}
@@ -129,3 +135,84 @@ def test_what_does_not_go_together_is_one_line(
     assert train.main(command_line({**SMALL, **settings, "output_dir": tmp_path})) in (1, 2)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and len(error) <= 310
+
+
+# ------------------------------------------------------------------------------------------------- other optimizers
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "prodigy": {"optimizer": "prodigy", "learning_rate": None, "adam_weight_decay": 0.01},
+    "prodigy, warm": {"optimizer": "prodigy", "learning_rate": 0.5, "lr_warmup_steps": 1, "lr_scheduler": "cosine"},
+    "schedulefree": {"optimizer": "schedulefree", "learning_rate": 2e-3, "lr_warmup_steps": 3},
+    "schedulefree, 16 bits": {"optimizer": "schedulefree", "mixed_precision": "bf16", "learning_rate": 2e-3},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizers_go_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """With a validation before each step, and a step that only one of them resumes after."""
+    pytest.importorskip("prodigyopt" if "prodigy" in kind else "schedulefree")
+    more = {**TWO, "max_train_steps": 3, "train_batch_size": 1, **OPTIMIZERS[kind]}
+    whole = run_toy(tmp_path / "whole", **more)
+    assert yaml.safe_load((whole / "config.yaml").read_text())["learning_rate"] == (more["learning_rate"] or 1.0)
+    killed = killed_run(tmp_path / "killed", monkeypatch, 2, **more)
+    run_toy(killed, **more, resume_from_checkpoint="latest")
+    assert_same_end(whole, killed)
+    found = [json.loads((run / "checkpoint-3" / "state.json").read_text())["optimizer"] for run in (whole, killed)]
+    assert found[0] == found[1] and found[0]["group"]["k"] > PAIRS
+    quiet = run_toy(tmp_path / "quiet", **{**more, "num_validation_images": 0})
+    assert_same_tensors(whole / "checkpoint-3" / "trained.safetensors", quiet / "checkpoint-3" / "trained.safetensors")
+
+
+def test_prodigy_finds_its_rate() -> None:
+    """Of |x - 3|: d grows from 1e-6 and x comes near; AdamW's rate of 1e-6 would have moved it by 2e-4."""
+    pytest.importorskip("prodigyopt")
+    x = torch.zeros(1, requires_grad=True)
+    optimizer = make_optimizer([x], AdamConfig(optimizer="prodigy", learning_rate=1.0, adam_weight_decay=0.0))
+    for _ in range(200):
+        x.grad = torch.sign(x.detach() - 3)
+        optimizer.step()
+    assert abs(float(x.detach()) - 3) < 1 and optimizer.param_groups[0]["d"] > 1e-3
+
+
+def test_schedule_free_exports_the_average_of_its_steps(tmp_path: Path) -> None:
+    """Defazio et al., 2405.15682, eq. 2 to 4 in float64 on given gradients: x = (1 - c) x + c z, c = 1 / t."""
+    pytest.importorskip("schedulefree")
+    run = built(tmp_path / "run", optimizer="schedulefree", learning_rate=1e-2, adam_weight_decay=0.0)
+    learner, draw = run.learner, torch.Generator().manual_seed(1)
+    z = {n: v.double().clone() for n, v in run.policy.state_dict().items()}
+    x, v = {n: z[n].clone() for n in z}, {n: torch.zeros_like(z[n]) for n in z}
+    for t in range(1, 6):
+        for name, master in zip(run.policy.names, run.policy.masters, strict=True):
+            y = 0.1 * z[name] + 0.9 * x[name]
+            torch.testing.assert_close(master.detach().double(), y, rtol=1e-5, atol=1e-6)
+            master.grad = torch.randn(master.shape, generator=draw)
+            g = master.grad.double()
+            v[name] = 0.999 * v[name] + 0.001 * g**2
+            z[name] = z[name] - 1e-2 * g / ((v[name] / (1 - 0.999**t)).sqrt() + 1e-8)
+            x[name] = (1 - 1 / t) * x[name] + z[name] / t
+        learner.optimizer.step()
+    whole = run.policy.whole()
+    for name in whole:
+        torch.testing.assert_close(whole[name].double(), x[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "optimizer=schedulefree has no schedule"),
+        ({"optimizer": "schedulefree", "ema_decay": 0.99}, "exports an average of its own"),
+        ({"optimizer": "prodigy", "learning_rate": 0}, "learning_rate"),
+    ],
+)
+def test_optimizers_refuse_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], message: str
+) -> None:
+    assert train.main(command_line({**SMALL, **settings, "output_dir": tmp_path})) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) <= 310
+
+
+def test_shards_take_adamw_alone() -> None:
+    cfg = PRESETS["toy"]().with_fields(full_finetune=True, optimizer="prodigy")
+    with pytest.raises(ValueError, match="--optimizer prodigy cannot be cut into. Use --optimizer adamw"):
+        check_processes(cfg, 2)

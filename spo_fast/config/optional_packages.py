@@ -11,13 +11,15 @@ from typing import Any
 NEEDS = {  # (setting, value) -> package, extra of this one, value that needs neither
     ("optimizer", "adamw8bit"): ("bitsandbytes", "8bit", "adamw"),
     ("optimizer", "paged_adamw8bit"): ("bitsandbytes", "8bit", "adamw"),
+    ("optimizer", "prodigy"): ("prodigyopt", "prodigy", "adamw"),
+    ("optimizer", "schedulefree"): ("schedulefree", "schedulefree", "adamw"),
     ("base_weights", "nf4"): ("bitsandbytes", "8bit", "int8"),
     ("attention", "xformers"): ("xformers", "xformers", "auto"),
     ("report_to", "tensorboard"): ("tensorboard", "tensorboard", "none"),
     ("report_to", "wandb"): ("wandb", "wandb", "none"),
 }
 
-LEAST = {"bitsandbytes": (0, 50)}
+LEAST = {"bitsandbytes": (0, 50), "prodigyopt": (1, 1), "schedulefree": (1, 4)}
 """Versions of pyproject.toml's extras; bitsandbytes 0.48 and 0.49 import, but have no 8-bit optimizer on a CPU."""
 
 

@@ -59,6 +59,11 @@ def small(given: Mapping[str, Any]) -> dict[str, Any]:
 MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
 
 
+def optimizer_rate(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Prodigy multiplies the rate that it finds by learning_rate."""
+    return {"learning_rate": 1.0} if source.get("optimizer") == "prodigy" else {}
+
+
 # by the value of --sampler: the published eta, of flow_sde that of SD3.5 (FLUX .8 to .9, Qwen-Image 1.2)
 ETAS = {"ddim": 1.0, "flow_sde": 0.7, "cps": 0.8, "dance": 0.3}
 

@@ -128,8 +128,10 @@ class AdamConfig(Section):
 
     learning_rate: Positive = 6e-5
     """Peak learning rate, per optimizer step."""
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """torch AdamW, or bitsandbytes' 8-bit AdamW with resident or paged state (resident after a resume)."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "prodigy", "schedulefree"] = "adamw"
+    """torch AdamW; bitsandbytes' 8-bit AdamW with resident or paged state (resident after a resume); prodigy, which
+    finds the learning rate itself (learning_rate, a factor of it, is 1 then); schedulefree, an AdamW without a schedule
+    whose average of all steps is what is exported (it needs a larger rate, warmed up over lr_warmup_steps)."""
     min_8bit_size: Whole = 4096
     """Elements: 8-bit optimizers keep the state of smaller tensors in float32."""
     adam_beta1: Share = 0.9
@@ -154,6 +156,10 @@ class AdamConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         decay = self.learning_rate * self.adam_weight_decay
+        require(
+            self.optimizer != "schedulefree" or getattr(self, "lr_scheduler", "constant") == "constant",
+            "optimizer=schedulefree has no schedule: use --lr_scheduler constant (--lr_warmup_steps warms it up).",
+        )
         require(
             decay < 1, f"learning_rate x adam_weight_decay is {decay:g}: from 1 on a step turns the weights around."
         )

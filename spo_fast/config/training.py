@@ -30,12 +30,12 @@ from spo_fast.config.fields import (
     require,
 )
 from spo_fast.config.methods import METHODS, find_method, readers
+from spo_fast.config.run import DataConfig, RunConfig
 from spo_fast.config.scorers import name_and_weight, scorer_names
 from spo_fast.config.sections import (
     FLOWS,
     AdamConfig,
     ComputeConfig,
-    LoopConfig,
     ModelConfig,
     PairSourceConfig,
     ScorerPaths,
@@ -348,49 +348,6 @@ class ScorerConfig(ScorerPaths):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
-    """The prompts."""
-
-    prompts: str | None = None
-    """Prompt file: .txt (one a line; # begins a comment), .json, .jsonl, .csv, .tsv or .parquet. Default: the built-in
-    list."""
-    caption_column: str | None = None
-    """Column or key that holds the prompt, also that of --pairs. Default: the first of caption, prompt, text."""
-    shuffle: bool = True
-    """A new prompt order each epoch."""
-    max_prompts: Count | None = None
-    """Use only the first so many prompts. The toy preset's limit is for the built-in list only."""
-    prompt_cache_dir: str | None = None
-    """Where prompt embeddings are kept. Default: prompt_cache in the output directory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(LoopConfig):
-    """How long a run is, and what it shows and leaves."""
-
-    validation_prompt: tuple[str, ...] = ()
-    """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
-    validation_metrics: tuple[str, ...] = ()
-    """Held-out scores of the sample grids: what --metrics of spo_fast.evaluate takes, best one that is not trained on.
-    Loaded at each grid and dropped again. Default: of the toy its true scores, if prompts and size are its world's."""
-    num_validation_images: Whole = 4
-    """Images of each validation prompt, from fixed noise."""
-    validation_steps: Count | None = None
-    """Iterations between sample grids during training. Default: one with each checkpoint."""
-    recipe: Literal["default", "published", "fast"] = "default"
-    """published reproduces the published code's accumulation, last step and missing clipping. fast gives up exactness
-    where that is cheap: the tiny VAE, a 16-bit scorer, 8-bit AdamW."""
-    export_ema: bool = False
-    """Export the moving average of the trained weights (ema_decay, such as .999) in their place; the sample grids are
-    its own too. On where ema_decay is given, but of gradspo."""
-    push_to_hub: bool = False
-    """Upload the trained weights, sample grids, model card, log and settings (with the paths that were given) when the
-    run ends. Log in first: `hf auth login`."""
-    hub_model_id: str | None = None
-    """Repository to upload to. Default: the output directory's name, in your account."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config(Settings):
     """A run of preference optimisation (train.py)."""
 
@@ -413,6 +370,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         if not isinstance(self.objective, section := objective_section()):
             object.__setattr__(self, "objective", section(**vars(self.objective)))
+        self._take_largest()
         trained = {name_and_weight(entry)[0] for entry in self.scorer.scorer}
         shown = next((name for name in parted(self.run.validation_metrics) if name in trained), None)
         require(shown is None, f"validation_metrics: {shown} is the scorer, whose score is shown anyway. Name another.")
@@ -443,10 +401,36 @@ class Config(Settings):
             f"rollout_weights=merged adds the LoRA to a base that base_weights={rounded} has rounded: use "
             "--rollout_weights unmerged, or --base_weights full.",
         )
+        require(
+            not (self.run.export_ema and self.optim.optimizer == "schedulefree"),
+            "optimizer=schedulefree exports an average of its own: leave out --export_ema and --ema_decay.",
+        )
         odd = f"base_weights={rounded}" if rounded != "full" else f"rollout_weights={self.sample.rollout_weights}"
         require(
             not self.adapter.use_dora or (rounded == "full" and self.sample.rollout_weights != "merged"),
             f"{odd} knows plain LoRAs alone: leave it or use_dora out.",
+        )
+
+    def _take_largest(self) -> None:
+        """Of several sizes; what is drawn and predicted without being told another."""
+        if not (sizes := self.data.sizes):
+            return
+        height, width = largest = max(sizes, key=lambda size: size[0] * size[1])
+        given = (self.model.height, self.model.width)
+        require(
+            given in ((None, None), largest),
+            f"height and width are {given[0]} and {given[1]}, but the largest of resolutions is {width}x{height}: "
+            "leave height, width and resolution out.",
+        )
+        object.__setattr__(self, "model", dataclasses.replace(self.model, height=height, width=width))
+        method = self.objective.method
+        require(
+            not find_method(method).on_pairs,
+            f"resolutions: --method {method} reads labelled pairs as square images of one size. Use --resolution.",
+        )
+        require(
+            len(sizes) < 2 or not self.engine.cuda_graphs,
+            "cuda_graphs would keep the memory of each of resolutions: leave one of them out.",
         )
 
     model: ModelConfig = field(default_factory=ModelConfig)

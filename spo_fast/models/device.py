@@ -192,7 +192,8 @@ def how_computed(
     if cfg.engine.compile is None:
         on, why = False, "a CPU waits longer than it gains" if device.type != "cuda" else "--no-fuse"
         if device.type == "cuda" and cfg.engine.fuse is not False:
-            on, why = pays(cfg)
+            several = (False, "each of several sizes would be compiled by itself")
+            on, why = pays(cfg) if len(cfg.data.sizes) < 2 else several
         take("compile", "regional" if on else "off", why)
     if cfg.engine.fuse is None:
         engine, wide = cfg.engine, not narrow

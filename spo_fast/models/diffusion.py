@@ -57,11 +57,16 @@ class DiffusionModel:
         self._take_sizes(cfg)
 
     def _take_sizes(self, cfg: ModelConfig) -> None:
+        self._model_cfg = cfg
+        self.take_size(cfg.height, cfg.width)
+
+    def take_size(self, height: int | None, width: int | None) -> None:
+        """Pictures are of this size from now on; None: the model's own. Raises ValueError for what the VAE cannot."""
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         default: int = self.network.config["sample_size"] * factor
-        self.height, self.width = cfg.height or default, cfg.width or default
+        self.height, self.width = height or default, width or default
         check_size(self.height, self.width, factor)
-        self.size_told = (default, default) if cfg.size_told == "native" else (self.height, self.width)
+        self.size_told = (default, default) if self._model_cfg.size_told == "native" else (self.height, self.width)
         self.latent_shape = (self.network.config["in_channels"], self.height // factor, self.width // factor)
 
     @property

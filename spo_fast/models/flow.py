@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,12 @@ class FlowModel(DiffusionModel):
         kinds.check_guidance(config, {"embedded_guidance": cfg.embedded_guidance}, type(self.network).__name__)
         asked_guidance = GUIDANCE if cfg.embedded_guidance is None else cfg.embedded_guidance
         self.told_guidance = asked_guidance if door.takes_guidance(config) else None
-        self.height, self.width, self.latent_shape = sizes(cfg, door, config, self.vae.config)
+        self._take_sizes(cfg)
+
+    def take_size(self, height: int | None, width: int | None) -> None:
+        """As a diffusion's. Raises ValueError for a size that the transformer cannot make."""
+        own, door = replace(self._model_cfg, height=height, width=width), self.door
+        self.height, self.width, self.latent_shape = sizes(own, door, self.network.config, self.vae.config)
         self.tokens = tokens_of(door, self.latent_shape)
 
     # ------------------------------------------------------------------------------------------------ prompts

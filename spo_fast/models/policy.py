@@ -79,32 +79,11 @@ class Policy(TrainedWeights):
                 squares.append(((a @ a.T) * (b.T @ b)).sum())  # |B A|^2 without B A itself
         return self.adapter.scale * torch.stack(squares).sum().clamp_min(0).sqrt()
 
-    @torch.no_grad()
-    def _fill(self, values: list[Tensor]) -> None:
-        for p, value in zip(self._weights, values, strict=True):
-            p.copy_(value)
-
-    @contextlib.contextmanager
-    def _filled(self, values: list[Tensor]) -> Iterator[None]:
-        now = [p.detach().clone() for p in self._weights]
-        self._fill(values)
-        try:
-            yield
-        finally:
-            self._fill(now)
-
     @contextlib.contextmanager
     def ema(self) -> Iterator[None]:
         """Inside, `predict` is the moving average of the trained network (keep_averages)."""
         assert self.averages is not None, "call keep_averages first"
         with self._filled(self.averages):
-            yield
-
-    @contextlib.contextmanager
-    def exported(self) -> Iterator[None]:
-        """Inside, `predict` is the network that is exported."""
-        finished = self.finished()
-        with contextlib.nullcontext() if finished is None else self._filled(finished):
             yield
 
     def quantise(self, how: str) -> None:

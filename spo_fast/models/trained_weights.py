@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,6 +182,27 @@ class TrainedWeights:
     def computed_weights(self) -> dict[str, Tensor]:
         """What the network computes with, by the same names; whole."""
         return {name: p.detach() for name, p in zip(self.names, self._weights, strict=True)}
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for p, value in zip(self._weights, values, strict=True):
+            p.copy_(value)
+
+    @contextlib.contextmanager
+    def _filled(self, values: list[Tensor]) -> Iterator[None]:
+        now = [p.detach().clone() for p in self._weights]
+        self._fill(values)
+        try:
+            yield
+        finally:
+            self._fill(now)
+
+    @contextlib.contextmanager
+    def exported(self) -> Iterator[None]:
+        """Inside, the network computes with what is exported."""
+        finished = self.finished()
+        with contextlib.nullcontext() if finished is None else self._filled(finished):
+            yield
 
     def whole(self) -> dict[str, Tensor]:
         """What is exported, whole and in host memory. Of parts all processes call it, and only process 0 gets them."""

@@ -134,7 +134,7 @@ FIXED = (
     "time_conditioned",
     "noise",
 )
-REORDERS = ("seed", "global_batch", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
+REORDERS = ("seed", "global_batch", "resolutions", "shuffle", "prompts", "max_prompts", "pairs", "validation_share")
 
 
 def load(

@@ -16,6 +16,7 @@ from spo_fast.training.monitor.warnings import Watch
 from spo_fast.training.plan.fit_memory import is_out_of_memory, out_of_memory
 from spo_fast.training.scorer import with_scorer
 from spo_fast.training.setup import Parts
+from spo_fast.training.sizes import check_sizes, size_of
 
 
 class Run(Parts):
@@ -39,6 +40,7 @@ class Run(Parts):
         return self.run_dir
 
     def _train(self, timer: Timer) -> None:
+        check_sizes(self)
         outputs.announce(self)
         with timer("encode prompts"):
             batches.encode_first(self)
@@ -61,14 +63,15 @@ class Run(Parts):
         while (iteration := self.state.iteration) < self.total:
             batches.encode_ahead(self, iteration, timer)
             before = copy.deepcopy(self.state)
-            record = self.iterate(iteration, timer)
+            with size_of(self, iteration) as size:
+                record = self.iterate(iteration, timer)
             if record is None:
                 self.state = before
                 return False
             self.after_iteration(iteration)
             self.state.iteration += 1
             self.learner.check_weights()
-            monitor.write(iteration, record)
+            monitor.write(iteration, record | size)
             diagnosis.raise_if_nonfinite(self, bool(record["pairs"]))
             if self.due(self.cfg.run.checkpointing_steps):
                 diagnosis.check_agreement(self)

@@ -1,8 +1,10 @@
-"""AdamW on the float32 masters with its schedule, and its state as flat tensors for a checkpoint."""
+"""The optimizer on the float32 masters with its schedule, and its state as flat tensors for a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -30,7 +32,14 @@ def flatten_optimizer(state: Mapping[str, object]) -> tuple[dict[str, Tensor], d
                 tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
             elif not isinstance(value, dict):
                 rest[f"{index}.{name}"] = value
-    return tensors, {"entries": rest}
+    groups = state["param_groups"]
+    assert isinstance(groups, list)
+    own = {name: groups[0][name] for name in FOUND if name in groups[0]}
+    return tensors, {"entries": rest, **({"group": own} if own else {})}
+
+
+FOUND = ("k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr")
+"""Of a parameter group what an optimizer found itself (Prodigy, schedule-free AdamW), numbers that a resume needs."""
 
 
 def unflatten_optimizer(
@@ -43,21 +52,45 @@ def unflatten_optimizer(
     for key, value in [*tensors.items(), *rest["entries"].items()]:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": param_groups}
+    return {"state": state, "param_groups": [{**group, **rest.get("group", {})} for group in param_groups]}
+
+
+KINDS = {  # by the value of --optimizer: module, class, arguments of its own
+    "adamw": ("torch.optim", "AdamW", lambda cfg: {}),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", lambda cfg: {"min_8bit_size": cfg.min_8bit_size}),
+    "paged_adamw8bit": ("bitsandbytes.optim", "PagedAdamW8bit", lambda cfg: {"min_8bit_size": cfg.min_8bit_size}),
+    "prodigy": ("prodigyopt", "Prodigy", lambda cfg: {"safeguard_warmup": cfg.lr_warmup_steps > 0}),
+    "schedulefree": ("schedulefree", "AdamWScheduleFree", lambda cfg: {"warmup_steps": cfg.lr_warmup_steps}),
+}
 
 
 def make_optimizer(parameters: list[Tensor], cfg: AdamConfig) -> torch.optim.Optimizer:
-    """AdamW on the float32 masters, by torch or by bitsandbytes (8-bit state)."""
-    make = functools.partial[torch.optim.Optimizer](torch.optim.AdamW)
-    if cfg.optimizer != "adamw":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise ImportError(missing_extra("optimizer", cfg.optimizer)) from error
-        kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
-        make = functools.partial[torch.optim.Optimizer](kinds[cfg.optimizer], min_8bit_size=cfg.min_8bit_size)
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return make(parameters, lr=cfg.learning_rate, betas=betas, weight_decay=cfg.adam_weight_decay, eps=cfg.adam_epsilon)
+    """On the float32 masters. Raises ImportError for one whose package is not there."""
+    module, name, own = KINDS[cfg.optimizer]
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ImportError(missing_extra("optimizer", cfg.optimizer)) from error
+    settings = dict(betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.adam_weight_decay, eps=cfg.adam_epsilon)
+    with contextlib.redirect_stdout(None):  # Prodigy says that its decay is decoupled
+        made: torch.optim.Optimizer = kind(parameters, lr=cfg.learning_rate, **settings, **own(cfg))
+    return made
+
+
+@torch.no_grad()
+def averaged(optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
+    """Schedule-free weights that are to be used, x, where the masters are y, at which gradients are taken; None of
+    other optimizers. Its own eval() and train() go there and back, but not to the same last bit."""
+    if not hasattr(optimizer, "eval"):
+        return None
+    masters = optimizer.param_groups[0]["params"]
+    y = [p.detach().clone() for p in masters]
+    optimizer.eval()
+    x = [p.detach().clone() for p in masters]
+    optimizer.train()  # type: ignore[attr-defined]
+    for p, value in zip(masters, y, strict=True):
+        p.copy_(value)
+    return x
 
 
 class WeightUpdates:
@@ -76,6 +109,9 @@ class WeightUpdates:
         # a list, not a filter object: AdamW would exhaust an iterator and clipping would see nothing
         self.parameters: list[Tensor] = list(weights.masters)
         self.optimizer = make_optimizer(self.parameters, cfg)
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+            weights.finished = functools.partial(averaged, self.optimizer)
         if callable(schedule):
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         else:

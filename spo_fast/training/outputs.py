@@ -27,6 +27,7 @@ def announce(run: Parts) -> None:
     if run.choices:
         print(f"chosen for this device ({run.found.name}):\n{textwrap.indent(listed(run.choices), '  ')}")
     what = f"{cfg.objective.method} on {model.resolved.model_path} ({model.height}x{model.width})"
+    what += f", in turn {' '.join(cfg.data.resolutions)} (width x height)" if cfg.data.resolutions else ""
     print(f"{what}, " + f"{trained:,} trained weights, {run.policy.dtype} on {run.device}".replace("torch.", ""))
     if pairs is not None:
         data = f"{len(pairs.train_rows):,} pairs of {cfg.pairs.pairs}, {len(pairs.valid_rows):,} held out"

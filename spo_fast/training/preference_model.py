@@ -220,7 +220,7 @@ class PixelReward:
 
     def save(self, directory: Path) -> None:
         """As transformers' CLIPModel has it; time conditioning under the SPM's names."""
-        save_clip(self.clip, directory, self.weights.state_dict())
+        save_clip(self.clip, directory, self.weights.whole())
 
 
 class NoisyLatentReward:
@@ -249,4 +249,4 @@ class NoisyLatentReward:
 
     def save(self, directory: Path) -> None:
         """As LPO's repository has it."""
-        save_latent_reward(self.network, directory, self.weights.state_dict())
+        save_latent_reward(self.network, directory, self.weights.whole())

@@ -169,7 +169,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         cfg = self.cfg
         judgements = Judgements(list(cfg.run.validation_timesteps))
         seen_rows = 0
-        with PairStream(
+        stream = PairStream(
             self.valid_source,
             self.valid_rows,
             cfg.optim.train_batch_size,
@@ -179,7 +179,8 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
             epochs=1,
             shuffle=False,
             workers=cfg.pairs.num_workers,
-        ) as stream:
+        )
+        with self.reward.weights.exported(), stream:
             for batch in stream:
                 draws = self.draws(EVALUATION, seen_rows, len(batch.prompts))
                 seen_rows += len(batch.prompts)

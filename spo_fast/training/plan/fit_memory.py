@@ -93,7 +93,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         "rows_per_forward": cfg.sample.rows_of_a_step,
         "decode_chunk": min(cfg.model.images_per_decode, cfg.sample.num_candidates * cfg.sample.sample_batch_size),
         "states_per_forward": cfg.optim.states_at_once,
-        "cuda_graphs": device.type == "cuda",
+        "cuda_graphs": device.type == "cuda" and len(cfg.data.sizes) < 2,
         "memory": "fast",
         "gradient_checkpointing": False,
     }
@@ -110,6 +110,7 @@ def choose(cfg: Config, device: Device, resolved: Resolved | None = None) -> tup
         how = "all at once" if flat[flag] == whole[flag] else f"halved from {whole[flag]} until it fitted"
         if flag == "cuda_graphs":
             how = "what they keep fits beside an optimizer step" if flat[flag] else "the step needs their memory"
+            how = how if len(cfg.data.sizes) < 2 else "each of several sizes would keep its own"
         if flag in ("memory", "gradient_checkpointing"):
             how = "nothing computed twice" if flat[flag] == whole[flag] else "needed to fit"
         room = f"{' and '.join(DECIDES[flag])}: {peak / GIB:.1f} of {device.usable_bytes / GIB:.1f} GiB predicted"
@@ -172,7 +173,7 @@ def _fit(cfg: Config, may: set[str], costs: Callable[[Config], Costs], usable: i
         tried = halved(cfg.with_fields(**settings), "states_per_forward")
         if costs(tried).peaks["backward"] <= usable:
             break
-    if "cuda_graphs" in may:
+    if "cuda_graphs" in may and len(cfg.data.sizes) < 2:
         again = tried.with_fields(cuda_graphs=True)
         return again if peak_of("cuda_graphs", costs(again)) <= usable else tried
     return tried

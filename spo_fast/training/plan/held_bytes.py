@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from spo_fast.scorers.base import Scorer
 
 
-def optimizer_state(masters: list[Tensor], cfg: AdamConfig) -> Iterator[int]:
-    """Bytes of each tensor: two moments a weight; in 8 bits with a float32 scale for each 256 weights."""
-    for master in masters:
-        n = master.numel()
-        eight_bit = cfg.optimizer != "adamw" and n >= cfg.min_8bit_size
-        yield from (n, n, 4 * -(-n // 256), 4 * -(-n // 256)) if eight_bit else (master.nbytes, master.nbytes)
+def optimizer_state(masters: dict[str, Tensor], cfg: AdamConfig) -> Iterator[int]:
+    """Bytes of each tensor: two moments a weight; in 8 bits with a float32 scale for each 256 weights. Prodigy keeps
+    four, three of what begins as zeros."""
+    for name, master in masters.items():
+        n, copies = master.numel(), 4 - (".lora_B." in name) if cfg.optimizer == "prodigy" else 2
+        eight_bit = cfg.optimizer.endswith("8bit") and n >= cfg.min_8bit_size
+        yield from (n, n, 4 * -(-n // 256), 4 * -(-n // 256)) if eight_bit else [master.nbytes] * copies
 
 
 class HeldBytes:
@@ -51,7 +52,7 @@ class HeldBytes:
         copies = [m for m, p in zip(policy.masters, policy._weights, strict=True) if sharing(cfg) > 1 or m is not p]
         rest = [t for t in _tensors(policy.network) if full or id(t) not in trained]
         merged = [base_weight(layer) for _, layer in lora_layers(policy.network)]
-        state = optimizer_state(_own(cfg, policy.masters), cfg.optim)
+        state = optimizer_state(dict(zip(policy.names, _own(cfg, policy.masters), strict=True)), cfg.optim)
         weights = {name: [w for part in networks_of(s) for w in part.parameters()] for name, s in scorers.items()}
         held = {
             network: self.of(rest),
@@ -70,9 +71,10 @@ class HeldBytes:
         """What torch's AdamW allocates in a step: for all weights at once on CUDA, for each in turn on a CPU; sharded
         masters' gradients besides, and two buffers in which a bucket travels."""
         sizes = [self.of([part]) for part in _own(cfg, masters)]
-        adamw = sum(sizes) if self.together else 2 * max(sizes)
+        together = self.together or cfg.optim.optimizer == "schedulefree"
+        adamw = sum(sizes) if together else 2 * max(sizes)
         travels = sum(sizes) + 2 * masters[0].element_size() * min(BUCKET, sum(m.numel() for m in masters))
-        return (adamw if cfg.optim.optimizer == "adamw" else 0) + (travels if sharing(cfg) > 1 else 0)
+        return (0 if cfg.optim.optimizer.endswith("8bit") else adamw) + (travels if sharing(cfg) > 1 else 0)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:
