@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import method_places
+from spo_fast.config.methods import METHODS
 from spo_fast.toy import claim_tables, claims, contenders
 from spo_fast.toy.claim_tables import CLAIMS, GRID, LADDER, LOOKS, QUESTIONS, SEEDS, TUNING_SEED, key
 from spo_fast.toy.contenders import CONTENDERS, MAIN
@@ -37,7 +39,7 @@ def record(name, seed, aesthetics, layout=1.0, lr=None):
         "seed": seed,
         "learning_rate": lr or 5e-4,
         "cpu_s": 60.0,
-        "settings": CONTENDERS[name].recorded,
+        "settings": CONTENDERS[name].on("small"),
         "spent": 24000,
         "curve": curve,
         **scores(aesthetics, layout),
@@ -81,6 +83,8 @@ def test_what_is_missing_is_in_order_of_importance_and_complete():
         assert max(order.index(key(name, TUNING_SEED, lr)) for lr in GRID) < order.index(key(name, 0))
     assert {records[key(name, 0)]["learning_rate"] for name in CONTENDERS} == {1e-3}
     assert list(claim_tables.missing({}, ["spo"])) == [("spo", TUNING_SEED, GRID[0])]
+    on_flow = {name for name, *_ in claim_tables.missing({}, size="flow")}
+    assert set(tuned) - on_flow == {"mapo", "lpo"}  # refused there
 
 
 @pytest.mark.parametrize("best", [LADDER[0], 1e-4, 5e-4, 1e-3, 5e-3, LADDER[-1]])
@@ -230,6 +234,20 @@ def test_the_page_of_the_documents_is_what_the_command_writes(tmp_path, monkeypa
     assert (tmp_path / "docs/claims.md").read_text() == page == capsys.readouterr().out
     link = page.rsplit("](", 1)[1].rstrip(")\n")
     assert (tmp_path / "docs" / link).is_file() and (ROOT / "docs" / link).is_file()
+
+
+def test_places_of_methods_and_the_table_in_the_documents(tmp_path, monkeypatch, capsys):
+    rows = [record("spo", s, 7 + s / 10) for s in range(4)] + [record("dpo", 0, 7.5, 0.99), record("ddpo", 0, 5.9)]
+    found = method_places.places(records_of(*rows), "flow")
+    assert found["dpo"] == "1. +1.50 ± 0.05, layout -0.010, 1 seed"
+    assert found["spo"] == "2. +1.15 ± 0.06, layout +0.000, 4 seeds"  # .129 / 2
+    assert found["ddpo"].startswith("3. -0.10") and found["grpo"] == "not run" and found["mapo"] == "refused"
+    assert set(method_places.CHOOSE) == set(METHODS)
+    page = tmp_path / "methods.md"
+    shutil.copy(method_places.PAGE, page)
+    monkeypatch.setattr(method_places, "PAGE", page)
+    method_places.main()
+    assert page.read_text() == (ROOT / "docs/methods.md").read_text() and capsys.readouterr().out in page.read_text()
 
 
 def test_compute_to_reach_a_level():

@@ -41,11 +41,22 @@ def key(name: str, seed: int, learning_rate: float | None = None) -> str:
 GROUPS = (MAIN, REINFORCEMENT, ABLATIONS, BY_NOISE, REST)
 
 
-def missing(records: Mapping[str, Any], names: Collection[str] = tuple(CONTENDERS)) -> Iterator[Cell]:
+def size_in(records: Mapping[str, Any]) -> str:
+    """Which toy the records are of."""
+    return next((record.get("size", "small") for record in records.values()), "small")
+
+
+def runs_on(size: str) -> list[str]:
+    """The contenders that a toy takes."""
+    return [name for name, contender in CONTENDERS.items() if contender.on(size) is not None]
+
+
+def missing(records: Mapping[str, Any], names: Collection[str] = tuple(CONTENDERS), size: str = "") -> Iterator[Cell]:
     """(name, seed, learning rate to try) of runs to make by what is known now, in order of importance.
 
     Of each group first the rates, then the seeds; after all of them, more seeds where a claim is undecided.
     """
+    names = set(names) & set(runs_on(size or size_in(records)))
     for group in GROUPS:
         here = [name for name in group if name in names]
         for name in here:
@@ -120,7 +131,7 @@ def score_table(records: Mapping[str, Any]) -> str:
         scores = records["base"][f"guidance {g:g}"]
         rows.append([f"base, guidance {g:g}", "", "", *(f"{scores[c][0]:.3f} ± {scores[c][1]:.3f}" for c in columns)])
         rows[-1] += ["0", "0"]
-    for name in CONTENDERS:
+    for name in runs_on(size_in(records)):
         runs = seeds_of(name, records)
         if not runs:
             rows.append([name, "0", "", *["not run"] * len(columns), "", ""])
@@ -421,11 +432,13 @@ RULE = (
 
 def page(records: Mapping[str, Any], command: str, picture: str | None = None) -> str:
     """The tables as a page of markdown that names the command behind them; picture: the plot, as seen from the page."""
-    done, more = (sum(key(name, seed) in records for name in CONTENDERS for seed in s) for s in (SEEDS, MORE_SEEDS))
+    size = size_in(records)
+    names = runs_on(size)
+    done, more = (sum(key(name, seed) in records for name in names for seed in s) for s in (SEEDS, MORE_SEEDS))
     parts = [
-        "# The paper's claims on the toy world",
+        f"# The paper's claims on the {'flow ' if size == 'flow' else ''}toy world",
         f"Written by `{command}`. What is measured, and what it shows: docs/toy.md.",
-        f"{done} of {len(CONTENDERS) * len(SEEDS)} runs, and {more} of more seeds; {BUDGET:,} UNet rows each, "
+        f"{done} of {len(names) * len(SEEDS)} runs, and {more} of more seeds; {BUDGET:,} UNet rows each, "
         f"{PICTURES} pictures of {len(toy_world.TEST)} prompts. The ± of a mean is the larger of its pictures' error "
         "and the spread over seeds; `held_out` is the toy's PickScore.",
         score_table(records),

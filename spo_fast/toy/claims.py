@@ -12,6 +12,7 @@ has a record is not run again, what has none is shown as not run.
     python -m spo_fast.toy.claims --cell spo/0 --learning_rate 5e-4   # one run, whatever is recorded; prints its record
     python -m spo_fast.toy.claims --tables              # run nothing; --docs PAGE: the tables go there
     python -m spo_fast.toy.claims --size large --budget_s 3000   # for a GPU: builds a larger toy first
+    python -m spo_fast.toy.claims --size flow           # the same on the flow toy
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +40,7 @@ from spo_fast.config.flags import Parser
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
 from spo_fast.evaluation.statistics import estimate
-from spo_fast.models.files.toy import SIZES, Size, flags_of, toy_files
+from spo_fast.models.files.toy import FLOW_WEIGHTS, SIZES, Size, flags_of, toy_files
 from spo_fast.scorers.registry import load_metric
 from spo_fast.toy import build, evaluate
 from spo_fast.toy.claim_tables import (
@@ -100,9 +102,12 @@ def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 
 def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[str, Any]:
     """Train a contender on the budget and score it; learning_rate=None: the toy preset's own."""
     contender, tuning = CONTENDERS[name], seed == TUNING_SEED
-    settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in contender.settings.items()}
-    arguments = ["--model", "toy", "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
-    arguments += ["--checkpointing_steps", "100000000", *toy_flags(work)]
+    given = contender.on(size_of(work).name)
+    if given is None:
+        raise ValueError(f"--cell {name}: this method is refused on a flow model.")
+    settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in given.items()}
+    arguments = [*toy_flags(work), "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
+    arguments += ["--checkpointing_steps", "100000000"]
     for flag, value in (settings | ({"learning_rate": learning_rate} if learning_rate else {})).items():
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, _listed(value))]
     with tempfile.TemporaryDirectory(dir=work) as directory:
@@ -137,7 +142,7 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         "cell": key(name, seed, learning_rate if tuning else None),
         "name": name,
         "seed": seed,
-        "settings": contender.recorded,
+        "settings": given,
         "learning_rate": run.cfg.optim.learning_rate,
         **last,
         "curve": [*curve, last],
@@ -150,19 +155,20 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
 
 
 def _listed(value: object) -> Iterable[object]:
-    return value if isinstance(value, tuple) else (value,)
+    return value if isinstance(value, list) else (value,)
 
 
 def size_of(work: Path) -> Size:
-    """Of the toy that runs in this directory train: the one built there (--size large), or the shipped one."""
+    """Of the toy that runs in this directory train: the one built there (--size large), or a shipped one."""
     record = work / "toy" / "build.json"
     return SIZES[json.loads(record.read_text())["pretraining"]["size"]] if record.is_file() else SIZES["small"]
 
 
 def toy_flags(work: Path, scorers: bool = True) -> list[str]:
-    """Flags that make a command use the toy built in this directory; none for the shipped one."""
+    """The model that a command of this directory uses: a shipped toy, or what was built there."""
     size = size_of(work)
-    return [] if size.name == "small" else [*flags_of(work / "toy", scorers), *build.precision(size)]
+    model = ["--model", "toy-flow" if size.blocks else "toy"]
+    return model if size.name in build.SHIPPED else [*model, *flags_of(work / "toy", scorers), *build.precision(size)]
 
 
 def materials(work: Path, text: str) -> dict[str, str]:
@@ -185,7 +191,7 @@ def materials(work: Path, text: str) -> dict[str, str]:
 
 def train_judge(work: Path, out: Path, *flags: str) -> None:
     """A preference model of the pairs, in out/preference_model. Raises RunError if there is none in the end."""
-    toy = ["--model", "toy", *toy_flags(work, scorers=False), "--pairs", str(work / "pairs.parquet")]
+    toy = [*toy_flags(work, scorers=False), "--pairs", str(work / "pairs.parquet")]
     status = train_spm.main([*toy, "--output_dir", str(out), *flags])
     if status != 0 or not (out / "preference_model").is_dir():  # a signal stops a training in good order
         raise RunError("The training of a preference model failed or was stopped, so nothing is recorded of it.")
@@ -216,7 +222,7 @@ def current(records: Mapping[str, Any]) -> dict[str, Any]:
     records = {
         cell: record
         for cell, record in records.items()
-        if cell in ONCE or record.get("settings", {}) == CONTENDERS[record["name"]].recorded
+        if cell in ONCE or record.get("settings", {}) == CONTENDERS[record["name"]].on(record.get("size", "small"))
     }
 
     return {cell: record for cell, record in records.items() if not stale(record)}
@@ -225,7 +231,7 @@ def current(records: Mapping[str, Any]) -> dict[str, Any]:
 def base(work: Path) -> dict[str, Any]:
     """The base model's scores at several guidance scales: what guidance alone gives."""
     with tempfile.TemporaryDirectory(dir=work) as directory:
-        run = train.build(train.parse(["--model", "toy", *toy_flags(work), "--output_dir", directory]))
+        run = train.build(train.parse([*toy_flags(work), "--output_dir", directory]))
         found: dict[str, Any] = {"cell": "base", "tuning": scores_of(run, toy_world.TUNE, MARK_PICTURES)}
         for g in evaluate.GUIDANCE_SCALES:
             run.cfg = run.cfg.with_fields(guidance_scale=g)
@@ -268,9 +274,9 @@ def run_missing(path: Path, work: Path, budget_s: float, contenders: Collection[
             file.write(json.dumps(found) + "\n")
 
     for name, once in ONCE.items():
-        if name not in read(path):
+        if name not in read(path) and not (name == "judge" and size == "flow"):  # judged by the small toy's
             record(functools.partial(once, work), name)
-    while run := next(missing(records := current(read(path)), contenders), None):
+    while run := next(missing(records := current(read(path)), contenders, size), None):
         if time.monotonic() - started > budget_s:
             return
         name, seed, lr = run
@@ -291,8 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
 def claims(arguments: list[str] | None) -> None:
     """The command: runs what is missing, then writes and prints the tables."""
     parser = Parser("python -m spo_fast.toy.claims", (__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", choices=("small", "large"), default="small", help="of the toy; large: for a GPU")
-    parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-large]/records.jsonl)")
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the toy; large: for a GPU")
+    parser.add_argument("--records", type=Path, help="one line a run (default runs/claims[-SIZE]/records.jsonl)")
     parser.add_argument("--work_dir", type=Path, help="pairs and models on the way (default work, beside the records)")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="no run is started later than this")
     all_of_them = tuple(CONTENDERS)
@@ -303,11 +309,14 @@ def claims(arguments: list[str] | None) -> None:
     parser.add_argument("--docs", type=Path, help="the page of the tables (default beside the records, .md)")
     args = parser.parse_args(arguments)
     size, end = SIZES[args.size], time.monotonic() + args.budget_s
-    path = args.records or Path("runs/claims" if args.size == "small" else "runs/claims-large") / "records.jsonl"
+    path = args.records or Path("runs/claims" if args.size == "small" else f"runs/claims-{args.size}") / "records.jsonl"
     work = args.work_dir or path.parent / "work"
     if not args.tables:
         work.mkdir(parents=True, exist_ok=True)
-    if not args.tables and args.size != "small" and size_of(work).name != args.size:
+    if not args.tables and args.size == "flow":
+        (work / "toy").mkdir(exist_ok=True)
+        shutil.copy(FLOW_WEIGHTS / "build.json", work / "toy")
+    if not args.tables and size_of(work).name != args.size:
         given = (size, 0, size.steps or build.STEPS, build.PAIRS)  # seed 0
         if not build.build(work / "toy-build", work / "toy", *given, deadline=end):
             print("The budget ended before the toy was built: the same command goes on.")

@@ -17,14 +17,17 @@ class Contender:
     random_picks: bool = False
     judged: bool = True
     """It needs a preference model, whose training belongs to its cost."""
+    flow: Mapping[str, object] | None = field(default_factory=dict)
+    """Settings on the flow toy beside the others; None: it is refused there."""
 
-    @property
-    def recorded(self) -> dict[str, object]:
-        """The settings as JSON gives them back."""
-        return json.loads(json.dumps(dict(self.settings)))
+    def on(self, size: str) -> dict[str, object] | None:
+        """The settings on a toy of this size, as JSON gives them back; None where it cannot run."""
+        more = self.flow if size == "flow" else {}
+        return None if more is None else json.loads(json.dumps({**self.settings, **more}))
 
 
 # whole trajectories take many UNet calls a prompt: fewer prompts and smaller steps give as many updates
+TEN = {"num_steps": 10}  # as all others of the flow toy
 FEW = {"sample_batch_size": 4}
 LABELLED = {"pairs": "{pairs}", "cache_latents": False, "sample_batch_size": 64, "train_batch_size": 16}
 MAIN = {
@@ -32,7 +35,7 @@ MAIN = {
     "mspo": Contender({"method": "mspo"}),
     # beta: the best of 5000 (published, for other latents), 500, 50 and 5 on the tuning prompts (benchmarks/LOG.md)
     "dpo": Contender({"method": "dpo", **LABELLED, "beta": 50.0}, judged=False),
-    "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 20}),
+    "ddpo": Contender({"method": "ddpo", **FEW, "train_batch_size": 20}, flow=TEN),
 }
 ABLATIONS = {
     "random picks": Contender(like="spo", random_picks=True),
@@ -43,12 +46,12 @@ ABLATIONS = {
     "all noise levels": Contender({"branch_start": 0}, like="spo"),
 }
 REST = {
-    "mapo": Contender({"method": "mapo", **LABELLED}, judged=False),
+    "mapo": Contender({"method": "mapo", **LABELLED}, judged=False, flow=None),
     "d3po": Contender({"method": "d3po", **FEW}),
-    "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 20}, like="ddpo"),
+    "dpok": Contender({"method": "dpok", **FEW, "train_batch_size": 20}, like="ddpo", flow=TEN),
     "dense": Contender({"method": "dense", **FEW}),
     "gradspo": Contender({"method": "gradspo"}),
-    "lpo": Contender({"method": "lpo", "lrm_path": "{lrm}"}),
+    "lpo": Contender({"method": "lpo", "lrm_path": "{lrm}"}, flow=None),
 }
 REINFORCEMENT = {
     "stepgrpo": Contender({"method": "stepgrpo"}),
