@@ -101,7 +101,8 @@ def test_the_large_toy_end_to_end(tmp_path, monkeypatch, capsys):
     small = {"sample_batch_size": 2, "num_steps": 6, "branch_start": 3, "num_candidates": 2, "threshold": 0}
     few = {"spo": Contender(small)}
     both = {"BUDGET": 1, "PICTURES": 66, "MARK_PICTURES": 65, "CONTENDERS": few}
-    plans = {"GRID": (1e-3,), "SEEDS": (0,), "MAIN": few, "ABLATIONS": {}, "REST": {}}
+    plans = {"GRID": (1e-3,), "LADDER": (1e-3,), "SEEDS": (0,), "MAIN": few, "GROUPS": (few,)}
+    plans |= dict.fromkeys(("REINFORCEMENT", "ABLATIONS", "BY_NOISE", "REST"), {})
     for part, values in ((claims, both), (claim_tables, both | plans)):
         for name, value in values.items():
             monkeypatch.setattr(part, name, value)
