@@ -28,6 +28,7 @@ from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
 from spo_fast.models.policy import Policy
 from spo_fast.scorers.base import Scorer
+from spo_fast.training.early_stop import HeldOut
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.pair_batches import EVALUATION
@@ -71,7 +72,7 @@ class Validation(NamedTuple):
             found |= {
                 f"look_{name}": self.mean(name) / mean for name in IMAGE_STATISTICS if (mean := before.mean(name)) > 0
             }
-            found["hacking"] = "; ".join(hacking_signs(before.by_prompt(), self.by_prompt(), seed).values())
+            found["hacking"] = "; ".join(hacking_signs(before.looks(), self.looks(), seed).values())
         return found
 
     def words(self, metrics: list[str], before: Validation | None) -> str:
@@ -90,10 +91,13 @@ class Validation(NamedTuple):
         """Of a metric or look over all pictures; NaN if one is."""
         return statistics.fmean(self.values[name])
 
-    def by_prompt(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Look -> its mean over each prompt's pictures, which are no independent samples."""
-        count = len(self.of["prompts"])
-        return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in IMAGE_STATISTICS}
+    def by_prompt(self, name: str) -> npt.NDArray[np.float64]:
+        """Of a metric or look the mean over each prompt's pictures, which are no independent samples."""
+        return np.array(self.values[name]).reshape(len(self.of["prompts"]), -1).mean(1)
+
+    def looks(self) -> dict[str, npt.NDArray[np.float64]]:
+        """`by_prompt` of each image statistic."""
+        return {name: self.by_prompt(name) for name in IMAGE_STATISTICS}
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Validator:
     metrics: list[str]
     wanted: dict[str, Wanted] | None  # by geneval
     held_out_accuracy: Callable[[], float | None]
+    held_out: HeldOut
     before: Validation | None = None
     last: tuple[int, Validation] | None = None  # of this process: iterations done, and what it found
 
@@ -195,6 +200,7 @@ class Validator:
         for grid in (*later, self.samples / "after.png"):
             grid.unlink(missing_ok=True)
         if resumed:
+            self.held_out.go_on(done)
             self.before = self._read_before(path)
             return
         self.before = self.show("before")
@@ -226,7 +232,12 @@ class Validator:
         self.last = done, shown
         log.reporter.images(done - 1, "samples", self.samples / f"step-{done}.png")
         print(f"validation after {done} iterations: {shown.words(self.metrics, self.before)}")
-        return {**found, **shown.record(self.metrics, self.before, self.cfg.run.seed)}
+        found |= shown.record(self.metrics, self.before, self.cfg.run.seed)
+        found |= self.held_out.look(done, shown, self.before, str(found.get("hacking", "")), self.cfg.run.seed)
+        self.held_out.keep(
+            done, shown, lambda folder: self.model.save(self.policy, folder, self.run_dir.resolve().name)
+        )
+        return found
 
     def after_training(self, done: int) -> None:
         """samples/after.png, and what training did to images from the same noise."""
