@@ -18,9 +18,8 @@ from spo_fast.config.presets import PRESETS
 from spo_fast.config.run import RunConfig
 from spo_fast.models.files.comfyui import CHECKPOINTS, Shown, model_spec, workflow
 from spo_fast.models.files.lora_files import KOHYA_FILE, LORA_FILE
-from spo_fast.training import early_stop, loop, run_directory
-from spo_fast.training.early_stop import HeldOut
-from spo_fast.training.validation import Validation
+from spo_fast.training import loop, run_directory, verdicts
+from spo_fast.training.verdicts import HeldOut, Validation
 
 PROMPTS = [f"prompt {n}" for n in range(8)]
 TWO = {"max_train_steps": 2, "checkpointing_steps": 1}
@@ -122,7 +121,7 @@ def test_a_run_watches_its_true_scores(
 def test_a_stop_leaves_all_that_a_finished_run_does(
     tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(early_stop, "bootstrap", lambda values, seed: early_stop_interval())
+    monkeypatch.setattr(verdicts, "bootstrap", lambda values, seed: early_stop_interval())
     more = {"resolution": None, "num_validation_images": 1, "validation_prompt_file": prompt_file, "anchor": ["layout"]}
     run = run_toy(tmp_path / "run", **{**TWO, "max_train_steps": 4}, **more)
     assert len(facts(run)) == 1 and (run / LORA_FILE).is_file() and (run / "report.html").is_file()

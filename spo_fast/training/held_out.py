@@ -15,8 +15,8 @@ from spo_fast.data.prompts import load_prompts
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.geneval import check_wanted
-from spo_fast.training.early_stop import HeldOut
 from spo_fast.training.pair_batches import PairReader
+from spo_fast.training.verdicts import HeldOut
 
 
 def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:

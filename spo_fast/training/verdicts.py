@@ -1,4 +1,4 @@
-"""What held-out scores decide: whether a run ends early, and which validation's weights are kept as the best.
+"""What validations measured, and what their held-out scores decide: an early end, and which weights are the best.
 
 Values are paired: the pictures of all validations are of the same prompts and noise. "Beyond chance" is a 95 %
 bootstrap interval over the prompts of the mean difference that lies below 0.
@@ -7,23 +7,94 @@ bootstrap interval over the prompts of the mean difference that lies below 0.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 from spo_fast.config.errors import did_you_mean
 from spo_fast.data.files import read_json, write_atomically
+from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
 from spo_fast.evaluation.statistics import bootstrap
 
 if TYPE_CHECKING:
     from spo_fast.config.run import RunConfig
-    from spo_fast.training.validation import Validation
 
 LEAST_PROMPTS = 8  # fewer have no interval worth the name
 BEST = "best"
+
+
+class Shown(TypedDict, total=False):
+    """What validation pictures and their score depend on beside the weights, as JSON has it."""
+
+    prompts: list[str]
+    num_validation_images: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    latents: list[int]
+    scorer: list[str]
+    embedded_guidance: float
+    max_sequence_length: int
+    t5_weights: str
+    size_told: str
+
+
+class Validation(NamedTuple):
+    """What the validation pictures of some weights were measured at."""
+
+    score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
+    values: dict[str, list[float]]  # held-out metric or look -> of each picture, prompt after prompt
+    of: Shown  # only validations of the same can be compared
+
+    @classmethod
+    def read(cls, file: Path) -> Validation:
+        """One that was kept as JSON, where None stands for NaN."""
+        kept = read_json(file)
+        values = {name: [math.nan if v is None else v for v in them] for name, them in kept["values"].items()}
+        return cls(kept["score"], values, kept.get("of", {}))
+
+    def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, object]:
+        """As it is logged. Image statistics stand against those before training, with signs of reward hacking there."""
+        found: dict[str, object] = {"validation_score": self.score}
+        found |= {f"held_out_{name}": self.mean(name) for name in metrics}
+        if before is not None:
+            found |= {
+                f"look_{name}": self.mean(name) / mean for name in IMAGE_STATISTICS if (mean := before.mean(name)) > 0
+            }
+            found["hacking"] = "; ".join(hacking_signs(before.looks(), self.looks(), seed).values())
+        return found
+
+    def words(self, metrics: list[str], before: Validation | None) -> str:
+        """Score and held-out metrics, each with what it was before training."""
+
+        def text(name: str, now: float | None, was: float | None) -> str:
+            if now is None or was is None:
+                return f"{name} not finite" if now is None else f"{name} {now:.3f}"
+            return f"{name} {was:.3f} -> {now:.3f} ({now - was:+.3f})"
+
+        old = before or Validation(None, {}, {})
+        held_out = [text(f"held-out {m}", self.mean(m), old.mean(m) if m in old.values else None) for m in metrics]
+        return ", ".join([text("score", self.score, old.score), *held_out])
+
+    def mean(self, name: str) -> float:
+        """Of a metric or look over all pictures; NaN if one is."""
+        return statistics.fmean(self.values[name])
+
+    def by_prompt(self, name: str) -> npt.NDArray[np.float64]:
+        """Of a metric or look the mean over each prompt's pictures, which are no independent samples."""
+        return np.array(self.values[name]).reshape(len(self.of["prompts"]), -1).mean(1)
+
+    def looks(self) -> dict[str, npt.NDArray[np.float64]]:
+        """`by_prompt` of each image statistic."""
+        return {name: self.by_prompt(name) for name in IMAGE_STATISTICS}
 
 
 @dataclass
@@ -60,8 +131,6 @@ class HeldOut:
 
     def go_on(self, done: int) -> None:
         """What a run that is resumed after so many iterations knows."""
-        from spo_fast.training.validation import Validation
-
         steps = {int(p.stem[5:]): p for p in (self.run_dir / "samples").glob("step-*.json") if p.stem[5:].isdigit()}
         for step, path in sorted(steps.items()):
             if step <= done:
