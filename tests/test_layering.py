@@ -20,7 +20,7 @@ FLOORS = (  # a room imports from the floors below it and from itself, never fro
     ("evaluation",),
     ("training",),
     ("train", "train_spm", "evaluate", "compare", "report"),
-    ("toy",),
+    ("toy", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MOST_LINES, MOST_LINES_OF_A_KERNEL, MOST_IMPORTS = 500, 600, 15

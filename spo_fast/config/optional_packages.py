@@ -14,7 +14,7 @@ NEEDS = {  # (setting, value) -> package, extra of this one, value that needs ne
     ("optimizer", "prodigy"): ("prodigyopt", "prodigy", "adamw"),
     ("optimizer", "schedulefree"): ("schedulefree", "schedulefree", "adamw"),
     ("base_weights", "nf4"): ("bitsandbytes", "8bit", "int8"),
-    ("attention", "xformers"): ("xformers", "xformers", "auto"),
+    ("attention", "xformers"): ("xformers", "cuda", "auto"),
     ("report_to", "tensorboard"): ("tensorboard", "tensorboard", "none"),
     ("report_to", "wandb"): ("wandb", "wandb", "none"),
 }

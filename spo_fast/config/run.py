@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from spo_fast.config.fields import Count, Section, Whole, require
+from spo_fast.config.fields import Count, Positive, Section, Whole, require
+from spo_fast.config.scorers import TRUE_SCORES
 from spo_fast.config.sections import LoopConfig
 
 
@@ -53,6 +54,8 @@ class RunConfig(LoopConfig):
 
     validation_prompt: tuple[str, ...] = ()
     """Prompts of the sample grids made before, during and after training. Default: the first four prompts."""
+    validation_prompt_file: str | None = None
+    """A file of them instead, of the kinds of --prompts."""
     validation_metrics: tuple[str, ...] = ()
     """Held-out scores of the sample grids: what --metrics of spo_fast.evaluate takes, best one that is not trained on.
     Loaded at each grid and dropped again. Default: of the toy its true scores, if prompts and size are its world's."""
@@ -66,8 +69,40 @@ class RunConfig(LoopConfig):
     export_ema: bool = False
     """Export the moving average of the trained weights (ema_decay, such as .999) in their place; the sample grids are
     its own too. On where ema_decay is given, but of gradspo."""
+    anchor: tuple[str, ...] = ()
+    """Held-out scores that must not fall, named as validation_metrics are: each validation prints and logs their change
+    since training began with its 95 % interval over the prompts. The run ends when one has fallen beyond chance, or an
+    image statistic has risen so (saturation, contrast, ...): signs of reward hacking. 8 validation prompts or more."""
+    stop_when: tuple[str, ...] = ()
+    """Held-out scores, such as held_out_hpsv2: the run ends when one has fallen beyond chance below its highest
+    validation so far; and hacking: when an image statistic has risen beyond chance. 8 validation prompts or more."""
+    keep_best: str | None = None
+    """A held-out score: what is exported is kept in best/, too, as it was at the validation where that was highest."""
+    max_train_minutes: Positive | None = None
+    """End, with all that a finished run leaves, after the iteration in which so many minutes have passed since training
+    began or was resumed. --resume_from_checkpoint latest goes on."""
     push_to_hub: bool = False
     """Upload the trained weights, sample grids, model card, log and settings (with the paths that were given) when the
     run ends. Log in first: `hf auth login`."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the output directory's name, in your account."""
+
+    @property
+    def falling(self) -> tuple[str, ...]:
+        """Scores of stop_when."""
+        return tuple(name.removeprefix("held_out_") for name in self.stop_when if name != "hacking")
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        """The score of keep_best, if there is one."""
+        return () if self.keep_best is None else (self.keep_best.removeprefix("held_out_"),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = [n for n in (*self.anchor, *self.falling, *self.best) if n not in TRUE_SCORES]
+        more = tuple(dict.fromkeys(n for n in own if n not in self.validation_metrics))
+        object.__setattr__(self, "validation_metrics", (*self.validation_metrics, *more))  # they are measured
+        require(
+            not (self.validation_prompt and self.validation_prompt_file),
+            "validation_prompt and validation_prompt_file say the same thing: give one.",
+        )

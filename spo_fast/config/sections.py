@@ -235,7 +235,8 @@ class LoopConfig(Section):
     checkpoints_total_limit: Count | None = None
     """Checkpoints kept; the oldest are deleted."""
     resume_from_checkpoint: str | None = None
-    """The word latest (the last whole one), or the path of a checkpoint."""
+    """The word latest (the last whole one), the path of a checkpoint, or hub:OWNER/NAME (with @REVISION), a repository
+    that has some: its newest."""
     stop_seconds: Count = 100
     """After SIGTERM or Ctrl-C the run saves at its next safe point (a judgement of the rollout, or the end of the
     iteration) and ends with status 0; after so many seconds it gives up and ends without."""

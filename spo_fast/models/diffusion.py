@@ -16,6 +16,7 @@ from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.doors import Network
 from spo_fast.models.files import layout, load, sources
+from spo_fast.models.files.comfyui import model_spec
 from spo_fast.models.files.lora_files import peft_names, save_transformer_lora, save_unet_lora, written_settings
 from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
@@ -167,7 +168,7 @@ class DiffusionModel:
 
     # ------------------------------------------------------------------------------------------------ export
 
-    def save(self, policy: Policy, directory: Path) -> list[Path]:
+    def save(self, policy: Policy, directory: Path, title: str = "LoRA") -> list[Path]:
         """A policy's trained weights in the formats other software loads; returns the files (or the network's folder).
 
         LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ or
@@ -186,7 +187,8 @@ class DiffusionModel:
             return [folder]
         state = peft_names(weights)
         save = save_transformer_lora if self.kind in sources.FLOWS else save_unet_lora
-        return save(self.kind, state, written_settings(policy.network.peft_config["default"]), directory)
+        about = model_spec(self.kind, title, (self.height, self.width))
+        return save(self.kind, state, written_settings(policy.network.peft_config["default"]), directory, about)
 
 
 def embeddings(kind: str, encoders: Sequence[TextEncoder], ids: Iterable[Tensor]) -> dict[str, Tensor]:

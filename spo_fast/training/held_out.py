@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from spo_fast.config.fields import parted
@@ -9,14 +11,18 @@ from spo_fast.config.scorers import TRUE_SCORES, judging_parts, scorer_specs
 from spo_fast.config.sections import TOYS
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_sets import Wanted, geneval_records
+from spo_fast.data.prompts import load_prompts
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.geneval import check_wanted
 from spo_fast.training.pair_batches import PairReader
+from spo_fast.training.verdicts import HeldOut
 
 
 def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
     """Those given, or the first of the training's."""
+    if cfg.run.validation_prompt_file is not None:
+        return load_prompts(cfg.run.validation_prompt_file, cfg.data.caption_column)
     return list(cfg.run.validation_prompt) or prompts[:4]
 
 
@@ -30,13 +36,18 @@ def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:
     return list(TRUE_SCORES) if whole and set(prompts) <= set(toy_world.CAPTIONS) else []
 
 
+def watched_by(cfg: Config, metrics: list[str], prompts: list[str], run_dir: Path) -> HeldOut:
+    """What the run was told to watch. Raises ValueError for a score that is not measured, or too few prompts."""
+    return HeldOut(cfg.run, metrics, len(prompts), run_dir)
+
+
 def wanted_by(cfg: Config, prompts: list[str]) -> dict[str, Wanted] | None:
     """What GenEval looks for, if it judges. Raises ValueError for a prompt of which that is not known."""
     in_training = bool(judging_parts(dict(scorer_specs(cfg.scorer.scorer))))
     if not in_training and not judging_parts(parted(cfg.run.validation_metrics)):
         return None
     wanted = geneval_records(cfg.data.prompts)
-    check_wanted([*(prompts if in_training else ()), *cfg.run.validation_prompt], wanted)
+    check_wanted([*(prompts if in_training else ()), *validation_prompts(cfg, [])], wanted)
     return wanted
 
 

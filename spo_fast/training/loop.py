@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,8 +59,20 @@ class Run(Parts):
             self.stopped()
         self.group.any(False)
 
+    def ends(self) -> bool:
+        """Whether the run is to end before its last iteration, as a finished one; says why."""
+        if (stop := self.validator.held_out.stop) and not self.done:
+            print(f"ends early, after {self.state.iteration} iterations: {stop}")
+            return True
+        minutes = self.cfg.run.max_train_minutes
+        if minutes is not None and not self.done and time.monotonic() - self.began >= 60 * minutes:
+            print(f"max_train_minutes={minutes:g} have passed: the run ends after {self.state.iteration} iterations")
+            return True
+        return False
+
     def _loop(self, monitor: outputs.Monitor, timer: Timer) -> bool:
         """False if the run was asked to stop before its end."""
+        self.began = time.monotonic()
         while (iteration := self.state.iteration) < self.total:
             batches.encode_ahead(self, iteration, timer)
             before = copy.deepcopy(self.state)
@@ -73,6 +86,8 @@ class Run(Parts):
             self.learner.check_weights()
             monitor.write(iteration, record | size)
             diagnosis.raise_if_nonfinite(self, bool(record["pairs"]))
+            if self.group.any(self.ends()):
+                self.total = self.state.iteration
             if self.due(self.cfg.run.checkpointing_steps):
                 diagnosis.check_agreement(self)
                 with timer("save"):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spo_fast.config.sections import FLOWS, TOYS
+from spo_fast.data.files import write_atomically
 from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
 from spo_fast.models.device import listed
+from spo_fast.models.files.comfyui import Shown, workflow
+from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.progress import ProgressLine
@@ -38,6 +44,9 @@ def announce(run: Parts) -> None:
     print(f"{data}; {run.total} iterations of {of}")
     if pairs is not None:
         print(repeated(len(pairs.train_rows), each, "an iteration"), end="")
+
+
+WORKFLOW = "comfyui_workflow.json"
 
 
 class Monitor:
@@ -78,6 +87,26 @@ class Monitor:
         self.timer.read_ms()
 
 
+def write_workflow(run: Parts) -> list[Path]:
+    """A ComfyUI workflow with the LoRA, as what has been trained on is drawn; of the toys and whole networks none."""
+    cfg, kind = run.cfg, run.model.kind
+    if cfg.adapter.full_finetune or cfg.model.model in TOYS:
+        return []
+    guidance = cfg.model.embedded_guidance or 3.5 if kind == "flux" else cfg.sample.guidance_scale
+    shown = Shown(
+        prompt=(run.validator.prompts or run.prompts)[0],
+        height=run.model.height,
+        width=run.model.width,
+        steps=cfg.sample.num_steps,
+        guidance_scale=guidance,
+        seed=cfg.run.seed,
+    )
+    lora = COMFYUI_FILE if kind in FLOWS else KOHYA_FILE
+    path = run.run_dir / WORKFLOW
+    write_atomically(path, json.dumps(workflow(kind, lora, shown), indent=1) + "\n")
+    return [path]
+
+
 def finish(run: Parts) -> None:
     """Export the trained weights, show what training did to images from the same noise, write report and card."""
     if not run.group.main:
@@ -88,7 +117,7 @@ def finish(run: Parts) -> None:
         print(
             "warning: nothing was trained: no pair or term was kept, or no step taken. The weights are as they began."
         )
-    files = run.export(run.run_dir)
+    files = [*run.export(run.run_dir), *write_workflow(run)]
     if run.pairs is not None:
         run.pairs.split.finish()
     run.validator.after_training(run.state.iteration)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from spo_fast.config.errors import RunError
 from spo_fast.data.files import reason_of
+from spo_fast.data.hub import offline_reason
 
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
 
@@ -65,7 +67,7 @@ def number(path: Path) -> int:
 
 
 def find(run_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: None, "latest" whole one of the run directory, or a path.
+    """The checkpoint to resume from: None, "latest" whole one of the run directory, a path, or hub:owner/name.
 
     Raises FileExistsError if the directory holds a run and none of it was asked for, FileNotFoundError for a path
     without one, MismatchError for a damaged one.
@@ -91,7 +93,7 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
                 f"{existing[-1]} is damaged ({found[0]}), and no other is whole. Start again in another --output_dir."
             )
         return None
-    path = Path(wanted)
+    path = hub_checkpoint(wanted.removeprefix("hub:")) if wanted.startswith("hub:") else Path(wanted)
     if not (path / "state.json").is_file():
         raise FileNotFoundError(
             f"--resume_from_checkpoint {wanted} is no checkpoint (no state.json in it). "
@@ -105,6 +107,31 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
     if (wrong := damage(path)) is not None:
         raise MismatchError(f"{path} is damaged: {wrong}. Resume from latest, which is the last whole one.")
     return path
+
+
+def hub_checkpoint(repository: str) -> Path:
+    """The newest checkpoint of a repository of the hub, downloaded. Raises RunError."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = repository.partition("@")
+    flag = f"--resume_from_checkpoint hub:{repository:.100}"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
+        raise RunError(f"{flag} is no repository. Write hub:OWNER/NAME, or hub:OWNER/NAME@REVISION.")
+    if (reason := offline_reason()) is not None:
+        raise RunError(f"{flag} cannot be downloaded: {reason}. Give the path of a checkpoint on this machine.")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=["checkpoint-*/*"]))
+    except Exception as error:  # the hub's, its HTTP library's and the network's have no common class
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunError(
+            f"{flag} cannot be downloaded ({why:.120}). Mend its name, or log in (hf auth login)."
+        ) from error
+    found = sorted(checkpoints(folder), key=number)
+    if not found:
+        raise RunError(
+            f"{flag} has no checkpoint-N folder. Upload one: hf upload {name:.60} RUN/checkpoint-N checkpoint-N"
+        )
+    return found[-1]
 
 
 class MismatchError(RunError):

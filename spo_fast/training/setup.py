@@ -12,7 +12,7 @@ from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.method.objectives import make_objective
 from spo_fast.models.flow import load_model
 from spo_fast.training import accelerate
-from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by
+from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by, watched_by
 from spo_fast.training.iteration import Iterates
 from spo_fast.training.learner import Learner
 from spo_fast.training.pair_batches import PairReader
@@ -35,6 +35,7 @@ class Parts(TrainingRun[Config], Iterates):
         self.prompts, self.prompt_order = training_prompts(cfg, self.group.size)
         shown = validation_prompts(cfg, self.prompts)
         metrics, wanted = held_out_metrics(cfg, shown), wanted_by(cfg, self.prompts)
+        watched = watched_by(cfg, metrics, shown, self.run_dir)
         resolved = resolve(cfg.model, run_paths(cfg))
         self.lock()
         cfg, self.choices, self.found = choose_for(self.device, cfg, resolved)
@@ -65,7 +66,7 @@ class Parts(TrainingRun[Config], Iterates):
         accuracy = functools.partial(held_out_accuracy, self.pairs, self.objective, self.sampler, cfg)
         self.validator = Validator(
             *(cfg, self.run_dir, self.model, self.policy, self.scorer),
-            *(shown, metrics, wanted, accuracy),
+            *(shown, metrics, wanted, accuracy, watched),
         )
 
     def compile(self, backend: str | accelerate.Backend = "inductor") -> None:
@@ -83,7 +84,7 @@ class Parts(TrainingRun[Config], Iterates):
 
     def export(self, directory: Path) -> list[Path]:
         """The trained weights as other software loads them."""
-        return self.model.save(self.policy, directory)
+        return self.model.save(self.policy, directory, self.run_dir.resolve().name)
 
     def export_beside(self, checkpoint_dir: Path) -> None:
         """The trained weights as `export` has them."""
@@ -91,7 +92,9 @@ class Parts(TrainingRun[Config], Iterates):
 
 
 def check_processes(cfg: Config, count: int) -> None:
-    """Raises ValueError for an optimizer whose state cannot be sharded over so many processes."""
+    """Raises ValueError for what cannot be sharded over so many processes."""
+    if cfg.adapter.full_finetune and count > 1 and cfg.run.keep_best is not None:
+        raise ValueError("--keep_best saves from one process, which --full_finetune on several has not. Leave it out.")
     if cfg.adapter.full_finetune and count > 1 and cfg.optim.optimizer != "adamw":
         raise ValueError(
             f"--full_finetune on several processes keeps a part of the optimizer's state on each, which "

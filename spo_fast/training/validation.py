@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spo_fast.config.training import Config
-from spo_fast.data.files import read_json, set_aside, without_nan, write_atomically
+from spo_fast.data.files import set_aside, without_nan, write_atomically
 from spo_fast.data.prompt_sets import Wanted
-from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
 from spo_fast.evaluation.metrics import make_metric
 from spo_fast.evaluation.pictures import write_grid
 from spo_fast.evaluation.sampling import draw_latents
@@ -31,69 +25,7 @@ from spo_fast.scorers.base import Scorer
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.pair_batches import EVALUATION
-
-
-class Shown(TypedDict, total=False):
-    """What validation pictures and their score depend on beside the weights, as JSON has it."""
-
-    prompts: list[str]
-    num_validation_images: int
-    seed: int
-    num_steps: int
-    guidance_scale: float
-    latents: list[int]
-    scorer: list[str]
-    embedded_guidance: float
-    max_sequence_length: int
-    t5_weights: str
-    size_told: str
-
-
-class Validation(NamedTuple):
-    """What the validation pictures of some weights were measured at."""
-
-    score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
-    values: dict[str, list[float]]  # held-out metric or look -> of each picture, prompt after prompt
-    of: Shown  # only validations of the same can be compared
-
-    @classmethod
-    def read(cls, file: Path) -> Validation:
-        """One that was kept as JSON, where None stands for NaN."""
-        kept = read_json(file)
-        values = {name: [math.nan if v is None else v for v in them] for name, them in kept["values"].items()}
-        return cls(kept["score"], values, kept.get("of", {}))
-
-    def record(self, metrics: list[str], before: Validation | None, seed: int) -> dict[str, object]:
-        """As it is logged. Image statistics stand against those before training, with signs of reward hacking there."""
-        found: dict[str, object] = {"validation_score": self.score}
-        found |= {f"held_out_{name}": self.mean(name) for name in metrics}
-        if before is not None:
-            found |= {
-                f"look_{name}": self.mean(name) / mean for name in IMAGE_STATISTICS if (mean := before.mean(name)) > 0
-            }
-            found["hacking"] = "; ".join(hacking_signs(before.by_prompt(), self.by_prompt(), seed).values())
-        return found
-
-    def words(self, metrics: list[str], before: Validation | None) -> str:
-        """Score and held-out metrics, each with what it was before training."""
-
-        def text(name: str, now: float | None, was: float | None) -> str:
-            if now is None or was is None:
-                return f"{name} not finite" if now is None else f"{name} {now:.3f}"
-            return f"{name} {was:.3f} -> {now:.3f} ({now - was:+.3f})"
-
-        old = before or Validation(None, {}, {})
-        held_out = [text(f"held-out {m}", self.mean(m), old.mean(m) if m in old.values else None) for m in metrics]
-        return ", ".join([text("score", self.score, old.score), *held_out])
-
-    def mean(self, name: str) -> float:
-        """Of a metric or look over all pictures; NaN if one is."""
-        return statistics.fmean(self.values[name])
-
-    def by_prompt(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Look -> its mean over each prompt's pictures, which are no independent samples."""
-        count = len(self.of["prompts"])
-        return {name: np.array(self.values[name]).reshape(count, -1).mean(1) for name in IMAGE_STATISTICS}
+from spo_fast.training.verdicts import HeldOut, Shown, Validation
 
 
 @dataclass
@@ -109,6 +41,7 @@ class Validator:
     metrics: list[str]
     wanted: dict[str, Wanted] | None  # by geneval
     held_out_accuracy: Callable[[], float | None]
+    held_out: HeldOut
     before: Validation | None = None
     last: tuple[int, Validation] | None = None  # of this process: iterations done, and what it found
 
@@ -195,6 +128,7 @@ class Validator:
         for grid in (*later, self.samples / "after.png"):
             grid.unlink(missing_ok=True)
         if resumed:
+            self.held_out.go_on(done)
             self.before = self._read_before(path)
             return
         self.before = self.show("before")
@@ -226,7 +160,12 @@ class Validator:
         self.last = done, shown
         log.reporter.images(done - 1, "samples", self.samples / f"step-{done}.png")
         print(f"validation after {done} iterations: {shown.words(self.metrics, self.before)}")
-        return {**found, **shown.record(self.metrics, self.before, self.cfg.run.seed)}
+        found |= shown.record(self.metrics, self.before, self.cfg.run.seed)
+        found |= self.held_out.look(done, shown, self.before, str(found.get("hacking", "")), self.cfg.run.seed)
+        self.held_out.keep(
+            done, shown, lambda folder: self.model.save(self.policy, folder, self.run_dir.resolve().name)
+        )
+        return found
 
     def after_training(self, done: int) -> None:
         """samples/after.png, and what training did to images from the same noise."""

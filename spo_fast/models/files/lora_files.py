@@ -78,11 +78,16 @@ def _magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_unet_lora(
-    kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
+    kind: str,
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, object],
+    directory: Path,
+    about: Mapping[str, str],
 ) -> list[Path]:
     """Write a UNet's LoRA for diffusers (LORA_FILE) and under kohya's names (KOHYA_FILE); returns the files.
 
-    state: ...to_q.lora_A.weight, as PEFT names them without an adapter's name. settings: `written_settings`.
+    state: ...to_q.lora_A.weight, as PEFT names them without an adapter's name. settings: `written_settings`. about:
+    kohya's metadata besides.
     """
     import torch
 
@@ -112,6 +117,7 @@ def save_unet_lora(
         if name.endswith(".alpha"):  # diffusers writes the rank
             kohya[name] = torch.tensor(alpha)
     metadata = {
+        **about,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings["r"]),
         "ss_network_alpha": str(alpha),
@@ -121,7 +127,11 @@ def save_unet_lora(
 
 
 def save_transformer_lora(
-    kind: str, state: Mapping[str, Tensor], settings: Mapping[str, object], directory: Path
+    kind: str,
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, object],
+    directory: Path,
+    about: Mapping[str, str],
 ) -> list[Path]:
     """Write a flow transformer's LoRA for diffusers (LORA_FILE) and for ComfyUI (COMFYUI_FILE); returns the files.
 
@@ -145,5 +155,5 @@ def save_transformer_lora(
     tensors |= {f"transformer.{name}.dora_scale": value for name, value in _magnitudes(state).items()}
     downs = [name for name in tensors if name.endswith(".lora_A.weight")]
     tensors |= {f"{name.removesuffix('.lora_A.weight')}.alpha": alpha.clone() for name in downs}
-    save_file(tensors, directory / COMFYUI_FILE, metadata={"format": "pt"})
+    save_file(tensors, directory / COMFYUI_FILE, metadata={"format": "pt", **about})
     return [directory / LORA_FILE, directory / COMFYUI_FILE]

@@ -1,0 +1,61 @@
+"""What pip installs, the files of configs/, and the steps of the Dockerfile."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from spo_fast import train
+from spo_fast.__main__ import COMMANDS
+from spo_fast.models.device import Device
+from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.fit_memory import choose
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_there_is_one_for_each_model_and_card() -> None:
+    wanted = {f"{m}_{size}gb" for m in ("sd15", "sdxl", "sd35", "flux") for size in (16, 24, 48, 80)}
+    assert {path.stem for path in CONFIGS} == wanted
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_read(path: Path) -> None:
+    """Its own command line, in its first line, names it."""
+    cfg = train.parse(["--config", str(path)])
+    assert path.stem.startswith(cfg.model.model + "_")
+    assert f"--config configs/{path.name} " in path.read_text().splitlines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_fits_its_card(path: Path) -> None:
+    """As the dry run predicts it; 1 GB is 10^9 bytes, of which a card's context and fragments are left free."""
+    size = int(re.fullmatch(r"\w+?_(\d+)gb", path.stem)[1])  # type: ignore[index]
+    card = Device(f"a card of {size} GB", "cuda", size * 10**9, capability=(8, 0))
+    cfg, _ = choose(train.parse(["--config", str(path)]), card)
+    assert card.usable_bytes is not None and predict(cfg).peak <= card.usable_bytes
+
+
+def test_linux_gets_what_a_card_needs() -> None:
+    on_linux = [d for d in PROJECT["dependencies"] if "platform_system == 'Linux'" in d]
+    assert {re.split(r"[>=;]", d)[0] for d in on_linux} == {"triton", "bitsandbytes", "nvidia-ml-py"}
+    assert PROJECT["scripts"] == {"spo-fast": "spo_fast.__main__:main"} and set(COMMANDS) >= {"train", "report"}
+    assert PROJECT["optional-dependencies"]["cuda"] == ["xformers>=0.0.35"]
+
+
+def test_the_dockerfile_copies_what_is_there_and_installs_extras_that_are() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    for copied in re.findall(r"^COPY (?!--)(\S+) ", text, flags=re.M):
+        assert (ROOT / copied).exists(), copied
+    extras = re.search(r"'\.\[([\w,]+)\]'", text)
+    assert extras and set(extras[1].split(",")) <= PROJECT["optional-dependencies"].keys()
+    assert all(re.fullmatch(r"nvidia/cuda:13\.\S+", image) for image in re.findall(r"^FROM (\S+)", text, flags=re.M))
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    needed = ("pyproject.toml", "setup.py", "CMakeLists.txt", "csrc", "spo_fast", "README.md", "LICENSE")
+    assert not set(ignored) & set(needed)

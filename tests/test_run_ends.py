@@ -1,0 +1,267 @@
+"""How a run ends before its last iteration, what it keeps, and what it leaves for other programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import SMALL, assert_same_end, assert_same_tensors, command_line, facts, killed_run, run_toy
+from safetensors import safe_open
+
+from spo_fast import __main__ as every_command
+from spo_fast import train
+from spo_fast.config.presets import PRESETS
+from spo_fast.config.run import RunConfig
+from spo_fast.models.files.comfyui import CHECKPOINTS, Shown, model_spec, workflow
+from spo_fast.models.files.lora_files import KOHYA_FILE, LORA_FILE
+from spo_fast.training import loop, run_directory, verdicts
+from spo_fast.training.verdicts import HeldOut, Validation
+
+PROMPTS = [f"prompt {n}" for n in range(8)]
+TWO = {"max_train_steps": 2, "checkpointing_steps": 1}
+
+
+def validated(**values: Any) -> Validation:
+    looks = {name: [0.1] * 8 for name in ("saturation", "contrast", "edges", "colourfulness")}
+    return Validation(1.0, {**looks, **{n: list(map(float, v)) for n, v in values.items()}}, {"prompts": PROMPTS})
+
+
+def watch(tmp_path: Path, **settings: Any) -> HeldOut:
+    return HeldOut(RunConfig(**settings), ["hpsv2", "aesthetic"], 8, tmp_path)
+
+
+SPREAD = np.linspace(-1, 1, 8)
+
+
+def test_an_anchor_ends_a_run_when_it_has_fallen_beyond_chance(tmp_path: Path) -> None:
+    held_out, before = watch(tmp_path, anchor=("hpsv2",)), validated(hpsv2=SPREAD)
+    found = held_out.look(10, validated(hpsv2=SPREAD - 0.1 + 0.3 * SPREAD**3), before, "", seed=1)
+    assert found["anchor_hpsv2"] == pytest.approx(-0.1) and not held_out.stop  # the interval reaches over 0
+    assert found["anchor_hpsv2_low"] < found["anchor_hpsv2"] < 0 < found["anchor_hpsv2_high"]  # type: ignore[operator]
+    held_out.look(20, validated(hpsv2=SPREAD - 0.1), before, "", seed=1)
+    assert held_out.stop == "hpsv2 has fallen by 0.100 since training began, and not by chance"
+    held_out.look(30, validated(hpsv2=SPREAD + 1), before, "saturation is 40% above", seed=1)
+    assert held_out.stop == "saturation is 40% above"
+
+
+def test_the_interval_is_that_of_the_paired_differences(tmp_path: Path) -> None:
+    """Of 8 differences d the means of draws with replacement: numpy's, with another seed, agree to their own error."""
+    d = np.array([-3.0, 1, 0, -2, 4, -1, -2, -5])
+    found = watch(tmp_path, anchor=("hpsv2",)).look(1, validated(hpsv2=d), validated(hpsv2=0 * d), "", seed=3)
+    draws = np.random.default_rng(11).choice(d, (40_000, 8)).mean(1)
+    assert found["anchor_hpsv2_low"] == pytest.approx(np.percentile(draws, 2.5), abs=0.2)
+    assert found["anchor_hpsv2_high"] == pytest.approx(np.percentile(draws, 97.5), abs=0.2)
+
+
+def test_stop_when_compares_with_the_highest_so_far_also_after_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()  # the grids are there by then
+    held_out = watch(tmp_path, stop_when=("held_out_hpsv2",))
+    for done, level in ((1, 0.0), (2, 1.0), (3, 0.9)):
+        held_out.look(done, validated(hpsv2=SPREAD + level), None, "", seed=1)
+        assert bool(held_out.stop) == (done == 3)
+    again = watch(tmp_path, stop_when=("hpsv2",))
+    again.go_on(1)  # what came later is not known, and will be made again
+    again.look(2, validated(hpsv2=SPREAD + 0.5), None, "", seed=1)
+    assert not again.stop
+    again.go_on(2)
+    again.look(3, validated(hpsv2=SPREAD + 0.4), None, "", seed=1)
+    assert "held-out hpsv2 has fallen by 0.100 from its highest" in again.stop
+
+
+def test_the_best_is_kept_and_what_a_resume_makes_again_is_dropped(tmp_path: Path) -> None:
+    held_out, saved = watch(tmp_path, keep_best="hpsv2"), []
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        saved.append(folder)
+
+    for done, level in ((1, 0.0), (2, 1.0), (3, 0.5)):
+        held_out.keep(done, validated(hpsv2=SPREAD + level), save)
+    assert len(saved) == 2 and not saved[0].exists()
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["iteration"] == 2
+    held_out.go_on(2)
+    assert (tmp_path / "best").is_dir()
+    held_out.go_on(1)
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    from spo_fast.data import toy_world
+
+    file = tmp_path / "shown.txt"
+    file.write_text("\n".join(sorted(toy_world.CAPTIONS)[:8]))
+    return file
+
+
+def test_a_run_watches_its_true_scores(
+    tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {**TWO, "resolution": None, "num_validation_images": 1, "validation_prompt_file": prompt_file}
+    more |= {"anchor": ["layout"], "stop_when": ["held_out_layout"], "keep_best": "held_out_layout"}
+    whole = run_toy(tmp_path / "whole", **more)
+    assert "anchor layout: " in capsys.readouterr().out
+    records = facts(whole)
+    assert all(r["anchor_layout_low"] <= r["anchor_layout"] <= r["anchor_layout_high"] for r in records)
+    before = json.loads((whole / "samples" / "before.json").read_text())["values"]["layout"]
+    assert records[0]["anchor_layout"] == pytest.approx(records[0]["held_out_layout"] - np.mean(before))
+    best = json.loads((whole / "best" / "best.json").read_text())
+    scores = [r["held_out_layout"] for r in records]
+    assert best["mean"] == max(scores) and best["iteration"] == scores.index(max(scores)) + 1
+    assert (whole / "best" / LORA_FILE).is_file()
+    killed = killed_run(tmp_path / "killed", monkeypatch, 1, **more)
+    run_toy(killed, **more, resume_from_checkpoint="latest")
+    assert_same_end(whole, killed)
+
+
+def test_a_stop_leaves_all_that_a_finished_run_does(
+    tmp_path: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verdicts, "bootstrap", lambda values, seed: early_stop_interval())
+    more = {"resolution": None, "num_validation_images": 1, "validation_prompt_file": prompt_file, "anchor": ["layout"]}
+    run = run_toy(tmp_path / "run", **{**TWO, "max_train_steps": 4}, **more)
+    assert len(facts(run)) == 1 and (run / LORA_FILE).is_file() and (run / "report.html").is_file()
+    assert (run / "checkpoint-1").is_dir() and (run / "samples" / "after.png").is_file()
+    out = capsys.readouterr().out
+    assert "ends early, after 1 iterations: layout has fallen by 0.300 since training began" in out
+
+
+def early_stop_interval() -> Any:
+    from spo_fast.evaluation.statistics import Interval
+
+    return Interval(-0.3, -0.4, -0.2)
+
+
+def test_minutes_end_a_run_and_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_toy(tmp_path / "whole", **TWO)
+    clock = iter(range(0, 10_000, 61))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
+        part = run_toy(tmp_path / "part", **TWO, max_train_minutes=1)
+    assert "max_train_minutes=1 have passed: the run ends after 1 iterations" in capsys.readouterr().out
+    assert (part / LORA_FILE).is_file() and (part / "checkpoint-1").is_dir() and not (part / "checkpoint-2").exists()
+    run_toy(part, **TWO, resume_from_checkpoint="latest")
+    assert_same_end(whole, part)
+
+
+# ------------------------------------------------------------------------------------------------------- from the hub
+
+
+def test_a_checkpoint_from_the_hub_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_toy(tmp_path / "whole", **TWO)
+    remote, asked = tmp_path / "hub", []
+    shutil.copytree(whole / "checkpoint-1", remote / "checkpoint-1")
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(remote)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(run_directory, "offline_reason", lambda: None)
+    mine = run_toy(tmp_path / "mine", **TWO, resume_from_checkpoint="hub:me/run@main")
+    assert asked == [("me/run", {"revision": "main", "allow_patterns": ["checkpoint-*/*"]})]
+    for file in ("trained.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(whole / "checkpoint-2" / file, mine / "checkpoint-2" / file)
+
+
+def raises(error: Exception) -> Any:
+    def function(*args: Any, **options: Any) -> Any:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("wanted", "offline", "download", "message"),
+    [
+        ("hub:me/run", "HF_HUB_OFFLINE is set", None, "cannot be downloaded: HF_HUB_OFFLINE is set"),
+        ("hub:me", None, None, "is no repository. Write hub:OWNER/NAME"),
+        ("hub:../run", None, None, "is no repository"),
+        ("hub:me/run", None, raises(OSError("404 " * 200)), "Mend its name, or log in"),
+        ("hub:me/run", None, lambda *a, **o: "/nowhere", "has no checkpoint-N folder"),
+    ],
+)
+def test_what_the_hub_has_not_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wanted: str,
+    offline: str | None,
+    download: Any,
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(run_directory, "offline_reason", lambda: offline)
+    line = command_line({**SMALL, **TWO, "output_dir": tmp_path / "run", "resume_from_checkpoint": wanted})
+    assert train.main(line) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) <= 310
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"anchor": ["layouts"], "resolution": None, "num_validation_images": 1}, "layouts"),
+        ({"stop_when": ["layout"], "resolution": None, "num_validation_images": 1}, "are too few. Give 8 or more"),
+        ({"keep_best": "layout", "resolution": None}, "need pictures"),
+        ({"keep_best": "layout", "num_validation_images": 1}, "--keep_best layout is not measured here, only none"),
+        ({"max_train_minutes": 0}, "max_train_minutes"),
+        ({"validation_prompt": ["a"], "validation_prompt_file": "b.txt"}, "say the same thing"),
+        ({"validation_prompt_file": "/nowhere.txt"}, "/nowhere.txt"),
+        ({"anchor": ["spm"]}, "spm is the scorer"),
+    ],
+)
+def test_wrong_values_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], message: str
+) -> None:
+    assert train.main(command_line({**SMALL, **settings, "output_dir": tmp_path / "run"})) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) <= 310
+
+
+# -------------------------------------------------------------------------------------------------- other programs
+
+SHOWN = Shown(prompt="a cat", height=768, width=512, steps=20, guidance_scale=5.0, seed=42)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd35", "flux"])
+def test_a_workflow_is_a_closed_graph_with_the_lora(kind: str) -> None:
+    nodes: Any = workflow(kind, "mine.safetensors", SHOWN)
+    links = [v for node in nodes.values() for v in node["inputs"].values() if isinstance(v, list)]
+    assert {number for number, _ in links} | {"9"} == set(nodes)  # each feeds another, but for the picture's
+    kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    assert kinds["LoraLoaderModelOnly"]["lora_name"] == "mine.safetensors"
+    assert kinds["KSampler"]["model"] == ["2", 0] and kinds["KSampler"]["cfg"] == (1.0 if kind == "flux" else 5.0)
+    latent = kinds["EmptyLatentImage" if kind in ("sd15", "sdxl") else "EmptySD3LatentImage"]
+    assert (latent["width"], latent["height"]) == (512, 768)
+    assert ("CheckpointLoaderSimple" in kinds) == (kind in CHECKPOINTS)
+
+
+def test_the_kohya_file_says_what_it_is(tmp_path: Path) -> None:
+    run = run_toy(tmp_path / "mine", max_train_steps=1)
+    with safe_open(run / KOHYA_FILE, "pt") as file:
+        found = file.metadata()
+    assert found["modelspec.title"] == "mine" and found["modelspec.sai_model_spec"] == "1.0.0"
+    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert found["modelspec.resolution"] == "8x8" and found["modelspec.trigger_phrase"] == "none"
+    assert model_spec("sd15", "x", (768, 512))["modelspec.resolution"] == "512x768"
+
+
+# ------------------------------------------------------------------------------------------------------ spo-fast
+
+
+def test_every_command_by_one_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert every_command.main([]) == 0 and "train-spm" in capsys.readouterr().out
+    assert every_command.main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert every_command.main(["report", str(tmp_path)]) == 1
+    assert every_command.main(["train", "--model", "toy", "--rank", "0"]) == 2
+    assert "rank" in capsys.readouterr().err
+    assert every_command.main(["ops"]) == 0 and "lora_linear" in capsys.readouterr().out
+    assert set(PRESETS) >= {"toy"}
