@@ -234,12 +234,13 @@ CLAIMS: dict[str, tuple[str, str] | tuple[str, str, Callable[[Mapping[str, Any]]
     "random picks do not do it": ("spo", "random picks"),
 }
 
+NO_LOSS = "and lose no aesthetics"
 QUESTIONS: dict[str, tuple[str, str, str]] = {
     "step-wise GRPO is above GRPO": ("stepgrpo", "grpo", "aesthetics"),
     "step-wise GRPO is above SPO": ("stepgrpo", "spo", "aesthetics"),
     "NFT is above GRPO": ("nft", "grpo", "aesthetics"),
     "scorers by noise level raise layout (unguided)": ("by noise level", "unguided", "layout"),
-    "and lose no aesthetics": ("by noise level", "unguided", "aesthetics"),
+    NO_LOSS: ("by noise level", "unguided", "aesthetics"),
 }
 """Of reinforcement learning, written down before the runs; NFT and AWM draw and are scored without guidance."""
 
