@@ -36,6 +36,7 @@ from spo_fast.training.loop import Run
 
 RECORD, FIGURE = RESULTS / "toy_mechanism.json", RESULTS / "toy_mechanism.png"
 K, ROUNDS = 4, 1  # children, and x_t of each prompt and step
+FEW = 0.1  # of the pairs that differ: not drawn below
 WHOLE = "whole trajectories"
 TOYS = ("toy", "toy-flow")
 
@@ -138,10 +139,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             scale = 10 if name == "aesthetics" else 1
             row[0].plot(list(steps), [f[name]["spread"][0] / scale for f in steps.values()], "o-", ms=3, label=name)
             row[0].axhline(whole[name]["spread"][0] / scale, color=colour, ls="--", lw=1)
-            right = {t: f[name]["right"] for t, f in steps.items() if f[name]["right"] and f[name]["differ"] > 0.02}
+            right = {t: f[name]["right"] for t, f in steps.items() if f[name]["differ"] > FEW}
             values, errors = zip(*((r[0], r[1]) for r in right.values()), strict=True)
             row[1].errorbar(list(right), values, errors, fmt="o-", ms=3, color=colour, label=name)
-            if whole[name]["right"]:
+            if whole[name]["differ"] > FEW:
                 row[1].axhline(whole[name]["right"][0], color=colour, ls="--", lw=1)
         row[2].plot(list(steps), [f["kept"][0] for f in steps.values()], "o-", ms=3, color="C2")
         row[2].axhline(whole["kept"][0], color="C2", ls="--", lw=1)
@@ -153,7 +154,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     for axes, title, last in zip(panels[0], titles, panels[-1], strict=True):
         axes.set_title(title, fontsize=9)
         axes.invert_xaxis()
-        last.set_xlabel("timestep at which they are judged (dashed: whole trajectories)", fontsize=8)
+        last.set_xlabel("timestep judged at (dashed: whole trajectories)", fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
