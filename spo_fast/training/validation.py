@@ -177,4 +177,5 @@ class Validator:
         if self.before is not None and after is not None:
             count = len(self.prompts) * self.cfg.run.num_validation_images
             print(f"{count} images from the same noise, before and after: {after.words(self.metrics, self.before)}")
-            print(f"sample grids: {self.samples / 'before.png'}, {self.samples / 'after.png'}")
+            seed = f"seed {self.cfg.run.seed}, pictures 0 to {count - 1}"
+            print(f"sample grids ({seed}): {self.samples / 'before.png'}, {self.samples / 'after.png'}")
