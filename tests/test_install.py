@@ -21,7 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def test_there_is_one_for_each_model_and_card() -> None:
     wanted = {f"{m}_{size}gb" for m in ("sd15", "sdxl", "sd35", "flux") for size in (16, 24, 48, 80)}
-    assert {path.stem for path in CONFIGS} == wanted
+    # FLUX.1's transformer in 4 bits and T5 in 8 stand together while prompts are encoded: more than 16 GB
+    assert {path.stem for path in CONFIGS} == wanted - {"flux_16gb"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
