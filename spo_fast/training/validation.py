@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,8 @@ class Validator:
         return self.run_dir / "samples"
 
     @torch.no_grad()
-    def validate(self) -> tuple[list[list[Tensor]], float] | None:
-        """Images of the validation prompts from fixed noise, and the scorer's mean opinion of them; None if turned off.
+    def validate(self) -> tuple[list[list[Tensor]], list[float]] | None:
+        """Images of the validation prompts from fixed noise, and the scorer's opinion of each; None if turned off.
 
         Plain DDIM (eta = 0) with the training's steps and guidance. The noise depends on the seed only, so values
         before and after training are of the same noise.
@@ -70,7 +71,7 @@ class Validator:
                 row += list(pixels.float().cpu())
                 scores.append(score)
             images.append(row)
-        return images, float(torch.cat(scores).mean())
+        return images, torch.cat(scores).double().tolist()
 
     def _draw(self, table: StepTable, prompts: list[str], first: int) -> tuple[Tensor, Tensor]:
         """Images of the prompts from the noise of validation image `first` on, and their scores at timestep 0."""
@@ -90,9 +91,9 @@ class Validator:
             result = self.validate()
         if result is None:
             return None
-        images, score = result
+        images, scores = result
         write_grid(self.samples / f"{name}.png", images, self.prompts)
-        return Validation(score, self.measured(images), self.settings())
+        return Validation(statistics.fmean(scores), {"score": scores} | self.measured(images), self.settings())
 
     def settings(self) -> Shown:
         """What the pictures drawn now depend on."""
