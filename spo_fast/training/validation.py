@@ -168,8 +168,23 @@ class Validator:
         )
         return found
 
+    @torch.no_grad()
+    def sweep(self) -> None:
+        """samples/strengths.png: each prompt's first image, with the LoRA at each of cfg.run.strengths."""
+        cfg, table = self.cfg, self.model.table(self.cfg.sample.num_steps, 0.0)
+        if cfg.adapter.full_finetune or not cfg.run.strengths or not cfg.run.num_validation_images:
+            return
+        columns: list[list[Tensor]] = []
+        for strength in cfg.run.strengths:
+            with self.policy.exported(), self.policy.scaled(strength):
+                first = [p * cfg.run.num_validation_images for p in range(len(self.prompts))]
+                drawn = [self._draw(table, [q], n)[0] for q, n in zip(self.prompts, first, strict=True)]
+            columns.append([pixels[0].float().cpu() for pixels in drawn])
+        write_grid(self.samples / "strengths.png", [list(row) for row in zip(*columns, strict=True)], self.prompts)
+
     def after_training(self, done: int) -> None:
         """samples/after.png, and what training did to images from the same noise."""
+        self.sweep()
         if self.last is None or self.last[0] != done:  # a finished run, resumed
             after = self.show("after")
         else:
