@@ -72,9 +72,9 @@ class Browser:
         line, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(line)
 
-    def open(self, file: Path) -> None:
+    def open(self, file: Path, ready: str = "!!document.getElementById('data')") -> None:
         self.call("Page.navigate", url=file.resolve().as_uri())
-        self.until("document.readyState === 'complete' && !!document.getElementById('data')")
+        self.until(f"document.readyState === 'complete' && {ready}")
 
     def run(self, script: str) -> Any:
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

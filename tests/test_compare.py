@@ -53,7 +53,7 @@ def embedded(page: str) -> dict[str, Any]:
 def test_the_page_is_whole_escaped_and_alone(report: tuple[Path, Path]) -> None:
     page = (report[0] / "report.html").read_text()
     assert NASTY not in page and page.count(str(escape(NASTY))) == 1
-    assert page.count("<script") == 2 and "http://" not in page and "https://" not in page
+    assert page.count("<script") == 3 and "http://" not in page and "https://" not in page
     data = embedded(page)
     assert sorted(t["number"] for t in data["trials"]) == [0, 1, 2]
     assert {t["prompt"] for t in data["trials"]} == {NASTY, "a red ring", "a blue cross"}
@@ -139,6 +139,49 @@ def test_voting_in_a_browser(browser: Browser, report: tuple[Path, Path], tmp_pa
     assert general["mean"] == pytest.approx(np.mean(shares)) and general["votes"] == 3
     assert "User study" in (out / "report.html").read_text()
     (out / "user_study.json").unlink()
+
+
+def test_filters_and_zoom_in_a_browser(browser: Browser, report: tuple[Path, Path]) -> None:
+    """By prompt, by largest difference against the scores on file, and pictures by keyboard in their own size."""
+    browser.open(report[0] / "report.html")
+    seen = "[...document.querySelectorAll('.pair')].filter(p => !p.hidden).map(p => p.querySelector('h3').textContent)"
+    assert browser.run(seen) == [NASTY, "a red ring", "a blue cross"]
+    browser.run("const f = document.getElementById('filter'); f.value = 'BLUE'; f.dispatchEvent(new Event('input'))")
+    assert browser.run(seen) == ["a blue cross"]
+    assert browser.run("document.getElementById('matching').textContent") == "1 of 3"
+    browser.run("f.value = ''; f.dispatchEvent(new Event('input'))")
+    browser.run("const o = document.getElementById('order'); o.value = '0'; o.dispatchEvent(new Event('change'))")
+    lines = browser.run("[...document.querySelectorAll('.pair')].map(p => [...p.querySelectorAll('.numbers')].map("
+                        "n => n.textContent))")  # fmt: skip
+    gaps = [abs(float(a.split()[-1]) - float(b.split()[-1])) for a, b in lines]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > gaps[-1]
+    browser.run("o.value = ''; o.dispatchEvent(new Event('change'))")
+    assert browser.run(seen) == [NASTY, "a red ring", "a blue cross"]
+
+    browser.run("document.querySelector('button.zoom').click()")
+    assert browser.run("document.getElementById('zoom').open && document.querySelector('#zoom img').width") == 16
+    assert browser.run("document.querySelector('#zoom p').textContent") == "base"
+    browser.press("ArrowRight")
+    assert browser.run("document.querySelector('#zoom p').textContent") == "mine"
+    browser.press("Escape")
+    browser.until("!document.getElementById('zoom').open")
+    browser.until("document.activeElement.querySelector('img')?.id === 'picture-0-1'")  # the keyboard goes on there
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        ("{a: 1, b: 1, tie: 3}", "even so far"),
+        ("{a: 0, b: 5, tie: 0}", "about 1 more votes"),  # 5 : 0 is chance in 2 of 32
+        ("{a: 0, b: 6, tie: 0}", "settled"),
+        ("{a: 4, b: 6, tie: 0}", "about 87 more votes"),  # 1.96^2 / 4 / 0.1^2 = 96.04
+        ("{a: 40, b: 60, tie: 0}", "settled"),
+        ("{a: 2, b: 4, tie: 4}", "about 48 more votes"),  # 0.6 of the votes have a side: 57.6
+    ],
+)
+def test_votes_to_settle(browser: Browser, report: tuple[Path, Path], count: str, said: str) -> None:
+    browser.open(report[0] / "report.html")
+    assert browser.run(f"toSettle({count})") == said
 
 
 def test_nothing_is_wider_than_a_phone(browser: Browser, report: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from browser import Browser
 from jinja2 import UndefinedError
 from PIL import Image
 from runs import leave_grid, leave_run, run_toy
@@ -21,6 +23,7 @@ from spo_fast.evaluation.pages import charts, run_record, run_report
 from spo_fast.evaluation.pages.history import History
 from spo_fast.evaluation.pages.render import environment, render
 from spo_fast.training import run
+from spo_fast.training.verdicts import Validation
 
 
 class Page(HTMLParser):
@@ -192,6 +195,72 @@ def test_no_log_at_all(tmp_path: Path) -> None:
     assert "Nothing was logged yet" in written(run)[1].text
 
 
+def test_changes_stand_with_their_intervals(tmp_path: Path) -> None:
+    """A fall of 0.031 with a standard error of 0.02 is no fall; the bars are 1.96 standard errors."""
+    errors = {"se_validation_score": 0.1, "se_held_out_layout": 0.02, "validation_images": 32}
+    records = [{"validation_score": 1.0 + i, "held_out_layout": 1 - 0.0155 * i, **errors} for i in (1, 2)]
+    run = leave_run(tmp_path / "run", records, 1.0)
+    (run / "samples" / "before.json").write_text(
+        '{"score": 1.0, "values": {"score": [1.0, 1.0], "layout": [1.0, 1.0]}}'
+    )
+    html, page = written(run)
+    assert "1 before, 3 after (+2 ± 0.2, 95 % of 32 pictures)" in page.text and "held_out_score" not in html
+    assert "<td>layout</td><td>1</td><td>0.969</td><td>-0.031 ± 0.039: may be chance</td>" in html
+    assert "<td>score</td><td>1</td><td>3</td><td>+2 ± 0.2</td>" in html
+    group = html[html.index('id="error-validation_score"') :]
+    heights = [abs(float(a) - float(b)) for a, b in re.findall(r'd="M \S+ (\S+) \s*L \S+ (\S+)', group)[:3]]
+    curve = points(html, "validation_score")[0][:, 1]
+    scale = (curve[0] - curve[2]) / 2  # of the drawing, a unit of the score
+    np.testing.assert_allclose(heights, [0, 2 * 1.96 * 0.1 * scale, 2 * 1.96 * 0.1 * scale], rtol=1e-3)
+
+
+def test_standard_errors_are_of_paired_changes() -> None:
+    before = Validation(2.0, {"score": [1.0, 2.0, 3.0, 2.0], "saturation": [0.5, 0.5, 0.25, 0.75]}, {})
+    now = Validation(3.0, {"score": [2.0, 3.0, 4.0, 5.0], "saturation": [0.5, 0.75, 0.5, 0.75]}, {})
+    found = now.standard_errors([], before)
+    # changes 1, 1, 1, 3: squares 0.25 x 3 + 2.25 = 3 over 3, standard deviation 1; 0, 0.25, 0.25, 0 of 0.5
+    assert found["se_validation_score"] == pytest.approx(0.5) and found["validation_images"] == 4
+    assert found["se_look_saturation"] == pytest.approx((4 * 0.125**2 / 3) ** 0.5 / 2 / 0.5)
+    assert Validation(3.0, {"score": [3.0]}, {}).standard_errors([], None) == {}
+
+
+def test_no_path_of_the_machine(tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "run", [{"loss": 0.5}], prompt_cache_dir=str(tmp_path / "cache"))
+    assert str(tmp_path) not in written(run)[0]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def test_slider_zoom_and_folds_in_a_browser(browser: Browser, tmp_path: Path) -> None:
+    run = leave_run(tmp_path / "run", [{"loss": 0.7, "validation_score": 1.25}] * 3, 0.5, num_validation_images=2)
+    for k, name in enumerate(("before", "step-2", "after")):
+        leave_grid(run / "samples" / f"{name}.png", np.full((600, 1200, 3), 40 * k, np.uint8), ["first"])
+    browser.open(run_report.write_report(run), ready="!!document.getElementById('zoom')")
+    place = "document.querySelector('.slider').style.getPropertyValue('--at')"
+    assert browser.run(place) == "50%"
+    browser.run("document.querySelector('.slider input').focus()")
+    browser.press("ArrowRight")
+    assert browser.run(place) == "51%"
+    assert browser.run("[...document.querySelectorAll('details')].every(d => !d.open)")
+    texts = browser.run("document.body.innerText")
+    assert texts.index("Pictures") < texts.index("Verdict") < texts.index("Curves") < texts.index("Is it learning?")
+    browser.run("document.querySelector('button.zoom').click()")
+    assert browser.run("document.querySelector('#zoom img').width") == 1200  # its own size, whatever the page's
+    browser.press("ArrowRight")
+    assert browser.run("document.querySelector('#zoom p').textContent") == "after: 1.25"
+    browser.press("Escape")
+    browser.until("!document.getElementById('zoom').open")
+    for scheme in ("light", "dark"):
+        browser.look(tmp_path / f"{scheme}.png", 390, 800, scheme)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    assert {url.split(":")[0] for url in browser.requests} <= {"file", "data"}
+
+
 # --------------------------------------------------------------------------------------------------- the page as such
 
 
@@ -202,14 +271,14 @@ def test_page_loads_nothing_and_escapes(tmp_path: Path) -> None:
     for name in ("before", "after"):
         leave_grid(run / "samples" / f"{name}.png", np.full((20, 40, 3), 99, np.uint8), [bad])
     html, page = written(run)
-    assert not {"script", "link", "iframe", "object", "embed", "i", "base"} & set(page.tags)
-    assert page.tags.count("img") == 2 and page.tags.count("html") == 1
+    assert page.tags.count("script") == 1 and not {"link", "iframe", "object", "embed", "i", "base"} & set(page.tags)
+    assert page.tags.count("img") == 2 + 1 and page.tags.count("html") == 1
     assert page.loads and all(value.startswith("data:image/" if name == "src" else "#") for name, value in page.loads)
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
     assert page.text.count(bad) >= 4  # heading, table, all settings, warning
     assert f"look {bad} (iteration 1 and 2 later)" in page.text
     assert "a<i>b&c" in page.text and html.lower().count("</html>") == 1
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in html
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in html
     assert 'name="viewport"' in html and "color-scheme: light dark" in html
 
 
@@ -223,7 +292,7 @@ def test_stays_under_ten_megabytes(tmp_path: Path, prompts: int, size: int) -> N
         leave_grid(run / "samples" / f"{name}.png", pixels, [f"prompt {i}" for i in range(prompts)])
     html, page = written(run)
     assert len(html.encode()) < 10_000_000
-    assert page.tags.count("img") == min(prompts, 16) * 6
+    assert page.tags.count("img") == min(prompts, 16) * 6 + 1  # and where they open
     assert ("16 of 40 prompts" in page.text) == (prompts == 40)
 
 
@@ -244,8 +313,8 @@ def test_grids_show_their_own_rows(tmp_path: Path) -> None:
             image = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
             assert image.size == (30, 10)
             colours.append(np.asarray(image.convert("RGB")).mean())
-    # step-3 is what after shows
-    np.testing.assert_allclose(colours, [10, 11, 13, 100, 101, 103], atol=1)
+    # before, after, what lies between; step-3 is what after shows
+    np.testing.assert_allclose(colours, [10, 13, 11, 100, 103, 101], atol=1)
     assert page.text.index("first") < page.text.index("second")
     assert page.text.count("before: 0.5") == page.text.count("iteration 2: 1.25") == page.text.count("after: 1.25") == 2
     assert "3 of 3 grids" in page.text

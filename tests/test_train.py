@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -686,3 +687,15 @@ def test_a_directory_is_let_go_when_its_run_has_trained(tmp_path: Path, capsys: 
             assert train.main(flags(tmp_path / "run", max_train_steps=steps, resume_from_checkpoint="latest")) == 0
     finally:
         gc.enable()
+
+
+def test_strengths_are_the_lora_at_each_weight(tmp_path: Path) -> None:
+    """At 1 the picture after training, at 0 the one before, at 0.5 neither."""
+    settings = {**GRIDS, "learning_rate": 0.02}
+    out = run_toy(tmp_path / "run", **settings, strengths=(0, 0.5, 1))
+    sheets = {n: np.asarray(Image.open(out / "samples" / f"{n}.png")) for n in ("before", "after", "strengths")}
+    width = sheets["strengths"].shape[1] // 3
+    zero, half, one = (sheets["strengths"][:, k * width : (k + 1) * width] for k in range(3))
+    assert (zero == sheets["before"][:, :width]).all() and (one == sheets["after"][:, :width]).all()
+    assert (half != zero).any() and (half != one).any()
+    assert "How strong?" in (out / "report.html").read_text()

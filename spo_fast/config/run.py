@@ -61,6 +61,9 @@ class RunConfig(LoopConfig):
     Loaded at each grid and dropped again. Default: of the toy its true scores, if prompts and size are its world's."""
     num_validation_images: Whole = 4
     """Images of each validation prompt, from fixed noise."""
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
+    """LoRA weights at which the finished run draws one image of each validation prompt, from the same noise, for its
+    report: a person picks the strength there. Nothing of a full_finetune; `--strengths` alone turns it off."""
     validation_steps: Count | None = None
     """Iterations between sample grids during training. Default: one with each checkpoint."""
     recipe: Literal["default", "published", "fast"] = "default"

@@ -86,6 +86,14 @@ class Policy(TrainedWeights):
         with self._filled(self.averages):
             yield
 
+    @contextlib.contextmanager
+    def scaled(self, strength: float) -> Iterator[None]:
+        """Inside, `predict` is the network with its LoRA at this weight, as pipelines apply one."""
+        # the B halves alone: what a LoRA adds is proportional to them, also within DoRA's norm
+        halves = zip(self.names, self._weights, strict=True)
+        with self._filled([p * strength if ".lora_B." in name else p.clone() for name, p in halves]):
+            yield
+
     def quantise(self, how: str) -> None:
         """Keep the frozen base in fewer bits (quantised.py), before `fuse`. Inexact."""
         import_for(how)

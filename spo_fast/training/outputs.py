@@ -123,7 +123,10 @@ def finish(run: Parts) -> None:
     run.validator.after_training(run.state.iteration)
     run.report()
     write_card(run.run_dir, run.repository)
-    print(f"what the run did: {run.run_dir / 'report.html'}; model card: {run.run_dir / 'README.md'}")
-    print("trained weights: " + ", ".join(str(f) for f in files))
+    print(f"model card: {run.run_dir / 'README.md'}; trained weights: " + ", ".join(str(f) for f in files))
     if run.repository is not None:
         print(f"uploaded to {upload(run.run_dir, run.repository)}")
+    print(
+        f"next: open {run.run_dir / 'report.html'}; compare: python -m spo_fast.compare --a base --b "
+        f"{run.run_dir}; loading it is shown in the report and the model card"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,8 @@ class Validator:
         return self.run_dir / "samples"
 
     @torch.no_grad()
-    def validate(self) -> tuple[list[list[Tensor]], float] | None:
-        """Images of the validation prompts from fixed noise, and the scorer's mean opinion of them; None if turned off.
+    def validate(self) -> tuple[list[list[Tensor]], list[float]] | None:
+        """Images of the validation prompts from fixed noise, and the scorer's opinion of each; None if turned off.
 
         Plain DDIM (eta = 0) with the training's steps and guidance. The noise depends on the seed only, so values
         before and after training are of the same noise.
@@ -70,7 +71,7 @@ class Validator:
                 row += list(pixels.float().cpu())
                 scores.append(score)
             images.append(row)
-        return images, float(torch.cat(scores).mean())
+        return images, torch.cat(scores).double().tolist()
 
     def _draw(self, table: StepTable, prompts: list[str], first: int) -> tuple[Tensor, Tensor]:
         """Images of the prompts from the noise of validation image `first` on, and their scores at timestep 0."""
@@ -90,9 +91,9 @@ class Validator:
             result = self.validate()
         if result is None:
             return None
-        images, score = result
+        images, scores = result
         write_grid(self.samples / f"{name}.png", images, self.prompts)
-        return Validation(score, self.measured(images), self.settings())
+        return Validation(statistics.fmean(scores), {"score": scores} | self.measured(images), self.settings())
 
     def settings(self) -> Shown:
         """What the pictures drawn now depend on."""
@@ -167,8 +168,23 @@ class Validator:
         )
         return found
 
+    @torch.no_grad()
+    def sweep(self) -> None:
+        """samples/strengths.png: each prompt's first image, with the LoRA at each of cfg.run.strengths."""
+        cfg, table = self.cfg, self.model.table(self.cfg.sample.num_steps, 0.0)
+        if cfg.adapter.full_finetune or not cfg.run.strengths or not cfg.run.num_validation_images:
+            return
+        columns: list[list[Tensor]] = []
+        for strength in cfg.run.strengths:
+            with self.policy.exported(), self.policy.scaled(strength):
+                first = [p * cfg.run.num_validation_images for p in range(len(self.prompts))]
+                drawn = [self._draw(table, [q], n)[0] for q, n in zip(self.prompts, first, strict=True)]
+            columns.append([pixels[0].float().cpu() for pixels in drawn])
+        write_grid(self.samples / "strengths.png", [list(row) for row in zip(*columns, strict=True)], self.prompts)
+
     def after_training(self, done: int) -> None:
         """samples/after.png, and what training did to images from the same noise."""
+        self.sweep()
         if self.last is None or self.last[0] != done:  # a finished run, resumed
             after = self.show("after")
         else:

@@ -51,7 +51,7 @@ class Validation(NamedTuple):
     """What the validation pictures of some weights were measured at."""
 
     score: float | None  # by the scorer that is trained on, the mean; None, read back, was not finite
-    values: dict[str, list[float]]  # held-out metric or look -> of each picture, prompt after prompt
+    values: dict[str, list[float]]  # score, held-out metric or look -> of each picture, prompt after prompt
     of: Shown  # only validations of the same can be compared
 
     @classmethod
@@ -70,6 +70,21 @@ class Validation(NamedTuple):
                 f"look_{name}": self.mean(name) / mean for name in IMAGE_STATISTICS if (mean := before.mean(name)) > 0
             }
             found["hacking"] = "; ".join(hacking_signs(before.looks(), self.looks(), seed).values())
+        return found | self.standard_errors(metrics, before)
+
+    def standard_errors(self, metrics: list[str], before: Validation | None) -> dict[str, float]:
+        """se_<field> of `record`: over the pictures, of what each has changed since before training; of its
+        value where that is not on record. And validation_images, their number. None of one picture."""
+        old = {} if before is None else before.values
+        fields = {"score": "validation_score"} | {name: f"held_out_{name}" for name in metrics}
+        fields |= {name: f"look_{name}" for name in IMAGE_STATISTICS if name in old}
+        found: dict[str, float] = {}
+        for name, field_name in fields.items():
+            change = np.array(self.values.get(name, ())) - np.array(old.get(name, 0.0))
+            unit = statistics.fmean(old[name]) if field_name.startswith("look_") else 1.0  # that is a ratio
+            if len(change) > 1 and unit > 0:
+                found[f"se_{field_name}"] = float(change.std(ddof=1)) / math.sqrt(len(change)) / unit
+                found["validation_images"] = len(change)
         return found
 
     def words(self, metrics: list[str], before: Validation | None) -> str:

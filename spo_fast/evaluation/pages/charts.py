@@ -14,7 +14,7 @@ import numpy as np
 
 from spo_fast.config.methods import Method
 from spo_fast.evaluation.image_statistics import RISE
-from spo_fast.evaluation.pages.run_record import RunRecord
+from spo_fast.evaluation.pages.run_record import NORMAL_95, RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,11 @@ class Chart:
     about: str = ""
     level: float | None = None  # a dotted line, drawn where it is within reach of the curve
     stacked: bool = False
+    group: str = "learning"  # of GROUPS
 
+
+GROUPS = {"learning": "Is it learning?", "hacking": "Is it hacking the score?", "cost": "What does it cost?"}
+"""Sections of a report's curves."""
 
 CHARTS = (
     Chart("Validation score", ("validation_score",), "of the validation prompts, always from the same noise"),
@@ -41,6 +45,7 @@ CHARTS = (
         ("look_*",),
         f"1: before training; above {1 + RISE:.3g} (dotted, if near): reward hacking?",
         level=1 + RISE,
+        group="hacking",
     ),
     Chart("Loss", ("loss",)),
     Chart("Candidates' mean score", ("score_mean",), "of the prompts of each iteration: it varies with them"),
@@ -50,16 +55,31 @@ CHARTS = (
     Chart("Held-out accuracy", ("validation_accuracy",), "held-out pairs whose preferred image is ahead", level=0.5),
     Chart("Margin", ("margin",)),
     Chart("Probability ratio", ("ratio",), "of the policy to the one that collected"),
-    Chart("KL", ("approx_kl", "kl"), "approx_kl: to the policy that collected; kl: of what kl_weight weighs"),
+    Chart(
+        "KL",
+        ("approx_kl", "kl"),
+        "approx_kl: to the policy that collected; kl: of what kl_weight weighs",
+        group="hacking",
+    ),
     Chart("Clamped share", ("clamped", "dead"), "transitions outside the clamp; dead: terms without gradient"),
     Chart("Gradient norm", ("grad_norm",), "before clipping"),
     Chart("Spread of a prompt's scores", ("group_std",), "their standard deviation: without it nothing is learnt"),
     Chart("Groups without spread", ("flat_groups",), "share of the prompts' candidates that score all alike"),
-    Chart("Diversity", ("diversity",), "difference of a prompt's pictures: towards 0 the policy has collapsed"),
-    Chart("Size of the predictions", ("output_rms",), "root mean square of the network's output on trained states"),
-    Chart("Saturation", ("saturation*",), "a climb is a sign of reward hacking"),
-    Chart("Time of an iteration, seconds", ("*_ms",), "phases stacked", stacked=True),
-    Chart("TFLOP/s", ("tflop_per_s",), "model FLOPs, counted from the shapes"),
+    Chart(
+        "Diversity",
+        ("diversity",),
+        "difference of a prompt's pictures: towards 0 the policy has collapsed",
+        group="hacking",
+    ),
+    Chart(
+        "Size of the predictions",
+        ("output_rms",),
+        "root mean square of the network's output on trained states",
+        group="hacking",
+    ),
+    Chart("Saturation", ("saturation*",), "a climb is a sign of reward hacking", group="hacking"),
+    Chart("Time of an iteration, seconds", ("*_ms",), "phases stacked", stacked=True, group="cost"),
+    Chart("TFLOP/s", ("tflop_per_s",), "model FLOPs, counted from the shapes", group="cost"),
 )
 
 
@@ -117,6 +137,7 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.4))
         axes = figure.add_axes((0.13, 0.12, 0.85, 0.8 if len(curves) == 1 else 0.72))  # a power of ten stands above
+        intervals: list[np.ndarray] = []
         if chart.stacked:
             stack(axes, run, list(curves))
         else:
@@ -132,7 +153,11 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
                 )
                 if len(run.curve(name)[0]) > MAX_POINTS:
                     axes.fill_between(x, least, greatest, color=line.get_color(), alpha=0.25, lw=0)
-            keep_readable(axes, [band for _, *bands in curves.values() for band in bands])
+                elif (half := interval(run, name)).any():
+                    bars = axes.errorbar(x, mean, half, fmt="none", ecolor=line.get_color(), elinewidth=0.8, alpha=0.6)
+                    bars.lines[2][0].set_gid(f"error-{name}")
+                    intervals += [mean - half, mean + half]
+            keep_readable(axes, [band for _, *bands in curves.values() for band in bands] + intervals)
         if chart.level is not None:
             mark_level(axes, chart.level)
         axes.locator_params(axis="x", integer=True)
@@ -145,6 +170,12 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue().replace(INK, "currentColor")
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(chart.title)}"', 1)
+
+
+def interval(run: RunRecord, name: str) -> np.ndarray:
+    """Half of the 95 % interval of a curve's points; 0 where no standard error was logged, as before training."""
+    errors = dict(zip(*(values.tolist() for values in run.curve(f"se_{name}")), strict=True))
+    return NORMAL_95 * np.nan_to_num([errors.get(x, 0.0) for x in run.curve(name)[0].tolist()])
 
 
 def stack(axes: Axes, run: RunRecord, names: list[str]) -> None:

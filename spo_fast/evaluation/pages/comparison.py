@@ -115,8 +115,8 @@ def image_bytes(c: Comparison) -> list[list[tuple[str, bytes]]]:
     return rows
 
 
-def pairs(c: Comparison) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Prompt after prompt: (side, its scores, its picture as a data URL)."""
+def pairs(c: Comparison) -> list[tuple[str, list[tuple[str, str, str]], list[float]]]:
+    """Prompt after prompt: (side, its scores, its picture as a data URL), and how far apart the sides' scores are."""
     e, per = c.evaluation, c.evaluation.cfg.pictures.images_per_prompt
     blocks, whose = [], f"mean of the prompt's {per}: " if per > 1 else ""
     for number, images in zip(c.shown, image_bytes(c), strict=True):
@@ -125,7 +125,8 @@ def pairs(c: Comparison) -> list[tuple[str, list[tuple[str, str, str]]]]:
             (name, whose + ", ".join(f"{m} {e.raw[name][m][prompt]:.4g}" for m in e.metrics), data_url(*image))
             for name, image in zip(c.names, images, strict=True)
         ]
-        blocks.append((e.prompts[prompt], figures))
+        scores = [[float(e.values[name][m][prompt]) for name in c.names] for m in e.metrics]
+        blocks.append((e.prompts[prompt], figures, [max(them) - min(them) for them in scores]))
     return blocks
 
 

@@ -26,6 +26,8 @@ FLOW_PIPELINES = {  # and their transformers, by --model
     "flux": ("FluxPipeline", "FluxTransformer2DModel"),
 }
 
+NORMAL_95 = 1.96  # standard errors on either side of a mean, between which 95 % of a normal distribution lie
+
 # ---------------------------------------------------------------------------------------------------- what a run left
 
 
@@ -121,9 +123,36 @@ class RunRecord:
             score = f"Validation score {self.after:.4g} (before training: not on record)"
             if self.before is not None:
                 gain = self.after - self.before
-                score = f"Validation score {self.before:.4g} before, {self.after:.4g} after ({gain:+.3g})"
+                score = (
+                    f"Validation score {self.before:.4g} before, {self.after:.4g} after ({gain:+.3g}{self.within()})"
+                )
         took = f"{count_text(self.iterations, 'iteration')}, {duration(self.seconds)}"
         return f"{score}; {count_text(self.pairs, self.unit)} in {took}"
+
+    def half_interval(self, field: str) -> float | None:
+        """Half of the 95 % interval of the field's change since before training; None if no error was logged."""
+        error = self.history.latest(f"se_{field}")
+        return None if error is None else NORMAL_95 * error
+
+    @property
+    def images(self) -> int:
+        """Pictures of a validation whose errors were logged."""
+        return int(self.history.latest("validation_images") or 0)
+
+    def within(self) -> str:
+        """The interval of the score's change, as the verdict says it."""
+        half = self.half_interval("validation_score")
+        return "" if half is None else f" ± {half:.2g}, 95 % of {self.images} pictures"
+
+    def changes(self) -> list[tuple[str, float, float, float | None]]:
+        """(name, before training, latest, half of the change's 95 % interval) of the score and the held-out ones."""
+        rows = (
+            []
+            if self.before is None or self.after is None
+            else [("score", "validation_score", self.before, self.after)]
+        )
+        rows += [(m, f"held_out_{m}", was, now) for m, (was, now) in self.held_out.items() if was is not None]
+        return [(name, was, now, self.half_interval(field)) for name, field, was, now in rows]
 
     @property
     def unit(self) -> str:
@@ -276,7 +305,9 @@ def duration(seconds: float) -> str:
 def started(before: dict[str, Any]) -> dict[str, float]:
     """samples/before.json as fields of the log."""
     means = {name: np.mean([np.nan if v is None else v for v in values]) for name, values in before["values"].items()}
-    found = {f"held_out_{name}": float(mean) for name, mean in means.items() if name not in IMAGE_STATISTICS}
+    found = {
+        f"held_out_{name}": float(mean) for name, mean in means.items() if name not in ("score", *IMAGE_STATISTICS)
+    }
     found |= {f"look_{name}": 1.0 for name, mean in means.items() if name in IMAGE_STATISTICS and mean > 0}
     return {k: v for k, v in {"validation_score": before["score"], **found}.items() if v is not None}
 

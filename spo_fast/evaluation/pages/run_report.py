@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from spo_fast.config.methods import find_method
 from spo_fast.data.files import write_atomically
-from spo_fast.evaluation.pages.charts import MAX_POINTS, Chart, charts_of, draw
+from spo_fast.evaluation.pages.charts import GROUPS, MAX_POINTS, Chart, charts_of, draw
 from spo_fast.evaluation.pages.history import History
 from spo_fast.evaluation.pages.render import data_url, render
 from spo_fast.evaluation.pages.run_record import RunRecord
 from spo_fast.evaluation.pictures import MAX_IMAGE_BYTES, STRIP_WIDTHS, cut_rows, encoded, narrowed, sheet_prompts
 
 MAX_GRIDS_DURING = 4
+STRENGTHS_WIDTH = 800  # pixels: 16 prompts are some 2 MB at most
 
 # ---------------------------------------------------------------------------------------------------- samples
 
@@ -47,6 +48,8 @@ class Samples(NamedTuple):
 
     extent: str  # how much of it is shown
     blocks: list[tuple[str, list[tuple[str, str]]]]  # prompt, (label, image as a data URL)
+    columns: int = 1  # pictures of a strip
+    pair: bool = False  # whether the first and the last are before and after
 
 
 def samples(run: RunRecord) -> Samples:
@@ -69,7 +72,32 @@ def samples(run: RunRecord) -> Samples:
     extent = f"{len(shown)} of {count} grids"
     if len(prompts) > len(blocks):
         extent += f", {len(blocks)} of {len(prompts)} prompts"
-    return Samples(extent, blocks)
+    pair = [path.stem for _, path in (shown[0], shown[-1])] == ["before", "after"]
+    return Samples(extent, blocks, max(1, run.settings["num_validation_images"]), pair)
+
+
+class Strengths(NamedTuple):
+    """What the LoRA draws at several weights."""
+
+    labels: list[str]
+    blocks: list[tuple[str, str]]  # prompt, its pictures in a row as a data URL
+
+
+def strengths(run: RunRecord) -> Strengths:
+    """Of a finished run; no blocks if it drew none."""
+    path, weights = run.run_dir / "samples" / "strengths.png", run.settings.get("strengths") or []
+    if not path.is_file():
+        return Strengths([], [])
+    prompts = sheet_prompts(path)
+    strips = [data_url(*encoded(narrowed(image, STRENGTHS_WIDTH))) for image in cut_rows(path, len(prompts))]
+    return Strengths([f"{weight:g}" for weight in weights], list(zip(prompts, strips, strict=False)))
+
+
+def without_folders(setting: Any) -> Any:
+    """A path of this machine by its last part: a report is for others too."""
+    if isinstance(setting, list):
+        return [without_folders(one) for one in setting]
+    return Path(setting).name if isinstance(setting, str) and Path(setting).is_absolute() else setting
 
 
 # ---------------------------------------------------------------------------------------------------- the page
@@ -79,19 +107,26 @@ def page(run: RunRecord) -> str:
     """The whole report as HTML."""
     s = run.settings
     method = find_method(s["method"])
-    held_out = [Chart(f"Held-out {m}", (f"held_out_{m}",), "not trained on, same pictures") for m in run.held_out]
-    known = charts_of(method, s)
+    held_out = [
+        Chart(f"Held-out {m}", (f"held_out_{m}",), "not trained on, same pictures", group="hacking")
+        for m in run.held_out
+    ]
+    drawn = [(chart, svg) for chart in (*held_out, *charts_of(method, s)) if (svg := draw(chart, run))]
+    by_group = {title: [d for d in drawn if d[0].group == group] for group, title in GROUPS.items()}
+    told = {name: without_folders(value) for name, value in s.items()}
     return render(
         "run_report.html",
         title=f"{method.name.upper()} on {s['model']}: {run.run_dir.resolve().name}",
         run=run,
         s=s,
         on_pairs=method.on_pairs,
-        charts=[(c, svg) for c in (*known[:1], *held_out, *known[1:]) if (svg := draw(c, run))],
+        charts={title: found for title, found in by_group.items() if found},
         max_points=MAX_POINTS,
         samples=samples(run),
-        changed=run.changed(),
-        everything=yaml.safe_dump(s, sort_keys=False, allow_unicode=True),
+        strengths=strengths(run),
+        where=run.run_dir.name if run.run_dir.is_absolute() else str(run.run_dir),
+        changed={name: tuple(map(without_folders, values)) for name, values in run.changed().items()},
+        everything=yaml.safe_dump(told, sort_keys=False, allow_unicode=True),
     )
 
 

@@ -96,7 +96,9 @@ def steps_text(cfg: Config, terms_per_prompt: int) -> tuple[int, int, str]:
     terms = total * B * terms_per_prompt
     kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
-    return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}"
+    drawn = 0 if cfg.adapter.full_finetune or not cfg.run.num_validation_images else len(cfg.run.strengths)
+    at_the_end = f"\nat the end {drawn} images of each validation prompt (--strengths)" if drawn else ""
+    return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}{at_the_end}"
 
 
 def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[float] = SHARES) -> str:

@@ -31,6 +31,7 @@ function show() {
   element("asking").hidden = done;
   element("answered").hidden = !done;
   element("progress").textContent = `${answers.length} of ${total}`;
+  Object.assign(element("progress-bar"), { max: total, value: answers.length });
   if (done) {
     tabulate();
     return;
@@ -73,6 +74,16 @@ function votes() {
   });
 }
 
+// Votes until a share as large as this one would leave one half by 1.96 standard errors of fair coins (a tie has no
+// variance); fewer than 6 never do: even 5 : 0 is chance in 1 of 16.
+function toSettle({ a, b, tie }) {
+  const all = a + b + tie;
+  const off = Math.abs((b + tie / 2) / all - 0.5);
+  if (off === 0) return "even so far";
+  const more = Math.max(6, Math.ceil((1.96 ** 2 * (a + b)) / all / 4 / off ** 2)) - all;
+  return more > 0 ? `about ${more} more votes` : "settled";
+}
+
 function tabulate() {
   const counts = new Map();
   for (const vote of [...votes(), ...imported]) {
@@ -89,7 +100,7 @@ function tabulate() {
     const line = body.insertRow();
     const all = count.a + count.b + count.tie;
     for (const text of [titles[question] || question, `${b} against ${a}`, `${count.b} : ${count.a}`, `${count.tie}`,
-      `${((100 * (count.b + count.tie / 2)) / all).toFixed(0)} %`]) {
+      `${((100 * (count.b + count.tie / 2)) / all).toFixed(0)} %`, toSettle(count)]) {
       line.insertCell().textContent = text;
     }
   }
@@ -120,6 +131,20 @@ async function load(files) {
   element("imported").textContent = notes.join("; ");
   tabulate();
 }
+
+function arrange() {
+  const wanted = element("filter").value.trim().toLowerCase();
+  const metric = element("order").value;
+  const all = [...document.querySelectorAll(".pair")];
+  const key = (pair) => (metric === "" ? drawn.get(pair) : -JSON.parse(pair.dataset.gaps)[metric]);
+  all.sort((x, y) => key(x) - key(y));
+  element("pairs").append(...all);
+  for (const pair of all) pair.hidden = !pair.querySelector("h3").textContent.toLowerCase().includes(wanted);
+  element("matching").textContent = wanted ? `${all.filter((pair) => !pair.hidden).length} of ${all.length}` : "";
+}
+const drawn = new Map([...document.querySelectorAll(".pair")].map((pair, i) => [pair, i]));
+element("filter").addEventListener("input", arrange);
+element("order").addEventListener("change", arrange);
 
 const KEYS = {
   ArrowLeft: () => answer("left"), 1: () => answer("left"),
