@@ -1,4 +1,5 @@
-"""SPO on the flow toy at equal counted cost: its preference model, random picks, and the published samplers' rows.
+"""SPO on the flow toy at equal counted cost, judged by the other toy's preference model; random picks, and the
+published samplers' rows. What its own reaches, and other methods: spo_fast.toy.claims --size flow.
 
     python -m benchmarks.toy_flow                        # what is missing of all runs, then the table
     python -m benchmarks.toy_flow --run spo/0            # one run again; prints its record
@@ -24,15 +25,15 @@ from spo_fast import train
 from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
 from spo_fast.evaluation.statistics import estimate
+from spo_fast.models.files.toy import toy_files
 from spo_fast.toy import evaluate
 from spo_fast.toy.claim_tables import BUDGET, TUNING_SEED
 from spo_fast.toy.claims import Meter, software
 
 GRID, SEEDS, PICTURES, TUNING_PICTURES = (1.25e-4, 2.5e-4, 5e-4, 1e-3), (0, 1, 2), 1024, 512
 CONTENDERS: dict[str, tuple[str, ...]] = {
-    "spo": (),
-    "random picks": (),
-    "flow_sde": ("--sampler", "flow_sde"),
+    name: ("--spm_path", str(toy_files()["spm"]), *own)
+    for name, own in {"spo": (), "random picks": (), "flow_sde": ("--sampler", "flow_sde")}.items()
 }
 RATE_OF = {"random picks": "spo"}
 RECORDS = Path(__file__).parent / "results" / "2026-11-30_toy_flow.jsonl"

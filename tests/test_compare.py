@@ -172,7 +172,7 @@ def test_filters_and_zoom_in_a_browser(browser: Browser, report: tuple[Path, Pat
     ("count", "said"),
     [
         ("{a: 1, b: 1, tie: 3}", "even so far"),
-        ("{a: 0, b: 5, tie: 0}", "about 1 more votes"),  # 5 : 0 is chance in 2 of 32
+        ("{a: 0, b: 5, tie: 0}", "about 1 more vote"),  # 5 : 0 is chance in 2 of 32
         ("{a: 0, b: 6, tie: 0}", "settled"),
         ("{a: 4, b: 6, tie: 0}", "about 87 more votes"),  # 1.96^2 / 4 / 0.1^2 = 96.04
         ("{a: 40, b: 60, tie: 0}", "settled"),

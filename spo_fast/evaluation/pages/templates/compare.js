@@ -81,7 +81,7 @@ function toSettle({ a, b, tie }) {
   const off = Math.abs((b + tie / 2) / all - 0.5);
   if (off === 0) return "even so far";
   const more = Math.max(6, Math.ceil((1.96 ** 2 * (a + b)) / all / 4 / off ** 2)) - all;
-  return more > 0 ? `about ${more} more votes` : "settled";
+  return more > 0 ? `about ${more} more vote${more === 1 ? "" : "s"}` : "settled";
 }
 
 function tabulate() {
