@@ -130,7 +130,7 @@ def test_run_is_uploaded(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture
     files = [str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()]
     assert set(filter_repo_objects(files, allow_patterns=options["allow_patterns"])) == {
         *("pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "README.md", "report.html", "config.yaml"),
-        *("metrics.jsonl", "samples/before.png", "samples/step-1.png", "samples/after.png"),
+        *("metrics.jsonl", "samples/before.png", "samples/step-1.png", "samples/after.png", "samples/strengths.png"),
     }
     assert 'load_lora_weights("me/mine")' in (out / "README.md").read_text()
     assert "uploaded to https://huggingface.co/me/mine" in capsys.readouterr().out

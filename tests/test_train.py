@@ -126,7 +126,8 @@ def test_grids_during_training(shown_run: Path) -> None:
     scores = [r["validation_score"] for r in facts(shown_run)]
     assert len(set(scores)) == ITERATIONS and all(map(math.isfinite, scores))
     grids = samples(shown_run)
-    assert grids.keys() == {"before.png", "before.json", "after.png", *(f"step-{i + 1}.png" for i in range(ITERATIONS))}
+    steps = {f"step-{i + 1}.png" for i in range(ITERATIONS)}
+    assert grids.keys() == {"before.png", "before.json", "after.png", "strengths.png", *steps}
     assert len({grids[f"step-{i + 1}.png"] for i in range(ITERATIONS)} | {grids["before.png"]}) == ITERATIONS + 1
     assert grids["after.png"] == grids[f"step-{ITERATIONS}.png"]
     with Image.open(shown_run / "samples" / "step-2.png") as image:
@@ -148,7 +149,7 @@ def test_grids_come_with_checkpoints_and_change_no_number(shown_run: Path, tmp_p
     out = run_toy(tmp_path / "run", num_validation_images=1, checkpointing_steps=3)
     assert [i for i, r in enumerate(facts(out)) if "validation_score" in r] == [2, 3]
     assert {"step-3.png", "step-4.png"} == {name for name in samples(out) if name.startswith("step")}
-    of_grids = ("validation_score", "hacking", "look_", "held_out_", "warnings")
+    of_grids = ("validation_", "se_", "hacking", "look_", "held_out_", "warnings")
     without = [
         [{k: v for k, v in r.items() if not k.startswith(of_grids)} for r in facts(run)] for run in (shown_run, out)
     ]
@@ -161,7 +162,7 @@ def test_killed_and_resumed_has_the_same_grids(
     settings = {"validation_steps": 1, **GRIDS}
     killed = killed_run(tmp_path / "run", monkeypatch, 3, **settings)
     whole = samples(shown_run)
-    assert samples(killed).keys() == whole.keys() - {"step-4.png", "after.png"}
+    assert samples(killed).keys() == whole.keys() - {"step-4.png", "after.png", "strengths.png"}
     assert report.main([str(killed)]) == 0  # of what there is so far
     # from checkpoint-2 on, and what was drawn after it is another run's
     (killed / "samples" / "step-3.png").write_bytes(b"drawn by the killed run")
