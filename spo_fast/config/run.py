@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from spo_fast.config.fields import Count, Positive, Section, Whole, require
+from spo_fast.config.fields import Count, Positive, Range, Section, Whole, require
 from spo_fast.config.scorers import TRUE_SCORES
 from spo_fast.config.sections import LoopConfig
 
@@ -61,7 +61,7 @@ class RunConfig(LoopConfig):
     Loaded at each grid and dropped again. Default: of the toy its true scores, if prompts and size are its world's."""
     num_validation_images: Whole = 4
     """Images of each validation prompt, from fixed noise."""
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
+    strengths: tuple[Annotated[float, Range(0, 4)], ...] = (0.25, 0.5, 0.75, 1.0, 1.25)
     """LoRA weights at which the finished run draws one image of each validation prompt, from the same noise, for its
     report: a person picks the strength there. Nothing of a full_finetune; `--strengths` alone turns it off."""
     validation_steps: Count | None = None
