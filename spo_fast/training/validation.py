@@ -126,7 +126,7 @@ class Validator:
         # like the log's records: what this run is about to repeat, and the end that is none any more
         steps = [p for p in self.samples.glob("step-*.png") if p.stem[5:].isdigit()]
         later = [p for p in steps if int(p.stem[5:]) > done]
-        for grid in (*later, self.samples / "after.png"):
+        for grid in (*later, self.samples / "after.png", self.samples / "strengths.png"):
             grid.unlink(missing_ok=True)
         if resumed:
             self.held_out.go_on(done)
