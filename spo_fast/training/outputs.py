@@ -14,6 +14,7 @@ from spo_fast.evaluation.pages.model_card import upload, write_card
 from spo_fast.models.device import listed
 from spo_fast.models.files.comfyui import Shown, workflow
 from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE
+from spo_fast.models.flow import FlowModel
 from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.progress import ProgressLine
@@ -92,7 +93,8 @@ def write_workflow(run: Parts) -> list[Path]:
     cfg, kind = run.cfg, run.model.kind
     if cfg.adapter.full_finetune or cfg.model.model in TOYS:
         return []
-    guidance = cfg.model.embedded_guidance or 3.5 if kind == "flux" else cfg.sample.guidance_scale
+    told = run.model.told_guidance if isinstance(run.model, FlowModel) else None
+    guidance = cfg.sample.guidance_scale if told is None else told
     shown = Shown(
         prompt=(run.validator.prompts or run.prompts)[0],
         height=run.model.height,

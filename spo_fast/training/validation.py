@@ -73,14 +73,17 @@ class Validator:
             images.append(row)
         return images, torch.cat(scores).double().tolist()
 
+    def _latents(self, table: StepTable, prompts: list[str], first: int) -> Tensor:
+        """Of the prompts, from the noise of validation image `first` on."""
+        sample, numbers = self.cfg.sample, range(first, first + len(prompts))
+        given = (self.policy, self.model, table, prompts, numbers, sample.guidance_scale)
+        return draw_latents(*given, (self.cfg.run.seed, EVALUATION), sample.rows_per_forward)
+
     def _draw(self, table: StepTable, prompts: list[str], first: int) -> tuple[Tensor, Tensor]:
-        """Images of the prompts from the noise of validation image `first` on, and their scores at timestep 0."""
-        model, sample, count = self.model, self.cfg.sample, len(prompts)
-        numbers, noise = range(first, first + count), (self.cfg.run.seed, EVALUATION)
-        most_rows = sample.rows_per_forward
-        latents = draw_latents(self.policy, model, table, prompts, numbers, sample.guidance_scale, noise, most_rows)
-        pixels = model.decode(latents)
-        now = torch.zeros((), dtype=torch.int64, device=model.device)
+        """Images of the prompts and their scores at timestep 0."""
+        latents, count = self._latents(table, prompts, first), len(prompts)
+        pixels = self.model.decode(latents)
+        now = torch.zeros((), dtype=torch.int64, device=self.model.device)
         text = self.scorer.encode(prompts)
         # already decoded: the scorer gets the same pixels, whatever it asks for
         return pixels, self.scorer(Candidates(None, latents, now, text, 1, lambda _: pixels, count))
@@ -171,15 +174,15 @@ class Validator:
     @torch.no_grad()
     def sweep(self) -> None:
         """samples/strengths.png: each prompt's first image, with the LoRA at each of cfg.run.strengths."""
-        cfg, table = self.cfg, self.model.table(self.cfg.sample.num_steps, 0.0)
+        cfg, model = self.cfg, self.model
         if cfg.adapter.full_finetune or not cfg.run.strengths or not cfg.run.num_validation_images:
             return
-        columns: list[list[Tensor]] = []
+        table, columns = model.table(cfg.sample.num_steps, 0.0), []
         for strength in cfg.run.strengths:
             with self.policy.exported(), self.policy.scaled(strength):
                 first = [p * cfg.run.num_validation_images for p in range(len(self.prompts))]
-                drawn = [self._draw(table, [q], n)[0] for q, n in zip(self.prompts, first, strict=True)]
-            columns.append([pixels[0].float().cpu() for pixels in drawn])
+                drawn = [self._latents(table, [q], n) for q, n in zip(self.prompts, first, strict=True)]
+            columns.append([model.decode(x)[0].float().cpu() for x in drawn])
         write_grid(self.samples / "strengths.png", [list(row) for row in zip(*columns, strict=True)], self.prompts)
 
     def after_training(self, done: int) -> None:
