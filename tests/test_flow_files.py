@@ -337,7 +337,7 @@ def test_a_saved_lora_draws_the_same_in_the_pipeline_and_by_comfyuis_rule(tiny, 
     wanted = picture(trained)
     assert (wanted - before).abs().max() > 1e-2
     settings = written_settings(trained.transformer.peft_config["default"])
-    files = save_transformer_lora(kind, get_peft_model_state_dict(trained.transformer), settings, tmp_path)
+    files = save_transformer_lora(kind, get_peft_model_state_dict(trained.transformer), settings, tmp_path, {})
     assert [f.name for f in files] == ["pytorch_lora_weights.safetensors", "lora_comfyui.safetensors"]
 
     loaded.load_lora_weights(tmp_path)
@@ -584,7 +584,7 @@ def test_a_lora_that_was_saved_goes_on_as_it_was(tiny, tmp_path, kind):
     """--lora_path: the tensors by the names of the trained network's own, of the same rank, alpha and layers."""
     transformer = with_lora(load.load_transformer(resolve(tiny[kind], kind), torch.float32), TARGETS[kind])
     settings = written_settings(transformer.peft_config["default"])
-    save_transformer_lora(kind, get_peft_model_state_dict(transformer), settings, tmp_path)
+    save_transformer_lora(kind, get_peft_model_state_dict(transformer), settings, tmp_path, {})
     wanted = {name: p.detach().clone() for name, p in transformer.named_parameters() if ".lora_" in name}
     for file in (tmp_path, tmp_path / "lora_comfyui.safetensors"):
         found = read_lora(file, transformer, AdapterConfig(rank=3, lora_alpha=7.0, lora_targets=TARGETS[kind]))

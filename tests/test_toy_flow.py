@@ -138,7 +138,9 @@ def shipped(pattern: str) -> list[Path]:
 
 def test_what_is_shipped_is_small_and_in_16_bits() -> None:
     assert sum(p.stat().st_size for p in shipped("*")) <= 4_000_000
-    assert {p.parent.name for p in shipped("*.safetensors")} == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    assert {p.parent.name for p in shipped("*.safetensors")} == {
+        *("transformer", "vae", "text_encoder", "text_encoder_2", "spm"),
+    }
     for path in shipped("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}, path  # noqa: SIM118

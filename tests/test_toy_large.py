@@ -51,7 +51,7 @@ def test_small_pictures_are_left_as_they_are() -> None:
     x = drawn()
     assert toy_world.cells(x) is x or torch.equal(toy_world.cells(x), x)
     assert toy_parts(0)["unet"].config.block_out_channels == (32, 64)
-    assert claims.size_of(Path("nowhere")) == SIZES["small"] and claims.toy_flags(Path("nowhere")) == []
+    assert claims.size_of(Path("nowhere")) == SIZES["small"] and claims.toy_flags(Path("nowhere")) == ["--model", "toy"]
 
 
 def test_the_large_toy_is_what_it_says() -> None:

@@ -15,6 +15,7 @@ from spo_fast.models.files.sources import Resolved
 from spo_fast.models.policy import Policy
 from spo_fast.models.quantised import import_for
 from spo_fast.models.trained_weights import TrainedWeights
+from spo_fast.scorers.base import Scorer
 from spo_fast.scorers.registry import summed
 from spo_fast.training.accelerate import set_up
 from spo_fast.training.plan.fake_model import fake_model
@@ -30,8 +31,7 @@ class Networks:
         self.once = once or Once(self.cuda)
         self.model = fake_model(cfg.model, resolved, DTYPES[cfg.model.precision_on(device_type)], self.once)
         self.policy = self._policy(cfg)
-        paths, model = resolved.scorer_paths if resolved else {}, self.model
-        self.scorers = {n: scorer_without_weights(n, paths, cfg.scorer, model, self.once) for n, _ in specs}
+        self.scorers = {name: self._scorer(name, cfg, resolved) for name, _ in specs}
         ranges, normalise = [judged_range(entry) for entry in cfg.scorer.scorer], cfg.scorer.normalise_scorers
         self.scorer = summed([(self.scorers[name], weight) for name, weight in specs], ranges, normalise)
         self.unknown = tuple(name for name in self.scorers if find_scorer(name).network == "unknown")
@@ -66,6 +66,10 @@ class Networks:
             network.forward = once.wrap(network.forward)
         policy.text = once.wrap(policy.text, samples=False)  # type: ignore[method-assign]
         return policy
+
+    def _scorer(self, name: str, cfg: Config, resolved: Resolved | None) -> Scorer:
+        paths = resolved.scorer_paths if resolved else {}
+        return scorer_without_weights(name, paths, cfg.scorer, self.model, self.once)
 
     @torch.no_grad()
     def encode_prompts(self) -> None:
