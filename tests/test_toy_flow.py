@@ -99,13 +99,14 @@ def test_two_steps_are_built_into_a_pipeline_that_diffusers_reads(tmp_path: Path
     monkeypatch.setattr(evaluate, "FLOW_STEPS", 2)
     first, again = tmp_path / "first", tmp_path / "again"
     for out in (first, again):
-        command = ["--size", "flow", "--steps", "2", "--work_dir", str(tmp_path / f"work-{out.name}")]
+        command = ["--size", "flow", "--steps", "2", "--pairs", "240", "--work_dir", str(tmp_path / f"work-{out.name}")]
         assert build.main([*command, "--output_dir", str(out)]) == 0
     for path in first.rglob("*.safetensors"):  # the same numbers by the same command
         assert path.read_bytes() == (again / path.relative_to(first)).read_bytes()
 
+    assert (first / "spm" / "model.safetensors").is_file()
     record = json.loads((first / "build.json").read_text())
-    assert record["pretraining"]["size"] == "flow" and record["pretraining"]["pictures"] == 2 * 4
+    assert record["spm"] and record["pretraining"]["size"] == "flow" and record["pretraining"]["pictures"] == 2 * 4
     assert set(record["base"]) == {"guidance 1", "guidance 2"} and record["base"]["guidance 2"]["layout"][2] == 3
     pipe = pipeline(first)
     assert pipe.text_encoder_3 is None and pipe.tokenizer_3 is None
