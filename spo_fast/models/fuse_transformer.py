@@ -11,7 +11,7 @@
 
 The calling convention stays diffusers', with the latter in place of encoder_hidden_states.
 SD3.5-medium's 16-bit forward has 2,300 operations (3,111 with its LoRA), with Triton's ops 646 (645); FLUX.1-dev's
-3,776 (5,144) and 881 (919): tests/test_fuse_transformer.py.
+3,776 (5,144) and 924 (962): tests/test_fuse_transformer.py.
 """
 
 # diffusers' modules say of their parts that they are tensors or modules
