@@ -32,7 +32,6 @@ from spo_fast.training.plan.fake_learner import FakeLearner
 from spo_fast.training.plan.fake_model import FakePairs
 from spo_fast.training.plan.held_bytes import HeldBytes
 from spo_fast.training.plan.networks import Networks
-from spo_fast.training.plan.once import EveryPairKept
 from spo_fast.training.processes import ALONE
 from spo_fast.training.signals import StopRequest
 
@@ -94,7 +93,7 @@ class FakeRun(Iterates):
         """Every phase of an iteration, on fake tensors."""
         cfg, once = self.cfg, self.once
         live = once.start(cfg.sample.rollout_weights)
-        with EveryPairKept(once), live:
+        with live:
             with live.phase("encode prompts"):
                 self.networks.encode_prompts()
             encoded, early = once.tally.pop("encode prompts"), live.peaks.pop("encode prompts")
