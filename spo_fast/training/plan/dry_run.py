@@ -144,20 +144,24 @@ def memory_table(costs: Costs, device: Device) -> str:
 
 def time_estimate(cfg: Config, costs: Costs, device: Device, iterations: int, kept: float = SHARES[-1]) -> str:
     """From the runs beside the output directory that had the same costs on this device; says so if there is none."""
-    measured = [
-        m for run in Path(cfg.run.output_dir).parent.glob("*/config.yaml") if (m := iteration_of(run, cfg, device))
-    ]
-    if not measured:
+    found = measured_before(cfg, device)
+    if found is None:
         return (
             f"no iteration with these settings was ever measured on this {device.name} (no such run in "
             f"{Path(cfg.run.output_dir).parent}): no estimate"
         )
-    run, seconds, share, count = max(measured, key=lambda m: m[3])
+    run, seconds, share, count = found
     scaled = seconds * sum(costs.flops(kept).values()) / sum(costs.flops(share).values())
     return (
         f"about {duration(scaled * iterations)} at {kept:.0%} of the pairs kept: {run} took {seconds:.3g} s an "
         f"iteration (median of {count}) at {share:.0%}, scaled by the FLOPs"
     )
+
+
+def measured_before(cfg: Config, device: Device) -> tuple[Path, float, float, int] | None:
+    """`iteration_of` the longest run beside the output directory, or in it, that cost the same on this device."""
+    configs = Path(cfg.run.output_dir).parent.glob("*/config.yaml")
+    return max((m for run in configs if (m := iteration_of(run, cfg, device))), key=lambda m: m[3], default=None)
 
 
 def iteration_of(config: Path, cfg: Config, device: Device) -> tuple[Path, float, float, int] | None:
