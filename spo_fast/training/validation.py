@@ -165,7 +165,7 @@ class Validator:
         log.reporter.images(done - 1, "samples", self.samples / f"step-{done}.png")
         print(f"validation after {done} iterations: {shown.words(self.metrics, self.before)}")
         found |= shown.record(self.metrics, self.before, self.cfg.run.seed)
-        found |= self.held_out.look(done, shown, self.before, str(found.get("hacking", "")), self.cfg.run.seed)
+        found |= self.held_out.look(done, shown, self.before, str(found.get("hacking", "")))
         self.held_out.keep(
             done, shown, lambda folder: self.model.save(self.policy, folder, self.run_dir.resolve().name)
         )

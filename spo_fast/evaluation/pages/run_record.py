@@ -26,8 +26,6 @@ FLOW_PIPELINES = {  # and their transformers, by --model
     "flux": ("FluxPipeline", "FluxTransformer2DModel"),
 }
 
-NORMAL_95 = 1.96  # standard errors on either side of a mean, between which 95 % of a normal distribution lie
-
 # ---------------------------------------------------------------------------------------------------- what a run left
 
 
@@ -130,19 +128,19 @@ class RunRecord:
         return f"{score}; {count_text(self.pairs, self.unit)} in {took}"
 
     def half_interval(self, field: str) -> float | None:
-        """Half of the 95 % interval of the field's change since before training; None if no error was logged."""
-        error = self.history.latest(f"se_{field}")
-        return None if error is None else NORMAL_95 * error
+        """Half of the 95 % interval of the field's change since before training; None if it was not logged."""
+        return self.history.latest(f"half_{field}")
 
     @property
-    def images(self) -> int:
-        """Pictures of a validation whose errors were logged."""
-        return int(self.history.latest("validation_images") or 0)
+    def intervals_of(self) -> str:
+        """Of how many prompts and pictures they are; empty without any."""
+        prompts, images = (int(self.history.latest(f"validation_{n}") or 0) for n in ("prompts", "images"))
+        return f"{prompts} prompts, {count_text(images, 'picture')}" if prompts else ""
 
     def within(self) -> str:
         """The interval of the score's change, as the verdict says it."""
         half = self.half_interval("validation_score")
-        return "" if half is None else f" ± {half:.2g}, 95 % of {self.images} pictures"
+        return "" if half is None else f" ± {half:.2g}, 95 %, {self.intervals_of}"
 
     def changes(self) -> list[tuple[str, float, float, float | None]]:
         """(name, before training, latest, half of the change's 95 % interval) of the score and the held-out ones."""
