@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 from runs import leave_grid, leave_run, run_toy
 
-from spo_fast import report
+from spo_fast import evaluate, report
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.evaluation.pages import charts, run_record, run_report
 from spo_fast.evaluation.pages.history import History
@@ -237,7 +238,7 @@ def test_intervals_are_of_the_prompts_paired_changes() -> None:
     [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (7, 2.3646), (15, 2.1314), (100, 1.9840)],
 )
 def test_students_quantile(freedom: int, quantile: float) -> None:
-    """The tables' values, and the density's area within: Gamma((n+1)/2) / (sqrt(n pi) Gamma(n/2)) (1 + t^2/n)^-(n+1)/2."""
+    """Tables and the density: Gamma((n+1)/2) / (sqrt(n pi) Gamma(n/2)) (1 + t^2/n)^(-(n+1)/2)."""
     assert student(freedom) == pytest.approx(quantile, abs=4e-4)
     t = np.linspace(-quantile, quantile, 200_001)
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
@@ -458,3 +459,29 @@ def test_loading_a_v_prediction_file_says_so(tmp_path: Path) -> None:
         code = run_record.RunRecord.read(run).loading("W")
         compile(code, "snippet", "exec")
         assert ('prediction_type="v_prediction"' in code) is (name == "v")
+
+
+def test_a_reports_pictures_are_drawn_again_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stands under its seed and number, and the command in the page makes the same pixels, before and after."""
+    monkeypatch.chdir(tmp_path)
+    prompts = ["a red ring", "  two, 'quoted'\n\"lines\" #"]
+    run_toy(Path("run"), num_validation_images=2, validation_prompt=prompts, max_train_steps=1, seed=7, num_steps=5)
+    _, page = written(Path("run"))
+    marks = re.findall(r"seed 7, no\. (\d)", page.text)
+    assert marks == ["0", "1", "2", "3"]  # a line above each prompt's slider
+    command = page.text[page.text.index("python -m spo_fast.evaluate") :].split("\n")[0]
+    assert evaluate.main(shlex.split(command)[3:]) == 0
+    for name, folder in (("before", "base"), ("after", "run")):
+        grid = np.asarray(Image.open(f"run/samples/{name}.png"))
+        for number in range(4):
+            row, column = divmod(number, 2)
+            cell = grid[
+                row * 100 + 2 : row * 100 + 98 : 12, column * 100 + 2 : column * 100 + 98 : 12
+            ]  # 8 pixels as 96
+            drawn = np.asarray(Image.open(f"redrawn/{folder}/{row:05d}-{column}.png")).astype(int)
+            assert drawn.shape == cell.shape and abs(drawn - cell).max() <= 1, (name, number)
+    assert (
+        np.asarray(Image.open("redrawn/base/00000-0.png")) != np.asarray(Image.open("redrawn/run/00000-0.png"))
+    ).any()

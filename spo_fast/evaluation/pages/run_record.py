@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from spo_fast.config.training import DECIDES
 from spo_fast.data.files import read_json
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS
 from spo_fast.evaluation.pages.history import History
+from spo_fast.evaluation.pictures import PROMPTS_FILE
 from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE
 from spo_fast.models.files.sources import DEFAULTS, Resolved
@@ -206,6 +208,23 @@ class RunRecord:
     def file_elsewhere(self) -> str:
         """The LoRA for ComfyUI and its like."""
         return COMFYUI_FILE if self.settings["model"] in FLOW_PIPELINES else KOHYA_FILE
+
+    def redraw(self, weights: str) -> str:
+        """The command that draws the grids' pictures again, before and after training; `weights`: the run directory."""
+        s, prompts = self.settings, f"{weights}/samples/{PROMPTS_FILE}"
+        words = [
+            "python",
+            "-m",
+            "spo_fast.evaluate",
+            "--lora",
+            weights,
+            "--prompts",
+            prompts,
+            "--noise_of",
+            "validation",
+        ]
+        words += ["--images_per_prompt", str(s["num_validation_images"]), "--seed", str(s["seed"])]
+        return f"{shlex.join(words)} --metrics --output_dir redrawn"
 
     def loading(self, weights: str) -> str:
         """Python that draws with what was trained; `weights`: the run directory or a hub repository."""
