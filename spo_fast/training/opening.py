@@ -20,7 +20,7 @@ from spo_fast.training.monitor.progress import is_terminal
 from spo_fast.training.outputs import WORKFLOW
 from spo_fast.training.pair_batches import repeated
 from spo_fast.training.plan.counted import predict
-from spo_fast.training.plan.dry_run import measured_before
+from spo_fast.training.plan.whole_run import measured_before
 from spo_fast.training.verdicts import BEST
 
 if TYPE_CHECKING:
