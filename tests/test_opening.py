@@ -15,6 +15,7 @@ from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.models.device import GIB, Device, found_device
 from spo_fast.training import opening
 from spo_fast.training.monitor.progress import ProgressLine
+from spo_fast.training.plan import dry_run
 from spo_fast.training.plan.fake_run import predict
 from spo_fast.training.processes import Group
 
@@ -45,7 +46,10 @@ def test_it_says_what_the_run_does_and_leaves(tmp_path: Path, capsys: pytest.Cap
     run = run_toy(tmp_path / "first", num_validation_images=1, num_train_epochs=2)
     out = capsys.readouterr().out
     rows = table(out)
-    assert rows["prompts"] == "4 of the built-in list" and rows["iterations"] == str(ITERATIONS)
+    assert (
+        rows["prompts"] == "4 of the built-in list"
+        and rows["iterations"] == f"{ITERATIONS} (2 epochs: --num_train_epochs)"
+    )
     assert rows["iteration"] == f"{SMALL['sample_batch_size']} prompts, {PAIRS} pairs if every one is kept"
     assert rows["model"].startswith("toy (") and rows["model"].endswith("8x8")
     assert rows["method"] == "spo, scored by spm" and rows["time"].startswith("known after the first iteration")
@@ -76,8 +80,14 @@ def test_it_knows_the_time_of_a_run_that_cost_the_same(tmp_path: Path, capsys: p
     again = built(tmp_path / "first", resume_from_checkpoint="latest", max_train_steps=1004, num_train_epochs=502)
     opening.announce(again)
     rows = table(capsys.readouterr().out)
-    assert rows["iterations"] == "1,004, 4 of them done"
+    assert rows["iterations"] == "1,004, 4 of them done (--max_train_steps)"
     assert f"about {opening.duration(1000 * median)} without validations" in rows["time"]
+
+
+def test_fewer_prompts_than_a_batch_are_told_as_they_are(tmp_path: Path) -> None:
+    run = built(tmp_path / "run", max_prompts=3, sample_batch_size=16)
+    assert opening.iteration_text(run) == f"3 prompts, {3 * PAIRS // 2} pairs if every one is kept"
+    assert f"1 iterations, {3 * PAIRS // 2} pairs" in dry_run.steps_text(run.cfg.with_fields(num_train_epochs=1), 2)[2]
 
 
 @pytest.mark.parametrize("width", [80, 60])

@@ -71,7 +71,7 @@ def announce(run: Parts) -> None:
         rows["prompts"] = f"{len(run.prompts):,} of {cfg.data.prompts or 'the built-in list'}{repeats}"
     rows |= {
         "iteration": iteration_text(run),
-        "iterations": f"{run.total:,}" + (f", {run.resumed_at:,} of them done" if run.resumed_at else ""),
+        "iterations": length_text(run),
         "time": time_text(cfg, run.found, run.total - run.resumed_at),
         "memory": memory_text(cfg, run.found, model.resolved),
         "writes into": str(run.run_dir),
@@ -97,8 +97,17 @@ def iteration_text(run: Parts) -> str:
     on = f" on {size} processes" if size > 1 else ""
     if run.pairs is not None:
         return f"{count_text(size * each, 'pair')}{on}"
-    terms = count_text(size * each * len(run.objective.term_states(run.cfg.sample)), method.unit)
-    return f"{count_text(size * each, 'prompt')}{on}, {terms}" + (" if every one is kept" if method.compares else "")
+    prompts = min(size * each, len(run.prompts))
+    terms = count_text(prompts * len(run.objective.term_states(run.cfg.sample)), method.unit)
+    return f"{count_text(prompts, 'prompt')}{on}, {terms}" + (" if every one is kept" if method.compares else "")
+
+
+def length_text(run: Parts) -> str:
+    """Iterations, how many of them are done, and what decides their number."""
+    length, done = run.cfg.run, f", {run.resumed_at:,} of them done" if run.resumed_at else ""
+    if run.total == length.max_train_steps:
+        return f"{run.total:,}{done} (--max_train_steps)"
+    return f"{run.total:,}{done} ({count_text(length.num_train_epochs, 'epoch')}: --num_train_epochs)"
 
 
 def time_text(cfg: Config, device: Device, iterations: int) -> str:

@@ -240,11 +240,12 @@ class RunRecord:
         lines = ["import torch", f"from diffusers import {pipeline}" + (", UNet2DConditionModel" if unet else "")]
         if not self.base_model:
             base, lines = 'toy_files()["model"]', [*lines, "from spo_fast.models.files.toy import toy_files"]
-        lines += ["", 'settings = {"torch_dtype": torch.float16}']
+        dtype, there = self._computed_in("torch.float16")
+        lines += ["", f'settings = {{"torch_dtype": {dtype}}}']
         if unet:
-            source = f'{weights}, subfolder="unet", torch_dtype=torch.float16'
+            source = f'{weights}, subfolder="unet", torch_dtype={dtype}'
             lines += [f'settings["unet"] = UNet2DConditionModel.from_pretrained({source})']
-        lines += [f'pipe = {pipeline}.{load}({base}, **settings).to("cuda")']
+        lines += [f"pipe = {pipeline}.{load}({base}, **settings){there}"]
         # a file's prediction type is taken for epsilon by diffusers
         if load == "from_single_file" and (predicted := self._file_prediction()) != "epsilon":
             lines += [
@@ -258,6 +259,10 @@ class RunRecord:
         lines += [f'image = pipe("a prompt", {draw}).images[0]']
         return "\n".join(lines)
 
+    def _computed_in(self, dtype: str) -> tuple[str, str]:
+        """Of a pipeline its type, and how it goes to a GPU, which the toy can do without."""
+        return (dtype, '.to("cuda")') if self.base_model else ("torch.float32", "")
+
     def _loading_flow(self, weights: str) -> str:
         """A single file is the transformer alone; an SD3 without T5 is loaded by saying so.
 
@@ -266,7 +271,7 @@ class RunRecord:
         s = self.settings
         pipeline, transformer = FLOW_PIPELINES[s["model"]]
         base = json.dumps(self.base_model, ensure_ascii=False)
-        dtype = "torch.bfloat16" if s["model"] == "flux" else "torch.float16"
+        dtype, there = self._computed_in("torch.bfloat16" if s["model"] == "flux" else "torch.float16")
         lines = ["import torch", f"from diffusers import {pipeline}"]
         settings = [f'settings = {{"torch_dtype": {dtype}}}']
         if not self.base_model:
@@ -288,7 +293,7 @@ class RunRecord:
         path = Path(str(self.base_model)).expanduser()
         if s["model"] != "flux" and (not self.base_model or (path.is_dir() and not (path / "text_encoder_3").is_dir())):
             settings += ["settings |= dict(text_encoder_3=None, tokenizer_3=None)"]
-        lines += ["", *settings, f'pipe = {pipeline}.from_pretrained({base}, **settings).to("cuda")']
+        lines += ["", *settings, f"pipe = {pipeline}.from_pretrained({base}, **settings){there}"]
         lines += [] if whole else [f"pipe.load_lora_weights({weights})"]
         told = {name: s[name] for name in ("height", "width") if s.get(name)}
         told["num_inference_steps"], told["guidance_scale"] = s["num_steps"], s["guidance_scale"]

@@ -91,7 +91,8 @@ def steps_text(cfg: Config, terms_per_prompt: int) -> tuple[int, int, str]:
         return total, total * B, f"{said}; images are encoded in the first pass only if their latents are kept"
     prompts, sampler = training_prompts(cfg)
     total = cfg.run.iterations(sampler.iterations_per_epoch)
-    terms = total * B * terms_per_prompt
+    epochs, rest = divmod(total, sampler.iterations_per_epoch)
+    terms = (epochs * min(len(prompts), B * sampler.iterations_per_epoch) + rest * B) * terms_per_prompt
     kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
     return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}"
