@@ -105,10 +105,12 @@ def cell(
     learning_rate: float | None,
     work: Path,
     marks: Iterable[float] = MARKS,
+    budget: int | None = None,
     **more: object,
 ) -> dict[str, Any]:
-    """Train a contender on the budget and score it; learning_rate=None: the toy preset's own. more: settings beside
-    the contender's, which are not recorded."""
+    """Train a contender on the budget (None: the claims') and score it; learning_rate=None: the toy preset's own. more:
+    settings beside the contender's, which are not recorded."""
+    budget = BUDGET if budget is None else budget
     contender, tuning = CONTENDERS[name], seed == TUNING_SEED
     given = contender.on(size_of(work).name)
     if given is None:
@@ -123,10 +125,10 @@ def cell(
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
         meter, curve = Meter(run.policy.network), []
-        wait = [] if tuning else [share * BUDGET for share in marks]
+        wait = [] if tuning else [share * budget for share in marks]
 
         def until_spent(iteration: int) -> None:
-            if meter.spent >= BUDGET:
+            if meter.spent >= budget:
                 run.total = iteration + 1
             elif wait and meter.spent >= wait[0]:
                 wait.pop(0)
@@ -140,7 +142,7 @@ def cell(
         started, started_wall = time.process_time(), time.monotonic()
         run.train()
         cpu_s, wall_s = time.process_time() - started, time.monotonic() - started_wall
-        if meter.spent < BUDGET:
+        if meter.spent < budget:
             raise RunError(f"{name} was stopped before its budget was spent, so it is not recorded.")
         meter.on = False
         prompts, count = (toy_world.TUNE, MARK_PICTURES) if tuning else (toy_world.TEST, PICTURES)
