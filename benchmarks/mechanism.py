@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from torch import Tensor
 from benchmarks.records import RESULTS
 from spo_fast import train
 from spo_fast.config.tables import markdown
+from spo_fast.config.training import SampleConfig
 from spo_fast.data import toy_world
 from spo_fast.evaluation.statistics import estimate
 from spo_fast.method.experience import Candidates, Text
 from spo_fast.method.noise import KeyedDraws
-from spo_fast.method.rollout import RolloutBatch, rollout_segments, trajectory_rollout
+from spo_fast.method.rollout import RolloutBatch, best_and_worst, rollout_segments, trajectory_rollout
 from spo_fast.toy.claims import software
 from spo_fast.toy.evaluate import NOISE
 from spo_fast.training.loop import Run
@@ -62,37 +63,40 @@ class Watched:
 def told(three: Tensor, threshold: float) -> dict[str, Any]:  # (3, K, B)
     """Spread of layout and of aesthetics among the K; how often the judge's best beats its worst; share kept."""
     judge, *truths = three
-    best, worst = judge.argmax(0, keepdim=True), judge.argmin(0, keepdim=True)
-    kept = (judge.amax(0) - judge.amin(0) > threshold).float()
-    found: dict[str, Any] = {"kept": list(estimate(kept))}
+    sides, kept = best_and_worst(judge, threshold)  # as training chooses
+    found: dict[str, Any] = {"kept": list(estimate(kept.float()))}
     for name, truth in zip(("layout", "aesthetics"), truths, strict=True):
-        gap = (truth.gather(0, best) - truth.gather(0, worst))[0]
+        best, worst = truth.gather(0, sides)
+        gap = best - worst
         differ = gap[gap.abs() > 1e-6]
         found[name] = {"spread": list(estimate(truth.std(0))), "differ": len(differ) / len(gap)}
         found[name]["right"] = list(estimate((differ > 0).float())) if len(differ) > 1 else None
     return found
 
 
-def watch(run: Run) -> dict[str, Any]:
-    """By timestep, highest first, and of whole trajectories what children differ in."""
+def seen(
+    run: Run, cfg: SampleConfig, rollout: Callable[..., Any] = rollout_segments, rounds: int = ROUNDS
+) -> dict[float, Tensor]:
+    """(3, K, B): judge, layout and aesthetics of rollouts of the test prompts, always from one noise, by the timestep
+    judged at, highest first."""
     prompts = toy_world.TEST
     text: Text = run.scorer.encode(prompts)
+    scorer = Watched(run.scorer, prompts)
+    for number in range(rounds):
+        draws = KeyedDraws(number, NOISE - 1, torch.arange(len(prompts)))
+        batch = RolloutBatch(run.model.cond(prompts), text, draws, run.model.latent_shape, run.model.latent_dtype)
+        with torch.no_grad():
+            rollout(replace(run.sampler, scorer=scorer, decode=run.model.decode, cfg=cfg), batch)
+    return {t: torch.cat(scorer.seen[t], 2) for t in sorted(scorer.seen, reverse=True)}
+
+
+def watch(run: Run) -> dict[str, Any]:
+    """By timestep, highest first, and of whole trajectories what children differ in."""
     first = {"num_candidates": K, "branch_start": 0, "branch_end": None, "num_inner_steps": 0}
-    cfg = run.cfg.with_fields(**first).sample
-    found: dict[str, Any] = {}
-    for kind, rollout in (("children", rollout_segments), (WHOLE, trajectory_rollout)):
-        scorer = Watched(run.scorer, prompts)
-        for number in range(ROUNDS):
-            draws = KeyedDraws(number, NOISE - 1, torch.arange(len(prompts)))
-            cond = run.model.cond(prompts)
-            batch = RolloutBatch(cond, text, draws, run.model.latent_shape, run.model.latent_dtype)
-            sampler = replace(run.sampler, scorer=scorer, decode=run.model.decode, cfg=cfg)
-            with torch.no_grad():
-                rollout(sampler, batch)
-        for t in sorted(scorer.seen, reverse=True):
-            three = torch.cat(scorer.seen[t], 2)
-            found[f"{t:g}" if kind == "children" else WHOLE] = told(three, run.cfg.sample.threshold)
-    return found
+    cfg, threshold = run.cfg.with_fields(**first).sample, run.cfg.sample.threshold
+    found = {f"{t:g}": told(three, threshold) for t, three in seen(run, cfg).items()}
+    (whole,) = seen(run, cfg, trajectory_rollout).values()
+    return {**found, WHOLE: told(whole, threshold)}
 
 
 def measured() -> dict[str, Any]:

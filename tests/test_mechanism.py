@@ -16,10 +16,11 @@ def test_what_is_told_by_hand():
     layout = torch.tensor([[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [0.5, 0.0, 1.0]])
     looks = torch.tensor([[3.0, 3.0, 4.0], [5.0, 2.0, 1.0], [4.0, 4.0, 2.0]])
     found = mechanism.told(torch.stack([judge, layout, looks]), threshold=0.15)
-    # best and worst: children 0, 1 of the first; 2, 0 of the second; 2, 0 of the third, too near to be kept
-    assert found["kept"][0] == pytest.approx(2 / 3)
+    # best and worst: children 0, 1 of the first; 2, 0 of the second; 2, 1 of the third, since of equal ones the
+    # last counts as the worst. The softmax of .9 and .1 differs by tanh(.4) = .38, of .3 and .1 by tanh(.1) = .0997
+    assert found["kept"][0] == pytest.approx(1 / 3)
     assert found["layout"]["differ"] == pytest.approx(2 / 3) and found["layout"]["right"][0] == 0.5
-    assert found["aesthetics"]["differ"] == 1 and found["aesthetics"]["right"][0] == pytest.approx(1 / 3)
+    assert found["aesthetics"]["differ"] == 1 and found["aesthetics"]["right"][0] == pytest.approx(2 / 3)
     # of three numbers: 1, .5, .5 deviate by .2887, 1, 1, 0 by .5774; 3, 5, 4 and 3, 2, 4 by 1, 4, 1, 2 by 1.5275
     assert found["layout"]["spread"][0] == pytest.approx((0.288675 + 0.577350) / 3, abs=1e-5)
     assert found["aesthetics"]["spread"][0] == pytest.approx((1 + 1 + 1.527525) / 3, abs=1e-5)

@@ -186,6 +186,24 @@ def test_labels_follow_the_stated_utility() -> None:
     assert set(pairs.prompts) <= set(TRAIN)
 
 
+@pytest.mark.parametrize("asked", [0.0, 0.125, 0.5])
+def test_just_this_share_of_labels_contradicts_aesthetics_and_follows_the_layout(asked: float) -> None:
+    """Each picture by itself, in float64: who goes by the layout, then by aesthetics, would label all of them so."""
+    pairs = toy_world.conflict_pairs(64, generator(), share=asked)
+    against = 0
+    for i, text in enumerate(pairs.prompts):
+        one, other = pairs.pixels[:, i, None].double()
+        a, b = ((int(layout(x, [text]).sum()), float(aesthetics(x))) for x in (one, other))
+        assert (a > b) == bool(pairs.labels[i]) and a[1] != b[1]
+        contradicts = (a[1] > b[1]) != bool(pairs.labels[i])
+        assert contradicts == (a[0] != b[0])  # only where the layout differs, and everywhere there
+        against += contradicts
+    assert against == round(asked * 64) and set(pairs.prompts) <= set(TRAIN) and len(pairs.prompts) == 64
+    assert 0.25 < float(pairs.labels.mean()) < 0.75  # no side wins
+    again, other = (toy_world.conflict_pairs(64, generator(seed), share=asked) for seed in (0, 1))
+    assert torch.equal(again.pixels, pairs.pixels) and not torch.equal(other.pixels, pairs.pixels)
+
+
 # ---------------------------------------------------------------------------------------------------- pipeline
 
 

@@ -301,8 +301,38 @@ def utility(pixels: Tensor, prompts: list[str]) -> Tensor:  # (B,)
 
 def draw_pairs(n: int, generator: torch.Generator, texts: list[str] = TRAIN) -> LabelledPairs:
     """Generic preferences: the first picture wins with probability sigmoid(difference of utilities)."""
-    prompts = random_captions(texts, n, generator)
-    pixels = torch.stack([draw(corrupted(prompts, generator), generator) for _ in range(2)])
+    prompts, pixels = _pictures_of_pairs(n, generator, texts)
     gap = utility(pixels[0], prompts) - utility(pixels[1], prompts)
     labels = (torch.rand(n, generator=generator) < gap.sigmoid()).float()
     return LabelledPairs(prompts, pixels, labels)
+
+
+def _pictures_of_pairs(n: int, generator: torch.Generator, texts: list[str]) -> tuple[list[str], Tensor]:
+    prompts = random_captions(texts, n, generator)
+    return prompts, torch.stack([draw(corrupted(prompts, generator), generator) for _ in range(2)])
+
+
+def conflict_pairs(n: int, generator: torch.Generator, texts: list[str] = TRAIN, *, share: float) -> LabelledPairs:
+    """Pairs of which just this share has a label that contradicts aesthetics, and does so because of the layout.
+
+    The labeller makes no mistakes: more of the layout wins, and of equal layouts the more beautiful picture. What is
+    chosen are the pairs: round(share n) opposed ones, where the picture with more of its layout right is the less
+    beautiful one, and for the rest pairs of equal layouts. Pairs whose better layout is also more beautiful are left
+    out, so at 0 labels are aesthetics alone, and at every share they would be told whole by who sees both scores.
+    Of `draw_pairs`, .27 of the labels contradict aesthetics and agree with a difference in layout.
+    """
+    left = [n - round(share * n), round(share * n)]  # of equal layouts, opposed
+    prompts: list[str] = []
+    pixels, labels = [], []
+    while any(left):
+        drawn, x = _pictures_of_pairs(n, generator, texts)
+        right = [layout(picture, drawn).float().mean(1) for picture in x]
+        better, nicer = right[0] - right[1], aesthetics(x[0]) - aesthetics(x[1])
+        for kind, rows in enumerate(((better == 0) & (nicer != 0), better * nicer < 0)):
+            taken = rows.nonzero()[: left[kind], 0]
+            left[kind] -= len(taken)
+            prompts += [drawn[i] for i in taken.tolist()]
+            pixels.append(x[:, taken])
+            labels.append((torch.where(better == 0, nicer, better) > 0)[taken].float())
+    order = torch.randperm(n, generator=generator)
+    return LabelledPairs([prompts[i] for i in order.tolist()], torch.cat(pixels, 1)[:, order], torch.cat(labels)[order])

@@ -309,12 +309,19 @@ def pretrain(work_dir: Path, seed: int, steps: int, size: Size = SMALL, deadline
     return directory
 
 
-def write_pairs(path: Path, count: int, seed: int, prompts: list[str] = toy_world.TRAIN, scale: int = 1) -> None:
+def write_pairs(
+    path: Path,
+    count: int,
+    seed: int,
+    prompts: list[str] = toy_world.TRAIN,
+    scale: int = 1,
+    labelled: Callable[[int, torch.Generator, list[str]], toy_world.LabelledPairs] = toy_world.draw_pairs,
+) -> None:
     """Labelled pairs of the prompts as Pick-a-Pic's parquet has them: PNG bytes, labels, pairs per prompt."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pairs = toy_world.draw_pairs(count, torch.Generator().manual_seed(seed), prompts)
+    pairs = labelled(count, torch.Generator().manual_seed(seed), prompts)
     repeats = Counter(pairs.prompts)
     columns: dict[str, object] = {
         "caption": pairs.prompts,

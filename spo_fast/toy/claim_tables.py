@@ -263,12 +263,18 @@ def no_loss(gaps: Sequence[tuple[float, float]]) -> str:
     return "not reproduced" if mean < -max(SIGMAS * error, LOSS) else "reproduced"
 
 
+def bounds(gaps: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Mean of at least three seeds' differences and its interval by the rule of the looks."""
+    mean, error = over_seeds([gap for gap, _ in gaps], [e for _, e in gaps])
+    off = LOOKS[max(look for look in LOOKS if look <= len(gaps))]
+    return mean, mean - off * error, mean + off * error
+
+
 def needed(gaps: Sequence[tuple[float, float]]) -> str:
     """Of an undecided claim: the interval of its difference now, and how many seeds would settle it four times of five,
     if the difference and its spread between seeds are those seen."""
     values = [gap for gap, _ in gaps]
-    mean, error = over_seeds(values, [e for _, e in gaps])
-    off = LOOKS[max(look for look in LOOKS if look <= len(gaps))]
+    mean, low, high = bounds(gaps)
     pictures = sum(e for _, e in gaps) / len(gaps)
     spread = statistics.stdev(values)
     seeds = math.ceil(((Z_LOOK + Z_POWER) * spread / mean) ** 2) + 2 if mean else math.inf
@@ -276,7 +282,7 @@ def needed(gaps: Sequence[tuple[float, float]]) -> str:
     how = (
         f"about {seeds:,} seeds" if abs(mean) > (Z_LOOK + Z_POWER) * pictures else f"{seeds:,} seeds and more pictures"
     )
-    return f"{mean - off * error:+.2f} to {mean + off * error:+.2f}; {how}"
+    return f"{low:+.2f} to {high:+.2f}; {how}"
 
 
 Z_LOOK, Z_POWER = 2.498, 0.842  # normal quantiles of a look (.0125 on both sides together) and of a power of .8

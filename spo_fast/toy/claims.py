@@ -99,8 +99,18 @@ def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 
 # ---------------------------------------------------------------------------------------------------- a run
 
 
-def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[str, Any]:
-    """Train a contender on the budget and score it; learning_rate=None: the toy preset's own."""
+def cell(
+    name: str,
+    seed: int,
+    learning_rate: float | None,
+    work: Path,
+    marks: Iterable[float] = MARKS,
+    budget: int | None = None,
+    **more: object,
+) -> dict[str, Any]:
+    """Train a contender on the budget (None: the claims') and score it; learning_rate=None: the toy preset's own. more:
+    settings beside the contender's, which are not recorded."""
+    budget = BUDGET if budget is None else budget
     contender, tuning = CONTENDERS[name], seed == TUNING_SEED
     given = contender.on(size_of(work).name)
     if given is None:
@@ -108,17 +118,17 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
     settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in given.items()}
     arguments = [*toy_flags(work), "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
     arguments += ["--checkpointing_steps", "100000000"]
-    for flag, value in (settings | ({"learning_rate": learning_rate} if learning_rate else {})).items():
+    for flag, value in (settings | more | ({"learning_rate": learning_rate} if learning_rate else {})).items():
         arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, _listed(value))]
     with tempfile.TemporaryDirectory(dir=work) as directory:
         run: Run = train.build(train.parse([*arguments, "--output_dir", directory]))
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
         meter, curve = Meter(run.policy.network), []
-        wait = [] if tuning else [share * BUDGET for share in MARKS]
+        wait = [] if tuning else [share * budget for share in marks]
 
         def until_spent(iteration: int) -> None:
-            if meter.spent >= BUDGET:
+            if meter.spent >= budget:
                 run.total = iteration + 1
             elif wait and meter.spent >= wait[0]:
                 wait.pop(0)
@@ -132,7 +142,7 @@ def cell(name: str, seed: int, learning_rate: float | None, work: Path) -> dict[
         started, started_wall = time.process_time(), time.monotonic()
         run.train()
         cpu_s, wall_s = time.process_time() - started, time.monotonic() - started_wall
-        if meter.spent < BUDGET:
+        if meter.spent < budget:
             raise RunError(f"{name} was stopped before its budget was spent, so it is not recorded.")
         meter.on = False
         prompts, count = (toy_world.TUNE, MARK_PICTURES) if tuning else (toy_world.TEST, PICTURES)
@@ -162,6 +172,12 @@ def size_of(work: Path) -> Size:
     """Of the toy that runs in this directory train: the one built there (--size large), or a shipped one."""
     record = work / "toy" / "build.json"
     return SIZES[json.loads(record.read_text())["pretraining"]["size"]] if record.is_file() else SIZES["small"]
+
+
+def of_flow(work: Path) -> None:
+    """Makes this a directory of runs of the flow toy."""
+    (work / "toy").mkdir(parents=True, exist_ok=True)
+    shutil.copy(FLOW_WEIGHTS / "build.json", work / "toy")
 
 
 def toy_flags(work: Path, scorers: bool = True) -> list[str]:
@@ -314,8 +330,7 @@ def claims(arguments: list[str] | None) -> None:
     if not args.tables:
         work.mkdir(parents=True, exist_ok=True)
     if not args.tables and args.size == "flow":
-        (work / "toy").mkdir(exist_ok=True)
-        shutil.copy(FLOW_WEIGHTS / "build.json", work / "toy")
+        of_flow(work)
     if not args.tables and size_of(work).name != args.size:
         given = (size, 0, size.steps or build.STEPS, build.PAIRS)  # seed 0
         if not build.build(work / "toy-build", work / "toy", *given, deadline=end):
