@@ -35,7 +35,8 @@ def damage(checkpoint_dir: Path) -> str | None:
         lines = (checkpoint_dir / SUMS).read_text(encoding="utf-8").splitlines()
         for line in lines:
             expected, _, name = line.partition("  ")
-            if not (checkpoint_dir / name).resolve().is_relative_to(checkpoint_dir.resolve()):
+            # by its name: the hub's cache keeps what its files hold elsewhere, and links to it
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{SUMS} names a file outside"
             if _sum(checkpoint_dir / name) != expected:
                 return f"{name} is not what was saved"
