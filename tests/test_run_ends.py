@@ -18,9 +18,11 @@ from spo_fast import train
 from spo_fast.config.errors import RunError
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.run import RunConfig
+from spo_fast.data.prompt_order import training_prompts
 from spo_fast.models.files.comfyui import CHECKPOINTS, Shown, model_spec, workflow
 from spo_fast.models.files.lora_files import KOHYA_FILE, LORA_FILE
 from spo_fast.training import loop, run_directory, verdicts
+from spo_fast.training.held_out import validation_prompts
 from spo_fast.training.verdicts import HeldOut, Validation
 
 PROMPTS = [f"prompt {n}" for n in range(8)]
@@ -174,6 +176,21 @@ def test_an_anchor_of_other_pictures_is_one_line(
     assert (run / "samples" / "before.json").is_file()  # the settings may be put right
 
 
+def test_a_text_file_of_validation_prompts_beside_a_table_of_prompts(tmp_path: Path) -> None:
+    """--caption_column is the table's: a text file has no columns, whichever of the two it is."""
+    (table := tmp_path / "prompts.csv").write_text("words,caption\na cat,x\na dog,y\n")
+    (text := tmp_path / "shown.txt").write_text("one\ntwo\n")
+    cfg = PRESETS["toy"]().with_fields(prompts=str(table), caption_column="words", validation_prompt_file=str(text))
+    prompts, _ = training_prompts(cfg)
+    assert (prompts, validation_prompts(cfg, prompts)) == (["a cat", "a dog"], ["one", "two"])
+    both = cfg.with_fields(validation_prompt_file=str(table))
+    assert validation_prompts(both, prompts) == prompts
+    of_pairs = cfg.with_fields(method="dpo", pairs="a table", prompts=str(text))
+    assert training_prompts(of_pairs)[0] == ["one", "two"]
+    with pytest.raises(ValueError, match="a text file has no columns"):
+        training_prompts(cfg.with_fields(prompts=str(text)))
+
+
 def test_scores_are_named_as_the_log_or_validation_metrics_have_them() -> None:
     cfg = RunConfig(anchor=("held_out_hpsv2,aesthetic",), stop_when=("hacking,hpsv2",), keep_best="held_out_clip")
     assert (cfg.anchored, cfg.falling, cfg.best) == (("hpsv2", "aesthetic"), ("hpsv2",), ("clip",))
@@ -260,10 +277,12 @@ def test_a_checkpoint_from_the_hub_goes_on(tmp_path: Path, monkeypatch: pytest.M
         asked.append((name, options))
         return str(remote)
 
+    files = ["README.md", "checkpoint-1/state.json", "checkpoint-0/state.json", "checkpoint-x/a", "a/checkpoint-9/b"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda api, name, revision: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(run_directory, "offline_reason", lambda: None)
     mine = run_toy(tmp_path / "mine", **TWO, resume_from_checkpoint="hub:me/run@main")
-    assert asked == [("me/run", {"revision": "main", "allow_patterns": ["checkpoint-*/*"]})]
+    assert asked == [("me/run", {"revision": "main", "allow_patterns": ["checkpoint-1/*"]})]
     for file in ("trained.safetensors", "optimizer.safetensors"):
         assert_same_tensors(whole / "checkpoint-2" / file, mine / "checkpoint-2" / file)
 
@@ -294,6 +313,7 @@ def test_what_the_hub_has_not_is_one_line(
     download: Any,
     message: str,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda api, name, revision: ["README.md"])
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(run_directory, "offline_reason", lambda: offline)
     line = command_line({**SMALL, **TWO, "output_dir": tmp_path / "run", "resume_from_checkpoint": wanted})
