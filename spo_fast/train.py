@@ -51,14 +51,8 @@ def parse(arguments: list[str] | None = None) -> Config:
             first = {"branch_start": None}
         elif source.get("branch_start") is not None and "branch_sigma" not in source:
             first = {"branch_sigma": None}
-        return (
-            method
-            | first
-            | RECIPES[source.get("recipe", "default")](given)
-            | less_memory
-            | noise
-            | optimizer_rate(source)
-        )
+        own = method | first | RECIPES[source.get("recipe", "default")](given) | less_memory | noise
+        return own | optimizer_rate(given, source, own)
 
     cfg, given, named = flags.parse(parser, PRESETS, arguments, recipe)
     check_read(cfg.objective.method, named)

@@ -33,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> PreferenceConfig:
 
     def recipe(given: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
         latent = latent_recipe(given) if source.get("parameterisation") == "latent" else {}
-        return latent | optimizer_rate(source)
+        return latent | optimizer_rate(given, source, latent)
 
     return flags.parse(parser, PREFERENCE_PRESETS, arguments, recipe)[0]
 

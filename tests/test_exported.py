@@ -13,7 +13,7 @@ import yaml
 from runs import PAIRS, SMALL, assert_same_end, assert_same_tensors, built, command_line, killed_run, run_toy
 from safetensors.torch import load_file
 
-from spo_fast import train
+from spo_fast import train, train_spm
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.sections import AdamConfig
 from spo_fast.models.files.lora_files import LORA_FILE
@@ -161,6 +161,30 @@ def test_optimizers_go_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found[0] == found[1] and found[0]["group"]["k"] > PAIRS
     quiet = run_toy(tmp_path / "quiet", **{**more, "num_validation_images": 0})
     assert_same_tensors(whole / "checkpoint-3" / "trained.safetensors", quiet / "checkpoint-3" / "trained.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "found"),
+    [
+        ("optimizer: prodigy", "--method ddpo", ("prodigy", 1.0)),  # which brings a rate of AdamW's
+        ("optimizer: prodigy", "--method ddpo --learning_rate 0.5", ("prodigy", 0.5)),
+        ("optimizer: prodigy\nlearning_rate: 0.5", "--rank 8", ("prodigy", 0.5)),
+        ("optimizer: prodigy", "--memory small", ("prodigy", 1.0)),  # 8 bits take AdamW's place alone
+        ("optimizer: schedulefree", "--recipe fast", ("schedulefree", 5e-4)),
+        ("optimizer: adamw", "--memory small", ("adamw8bit", 5e-4)),
+        ("learning_rate: 1e-4", "--optimizer prodigy", ("prodigy", 1.0)),
+    ],
+)
+def test_an_optimizer_and_its_rate_go_together(tmp_path: Path, file: str, words: str, found: tuple[str, float]) -> None:
+    (path := tmp_path / "own.yaml").write_text(f"model: toy\n{file}\n")
+    cfg = train.parse(["--config", str(path), *words.split()])
+    assert (cfg.optim.optimizer, cfg.optim.learning_rate) == found
+
+
+def test_of_preference_models_too(tmp_path: Path) -> None:
+    (path := tmp_path / "own.yaml").write_text("model: sdxl\noptimizer: prodigy\npairs: x\n")
+    cfg = train_spm.parse(["--config", str(path), "--parameterisation", "latent"])
+    assert (cfg.optim.optimizer, cfg.optim.learning_rate) == ("prodigy", 1.0)
 
 
 def test_prodigy_finds_its_rate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +15,14 @@ from safetensors import safe_open
 
 from spo_fast import __main__ as every_command
 from spo_fast import train
+from spo_fast.config.errors import RunError
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.run import RunConfig
+from spo_fast.data.prompt_order import training_prompts
 from spo_fast.models.files.comfyui import CHECKPOINTS, Shown, model_spec, workflow
 from spo_fast.models.files.lora_files import KOHYA_FILE, LORA_FILE
 from spo_fast.training import loop, run_directory, verdicts
+from spo_fast.training.held_out import validation_prompts
 from spo_fast.training.verdicts import HeldOut, Validation
 
 PROMPTS = [f"prompt {n}" for n in range(8)]
@@ -90,6 +94,111 @@ def test_the_best_is_kept_and_what_a_resume_makes_again_is_dropped(tmp_path: Pat
     assert not (tmp_path / "best").exists()
 
 
+def made(folder: Path) -> None:
+    folder.mkdir()
+
+
+def test_what_is_not_finite_is_no_best_and_no_highest_and_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    held_out, broken = watch(tmp_path, keep_best="hpsv2", stop_when=("hpsv2",)), SPREAD.copy()
+    broken[3] = np.nan
+    for done, values in ((1, broken), (2, SPREAD), (3, broken), (4, SPREAD - 0.5)):
+        held_out.look(done, validated(hpsv2=values), None, "")
+        held_out.keep(done, validated(hpsv2=values), made)
+        assert ("hpsv2 is not finite" in held_out.stop) == (done % 2 == 1)
+    assert "has fallen by 0.500 from its highest" in held_out.stop
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["iteration"] == 2
+    assert "NaN" not in (tmp_path / "samples" / "step-1.json").read_text()  # JSON has no such word
+    again = watch(tmp_path, stop_when=("hpsv2",))
+    again.go_on(3)
+    assert again.highest["hpsv2"].mean("hpsv2") == pytest.approx(SPREAD.mean())
+
+
+@pytest.mark.parametrize("other", ["score", "prompts"])
+def test_validations_of_other_settings_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    """A best or highest by another score or of other prompts stands in nobody's way."""
+    (tmp_path / "samples").mkdir()
+    first = watch(tmp_path, keep_best="hpsv2", stop_when=("hpsv2",))
+    first.look(1, high := validated(hpsv2=SPREAD + 9), None, "")
+    first.keep(1, high, made)
+    name = "aesthetic" if other == "score" else "hpsv2"
+    shown = {"prompts": [f"other {n}" for n in range(16)]} if other == "prompts" else high.of
+    now = validated(**{name: [*SPREAD] * (len(shown["prompts"]) // 8)})._replace(of=shown)
+    again = HeldOut(RunConfig(keep_best=name, stop_when=(name,)), [name], len(shown["prompts"]), tmp_path)
+    again.go_on(1)
+    again.look(2, now, None, "")
+    again.keep(2, now, made)
+    assert not again.stop and again.highest[name] is now
+    best = json.loads((tmp_path / "best" / "best.json").read_text())
+    assert (best["iteration"], best["metric"], best["of"]) == (2, name, shown)
+    assert len(list(tmp_path.glob("old-*-best"))) == 1 and "set aside" in capsys.readouterr().out
+
+
+def test_a_new_run_knows_nothing_of_one_that_left_no_checkpoint(tmp_path: Path, prompt_file: Path) -> None:
+    more = {"resolution": None, "num_validation_images": 1, "validation_prompt_file": prompt_file, "max_train_steps": 1}
+    (old := tmp_path / "run" / "best").mkdir(parents=True)
+    (old / "best.json").write_text(json.dumps({"iteration": 1, "metric": "layout", "mean": 1e9}))
+    run = run_toy(tmp_path / "run", **more, keep_best="layout")
+    assert json.loads((run / "best" / "best.json").read_text())["mean"] < 1e9 and (run / "best" / LORA_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "message"),
+    [
+        ({"anchor": ("hpsv2",)}, None, "--anchor hpsv2 compares with the pictures before training"),
+        ({"anchor": ("aesthetic",)}, {"hpsv2": SPREAD}, "were not measured so, or are not finite"),
+        ({"anchor": ("hpsv2",)}, {"hpsv2": SPREAD * np.nan}, "were not measured so, or are not finite"),
+        ({"stop_when": ("hacking",)}, None, "--stop_when hacking compares with"),
+        ({"stop_when": ("hpsv2",)}, None, None),
+        ({"anchor": ("hpsv2",), "stop_when": ("hacking",)}, {"hpsv2": SPREAD}, None),
+    ],
+)
+def test_nothing_to_compare_with_is_an_error(
+    tmp_path: Path, settings: dict[str, Any], before: dict[str, Any] | None, message: str | None
+) -> None:
+    held_out = watch(tmp_path, **settings)
+    with pytest.raises(RunError, match=message) if message else contextlib.nullcontext():
+        held_out.check_before(None if before is None else validated(**before))
+
+
+def test_an_anchor_of_other_pictures_is_one_line(
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {**TWO, "resolution": None, "num_validation_images": 1, "validation_prompt_file": prompt_file}
+    more |= {"anchor": ["layout"]}
+    run = run_toy(tmp_path / "run", **{**more, "max_train_steps": 1})
+    capsys.readouterr()
+    line = command_line({**SMALL, **more, "seed": 7, "output_dir": run, "resume_from_checkpoint": "latest"})
+    assert train.main(line) == 1
+    error = capsys.readouterr().err
+    assert "--anchor layout compares with" in error and error.count("\n") == 1 and len(error) <= 310
+    assert (run / "samples" / "before.json").is_file()  # the settings may be put right
+
+
+def test_a_text_file_of_validation_prompts_beside_a_table_of_prompts(tmp_path: Path) -> None:
+    """--caption_column is the table's: a text file has no columns, whichever of the two it is."""
+    (table := tmp_path / "prompts.csv").write_text("words,caption\na cat,x\na dog,y\n")
+    (text := tmp_path / "shown.txt").write_text("one\ntwo\n")
+    cfg = PRESETS["toy"]().with_fields(prompts=str(table), caption_column="words", validation_prompt_file=str(text))
+    prompts, _ = training_prompts(cfg)
+    assert (prompts, validation_prompts(cfg, prompts)) == (["a cat", "a dog"], ["one", "two"])
+    both = cfg.with_fields(validation_prompt_file=str(table))
+    assert validation_prompts(both, prompts) == prompts
+    of_pairs = cfg.with_fields(method="dpo", pairs="a table", prompts=str(text))
+    assert training_prompts(of_pairs)[0] == ["one", "two"]
+    with pytest.raises(ValueError, match="a text file has no columns"):
+        training_prompts(cfg.with_fields(prompts=str(text)))
+
+
+def test_scores_are_named_as_the_log_or_validation_metrics_have_them() -> None:
+    cfg = RunConfig(anchor=("held_out_hpsv2,aesthetic",), stop_when=("hacking,hpsv2",), keep_best="held_out_clip")
+    assert (cfg.anchored, cfg.falling, cfg.best) == (("hpsv2", "aesthetic"), ("hpsv2",), ("clip",))
+    assert cfg.watches_looks and set(cfg.validation_metrics) == {"hpsv2", "aesthetic", "clip"}
+    assert not RunConfig(stop_when=("hpsv2",)).watches_looks
+
+
 @pytest.fixture
 def prompt_file(tmp_path: Path) -> Path:
     from spo_fast.data import toy_world
@@ -140,14 +249,16 @@ def early_stop_interval() -> Any:
 def test_minutes_end_a_run_and_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run_toy(tmp_path / "whole", **TWO)
+    shown = {"num_validation_images": 1, "resolution": None, "keep_best": "layout"}
+    whole = run_toy(tmp_path / "whole", **TWO, **shown)
     clock = iter(range(0, 10_000, 61))
     with monkeypatch.context() as patch:
         patch.setattr(loop.time, "monotonic", lambda: float(next(clock)))
-        part = run_toy(tmp_path / "part", **TWO, max_train_minutes=1)
+        part = run_toy(tmp_path / "part", **{**TWO, "checkpointing_steps": 2}, **shown, max_train_minutes=1)
     assert "max_train_minutes=1 have passed: the run ends after 1 iterations" in capsys.readouterr().out
     assert (part / LORA_FILE).is_file() and (part / "checkpoint-1").is_dir() and not (part / "checkpoint-2").exists()
-    run_toy(part, **TWO, resume_from_checkpoint="latest")
+    assert "held_out_layout" in facts(part)[-1] and (part / "best" / LORA_FILE).is_file()  # as any run's end
+    run_toy(part, **TWO, **shown, resume_from_checkpoint="latest")
     assert_same_end(whole, part)
 
 
@@ -156,17 +267,23 @@ def test_minutes_end_a_run_and_it_goes_on(
 
 def test_a_checkpoint_from_the_hub_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_toy(tmp_path / "whole", **TWO)
-    remote, asked = tmp_path / "hub", []
+    remote, asked = tmp_path / "hub" / "snapshots" / "0123", []
+    (blobs := tmp_path / "hub" / "blobs").mkdir(parents=True)
     shutil.copytree(whole / "checkpoint-1", remote / "checkpoint-1")
+    for number, file in enumerate(p for p in remote.rglob("*") if p.is_file()):  # as the hub's cache has them
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
 
     def download(name: str, **options: Any) -> str:
         asked.append((name, options))
         return str(remote)
 
+    files = ["README.md", "checkpoint-1/state.json", "checkpoint-0/state.json", "checkpoint-x/a", "a/checkpoint-9/b"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda api, name, revision: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(run_directory, "offline_reason", lambda: None)
     mine = run_toy(tmp_path / "mine", **TWO, resume_from_checkpoint="hub:me/run@main")
-    assert asked == [("me/run", {"revision": "main", "allow_patterns": ["checkpoint-*/*"]})]
+    assert asked == [("me/run", {"revision": "main", "allow_patterns": ["checkpoint-1/*"]})]
     for file in ("trained.safetensors", "optimizer.safetensors"):
         assert_same_tensors(whole / "checkpoint-2" / file, mine / "checkpoint-2" / file)
 
@@ -197,6 +314,7 @@ def test_what_the_hub_has_not_is_one_line(
     download: Any,
     message: str,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda api, name, revision: ["README.md"])
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(run_directory, "offline_reason", lambda: offline)
     line = command_line({**SMALL, **TWO, "output_dir": tmp_path / "run", "resume_from_checkpoint": wanted})
@@ -216,6 +334,8 @@ def test_what_the_hub_has_not_is_one_line(
         ({"validation_prompt": ["a"], "validation_prompt_file": "b.txt"}, "say the same thing"),
         ({"validation_prompt_file": "/nowhere.txt"}, "/nowhere.txt"),
         ({"anchor": ["spm"]}, "spm is the scorer"),
+        ({"anchor": [""]}, "anchor is empty"),
+        ({"stop_when": [","]}, "stop_when is empty"),
     ],
 )
 def test_wrong_values_are_one_line(

@@ -34,7 +34,7 @@ def fast(given: Mapping[str, Any]) -> dict[str, Any]:
     overflow), and AdamW keeps 8-bit state. The toy's own VAE is tiny already; a VAE that was given stays.
     """
     vae = "pretrained_vae_model_name_or_path"
-    settings = {"scorer_dtype": "bf16", "optimizer": "adamw8bit"}
+    settings = {"scorer_dtype": "bf16", **eight_bits(given)}
     if given.get(vae) is None and given["model"] in TINY_VAES:
         settings[vae] = TINY_VAES[given["model"]]
     return settings
@@ -48,20 +48,31 @@ RECIPES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
+def eight_bits(given: Mapping[str, Any]) -> dict[str, Any]:
+    """8-bit state in AdamW's place; any other optimizer was chosen."""
+    return {"optimizer": "adamw8bit"} if given.get("optimizer", "adamw") == "adamw" else {}
+
+
 def small(given: Mapping[str, Any]) -> dict[str, Any]:
     """For cards of 16 GB."""
     own: dict[str, Any] = {"states_per_forward": 2} if given["model"] == "sdxl" else {}
     own |= {"t5_weights": "int8"} if given["model"] in FLOWS else {}
-    return {"gradient_checkpointing": True, "decode_chunk": 1, "optimizer": "adamw8bit", **own}
+    return {"gradient_checkpointing": True, "decode_chunk": 1, **eight_bits(given), **own}
 
 
 # by the value of --memory, likewise; the others are a matter of the networks alone
 MEMORY: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"small": small}
 
 
-def optimizer_rate(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Prodigy multiplies the rate that it finds by learning_rate."""
-    return {"learning_rate": 1.0} if source.get("optimizer") == "prodigy" else {}
+def optimizer_rate(given: Mapping[str, Any], source: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Prodigy multiplies the rate that it finds by learning_rate, so another optimizer's would be wrong.
+
+    own: what goes with the source, a method's rate among it.
+    """
+    optimizer = {**given, **own, **source}.get("optimizer")
+    return (
+        {"learning_rate": 1.0} if optimizer == "prodigy" and ("optimizer" in source or "learning_rate" in own) else {}
+    )
 
 
 # by the value of --sampler: the published eta, of flow_sde that of SD3.5 (FLUX .8 to .9, Qwen-Image 1.2)

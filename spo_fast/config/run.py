@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from spo_fast.config.fields import Count, Positive, Range, Section, Whole, require
+from spo_fast.config.fields import Count, Positive, Range, Section, Whole, parted, require
 from spo_fast.config.scorers import TRUE_SCORES
 from spo_fast.config.sections import LoopConfig
 
@@ -91,9 +91,19 @@ class RunConfig(LoopConfig):
     """Repository to upload to. Default: the output directory's name, in your account."""
 
     @property
+    def anchored(self) -> tuple[str, ...]:
+        """Scores of anchor."""
+        return _scores(self.anchor)
+
+    @property
     def falling(self) -> tuple[str, ...]:
         """Scores of stop_when."""
-        return tuple(name.removeprefix("held_out_") for name in self.stop_when if name != "hacking")
+        return tuple(name for name in _scores(self.stop_when) if name != "hacking")
+
+    @property
+    def watches_looks(self) -> bool:
+        """Whether image statistics may end the run."""
+        return bool(self.anchor) or "hacking" in _scores(self.stop_when)
 
     @property
     def best(self) -> tuple[str, ...]:
@@ -102,10 +112,18 @@ class RunConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = [n for n in (*self.anchor, *self.falling, *self.best) if n not in TRUE_SCORES]
+        for flag in ("anchor", "stop_when"):
+            named = getattr(self, flag)
+            require(not named or len(_scores(named)) > 0, f"{flag} is empty: name a held-out score, or leave it out.")
+        own = [n for n in (*self.anchored, *self.falling, *self.best) if n not in TRUE_SCORES]
         more = tuple(dict.fromkeys(n for n in own if n not in self.validation_metrics))
         object.__setattr__(self, "validation_metrics", (*self.validation_metrics, *more))  # they are measured
         require(
             not (self.validation_prompt and self.validation_prompt_file),
             "validation_prompt and validation_prompt_file say the same thing: give one.",
         )
+
+
+def _scores(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of held-out scores as validation_metrics has them, from those or from the log's."""
+    return tuple(name.removeprefix("held_out_") for name in parted(entries))

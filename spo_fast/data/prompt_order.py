@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from spo_fast.config.sections import TOYS
-from spo_fast.data.prompts import TOY_PROMPTS, load_prompts
+from spo_fast.data.prompts import TOY_PROMPTS, column_in, load_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,9 @@ def prompt_file(cfg: Config) -> str | Path | None:
 
 def training_prompts(cfg: Config, processes: int = 1) -> tuple[list[str], PromptSampler]:
     """A run's prompts and their order. Raises as load_prompts does."""
-    # of pairs the column is theirs, and the built-in list has none
-    column = cfg.data.caption_column if cfg.data.prompts or cfg.pairs.pairs is None else None
+    column = cfg.data.caption_column
+    if cfg.pairs.pairs is not None:  # the column is theirs, and the built-in list has none
+        column = column_in(cfg.data.prompts, column) if cfg.data.prompts else None
     prompts = load_prompts(prompt_file(cfg), column)[: cfg.data.max_prompts]
     batch_size = processes * cfg.sample.sample_batch_size
     return prompts, PromptSampler(len(prompts), batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)

@@ -51,6 +51,11 @@ def load_prompts(path: str | Path | None, column: str | None = None, quoted: boo
     return prompts
 
 
+def column_in(path: str | Path, column: str | None) -> str | None:
+    """A column that is meant for several files, of one of them: a text file has none."""
+    return None if Path(path).suffix.lower() == ".txt" else column
+
+
 def checked_prompt(path: Path, where: str, value: object) -> str:
     """The stripped prompt, or a ValueError naming the place."""
     if not isinstance(value, str):

@@ -11,7 +11,7 @@ from spo_fast.config.scorers import TRUE_SCORES, judging_parts, scorer_specs
 from spo_fast.config.sections import TOYS
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_sets import Wanted, geneval_records
-from spo_fast.data.prompts import load_prompts
+from spo_fast.data.prompts import column_in, load_prompts
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.geneval import check_wanted
@@ -21,8 +21,8 @@ from spo_fast.training.verdicts import HeldOut
 
 def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
     """Those given, or the first of the training's."""
-    if cfg.run.validation_prompt_file is not None:
-        return load_prompts(cfg.run.validation_prompt_file, cfg.data.caption_column)
+    if (file := cfg.run.validation_prompt_file) is not None:
+        return load_prompts(file, column_in(file, cfg.data.caption_column))
     return list(cfg.run.validation_prompt) or prompts[:4]
 
 

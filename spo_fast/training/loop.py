@@ -60,18 +60,22 @@ class Run(Parts):
             self.stopped()
         self.group.any(False)
 
-    def ends(self) -> bool:
-        """Whether the run is to end before its last iteration, as a finished one; process 0 decides it and says why."""
-        if self.done or not self.group.main:
+    def is_out_of_time(self) -> bool:
+        """Whether max_train_minutes have passed; process 0 decides it and says so."""
+        minutes = self.cfg.run.max_train_minutes
+        if minutes is None or self.done or not self.group.main or time.monotonic() - self.began < 60 * minutes:
             return False
-        done, minutes = self.state.iteration, self.cfg.run.max_train_minutes
-        if stop := self.validator.held_out.stop:
-            print(f"ends early, after {done} iterations: {stop}")
-            return True
-        if minutes is not None and time.monotonic() - self.began >= 60 * minutes:
-            print(f"max_train_minutes={minutes:g} have passed: the run ends after {done} iterations")
-            return True
-        return False
+        print(f"max_train_minutes={minutes:g} have passed: the run ends after {self.state.iteration} iterations")
+        return True
+
+    def ends_early(self) -> bool:
+        """Whether the held-out scores end the run before its last iteration, as a finished one; process 0 decides it
+        and says why."""
+        stop = self.validator.held_out.stop
+        if self.done or not self.group.main or not stop:
+            return False
+        print(f"ends early, after {self.state.iteration} iterations: {stop}")
+        return True
 
     def _loop(self, monitor: outputs.Monitor, timer: Timer) -> bool:
         """False if the run was asked to stop before its end."""
@@ -87,9 +91,11 @@ class Run(Parts):
             self.after_iteration(iteration)
             self.state.iteration += 1
             self.learner.check_weights()
+            if self.group.any(self.is_out_of_time()):  # before it is written: what ends is validated
+                self.total = self.state.iteration
             monitor.write(iteration, record | size)
             diagnosis.raise_if_nonfinite(self, bool(record["pairs"]))
-            if self.group.any(self.ends()):
+            if self.group.any(self.ends_early()):
                 self.total = self.state.iteration
             if self.due(self.cfg.run.checkpointing_steps):
                 diagnosis.check_agreement(self)

@@ -35,7 +35,8 @@ def damage(checkpoint_dir: Path) -> str | None:
         lines = (checkpoint_dir / SUMS).read_text(encoding="utf-8").splitlines()
         for line in lines:
             expected, _, name = line.partition("  ")
-            if not (checkpoint_dir / name).resolve().is_relative_to(checkpoint_dir.resolve()):
+            # by its name: the hub's cache keeps what its files hold elsewhere, and links to it
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{SUMS} names a file outside"
             if _sum(checkpoint_dir / name) != expected:
                 return f"{name} is not what was saved"
@@ -116,7 +117,7 @@ def find(run_dir: Path, wanted: str | None) -> Path | None:
 
 def hub_checkpoint(repository: str) -> Path:
     """The newest checkpoint of a repository of the hub, downloaded. Raises RunError."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = repository.partition("@")
     flag = f"--resume_from_checkpoint hub:{repository:.100}"
@@ -125,18 +126,20 @@ def hub_checkpoint(repository: str) -> Path:
     if (reason := offline_reason()) is not None:
         raise RunError(f"{flag} cannot be downloaded: {reason}. Give the path of a checkpoint on this machine.")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=["checkpoint-*/*"]))
+        files = HfApi().list_repo_files(name, revision=revision or None)
+        there = {Path(file).parts[0] for file in files if re.match(r"checkpoint-\d+/", file)}
+        newest = max(there, key=lambda folder: number(Path(folder)), default=None)  # alone: they are large
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[f"{newest}/*"]))
     except Exception as error:  # the hub's, its HTTP library's and the network's have no common class
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise RunError(
             f"{flag} cannot be downloaded ({why:.120}). Mend its name, or log in (hf auth login)."
         ) from error
-    found = sorted(checkpoints(folder), key=number)
-    if not found:
+    if newest is None:
         raise RunError(
             f"{flag} has no checkpoint-N folder. Upload one: hf upload {name:.60} RUN/checkpoint-N checkpoint-N"
         )
-    return found[-1]
+    return folder / newest
 
 
 class MismatchError(RunError):

@@ -130,14 +130,15 @@ class Validator:
         later = [p for p in steps if int(p.stem[5:]) > done]
         for grid in (*later, self.samples / "after.png", self.samples / "strengths.png"):
             grid.unlink(missing_ok=True)
+        self.held_out.go_on(done)
         if self.cfg.run.num_validation_images:
             self.samples.mkdir(exist_ok=True)
             write_atomically(self.samples / PROMPTS_FILE, json.dumps(self.prompts, ensure_ascii=False, indent=1) + "\n")
         if resumed:
-            self.held_out.go_on(done)
             self.before = self._read_before(path)
             return
         self.before = self.show("before")
+        self.held_out.check_before(self.before)
         if (accuracy := self.held_out_accuracy()) is not None:
             print(f"held-out preference accuracy before training: {accuracy:.3f}")
         if self.before is not None:
@@ -147,7 +148,9 @@ class Validator:
     def _read_before(self, path: Path) -> Validation | None:
         """That of the run that goes on, unless it was of other settings."""
         kept = Validation.read(path) if path.is_file() else None
-        if kept is None or not self.cfg.run.num_validation_images or kept.of == self.settings():
+        alike = kept is None or not self.cfg.run.num_validation_images or kept.of == self.settings()
+        self.held_out.check_before(kept if alike else None)  # before anything is set aside
+        if alike:
             return kept
         print("the pictures before training were of other validation settings: nothing is compared with them")
         for old in (path, path.with_suffix(".png")):

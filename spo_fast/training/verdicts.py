@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from spo_fast.config.errors import did_you_mean
-from spo_fast.data.files import read_json, write_atomically
+from spo_fast.config.errors import RunError, did_you_mean
+from spo_fast.data.files import read_json, set_aside, without_nan, write_atomically
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
 from spo_fast.evaluation.statistics import Interval, mean_interval
 
@@ -110,6 +110,10 @@ class Validation(NamedTuple):
         """Of a metric or look over all pictures; NaN if one is."""
         return statistics.fmean(self.values[name])
 
+    def is_finite(self, name: str) -> bool:
+        """Whether a metric or look was measured, and is a number of every picture."""
+        return name in self.values and all(map(math.isfinite, self.values[name]))
+
     def by_prompt(self, name: str) -> npt.NDArray[np.float64]:
         """Of a metric or look the mean over each prompt's pictures, which are no independent samples."""
         return np.array(self.values[name]).reshape(len(self.of["prompts"]), -1).mean(1)
@@ -133,7 +137,7 @@ class HeldOut:
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        for flag, names in (("anchor", cfg.anchor), ("stop_when", cfg.falling), ("keep_best", cfg.best)):
+        for flag, names in (("anchor", cfg.anchored), ("stop_when", cfg.falling), ("keep_best", cfg.best)):
             if odd := next((name for name in names if name not in self.metrics), None):
                 known = ", ".join(self.metrics) or "none"
                 raise ValueError(
@@ -152,7 +156,7 @@ class HeldOut:
             )
 
     def go_on(self, done: int) -> None:
-        """What a run that is resumed after so many iterations knows."""
+        """What a run that goes on after so many iterations knows; 0: it begins, whatever an earlier one left here."""
         steps = {int(p.stem[5:]): p for p in (self.run_dir / "samples").glob("step-*.json") if p.stem[5:].isdigit()}
         for step, path in sorted(steps.items()):
             if step <= done:
@@ -161,13 +165,28 @@ class HeldOut:
                 path.unlink()
         kept = self.run_dir / BEST / "best.json"
         if kept.is_file() and read_json(kept)["iteration"] > done:
-            shutil.rmtree(kept.parent)
+            set_aside(kept.parent)
+
+    def check_before(self, before: Validation | None) -> None:
+        """Raises RunError if there is nothing that later pictures could be compared with, and that is asked for."""
+        named = next((n for n in self.cfg.anchored if before is None or not before.is_finite(n)), None)
+        flag = f"--anchor {named}" if named else "--stop_when hacking"
+        if named is None and (before is not None or not self.cfg.watches_looks):
+            return
+        why = "there are none of these settings" if before is None else "these were not measured so, or are not finite"
+        raise RunError(
+            f"{flag:.80} compares with the pictures before training (samples/before.json), and {why}. Go on with the "
+            "validation settings that the run began with, or leave it out."
+        )
 
     def look(self, done: int, now: Validation, before: Validation | None, hacking: str) -> dict[str, object]:
         """What to log of a validation after so many iterations; hacking: signs in its pictures. Decides `stop`."""
         found: dict[str, object] = {}
-        reasons = [hacking] if hacking and (self.cfg.anchor or "hacking" in self.cfg.stop_when) else []
-        for name in () if before is None else self.cfg.anchor:
+        reasons = [hacking] if hacking and self.cfg.watches_looks else []
+        watched = dict.fromkeys((*self.cfg.anchored, *self.cfg.falling))
+        reasons += [f"held-out {name} is not finite" for name in watched if not now.is_finite(name)]
+        for name in self.cfg.anchored if before is not None else ():
+            assert before is not None
             change = now.change(name, before)
             found |= {
                 f"anchor_{name}": change.mean,
@@ -178,32 +197,42 @@ class HeldOut:
             if change.high < 0:
                 reasons.append(f"{name} has fallen by {-change.mean:.3f} since training began, and not by chance")
         for name in self.cfg.falling:
-            if (high := self.highest.get(name)) is not None:
+            if (high := self.highest.get(name)) is not None and high.of == now.of:
                 change = now.change(name, high)
                 if change.high < 0:
                     reasons.append(f"held-out {name} has fallen by {-change.mean:.3f} from its highest, beyond chance")
+            elif high is not None:
+                print(f"--stop_when {name}: validations so far were of other settings, and this one is its highest")
         self._raise(now)
         if self.cfg.falling:
             path = self.run_dir / "samples" / f"step-{done}.json"
-            write_atomically(path, json.dumps(now._asdict()) + "\n")
+            write_atomically(path, json.dumps(without_nan(now._asdict())) + "\n")
         self.stop = "; ".join(reasons)
         return found
 
     def _raise(self, now: Validation) -> None:
         for name in self.cfg.falling:
-            if (high := self.highest.get(name)) is None or now.mean(name) > high.mean(name):
+            high = self.highest.get(name)
+            if now.is_finite(name) and (high is None or high.of != now.of or now.mean(name) > high.mean(name)):
                 self.highest[name] = now
 
     def keep(self, done: int, now: Validation, save: Callable[[Path], object]) -> None:
         """Save the weights of the best validation so far in best/, if this is it."""
         for name in self.cfg.best:
-            folder, mean = self.run_dir / BEST, now.mean(name)
-            if (folder / "best.json").is_file() and mean <= read_json(folder / "best.json")["mean"]:
+            if not now.is_finite(name):
                 return
+            folder, mean, standard = self.run_dir / BEST, now.mean(name), {"metric": name, "of": now.of}
+            kept = read_json(folder / "best.json") if (folder / "best.json").is_file() else None
+            alike = kept is not None and standard == {"metric": kept["metric"], "of": kept.get("of", now.of)}
+            if kept is not None and alike and mean <= kept["mean"]:
+                return
+            if kept is not None and not alike:
+                print(f"{folder} is the best by another score or other validation settings: it is set aside")
+                set_aside(folder)
             draft = self.run_dir / f".tmp-{BEST}"
             shutil.rmtree(draft, ignore_errors=True)
             save(draft)
-            record = {"iteration": done, "metric": name, "mean": mean}
+            record = {"iteration": done, "mean": mean, **standard}
             write_atomically(draft / "best.json", json.dumps(record) + "\n")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(draft, folder)
