@@ -18,11 +18,10 @@ from spo_fast import train
 from spo_fast.config.errors import RunError
 from spo_fast.config.presets import PRESETS
 from spo_fast.config.run import RunConfig
-from spo_fast.data.prompt_order import training_prompts
+from spo_fast.data.prompt_order import training_prompts, validation_prompts
 from spo_fast.models.files.comfyui import CHECKPOINTS, Shown, model_spec, workflow
 from spo_fast.models.files.lora_files import KOHYA_FILE, LORA_FILE
 from spo_fast.training import loop, run_directory, verdicts
-from spo_fast.training.held_out import validation_prompts
 from spo_fast.training.verdicts import HeldOut, Validation
 
 PROMPTS = [f"prompt {n}" for n in range(8)]

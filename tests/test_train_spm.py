@@ -577,6 +577,7 @@ def test_frozen_networks_are_computed_as_is_fastest_on_a_cpu(
     told = capsys.readouterr().out
     assert ("chosen for this device" in told) == (asked == "auto") and why in told
     assert ("frozen networks are fused" in told) == (wide == 64)
+    assert "known after the first step" in told and "preference_model/, " in told and str(tmp_path / "run") in told
     assert run.cfg.model.mixed_precision == {torch.bfloat16: "bf16", torch.float32: "no"}[dtype]
 
 

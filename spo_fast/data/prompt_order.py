@@ -43,6 +43,13 @@ def training_prompts(cfg: Config, processes: int = 1) -> tuple[list[str], Prompt
     return prompts, PromptSampler(len(prompts), batch_size, cfg.run.seed, shuffle=cfg.data.shuffle)
 
 
+def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
+    """Those given, or the first of the training's."""
+    if (file := cfg.run.validation_prompt_file) is not None:
+        return load_prompts(file, column_in(file, cfg.data.caption_column))
+    return list(cfg.run.validation_prompt) or prompts[:4]
+
+
 class PromptSampler:
     """Which prompts an iteration uses: a pure function of the iteration number, so there is no state to save.
 

@@ -10,20 +10,13 @@ from spo_fast.config.fields import parted
 from spo_fast.config.scorers import TRUE_SCORES, judging_parts, scorer_specs
 from spo_fast.config.sections import TOYS
 from spo_fast.config.training import Config
+from spo_fast.data.prompt_order import validation_prompts
 from spo_fast.data.prompt_sets import Wanted, geneval_records
-from spo_fast.data.prompts import column_in, load_prompts
 from spo_fast.method.objectives import DiffusionDPO, Objective, predict_states
 from spo_fast.method.rollout import Sampler
 from spo_fast.scorers.geneval import check_wanted
 from spo_fast.training.pair_batches import PairReader
 from spo_fast.training.verdicts import HeldOut
-
-
-def validation_prompts(cfg: Config, prompts: list[str]) -> list[str]:
-    """Those given, or the first of the training's."""
-    if (file := cfg.run.validation_prompt_file) is not None:
-        return load_prompts(file, column_in(file, cfg.data.caption_column))
-    return list(cfg.run.validation_prompt) or prompts[:4]
 
 
 def held_out_metrics(cfg: Config, prompts: list[str]) -> list[str]:

@@ -6,13 +6,13 @@ import functools
 from pathlib import Path
 
 from spo_fast.config.training import Config
-from spo_fast.data.prompt_order import training_prompts
+from spo_fast.data.prompt_order import training_prompts, validation_prompts
 from spo_fast.evaluation.pages.model_card import claim_repository
 from spo_fast.evaluation.required_files import resolve, run_paths
 from spo_fast.method.objectives import make_objective
 from spo_fast.models.flow import load_model
 from spo_fast.training import accelerate
-from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, validation_prompts, wanted_by, watched_by
+from spo_fast.training.held_out import held_out_accuracy, held_out_metrics, wanted_by, watched_by
 from spo_fast.training.iteration import Iterates
 from spo_fast.training.learner import Learner
 from spo_fast.training.pair_batches import PairReader

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import yaml
 
 from spo_fast.config.training import Config
-from spo_fast.data.prompt_order import training_prompts
+from spo_fast.data.prompt_order import training_prompts, validation_prompts
 from spo_fast.evaluation.pages.run_record import duration, read_metrics
 from spo_fast.models.device import Device
-from spo_fast.training.held_out import validation_prompts
 from spo_fast.training.plan.costs import WORK, Costs
 
 COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
