@@ -36,14 +36,19 @@ def made_up():
 
 
 def test_the_answers_by_hand():
-    """Slopes differ by .1: 95 % are 4.303 * .1 / sqrt 3 = .248 on each side."""
+    """What is left of a line is 0, .1 share and -.1 share of the three seeds: 2 * .01 * .46875 in all, over 13 degrees
+    of freedom and over the shares' own 3 * .15625, the root of it times 2.160: .0847."""
     rows = [row.split(" | ") for row in conflict.answers(made_up()).splitlines()[2:]]
-    assert [row[-1].rstrip(" |") for row in rows[:3]] == ["yes", "undecided", "yes"]
-    assert "-1.20 (-1.45 to -0.95)" in rows[0][1] and "-0.20 (-0.45 to +0.05)" in rows[1][1]
-    # -.1 / 1 + 1.1 / .8, and so on: 1.275, 1.3, 1.325
-    assert "+1.30 (+1.24 to +1.36)" in rows[2][1]
+    assert [row[-1].rstrip(" |") for row in rows] == ["yes", "yes", "yes", "reproduced (3 seeds)"]
+    assert "-1.20 (-1.28 to -1.12)" in rows[0][1] and "-0.20 (-0.28 to -0.12)" in rows[1][1]
+    # -.1 / 1 + 1.1 / .8, and so on: 1.275, 1.3, 1.325, a quarter as far apart
+    assert "+1.30 (+1.28 to +1.32)" in rows[2][1]
+    flat = conflict.slope([[0.0, 0.3], [0.3, 0.0], [0.0, 0.3], [0.3, 0.0], [0.0, 0.3]])
+    assert abs(flat[0]) < 1e-9 and flat[1] > 0.2
     # at .5: .95 - .25, .9 - .2, .85 - .15
-    assert "+0.70" in rows[3][1] and rows[3][2].startswith("reproduced")
+    assert "+0.70" in rows[3][1]
+    some = {cell: r for cell, r in made_up().items() if not cell.endswith("/2") and cell not in ("spo/0.5/1",)}
+    assert "1 seeds" in conflict.answers(some) and "fewer than three seeds" in conflict.answers(some)
 
 
 def test_the_table_and_the_figure(tmp_path):
