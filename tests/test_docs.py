@@ -9,9 +9,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from spo_fast import train, train_spm
+from spo_fast.evaluation.pages.run_record import RunRecord
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spo_fast"
@@ -145,8 +149,38 @@ def test_the_readme_is_short():
     lines = text_of("README.md").splitlines()
     assert len(lines) <= 200
     first = "\n".join(lines[:60])
+    screen = "\n".join(lines[:36])
+    for what in ("pip install", "--model toy", "my_prompts.txt", "--model sdxl", "load_lora_weights", "epochs"):
+        assert what in screen
     for what in ("![", "pip install", "spo_fast.train --model", "load_lora_weights", "agrees to", "make demo"):
         assert what in first
+
+
+def test_the_readme_leads_from_prompts_to_pictures(tmp_path, monkeypatch):
+    """Its training command with the toy in SDXL's place, then its Python as the comment has it for the toy; and the
+    code of the run's report. The LoRA is seen in the picture."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "my_prompts.txt").write_text("a red ring\nmy dog on a surfboard\n")
+    (line,) = [c for c in commands(text_of("README.md")) if "--prompts my_prompts.txt" in c]
+    words = line.replace("sdxl", "toy").replace("my_prompts.txt", str(tmp_path / "my_prompts.txt")).split()[3:]
+    out = tmp_path / "run"
+    small = ["--num_steps", "4", "--branch_start", "2", "--num_validation_images", "0", "--max_train_steps", "1"]
+    assert train.main([*words, "--output_dir", str(out), *small, "--learning_rate", "0.01", "--threshold", "-1"]) == 0
+    (code,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), flags=re.S)
+    (toys,) = re.findall(r"^# the toy: (.*)$", code, flags=re.M)
+    code = re.sub(r"^base, .*$", toys, code, count=1, flags=re.M).replace('"runs/toy"', repr(str(out)))
+    pictures = {}
+    for name, text in {
+        "with": code.replace("lighthouse.png", str(tmp_path / "with.png")),
+        "without": re.sub(r"^pipe\.load_lora.*\n", "", code, flags=re.M),
+    }.items():
+        torch.manual_seed(0)
+        exec(text.replace("lighthouse.png", str(tmp_path / f"{name}.png")), {})
+        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+    assert pictures["with"].shape == (16, 16, 3) and abs(pictures["with"] - pictures["without"]).max() > 0
+    names: dict[str, object] = {}
+    exec(RunRecord.read(out).loading(str(out)), names)
+    assert names["image"].size == (16, 16)
 
 
 def facts_of(page):

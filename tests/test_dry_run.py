@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ from spo_fast.evaluation.pages.run_record import read_metrics
 from spo_fast.method import objectives
 from spo_fast.models.device import CONTEXT, GIB, SHARE, Choice, Device, listed, pick_device
 from spo_fast.training import learner
-from spo_fast.training.plan import dry_run
+from spo_fast.training.plan import dry_run, whole_run
 from spo_fast.training.plan.costs import Costs
+from spo_fast.training.plan.counters import CountFlops
 from spo_fast.training.plan.fake_run import predict
 from spo_fast.training.plan.fit_memory import choose, is_out_of_memory, iterations, out_of_memory
 
@@ -278,12 +280,61 @@ def test_flops_of_the_run_are_the_iterations_and_the_prompts(tmp_path: Path) -> 
     assert f"{whole:,.4g}" in text.splitlines()[-1]
 
 
+@pytest.mark.parametrize("model", ["toy", "toy-flow"])
+def test_flops_of_pictures_are_those_of_drawing_them(tmp_path: Path, model: str) -> None:
+    """Real networks, counted while they draw a validation and the strengths; and the dry run's sums, by hand."""
+    more = {
+        "num_steps": 8,
+        "resolution": 16,
+        "model": model,
+        "num_validation_images": 3,
+        "validation_prompt": ["a", "b"],
+    }
+    run = built(
+        tmp_path / "run", **more, strengths=[0.5, 1.0], max_train_steps=5, checkpointing_steps=2, decode_chunk=8
+    )
+    run.model.prompt_cache.ensure(["", "a", "b"])
+    costs = predict(run.cfg, run.model.resolved, device_type="cpu")
+    draw, score = costs.picture_flops["draw"], costs.picture_flops["score"]
+    with CountFlops() as validation:
+        run.validator.validate()
+    with CountFlops() as sweep:
+        run.validator.sweep()
+    # a row of the scorer's text beside the pictures, which the run counts with its prompts
+    texts = validation.total - 6 * (draw + score)
+    assert sweep.total == pytest.approx(2 * 2 * draw, rel=0.005)
+    assert 0 <= texts <= 0.05 * validation.total and 0 < score < draw
+    shown = whole_run.shown_pictures(run.cfg, 5)
+    assert shown == (4 * 2 * 3, 2 * 2)  # before, after 2, 4 and 5 iterations; each strength of each prompt
+    pictures = 24 * (draw + score) + 4 * draw
+    whole = sum(costs.flops(1.0).values()) * 5 + 4 * costs.flops_per_prompt + pictures
+    assert f"{whole / 1e12:,.4g}" in dry_run.flops_table(costs, 5, 4, shown=shown).splitlines()[-1]
+    assert whole_run.shown_pictures(run.cfg.with_fields(strengths=()), 5).strengths == 0
+    assert whole_run.shown_pictures(run.cfg.with_fields(num_validation_images=0), 5) == (0, 0)
+
+
+def test_pictures_are_in_the_estimated_time(tmp_path: Path) -> None:
+    """Ten iterations' FLOPs of pictures, an iteration of 3 s: 100 iterations take 330 s."""
+    cfg = PRESETS["toy"]().with_fields(output_dir=str(tmp_path / "next"))
+    device = Device("a card", "cuda", 10 * GIB)
+    costs = replace(
+        predict(cfg, device_type="cpu"), full_flops={"rollout": 1000}, picture_flops={"draw": 8, "score": 2}
+    )
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(cfg.flat()))
+    records = [{"iteration": i, "device": "a card", "valid_share": 0.5, "rollout_ms": 3000} for i in range(3)]
+    (tmp_path / "one" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    shown = whole_run.ShownPictures(validation=920, strengths=100)
+    text = whole_run.time_estimate(cfg, costs, device, 100, shown=shown)
+    assert "about 5 min 30 s, validation and strengths included, at 50%" in text
+
+
 def test_time_is_estimated_from_measurements_only(tmp_path: Path) -> None:
     """Of runs with the same costs, on the same device, beside the output directory; the first iteration is left out."""
     cfg = PRESETS["toy"]().with_fields(output_dir=str(tmp_path / "next"))
     costs = predict(cfg, device_type="cpu")
     device = Device("a card", "cuda", 10 * GIB)
-    assert "no iteration" in dry_run.time_estimate(cfg, costs, device, 100)
+    assert "no iteration" in whole_run.time_estimate(cfg, costs, device, 100)
 
     def run(name: str, seconds: list[float], on: str = "a card", **changes: object) -> None:
         (tmp_path / name).mkdir()
@@ -296,10 +347,10 @@ def test_time_is_estimated_from_measurements_only(tmp_path: Path) -> None:
     run("elsewhere", [1.0] * 50, on="another card")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("- a list")
-    assert "no iteration" in dry_run.time_estimate(cfg, costs, device, 100)
+    assert "no iteration" in whole_run.time_estimate(cfg, costs, device, 100)
     run("like", [90.0, 3.0, 3.0, 2.0, 50.0], learning_rate=1e-3, max_prompts=7)
-    assert "about 5 min 0 s" in dry_run.time_estimate(cfg, costs, device, 100)  # 100 iterations of 3 s
-    assert "about 5 min 0 s" not in dry_run.time_estimate(cfg, predict(cfg, device_type="cpu"), device, 200)
+    assert "about 5 min 0 s" in whole_run.time_estimate(cfg, costs, device, 100)  # 100 iterations of 3 s
+    assert "about 5 min 0 s" not in whole_run.time_estimate(cfg, predict(cfg, device_type="cpu"), device, 200)
 
 
 # ------------------------------------------------------------------------------------------------- out of memory

@@ -401,7 +401,8 @@ def test_image_reward_costs_what_its_layers_multiply() -> None:
     head = 2 * (w * 1024 + 1024 * 128 + 128 * 64 + 64 * 16 + 16)
     once = Once()
     scorer = run_once(fake_scorer("image_reward", {}, torch.float32, True), once)
-    scorer.score_pixels(once.empty(1, 3, 64, 64, dtype=torch.float32), torch.tensor(0), scorer.encode(["a"]))
+    with once.live:
+        scorer.score_pixels(once.empty(1, 3, 64, 64, dtype=torch.float32), torch.tensor(0), scorer.encode(["a"]))
     assert once.tally["score"] == {"samples": 1, "flops": vision + 12 * (words + reading) + head}
 
 
@@ -412,7 +413,8 @@ def test_genevals_detector_is_no_clip() -> None:
     scorer = run_once(fake_scorer("geneval", {}, torch.float32, True), once)
     detector, clip = (sum(p.numel() for p in network.parameters()) for network in networks_of(scorer))
     assert detector == pytest.approx(69e6, rel=0.01) and clip == pytest.approx(428e6, rel=0.01)
-    scorer.score_pixels(once.empty(3, 3, 64, 64, dtype=torch.float32), torch.tensor(0), scorer.encode([""] * 3))
+    with once.live:
+        scorer.score_pixels(once.empty(3, 3, 64, 64, dtype=torch.float32), torch.tensor(0), scorer.encode([""] * 3))
     assert once.tally["score"]["samples"] == 3 and len(once._seen) == 1
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
+import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,13 +19,14 @@ from jinja2 import UndefinedError
 from PIL import Image
 from runs import leave_grid, leave_run, run_toy
 
-from spo_fast import report
+from spo_fast import evaluate, report
 from spo_fast.config.presets import PREFERENCE_PRESETS
 from spo_fast.evaluation.pages import charts, run_record, run_report
 from spo_fast.evaluation.pages.history import History
 from spo_fast.evaluation.pages.render import environment, render
+from spo_fast.evaluation.statistics import student
 from spo_fast.training import run
-from spo_fast.training.verdicts import Validation
+from spo_fast.training.verdicts import Shown, Validation
 
 
 class Page(HTMLParser):
@@ -196,32 +199,51 @@ def test_no_log_at_all(tmp_path: Path) -> None:
 
 
 def test_changes_stand_with_their_intervals(tmp_path: Path) -> None:
-    """A fall of 0.031 with a standard error of 0.02 is no fall; the bars are 1.96 standard errors."""
-    errors = {"se_validation_score": 0.1, "se_held_out_layout": 0.02, "validation_images": 32}
+    """A fall of 0.031, known to 0.039, is no fall; the bars are the intervals."""
+    errors = {"half_validation_score": 0.2, "half_held_out_layout": 0.039, "validation_prompts": 4}
+    errors["validation_images"] = 32
     records = [{"validation_score": 1.0 + i, "held_out_layout": 1 - 0.0155 * i, **errors} for i in (1, 2)]
     run = leave_run(tmp_path / "run", records, 1.0)
     (run / "samples" / "before.json").write_text(
         '{"score": 1.0, "values": {"score": [1.0, 1.0], "layout": [1.0, 1.0]}}'
     )
     html, page = written(run)
-    assert "1 before, 3 after (+2 ± 0.2, 95 % of 32 pictures)" in page.text and "held_out_score" not in html
+    assert "1 before, 3 after (+2 ± 0.2, 95 %, 4 prompts, 32 pictures)" in page.text and "held_out_score" not in html
     assert "<td>layout</td><td>1</td><td>0.969</td><td>-0.031 ± 0.039: may be chance</td>" in html
     assert "<td>score</td><td>1</td><td>3</td><td>+2 ± 0.2</td>" in html
     group = html[html.index('id="error-validation_score"') :]
     heights = [abs(float(a) - float(b)) for a, b in re.findall(r'd="M \S+ (\S+) \s*L \S+ (\S+)', group)[:3]]
     curve = points(html, "validation_score")[0][:, 1]
     scale = (curve[0] - curve[2]) / 2  # of the drawing, a unit of the score
-    np.testing.assert_allclose(heights, [0, 2 * 1.96 * 0.1 * scale, 2 * 1.96 * 0.1 * scale], rtol=1e-3)
+    np.testing.assert_allclose(heights, [0, 2 * 0.2 * scale, 2 * 0.2 * scale], rtol=1e-3)
 
 
-def test_standard_errors_are_of_paired_changes() -> None:
-    before = Validation(2.0, {"score": [1.0, 2.0, 3.0, 2.0], "saturation": [0.5, 0.5, 0.25, 0.75]}, {})
-    now = Validation(3.0, {"score": [2.0, 3.0, 4.0, 5.0], "saturation": [0.5, 0.75, 0.5, 0.75]}, {})
-    found = now.standard_errors([], before)
-    # changes 1, 1, 1, 3: squares 0.25 x 3 + 2.25 = 3 over 3, standard deviation 1; 0, 0.25, 0.25, 0 of 0.5
-    assert found["se_validation_score"] == pytest.approx(0.5) and found["validation_images"] == 4
-    assert found["se_look_saturation"] == pytest.approx((4 * 0.125**2 / 3) ** 0.5 / 2 / 0.5)
-    assert Validation(3.0, {"score": [3.0]}, {}).standard_errors([], None) == {}
+def test_intervals_are_of_the_prompts_paired_changes() -> None:
+    """A prompt's pictures change together, so they are one value: of 2 prompts with 2 pictures each there are 2."""
+    two: Shown = {"prompts": ["a", "b"]}
+    before = Validation(2.0, {"score": [1.0, 2.0, 3.0, 2.0], "saturation": [0.5, 0.5, 0.25, 0.75]}, two)
+    now = Validation(3.0, {"score": [2.0, 3.0, 4.0, 5.0], "saturation": [0.5, 0.75, 0.5, 0.75]}, two)
+    found = now.intervals([], before)
+    # changes 1, 1 | 1, 3: means 1 and 2, s = 0.5 ** 0.5, s / sqrt(2) = 0.5, t with 1 degree of freedom 12.706
+    assert found["half_validation_score"] == pytest.approx(12.706 * 0.5, rel=1e-4)
+    # 0, 0.25 | 0.25, 0: both 0.125, whatever the pictures do
+    assert found["half_look_saturation"] == pytest.approx(0, abs=1e-9)
+    assert (found["validation_prompts"], found["validation_images"]) == (2, 4)
+    assert now.change("score", before).high == pytest.approx(1.5 + found["half_validation_score"])
+    assert Validation(3.0, {"score": [3.0, 4.0]}, {"prompts": ["a"]}).intervals([], None) == {}
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (7, 2.3646), (15, 2.1314), (100, 1.9840)],
+)
+def test_students_quantile(freedom: int, quantile: float) -> None:
+    """Tables and the density: Gamma((n+1)/2) / (sqrt(n pi) Gamma(n/2)) (1 + t^2/n)^(-(n+1)/2)."""
+    assert student(freedom) == pytest.approx(quantile, abs=4e-4)
+    t = np.linspace(-quantile, quantile, 200_001)
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    density = scale * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+    assert (density[1:] + density[:-1]).sum() / 2 * (t[1] - t[0]) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_no_path_of_the_machine(tmp_path: Path) -> None:
@@ -437,3 +459,29 @@ def test_loading_a_v_prediction_file_says_so(tmp_path: Path) -> None:
         code = run_record.RunRecord.read(run).loading("W")
         compile(code, "snippet", "exec")
         assert ('prediction_type="v_prediction"' in code) is (name == "v")
+
+
+def test_a_reports_pictures_are_drawn_again_by_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stands under its seed and number, and the command in the page makes the same pixels, before and after."""
+    monkeypatch.chdir(tmp_path)
+    prompts = ["a red ring", "  two, 'quoted'\n\"lines\" #"]
+    run_toy(Path("run"), num_validation_images=2, validation_prompt=prompts, max_train_steps=1, seed=7, num_steps=5)
+    _, page = written(Path("run"))
+    marks = re.findall(r"seed 7, no\. (\d)", page.text)
+    assert marks == ["0", "1", "2", "3"]  # a line above each prompt's slider
+    command = page.text[page.text.index("python -m spo_fast.evaluate") :].split("\n")[0]
+    assert evaluate.main(shlex.split(command)[3:]) == 0
+    for name, folder in (("before", "base"), ("after", "run")):
+        grid = np.asarray(Image.open(f"run/samples/{name}.png"))
+        for number in range(4):
+            row, column = divmod(number, 2)
+            cell = grid[
+                row * 100 + 2 : row * 100 + 98 : 12, column * 100 + 2 : column * 100 + 98 : 12
+            ]  # 8 pixels as 96
+            drawn = np.asarray(Image.open(f"redrawn/{folder}/{row:05d}-{column}.png")).astype(int)
+            assert drawn.shape == cell.shape and abs(drawn - cell).max() <= 1, (name, number)
+    assert (
+        np.asarray(Image.open("redrawn/base/00000-0.png")) != np.asarray(Image.open("redrawn/run/00000-0.png"))
+    ).any()

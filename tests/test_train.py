@@ -149,7 +149,7 @@ def test_grids_come_with_checkpoints_and_change_no_number(shown_run: Path, tmp_p
     out = run_toy(tmp_path / "run", num_validation_images=1, checkpointing_steps=3)
     assert [i for i, r in enumerate(facts(out)) if "validation_score" in r] == [2, 3]
     assert {"step-3.png", "step-4.png"} == {name for name in samples(out) if name.startswith("step")}
-    of_grids = ("validation_", "se_", "hacking", "look_", "held_out_", "warnings")
+    of_grids = ("validation_", "half_", "hacking", "look_", "held_out_", "warnings")
     without = [
         [{k: v for k, v in r.items() if not k.startswith(of_grids)} for r in facts(run)] for run in (shown_run, out)
     ]

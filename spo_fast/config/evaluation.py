@@ -48,6 +48,9 @@ class PicturesConfig(Section):
     """Classifier-free guidance."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 42
     """Of the noise pictures start from, of the bootstrap and of the order in blind votes."""
+    noise_of: Literal["evaluation", "validation"] = "evaluation"
+    """validation: the noise of a training's sample grids, whose pictures are drawn again so (its report has the
+    command). By default noise that no training looked at."""
     images_at_once: Count = 8
     """Pictures drawn and scored together: memory. Their last bits depend on it."""
     output_dir: str = "runs/evaluation"

@@ -12,7 +12,7 @@ from spo_fast.config.sections import TOYS
 from spo_fast.config.training import Config, EngineConfig
 from spo_fast.evaluation.contenders import Gallery
 from spo_fast.evaluation.pictures import write_picture
-from spo_fast.evaluation.sampling import Drawn, draw_latents
+from spo_fast.evaluation.sampling import NOISES, Drawn, draw_latents
 from spo_fast.models.accelerate import prepare_drawing
 from spo_fast.models.compile import compile_network, keep_cache
 from spo_fast.models.device import DRAWING_S, Choice, compile_pays, found_device, how_computed, network_width
@@ -22,8 +22,6 @@ from spo_fast.models.files.lora import apply_lora, read_file
 from spo_fast.models.files.sources import Resolved
 from spo_fast.models.flow import load_model
 from spo_fast.models.fuse import fuse
-
-NOISE = 2**32 - 3  # the iteration whose noise the pictures start from: no other use gets there
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
@@ -73,6 +71,7 @@ def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts
     """Plain DDIM (eta 0). A batch that lacks a picture is drawn whole: its numbers depend on its company."""
     c, files = cfg.pictures, gallery.files
     table, policy = model.table(c.num_steps, 0.0), Drawn(model.network, bool(cfg.engine.fuse))
+    noise = c.seed, NOISES[c.noise_of]
     for start in range(0, len(files), c.images_at_once):
         numbers = range(start, min(start + c.images_at_once, len(files)))
         if all(files[n].is_file() for n in numbers):
@@ -81,7 +80,7 @@ def draw(cfg: EvaluationConfig, model: DiffusionModel, gallery: Gallery, prompts
         if cfg.engine.compile != "off":  # a graph is for one size: a short last batch is filled up
             drawn += [start] * (c.images_at_once - len(drawn))
         part = [prompts[n // c.images_per_prompt] for n in drawn]
-        latents = draw_latents(policy, model, table, part, drawn, c.guidance_scale, (c.seed, NOISE))
+        latents = draw_latents(policy, model, table, part, drawn, c.guidance_scale, noise)
         for at in range(0, len(drawn), cfg.model.images_per_decode):
             chunk = slice(at, at + cfg.model.images_per_decode)
             for n, pixels in zip(drawn[chunk], model.decode(latents[chunk]).float().cpu(), strict=True):

@@ -25,6 +25,8 @@ from spo_fast.models.files.sources import Resolved
 from spo_fast.models.prompt_cache import count_truncated
 from spo_fast.models.tensor_cache import fingerprint_files
 
+DRAWN_BY = ("images_per_prompt", "num_steps", "guidance_scale", "seed", "noise_of")
+
 
 def evaluate(
     cfg: EvaluationConfig,
@@ -80,5 +82,5 @@ def drawn_by(cfg: EvaluationConfig, resolved: Resolved, prompts: list[str]) -> d
         **{name: getattr(cfg.model, name) for name in ("mixed_precision", "height", "width")},
         **cfg.model.told,
         **{name: getattr(cfg.engine, name) for name in ("compile", "fuse", "attention")},
-        **{name: getattr(cfg.pictures, name) for name in ("images_per_prompt", "num_steps", "guidance_scale", "seed")},
+        **{name: getattr(cfg.pictures, name) for name in DRAWN_BY},
     }

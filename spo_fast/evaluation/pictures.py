@@ -49,6 +49,7 @@ def read_picture(file: Path) -> Tensor:  # (3, H, W) in [-1, 1]
 
 
 SHEET_PIXELS = 80_000_000
+PROMPTS_FILE = "prompts.json"  # beside a run's grids: their prompts
 
 
 def write_grid(path: Path, rows: list[list[Tensor]], prompts: list[str] | None = None, smallest: int = 96) -> None:

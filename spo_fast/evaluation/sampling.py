@@ -17,6 +17,9 @@ from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.doors import Network
 from spo_fast.models.policy import denoise, precomputed, told
 
+NOISES = {"evaluation": 2**32 - 3, "validation": 2**32 - 1}
+"""The iteration whose noise pictures start from, by whose pictures they are: no other use gets there."""
+
 
 def draw_latents(
     policy: Denoiser,

@@ -112,7 +112,7 @@ class Iterates:
         dropped = state.skipped_steps
         learned = self.learner.update(experience, state, timer, total)
         self.policy.graphs.waits = False
-        if iteration == 0 and self.learner.deviations is not None:
+        if iteration == 0 and self.learner.deviations is not None and self.group.main:
             print(diagnosis.start_text(self.learner.deviations))
         if total == 0 and not scores.isfinite().all():
             state.nonfinite_in_a_row += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from spo_fast.config.errors import RunError
 from spo_fast.config.training import Config
 from spo_fast.scorers.function import PictureFunction
-from spo_fast.training import batches, diagnosis, outputs
+from spo_fast.training import batches, diagnosis, opening, outputs
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.monitor.warnings import Watch
 from spo_fast.training.plan.fit_memory import is_out_of_memory, out_of_memory
@@ -42,7 +42,8 @@ class Run(Parts):
 
     def _train(self, timer: Timer) -> None:
         check_sizes(self)
-        outputs.announce(self)
+        if self.group.main:
+            opening.announce(self)
         with timer("encode prompts"):
             batches.encode_first(self)
         reading = contextlib.closing(self.pairs) if self.pairs is not None else contextlib.nullcontext()
@@ -60,13 +61,15 @@ class Run(Parts):
         self.group.any(False)
 
     def ends(self) -> bool:
-        """Whether the run is to end before its last iteration, as a finished one; says why."""
-        if (stop := self.validator.held_out.stop) and not self.done:
-            print(f"ends early, after {self.state.iteration} iterations: {stop}")
+        """Whether the run is to end before its last iteration, as a finished one; process 0 decides it and says why."""
+        if self.done or not self.group.main:
+            return False
+        done, minutes = self.state.iteration, self.cfg.run.max_train_minutes
+        if stop := self.validator.held_out.stop:
+            print(f"ends early, after {done} iterations: {stop}")
             return True
-        minutes = self.cfg.run.max_train_minutes
-        if minutes is not None and not self.done and time.monotonic() - self.began >= 60 * minutes:
-            print(f"max_train_minutes={minutes:g} have passed: the run ends after {self.state.iteration} iterations")
+        if minutes is not None and time.monotonic() - self.began >= 60 * minutes:
+            print(f"max_train_minutes={minutes:g} have passed: the run ends after {done} iterations")
             return True
         return False
 

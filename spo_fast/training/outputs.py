@@ -1,50 +1,25 @@
-"""What a run tells and leaves: the words at its start, an iteration's record, and what it has made at its end."""
+"""What a run tells and leaves: an iteration's record, and what it has made at its end."""
 
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo_fast.config.sections import FLOWS, TOYS
 from spo_fast.data.files import write_atomically
-from spo_fast.data.prompts import count_repeats
 from spo_fast.evaluation.pages.model_card import upload, write_card
-from spo_fast.models.device import listed
 from spo_fast.models.files.comfyui import Shown, workflow
 from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE
 from spo_fast.models.flow import FlowModel
-from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.throughput import Telemetry
 from spo_fast.training.monitor.timer import Timer
-from spo_fast.training.pair_batches import repeated
 from spo_fast.training.plan.counted import predict
 
 if TYPE_CHECKING:
     from spo_fast.training.setup import Parts
-
-
-def announce(run: Parts) -> None:
-    """What the run is about to do, in a few lines."""
-    cfg, model, pairs = run.cfg, run.model, run.pairs
-    trained = sum(p.numel() for p in run.policy.computed_weights().values())
-    if run.choices:
-        print(f"chosen for this device ({run.found.name}):\n{textwrap.indent(listed(run.choices), '  ')}")
-    what = f"{cfg.objective.method} on {model.resolved.model_path} ({model.height}x{model.width})"
-    what += f", in turn {' '.join(cfg.data.resolutions)} (width x height)" if cfg.data.resolutions else ""
-    print(f"{what}, " + f"{trained:,} trained weights, {run.policy.dtype} on {run.device}".replace("torch.", ""))
-    if pairs is not None:
-        data = f"{len(pairs.train_rows):,} pairs of {cfg.pairs.pairs}, {len(pairs.valid_rows):,} held out"
-    else:
-        data = f"{len(run.prompts)} prompts, {count_repeats(run.prompts)} of them repeats"
-    size, each = run.group.size, cfg.sample.sample_batch_size
-    of = f"{size * each} {'pairs' if pairs else 'prompts'}" + (f" on {size} processes" if size > 1 else "")
-    print(f"{data}; {run.total} iterations of {of}")
-    if pairs is not None:
-        print(repeated(len(pairs.train_rows), each, "an iteration"), end="")
 
 
 WORKFLOW = "comfyui_workflow.json"
@@ -59,7 +34,7 @@ class Monitor:
         hours = run.history.latest("gpu_hours") or 0.0
         self.telemetry = Telemetry(run.device, run.found.name, costs, hours, run.group.size)
         print("".join(f"{note}\n" for note in self.telemetry.notes()), end="")
-        self.progress = ProgressLine(run.total)
+        self.progress = ProgressLine(run.total, done=run.state.iteration)
 
     def __enter__(self) -> Monitor:
         self.progress.__enter__()
@@ -76,7 +51,7 @@ class Monitor:
                 record |= run.validator.look(log, self.timer, run.state.iteration)
             record["device"] = run.found.name
             record |= (times := self.timer.read_ms()) | self.telemetry.read(record, times)
-            record |= gpu_stats(run.device.index or 0) if run.device.type == "cuda" else {}
+            record |= run.gpu_stats()
             # logged before it is saved: what a resumed run repeats is cut from the log, what is missing stays so
             record = log.log(iteration, record)
             warnings = record.get("warnings")

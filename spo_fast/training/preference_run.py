@@ -23,7 +23,7 @@ from spo_fast.method.noise import RENOISE, TIMESTEPS, KeyedDraws
 from spo_fast.method.schedule import NUM_TIMESTEPS
 from spo_fast.models.device import WIDE, Choice, fastest_precision, found_device, listed, network_width
 from spo_fast.models.flow import load_model
-from spo_fast.training.monitor.gpu import gpu_stats
+from spo_fast.training import opening
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.monitor.timer import Timer
 from spo_fast.training.pair_batches import (
@@ -225,26 +225,42 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
         return [directory / "preference_model"]
 
     def announce(self) -> None:
-        """What the run is about to do, in a few lines."""
-        cfg = self.cfg
+        """The table of the run, and what was chosen for its device."""
+        cfg, cache = self.cfg, self.images.cache
         trained = sum(p.numel() for p in self.reward.weights.masters)
+        unusable = f", {len(self.bad):,} rows unusable" if len(self.bad) else ""
+        left = ["preference_model/", *(["evaluation.md, .json and .png"] if len(self.valid_rows) else [])]
+        left += ["metrics.jsonl", "config.yaml", opening.checkpoints_text(cfg.run.checkpointing_steps, "step")]
+        rows = {
+            "model": opening.model_text(cfg.model.model, self.model),
+            "method": f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device}",
+            "pairs": f"{len(self.train_rows):,} of {cfg.pairs.pairs}, {len(self.valid_rows):,} held out{unusable}",
+            "step": f"{self.pairs_per_step:,} pairs",
+            "steps": f"{self.total:,}" + (f", {self.resumed_at:,} of them done" if self.resumed_at else ""),
+            "time": "known after the first step",
+            "memory": opening.memory_there(self.found),
+            "writes into": str(self.run_dir),
+            "files": ", ".join(left),
+        }
+        rows |= {} if cache is None else {"VAE latents": f"kept in {cache.directory}"}
+        opening.show(rows)
         if self.choices:
             print(f"chosen for this device ({self.found.name}):\n{textwrap.indent(listed(self.choices), '  ')}")
         if self.fused:
             print("frozen networks are fused: fewer operations and bytes, for a wide network on a CPU")
-        print(f"{cfg.reward.parameterisation} preference model, {trained:,} trained weights, on {self.device}")
-        held_out = f"{len(self.valid_rows):,} held out, {len(self.bad):,} rows unusable"
-        print(f"pairs from {cfg.pairs.pairs}: {len(self.train_rows):,} to train on, {held_out}")
-        if self.images.cache is not None:
-            print(f"VAE latents are kept in {self.images.cache.directory}")
-        print(f"{self.total:,} steps of {self.pairs_per_step} pairs")
         print(repeated(len(self.train_rows), self.pairs_per_step, "a step"), end="")
 
     def train(self) -> Path:
         """From the first or the resumed step to the last; returns the run directory."""
         cfg = self.cfg
         self.announce()
-        with self.held, self.stop, self.start() as log, self.stream() as stream, ProgressLine(self.total) as progress:
+        with (
+            self.held,
+            self.stop,
+            self.start() as log,
+            self.stream() as stream,
+            ProgressLine(self.total, done=self.state.iteration) as progress,
+        ):
             assert log is not None
             self.learner.go_to(self.state.iteration)
             timer = Timer(self.device)
@@ -255,7 +271,7 @@ class PreferenceRun(TrainingRun[PreferenceConfig]):
                 if len(self.valid_rows) and self.due(cfg.run.validation_steps) and not self.done:
                     with timer("evaluate"):
                         record |= self.log_evaluation(self.evaluate({"trained": self.reward}))
-                record |= timer.read_ms() | (gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {})
+                record |= timer.read_ms() | self.gpu_stats()
                 progress.update(log.log(self.state.iteration - 1, record))
                 if self.due(cfg.run.checkpointing_steps):
                     self.save()

@@ -20,6 +20,7 @@ from spo_fast.models.device import pick_device
 from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.training import checkpoint, processes, run_directory
 from spo_fast.training.checkpoint import TrainState
+from spo_fast.training.monitor.gpu import gpu_stats
 from spo_fast.training.monitor.log import MetricsLog, Record
 from spo_fast.training.optimizer import WeightUpdates
 from spo_fast.training.signals import StopRequest
@@ -55,6 +56,16 @@ class TrainingRun(Generic[C]):
         self.held = contextlib.ExitStack()
         if self.group.main:
             self.held.enter_context(files.lock(self.run_dir))
+
+    def gpu_stats(self) -> dict[str, float]:
+        """Of its GPU now, as far as it has one that tells."""
+        return gpu_stats(self.device.index or 0) if self.device.type == "cuda" else {}
+
+    @property
+    def resumed_at(self) -> int:
+        """Iterations done before this process, as far as the checkpoint's name says so."""
+        path = self.resume
+        return run_directory.number(path) if path is not None and run_directory.is_checkpoint(path) else 0
 
     @property
     def done(self) -> bool:

@@ -58,7 +58,12 @@ def to_disk(directory: Path) -> None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, in no order."""
-    return [p for p in run_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return [p for p in run_dir.glob("checkpoint-*") if is_checkpoint(p)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """By its name."""
+    return path.name.startswith("checkpoint-") and path.name.removeprefix("checkpoint-").isdigit()
 
 
 def number(path: Path) -> int:

@@ -16,8 +16,8 @@ from spo_fast.config.training import Config
 from spo_fast.data.files import set_aside, without_nan, write_atomically
 from spo_fast.data.prompt_sets import Wanted
 from spo_fast.evaluation.metrics import make_metric
-from spo_fast.evaluation.pictures import write_grid
-from spo_fast.evaluation.sampling import draw_latents
+from spo_fast.evaluation.pictures import PROMPTS_FILE, write_grid
+from spo_fast.evaluation.sampling import NOISES, draw_latents
 from spo_fast.method.experience import Candidates
 from spo_fast.method.schedule import StepTable
 from spo_fast.models.diffusion import DTYPES, DiffusionModel
@@ -25,7 +25,6 @@ from spo_fast.models.policy import Policy
 from spo_fast.scorers.base import Scorer
 from spo_fast.training.monitor.log import MetricsLog
 from spo_fast.training.monitor.timer import Timer
-from spo_fast.training.pair_batches import EVALUATION
 from spo_fast.training.verdicts import HeldOut, Shown, Validation
 
 
@@ -77,7 +76,7 @@ class Validator:
         """Of the prompts, from the noise of validation image `first` on."""
         sample, numbers = self.cfg.sample, range(first, first + len(prompts))
         given = (self.policy, self.model, table, prompts, numbers, sample.guidance_scale)
-        return draw_latents(*given, (self.cfg.run.seed, EVALUATION), sample.rows_per_forward)
+        return draw_latents(*given, (self.cfg.run.seed, NOISES["validation"]), sample.rows_per_forward)
 
     def _draw(self, table: StepTable, prompts: list[str], first: int) -> tuple[Tensor, Tensor]:
         """Images of the prompts and their scores at timestep 0."""
@@ -131,6 +130,9 @@ class Validator:
         later = [p for p in steps if int(p.stem[5:]) > done]
         for grid in (*later, self.samples / "after.png", self.samples / "strengths.png"):
             grid.unlink(missing_ok=True)
+        if self.cfg.run.num_validation_images:
+            self.samples.mkdir(exist_ok=True)
+            write_atomically(self.samples / PROMPTS_FILE, json.dumps(self.prompts, ensure_ascii=False, indent=1) + "\n")
         if resumed:
             self.held_out.go_on(done)
             self.before = self._read_before(path)
@@ -165,7 +167,7 @@ class Validator:
         log.reporter.images(done - 1, "samples", self.samples / f"step-{done}.png")
         print(f"validation after {done} iterations: {shown.words(self.metrics, self.before)}")
         found |= shown.record(self.metrics, self.before, self.cfg.run.seed)
-        found |= self.held_out.look(done, shown, self.before, str(found.get("hacking", "")), self.cfg.run.seed)
+        found |= self.held_out.look(done, shown, self.before, str(found.get("hacking", "")))
         self.held_out.keep(
             done, shown, lambda folder: self.model.save(self.policy, folder, self.run_dir.resolve().name)
         )

@@ -1,7 +1,7 @@
 """What validations measured, and what their held-out scores decide: an early end, and which weights are the best.
 
 Values are paired: the pictures of all validations are of the same prompts and noise. "Beyond chance" is a 95 %
-bootstrap interval over the prompts of the mean difference that lies below 0.
+interval of the mean difference that lies below 0, over the prompts (Validation.change), as all intervals of a run are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from spo_fast.config.errors import did_you_mean
 from spo_fast.data.files import read_json, write_atomically
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS, hacking_signs
-from spo_fast.evaluation.statistics import bootstrap
+from spo_fast.evaluation.statistics import Interval, mean_interval
 
 if TYPE_CHECKING:
     from spo_fast.config.run import RunConfig
@@ -70,21 +70,28 @@ class Validation(NamedTuple):
                 f"look_{name}": self.mean(name) / mean for name in IMAGE_STATISTICS if (mean := before.mean(name)) > 0
             }
             found["hacking"] = "; ".join(hacking_signs(before.looks(), self.looks(), seed).values())
-        return found | self.standard_errors(metrics, before)
+        return found | self.intervals(metrics, before)
 
-    def standard_errors(self, metrics: list[str], before: Validation | None) -> dict[str, float]:
-        """se_<field> of `record`: over the pictures, of what each has changed since before training; of its
-        value where that is not on record. And validation_images, their number. None of one picture."""
+    def change(self, name: str, since: Validation | None) -> Interval:
+        """Of a metric or look since other weights' pictures, or its value, with the 95 % interval over the prompts."""
+        return mean_interval(self.by_prompt(name) - (0.0 if since is None else since.by_prompt(name)))
+
+    def intervals(self, metrics: list[str], before: Validation | None) -> dict[str, float]:
+        """half_<field> of `record`: half of the interval of its `change` since before training, or of its value where
+        that is not on record. And of how many prompts and pictures they are. None of one prompt."""
         old = {} if before is None else before.values
         fields = {"score": "validation_score"} | {name: f"held_out_{name}" for name in metrics}
         fields |= {name: f"look_{name}" for name in IMAGE_STATISTICS if name in old}
         found: dict[str, float] = {}
         for name, field_name in fields.items():
-            change = np.array(self.values.get(name, ())) - np.array(old.get(name, 0.0))
+            if name not in self.values:
+                continue
+            change = self.change(name, before if name in old else None)
             unit = statistics.fmean(old[name]) if field_name.startswith("look_") else 1.0  # that is a ratio
-            if len(change) > 1 and unit > 0:
-                found[f"se_{field_name}"] = float(change.std(ddof=1)) / math.sqrt(len(change)) / unit
-                found["validation_images"] = len(change)
+            if math.isfinite(change.high) and unit > 0:
+                found[f"half_{field_name}"] = (change.high - change.mean) / unit
+                found["validation_prompts"] = len(self.of["prompts"])
+                found["validation_images"] = len(self.values[name])
         return found
 
     def words(self, metrics: list[str], before: Validation | None) -> str:
@@ -156,13 +163,12 @@ class HeldOut:
         if kept.is_file() and read_json(kept)["iteration"] > done:
             shutil.rmtree(kept.parent)
 
-    def look(self, done: int, now: Validation, before: Validation | None, hacking: str, seed: int) -> dict[str, object]:
+    def look(self, done: int, now: Validation, before: Validation | None, hacking: str) -> dict[str, object]:
         """What to log of a validation after so many iterations; hacking: signs in its pictures. Decides `stop`."""
         found: dict[str, object] = {}
         reasons = [hacking] if hacking and (self.cfg.anchor or "hacking" in self.cfg.stop_when) else []
-        for name in self.cfg.anchor if before is not None else ():
-            assert before is not None
-            change = bootstrap(now.by_prompt(name) - before.by_prompt(name), seed)
+        for name in () if before is None else self.cfg.anchor:
+            change = now.change(name, before)
             found |= {
                 f"anchor_{name}": change.mean,
                 f"anchor_{name}_low": change.low,
@@ -173,7 +179,7 @@ class HeldOut:
                 reasons.append(f"{name} has fallen by {-change.mean:.3f} since training began, and not by chance")
         for name in self.cfg.falling:
             if (high := self.highest.get(name)) is not None:
-                change = bootstrap(now.by_prompt(name) - high.by_prompt(name), seed)
+                change = now.change(name, high)
                 if change.high < 0:
                     reasons.append(f"held-out {name} has fallen by {-change.mean:.3f} from its highest, beyond chance")
         self._raise(now)

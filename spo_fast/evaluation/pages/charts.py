@@ -14,7 +14,7 @@ import numpy as np
 
 from spo_fast.config.methods import Method
 from spo_fast.evaluation.image_statistics import RISE
-from spo_fast.evaluation.pages.run_record import NORMAL_95, RunRecord
+from spo_fast.evaluation.pages.run_record import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,9 +173,9 @@ def draw(chart: Chart, run: RunRecord) -> str | None:
 
 
 def interval(run: RunRecord, name: str) -> np.ndarray:
-    """Half of the 95 % interval of a curve's points; 0 where no standard error was logged, as before training."""
-    errors = dict(zip(*(values.tolist() for values in run.curve(f"se_{name}")), strict=True))
-    return NORMAL_95 * np.nan_to_num([errors.get(x, 0.0) for x in run.curve(name)[0].tolist()])
+    """Half of the 95 % interval of a curve's points; 0 where none was logged, as before training."""
+    halves = dict(zip(*(values.tolist() for values in run.curve(f"half_{name}")), strict=True))
+    return np.nan_to_num([halves.get(x, 0.0) for x in run.curve(name)[0].tolist()])
 
 
 def stack(axes: Axes, run: RunRecord, names: list[str]) -> None:

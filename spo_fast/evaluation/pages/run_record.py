@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from spo_fast.config.training import DECIDES
 from spo_fast.data.files import read_json
 from spo_fast.evaluation.image_statistics import IMAGE_STATISTICS
 from spo_fast.evaluation.pages.history import History
+from spo_fast.evaluation.pictures import PROMPTS_FILE
 from spo_fast.models.files.layout import scheduler_config
 from spo_fast.models.files.lora_files import COMFYUI_FILE, KOHYA_FILE
 from spo_fast.models.files.sources import DEFAULTS, Resolved
@@ -25,8 +27,6 @@ FLOW_PIPELINES = {  # and their transformers, by --model
     **dict.fromkeys(("sd35", "toy-flow"), ("StableDiffusion3Pipeline", "SD3Transformer2DModel")),
     "flux": ("FluxPipeline", "FluxTransformer2DModel"),
 }
-
-NORMAL_95 = 1.96  # standard errors on either side of a mean, between which 95 % of a normal distribution lie
 
 # ---------------------------------------------------------------------------------------------------- what a run left
 
@@ -130,19 +130,19 @@ class RunRecord:
         return f"{score}; {count_text(self.pairs, self.unit)} in {took}"
 
     def half_interval(self, field: str) -> float | None:
-        """Half of the 95 % interval of the field's change since before training; None if no error was logged."""
-        error = self.history.latest(f"se_{field}")
-        return None if error is None else NORMAL_95 * error
+        """Half of the 95 % interval of the field's change since before training; None if it was not logged."""
+        return self.history.latest(f"half_{field}")
 
     @property
-    def images(self) -> int:
-        """Pictures of a validation whose errors were logged."""
-        return int(self.history.latest("validation_images") or 0)
+    def intervals_of(self) -> str:
+        """Of how many prompts and pictures they are; empty without any."""
+        prompts, images = (int(self.history.latest(f"validation_{n}") or 0) for n in ("prompts", "images"))
+        return f"{prompts} prompts, {count_text(images, 'picture')}" if prompts else ""
 
     def within(self) -> str:
         """The interval of the score's change, as the verdict says it."""
         half = self.half_interval("validation_score")
-        return "" if half is None else f" ± {half:.2g}, 95 % of {self.images} pictures"
+        return "" if half is None else f" ± {half:.2g}, 95 %, {self.intervals_of}"
 
     def changes(self) -> list[tuple[str, float, float, float | None]]:
         """(name, before training, latest, half of the change's 95 % interval) of the score and the held-out ones."""
@@ -209,6 +209,23 @@ class RunRecord:
         """The LoRA for ComfyUI and its like."""
         return COMFYUI_FILE if self.settings["model"] in FLOW_PIPELINES else KOHYA_FILE
 
+    def redraw(self, weights: str) -> str:
+        """The command that draws the grids' pictures again, before and after training; `weights`: the run directory."""
+        s, prompts = self.settings, f"{weights}/samples/{PROMPTS_FILE}"
+        words = [
+            "python",
+            "-m",
+            "spo_fast.evaluate",
+            "--lora",
+            weights,
+            "--prompts",
+            prompts,
+            "--noise_of",
+            "validation",
+        ]
+        words += ["--images_per_prompt", str(s["num_validation_images"]), "--seed", str(s["seed"])]
+        return f"{shlex.join(words)} --metrics --output_dir redrawn"
+
     def loading(self, weights: str) -> str:
         """Python that draws with what was trained; `weights`: the run directory or a hub repository."""
         s = self.settings
@@ -223,11 +240,12 @@ class RunRecord:
         lines = ["import torch", f"from diffusers import {pipeline}" + (", UNet2DConditionModel" if unet else "")]
         if not self.base_model:
             base, lines = 'toy_files()["model"]', [*lines, "from spo_fast.models.files.toy import toy_files"]
-        lines += ["", 'settings = {"torch_dtype": torch.float16}']
+        dtype, there = self._computed_in("torch.float16")
+        lines += ["", f'settings = {{"torch_dtype": {dtype}}}']
         if unet:
-            source = f'{weights}, subfolder="unet", torch_dtype=torch.float16'
+            source = f'{weights}, subfolder="unet", torch_dtype={dtype}'
             lines += [f'settings["unet"] = UNet2DConditionModel.from_pretrained({source})']
-        lines += [f'pipe = {pipeline}.{load}({base}, **settings).to("cuda")']
+        lines += [f"pipe = {pipeline}.{load}({base}, **settings){there}"]
         # a file's prediction type is taken for epsilon by diffusers
         if load == "from_single_file" and (predicted := self._file_prediction()) != "epsilon":
             lines += [
@@ -241,6 +259,10 @@ class RunRecord:
         lines += [f'image = pipe("a prompt", {draw}).images[0]']
         return "\n".join(lines)
 
+    def _computed_in(self, dtype: str) -> tuple[str, str]:
+        """Of a pipeline its type, and how it goes to a GPU, which the toy can do without."""
+        return (dtype, '.to("cuda")') if self.base_model else ("torch.float32", "")
+
     def _loading_flow(self, weights: str) -> str:
         """A single file is the transformer alone; an SD3 without T5 is loaded by saying so.
 
@@ -249,7 +271,7 @@ class RunRecord:
         s = self.settings
         pipeline, transformer = FLOW_PIPELINES[s["model"]]
         base = json.dumps(self.base_model, ensure_ascii=False)
-        dtype = "torch.bfloat16" if s["model"] == "flux" else "torch.float16"
+        dtype, there = self._computed_in("torch.bfloat16" if s["model"] == "flux" else "torch.float16")
         lines = ["import torch", f"from diffusers import {pipeline}"]
         settings = [f'settings = {{"torch_dtype": {dtype}}}']
         if not self.base_model:
@@ -271,7 +293,7 @@ class RunRecord:
         path = Path(str(self.base_model)).expanduser()
         if s["model"] != "flux" and (not self.base_model or (path.is_dir() and not (path / "text_encoder_3").is_dir())):
             settings += ["settings |= dict(text_encoder_3=None, tokenizer_3=None)"]
-        lines += ["", *settings, f'pipe = {pipeline}.from_pretrained({base}, **settings).to("cuda")']
+        lines += ["", *settings, f"pipe = {pipeline}.from_pretrained({base}, **settings){there}"]
         lines += [] if whole else [f"pipe.load_lora_weights({weights})"]
         told = {name: s[name] for name in ("height", "width") if s.get(name)}
         told["num_inference_steps"], told["guidance_scale"] = s["num_steps"], s["guidance_scale"]

@@ -50,6 +50,12 @@ class Samples(NamedTuple):
     blocks: list[tuple[str, list[tuple[str, str]]]]  # prompt, (label, image as a data URL)
     columns: int = 1  # pictures of a strip
     pair: bool = False  # whether the first and the last are before and after
+    seed: int | None = None  # of the noise; None where a block is no prompt, so that pictures' numbers are not known
+
+    def noise(self, block: int) -> list[str]:
+        """What the noise of each of a strip's pictures follows from."""
+        numbers = range(block * self.columns, (block + 1) * self.columns)
+        return [] if self.seed is None else [f"seed {self.seed}, no. {number}" for number in numbers]
 
 
 def samples(run: RunRecord) -> Samples:
@@ -73,7 +79,8 @@ def samples(run: RunRecord) -> Samples:
     if len(prompts) > len(blocks):
         extent += f", {len(blocks)} of {len(prompts)} prompts"
     pair = [path.stem for _, path in (shown[0], shown[-1])] == ["before", "after"]
-    return Samples(extent, blocks, max(1, run.settings["num_validation_images"]), pair)
+    seed = run.settings["seed"] if prompts else None
+    return Samples(extent, blocks, max(1, run.settings["num_validation_images"]), pair, seed)
 
 
 class Strengths(NamedTuple):
@@ -114,6 +121,7 @@ def page(run: RunRecord) -> str:
     drawn = [(chart, svg) for chart in (*held_out, *charts_of(method, s)) if (svg := draw(chart, run))]
     by_group = {title: [d for d in drawn if d[0].group == group] for group, title in GROUPS.items()}
     told = {name: without_folders(value) for name, value in s.items()}
+    where = run.run_dir.name if run.run_dir.is_absolute() else str(run.run_dir)
     return render(
         "run_report.html",
         title=f"{method.name.upper()} on {s['model']}: {run.run_dir.resolve().name}",
@@ -124,7 +132,8 @@ def page(run: RunRecord) -> str:
         max_points=MAX_POINTS,
         samples=samples(run),
         strengths=strengths(run),
-        where=run.run_dir.name if run.run_dir.is_absolute() else str(run.run_dir),
+        where=where,
+        redraw=run.redraw(where),
         changed={name: tuple(map(without_folders, values)) for name, values in run.changed().items()},
         everything=yaml.safe_dump(told, sort_keys=False, allow_unicode=True),
     )

@@ -32,7 +32,7 @@ class ProgressLine:
     """Where a run is: a live line on a terminal, a plain line every `every_s` seconds elsewhere (logs, nohup, CI).
 
     total: the last iteration's number plus one. Made right before the loop: the first iteration is timed from here.
-    live: None looks whether the stream is a terminal.
+    live: None looks whether the stream is a terminal. done: iterations before this process.
     """
 
     def __init__(
@@ -42,12 +42,15 @@ class ProgressLine:
         every_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         live: bool | None = None,
+        done: int = 0,
     ) -> None:
         self.total, self.every_s, self.clock = total, every_s, clock
         self.stream = sys.stdout if stream is None else stream
         self._durations_s: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self._last_update_s, self._last_print_s = clock(), -math.inf
         self._live = LiveLine(self.stream) if (is_terminal(self.stream) if live is None else live) else None
+        if self._live is not None:  # minutes may pass until there is more to say
+            self._live.show(done, total, f"{done}/{total}  ETA after the first iteration")
 
     def update(self, record: Mapping[str, object]) -> None:
         """Show a record that MetricsLog.log returned: iteration (from 0) and whatever of PROGRESS_FIELDS and *_ms."""

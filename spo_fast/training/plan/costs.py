@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PHASES = ("encode prompts", "rollout", "score", "reference", "backward", "step")
 """The trainer's timers. score includes decoding and is kept apart from the rollout around it."""
@@ -34,6 +34,8 @@ class Costs:
     """Networks are replayed as CUDA graphs, which keep what their largest call took, and the gradients."""
     inputs: int = 0
     """Bytes of what is computed of a rollout's text, which is an input of graphs: they hold a copy."""
+    picture_flops: Mapping[str, int] = field(default_factory=dict)
+    """Of a validation's picture: draw (its steps and its decoding), score (by what is trained on)."""
 
     def flops(self, valid_share: float = 1.0) -> dict[str, float]:
         """FLOPs of an iteration that keeps this share of its pairs, by part."""

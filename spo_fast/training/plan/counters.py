@@ -83,13 +83,17 @@ class LiveStorage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.made(out, args, kwargs)
+        return out
+
+    def made(self, out: object, args: Any, kwargs: Any) -> None:
+        """An operator returned this."""
         new = [s for s in _storages(out) if s._cdata not in self._alive]
         if new:  # a view of a weight from before the block is not new
             old = {s._cdata for s in _storages((args, kwargs))}
             for storage in new:
                 if storage._cdata not in old:
                     self._add(storage)
-        return out
 
 
 def _storages(tree: object) -> list[torch.UntypedStorage]:
@@ -110,13 +114,19 @@ FLOPS = {  # FlopCounterMode does not know the CPU's fused attention, and its mo
 }
 
 
+def flops_of(func: Any, args: Any, kwargs: Any, out: object) -> int:
+    """FLOPs (2 x MAC) of an operator's call, by PyTorch's formula; 0 if it is no matrix product, convolution or
+    attention."""
+    formula = FLOPS.get(func._overloadpacket)
+    return 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+
+
 class CountFlops(TorchDispatchMode):
-    """FLOPs (2 x MAC) of matrix products, convolutions and attention, by PyTorch's formulas."""
+    """flops_of all operators inside the block."""
 
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in FLOPS:
-            self.total += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        self.total += flops_of(func, args, kwargs, out)
         return out

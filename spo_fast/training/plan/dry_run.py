@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -14,21 +12,20 @@ from spo_fast.config.methods import find_method
 from spo_fast.config.tables import columns, size_text
 from spo_fast.config.training import Config
 from spo_fast.data.prompt_order import training_prompts
-from spo_fast.evaluation.pages.run_record import duration, read_metrics
 from spo_fast.evaluation.required_files import look_for, resolve, run_paths
 from spo_fast.models.device import GIB, Device, found_device, listed, pick_device
 from spo_fast.models.files.load import check_weights
 from spo_fast.models.files.lora_files import find_lora
 from spo_fast.models.unasked import import_networks
-from spo_fast.training.plan.costs import WORK, Costs
+from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.counted import predict
 from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.plan.whole_run import NOTHING_SHOWN, ShownPictures, shown_pictures, time_estimate
 from spo_fast.training.processes import sharing
 
 if TYPE_CHECKING:
     from spo_fast.models.files.find import Present
 
-COST_SECTIONS = ("model", "adapter", "sample", "scorer")  # runs alike in these cost alike
 SHARES = (1.0, 0.5)  # of the pairs kept: not known before the run
 
 
@@ -53,16 +50,17 @@ def sections(cfg: Config, device: Device | None = None) -> Iterator[str]:
     cfg, choices = choose(cfg, device, resolved)
     costs = predict(cfg, resolved, device.type)
     total, encoded, steps = steps_text(cfg, costs.terms_per_prompt)
+    shown = shown_pictures(cfg, total)
     shares = SHARES if find_method(cfg.objective.method).compares else SHARES[:1]
     memory = "" if device.memory_bytes is None else f", {device.memory_bytes / GIB:.1f} GiB"
     parts = {
         "settings (flags over file over preset)": yaml.safe_dump(cfg.flat(), sort_keys=False).rstrip(),
         f"chosen for this device ({device.name}{memory})": listed(choices) or "nothing: all was given",
         "steps": steps,
-        "FLOPs, counted (2 x multiply-add)": flops_table(costs, total, encoded, shares),
+        "FLOPs, counted (2 x multiply-add)": flops_table(costs, total, encoded, shares, shown),
         "disk": disk_text(cfg, costs, total),
         "memory, predicted from the shapes": memory_table(costs, device),
-        "time": time_estimate(cfg, costs, device, total, shares[-1]),
+        "time": time_estimate(cfg, costs, device, total, shares[-1], shown),
     }
     yield from (_section(title, text) for title, text in parts.items())
 
@@ -93,15 +91,20 @@ def steps_text(cfg: Config, terms_per_prompt: int) -> tuple[int, int, str]:
         return total, total * B, f"{said}; images are encoded in the first pass only if their latents are kept"
     prompts, sampler = training_prompts(cfg)
     total = cfg.run.iterations(sampler.iterations_per_epoch)
-    terms = total * B * terms_per_prompt
+    epochs, rest = divmod(total, sampler.iterations_per_epoch)
+    terms = (epochs * min(len(prompts), B * sampler.iterations_per_epoch) + rest * B) * terms_per_prompt
     kept = "pairs if every one is kept" if find_method(cfg.objective.method).compares else "terms of the loss"
     said = f"{len(prompts):,} prompts x {cfg.run.num_train_epochs} epochs in batches of {B}: {total:,} iterations"
-    drawn = 0 if cfg.adapter.full_finetune or not cfg.run.num_validation_images else len(cfg.run.strengths)
-    at_the_end = f"\nat the end {drawn} images of each validation prompt (--strengths)" if drawn else ""
-    return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}{at_the_end}"
+    return total, min(len(prompts), total * B), f"{said}, {terms:,} {kept}"
 
 
-def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[float] = SHARES) -> str:
+def flops_table(
+    costs: Costs,
+    iterations: int,
+    prompts: int,
+    shares: Sequence[float] = SHARES,
+    shown: ShownPictures = NOTHING_SHOWN,
+) -> str:
     """By part, of an iteration and of the run."""
     rows = [("TFLOP", *(f"{share:.0%} of the pairs kept" if len(shares) > 1 else "" for share in shares))]
     by_share = [costs.flops(share) for share in shares]
@@ -109,9 +112,13 @@ def flops_table(costs: Costs, iterations: int, prompts: int, shares: Sequence[fl
         rows.append((f"{part} ({costs.samples[part]:,} samples)", *(f"{f[part] / 1e12:,.3g}" for f in by_share)))
     rows += [(f"scorer {name}", *("unknown, not counted" for _ in shares)) for name in costs.unknown]
     rows.append(("an iteration", *(f"{sum(f.values()) / 1e12:,.4g}" for f in by_share)))
-    once = costs.flops_per_prompt * prompts
+    once: float = costs.flops_per_prompt * prompts
+    for (part, flops), count in zip(shown.flops(costs).items(), shown, strict=True):
+        rows.append((f"{part} ({count:,} pictures)", *(f"{flops / 1e12:,.3g}" for _ in shares)))
+        once += flops
     whole = [(sum(f.values()) * iterations + once) / 1e12 for f in by_share]
-    rows.append((f"the run ({iterations:,} iterations, prompts encoded once)", *(f"{w:,.4g}" for w in whole)))
+    all_of_it = f"the run ({iterations:,} iterations, these pictures, prompts encoded once)"
+    rows.append((all_of_it, *(f"{w:,.4g}" for w in whole)))
     return columns(rows)
 
 
@@ -140,37 +147,3 @@ def memory_table(costs: Costs, device: Device) -> str:
         return text
     verdict = "fits" if costs.peak <= device.usable_bytes else "DOES NOT FIT"
     return f"{text}\n\n{size_text(costs.peak)} of {size_text(device.usable_bytes)} usable: {verdict}"
-
-
-def time_estimate(cfg: Config, costs: Costs, device: Device, iterations: int, kept: float = SHARES[-1]) -> str:
-    """From the runs beside the output directory that had the same costs on this device; says so if there is none."""
-    measured = [
-        m for run in Path(cfg.run.output_dir).parent.glob("*/config.yaml") if (m := iteration_of(run, cfg, device))
-    ]
-    if not measured:
-        return (
-            f"no iteration with these settings was ever measured on this {device.name} (no such run in "
-            f"{Path(cfg.run.output_dir).parent}): no estimate"
-        )
-    run, seconds, share, count = max(measured, key=lambda m: m[3])
-    scaled = seconds * sum(costs.flops(kept).values()) / sum(costs.flops(share).values())
-    return (
-        f"about {duration(scaled * iterations)} at {kept:.0%} of the pairs kept: {run} took {seconds:.3g} s an "
-        f"iteration (median of {count}) at {share:.0%}, scaled by the FLOPs"
-    )
-
-
-def iteration_of(config: Path, cfg: Config, device: Device) -> tuple[Path, float, float, int] | None:
-    """(run directory, median seconds, mean valid share, iterations) of a run whose iterations cost what cfg's do."""
-    metrics = config.with_name("metrics.jsonl")
-    try:
-        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        matters = {n: v for n, v in cfg.flat().items() if n == "method" or cfg.section_of(n) in COST_SECTIONS}
-        same = all(saved[name] == value for name, value in matters.items())
-        records = [r for r in read_metrics(metrics) if r.get("device") == device.name][1:] if same else []
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run of ours, or a damaged one
-        return None
-    if not records:  # the first iteration warms up
-        return None
-    seconds = [sum(r.get(f"{phase}_ms") or 0 for phase in WORK) / 1000 for r in records]
-    return config.parent, statistics.median(seconds), statistics.fmean(r["valid_share"] for r in records), len(records)

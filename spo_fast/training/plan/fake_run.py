@@ -6,8 +6,8 @@ alive. A network runs once for each shape it meets; a later call repeats what th
 as long as the Python of a few forwards (SDXL: about 15 s on a core), whatever the batch.
 
 Not counted: what a kernel allocates inside itself (cuDNN's and cuBLAS's workspaces), the CUDA context (about 0.5 GB),
-what the allocator cannot reuse, the validation's sampling (num_validation_images at a time, or a decode_chunk), and
-the images of labelled pairs while they are read (pair_batches.READ_BATCH at a time).
+what the allocator cannot reuse, the bytes of the validation's sampling (num_validation_images at a time, or a
+decode_chunk), and the images of labelled pairs while they are read (pair_batches.READ_BATCH at a time).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from spo_fast.training.accelerate import recompute
 from spo_fast.training.checkpoint import TrainState
 from spo_fast.training.iteration import Iterates
 from spo_fast.training.plan.costs import PHASES, Costs
-from spo_fast.training.plan.counters import LiveStorage
 from spo_fast.training.plan.fake_learner import FakeLearner
 from spo_fast.training.plan.fake_model import FakePairs
+from spo_fast.training.plan.fake_picture import picture_flops
 from spo_fast.training.plan.held_bytes import HeldBytes
 from spo_fast.training.plan.networks import Networks
-from spo_fast.training.plan.once import EveryPairKept
 from spo_fast.training.processes import ALONE
 from spo_fast.training.signals import StopRequest
 
 if TYPE_CHECKING:
     from spo_fast.config.training import Config, SampleConfig
     from spo_fast.models.files.sources import Resolved
+    from spo_fast.training.plan.counters import LiveStorage
 
 LATEST: dict[Hashable, Networks] = {}
 """Settings of memory and batches may change: the networks and what they took are kept."""
@@ -74,7 +74,7 @@ class FakeRun(Iterates):
         self.device, self.decode = self.model.device, self.model.decode
         recompute(self.policy, cfg)
         self.objective, B = make_objective(cfg.objective), cfg.sample.sample_batch_size
-        self.table = self.make_table()
+        self.table, self.shown_table = self.make_table(), self.model.table(cfg.sample.num_steps, 0.0)
         self.prompts, self.prompt_order = [""] * B, PromptSampler(B, B, cfg.run.seed)
         self.pairs = FakePairs(networks.model, cfg) if self.objective.samples_from == "data" else None
         self.learner = FakeLearner(self)
@@ -94,13 +94,14 @@ class FakeRun(Iterates):
         """Every phase of an iteration, on fake tensors."""
         cfg, once = self.cfg, self.once
         live = once.start(cfg.sample.rollout_weights)
-        with EveryPairKept(once), live:
+        with live:
             with live.phase("encode prompts"):
                 self.networks.encode_prompts()
             encoded, early = once.tally.pop("encode prompts"), live.peaks.pop("encode prompts")
             if self.learner.straddles:
                 self.learner.fill_gradients()
             states, text = self._iterate(live), self._text()
+            picture = picture_flops(self, live)
         once.tally.pop("", None)  # that text again, of no phase
         resident = self.held.resident(cfg, self.policy, self.model.vae, self.networks.scorers)
         encoders = sum(self.held.of(encoder.parameters()) for encoder in self.model.text_encoders())
@@ -121,6 +122,7 @@ class FakeRun(Iterates):
             unknown=self.networks.unknown,
             graphs=self.networks.cuda and cfg.engine.cuda_graphs is not False,
             inputs=text,
+            picture_flops=picture,
             transient={phase: peaks[phase] for phase in PHASES if phase in peaks},
         )
 

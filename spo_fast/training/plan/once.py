@@ -13,13 +13,56 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from spo_fast.training.plan.counters import CUDA_BLOCK, CountFlops, LiveStorage
+from spo_fast.training.plan.counters import CUDA_BLOCK, LiveStorage, flops_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
+
+
+_aten = torch.ops.aten
+SORTS = (_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable)
+
+UNFILLED = (_aten.empty.memory_format, _aten.zeros.default)
+"""What numbers are written into."""
+
+
+class Counting(LiveStorage):
+    """Live bytes, and FLOPs, of an iteration whose numbers are fake and whose indices are real: scores come in order,
+    and every comparison counts when a rollout reads it.
+
+    One mode for all of it: each costs a fifth of a fake operator. empty: makes a fake tensor of a shape and a type.
+    """
+
+    def __init__(self, block: int, empty: Callable[..., Tensor]):
+        super().__init__(block)
+        self.flops, self._empty = 0, empty
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # what device a fake tensor is on: most of all calls
+            return func(*args, **kwargs)
+        out = self._computed(func, args, kwargs)
+        self.flops += flops_of(func, args, kwargs, out)
+        self.made(out, args, kwargs)
+        return out
+
+    def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is _aten.nonzero.default and isinstance(args[0], FakeTensor):
+            return torch.ones(args[0].shape).nonzero()
+        if func is _aten.addmm.out and kwargs["out"] is args[0] and isinstance(args[0], FakeTensor):
+            # the same product, whose fake outcome PyTorch remembers: of .out forms it remembers none (2.10 to 2.13)
+            scales = {name: value for name, value in kwargs.items() if name != "out"}
+            return _aten.addmm_.default(*args, **scales)
+        out = func(*args, **kwargs)
+        if func in SORTS and isinstance(args[0], FakeTensor):
+            dim = next((x for x in args[1:] if type(x) is int), kwargs.get("dim", -1))
+            index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1
+            return (out[0], index) if isinstance(out, tuple) else index
+        if func in UNFILLED and out.is_floating_point() and not isinstance(out, FakeTensor):
+            return self._empty(*out.shape, dtype=out.dtype)
+        return out
 
 
 class Once:
@@ -31,19 +74,19 @@ class Once:
 
     def __init__(self, cuda: bool = False, device: str = "cpu"):
         self.device = torch.device(device)
-        self.mode, self.live = FakeTensorMode(allow_non_fake_inputs=True), LiveStorage(CUDA_BLOCK if cuda else 1)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.live = Counting(CUDA_BLOCK if cuda else 1, self.empty)
         self.tally: dict[str, Counter[str]] = {}
         """Part of a run -> samples and flops."""
         self.setting: Hashable = None
         # a call's bytes on its way, its FLOPs, its outputs anew
         self._seen: dict[Hashable, tuple[int, int, Callable[[], object]]] = {}
-        self._counters: list[CountFlops] = []  # of the calls that are running, the outermost first
         with self.mode:
             self._like = torch.empty(0, device=self.device)
 
-    def start(self, setting: Hashable) -> LiveStorage:
+    def start(self, setting: Hashable) -> Counting:
         """Count anew. setting: what the calls depend on besides their shapes."""
-        self.live, self.tally, self.setting = LiveStorage(self.live.block), {}, setting
+        self.live, self.tally, self.setting = Counting(self.live.block, self.empty), {}, setting
         return self.live
 
     def weights(self, module: M, dtype: torch.dtype | None = None) -> M:
@@ -78,7 +121,8 @@ class Once:
         return call
 
     def run(self, key: Hashable, part: str, samples: int, function: Callable[[], R]) -> R:
-        """function(), or what it left behind when this key was first met: its outputs, peak and FLOPs."""
+        """function(), or what it left behind when this key was first met: its outputs, peak and FLOPs. They are
+        counted inside `with live` alone."""
         out, flops = self._repeat(key, function)
         self.tally.setdefault(part, Counter()).update(samples=samples, flops=flops)
         return out
@@ -107,21 +151,17 @@ class Once:
         if key in self._seen:
             rise, flops, outputs = self._seen[key]
             self.live.note(self.live.current_bytes + rise)
-            for counter in self._counters:
-                counter.total += flops
+            self.live.flops += flops
             return cast("R", outputs()), flops
-        with CountFlops() as counter:
-            self._counters.append(counter)
-            try:
-                out, rise = self.live.rise(function)
-            finally:
-                self._counters.pop()
+        before = self.live.flops
+        out, rise = self.live.rise(function)
+        flops = self.live.flops - before
         leaves, tree = pytree.tree_flatten(out)
         made = [
             functools.partial(self._made, x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves
         ]
-        self._seen[key] = rise, counter.total, lambda: tree.unflatten([x() if callable(x) else x for x in made])
-        return out, counter.total
+        self._seen[key] = rise, flops, lambda: tree.unflatten([x() if callable(x) else x for x in made])
+        return out, flops
 
     def _made(self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._like.new_empty_strided(shape, stride, dtype=dtype)
@@ -132,30 +172,3 @@ def structure(module: nn.Module) -> Hashable:
     parts = tuple((name, type(m), m.extra_repr()) for name, m in module.named_modules())
     tensors = (*module.named_parameters(), *module.named_buffers())
     return parts, tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in tensors)
-
-
-_aten = torch.ops.aten
-SORTS = (_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable)
-
-UNFILLED = (_aten.empty.memory_format, _aten.zeros.default)
-"""What numbers are written into."""
-
-
-class EveryPairKept(TorchDispatchMode):
-    """Numbers are fake and indices real: scores come in order, and every comparison counts when a rollout reads it."""
-
-    def __init__(self, once: Once):
-        super().__init__()
-        self.once = once
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten.nonzero.default and isinstance(args[0], FakeTensor):
-            return torch.ones(args[0].shape).nonzero()
-        out = func(*args, **(kwargs or {}))
-        if func in SORTS and isinstance(args[0], FakeTensor):
-            dim = next((x for x in args[1:] if type(x) is int), (kwargs or {}).get("dim", -1))
-            index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1
-            return (out[0], index) if isinstance(out, tuple) else index
-        if func in UNFILLED and out.is_floating_point() and not isinstance(out, FakeTensor):
-            return self.once.empty(*out.shape, dtype=out.dtype)
-        return out
