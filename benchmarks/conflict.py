@@ -1,8 +1,8 @@
 """Does a conflict of layout and aesthetics in the labels cost whole pictures more than steps? The flow toy, by share.
 
-    python -m benchmarks.conflict                        # what is missing of all runs, then the table and the figure
+    python -m benchmarks.conflict                        # what is missing of all runs, then the figure and the tables
     python -m benchmarks.conflict --run spo/0.25/1       # one run again; prints its record
-    python -m benchmarks.conflict --draw                 # the table and the figure of the records
+    python -m benchmarks.conflict --draw                 # the figure and the tables in docs/toy.md, of the records
 
 The paper's reason for comparing steps: people's labels of whole pictures are about layout too, which often contradicts
 looks, while children of one x_t differ in looks alone. So the conflict is varied here. Its share is that of the pairs
@@ -47,7 +47,7 @@ import torch
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
 from benchmarks import mechanism
-from benchmarks.records import RESULTS
+from benchmarks.records import DOCS, RESULTS, fill
 from spo_fast import train
 from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
@@ -64,7 +64,7 @@ CLEAN = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives", "--
 QUIET = ("--validation_steps", "100000", "--num_workers", "1")
 BUDGET = claims.BUDGET // 2
 T_95 = {5: 3.182, 10: 2.306, 15: 2.160}  # Student's t of so many runs, two degrees of freedom fewer, both sides
-RECORDS, FIGURE = RESULTS / "conflict.jsonl", RESULTS / "conflict.png"
+RECORDS, FIGURE, PAGE = RESULTS / "conflict.jsonl", RESULTS / "conflict.png", DOCS / "toy.md"
 BASE = RESULTS / "toy_flow_claims.jsonl"  # its scores are there
 
 
@@ -306,13 +306,14 @@ def main() -> None:
             file.write(json.dumps(found) + "\n")
         print(key(*run), found.get("aesthetics"), f"{found['cpu_s']} s", flush=True)
     records = claims.read(RECORDS)
-    print(table(records))
     if left := list(missing(records)):
-        print(f"\nNot run yet: {len(left)} or more, {key(*left[0])} first.")
+        print(f"Not run yet: {len(left)} or more, {key(*left[0])} first.")
     if any(not gains(name, share, records) for name in METHODS for share in SHARES):
         return
     draw(records, FIGURE)
-    print("", answers(records), sep="\n")
+    tables = table(records) + "\n\n" + answers(records)
+    fill(PAGE, tables, "conflict")
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which of the paper's design choices matter on the toys; and of those that do not, a reason, tested.
 
-    python -m benchmarks.design_choices                  # what is missing, about six CPU minutes, then the tables
+    python -m benchmarks.design_choices                  # what is missing, six CPU minutes; the tables of docs/toy.md
     python -m benchmarks.design_choices --run high/0     # one of them again; prints its record
     python -m benchmarks.design_choices --tables         # the tables of the records
 
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import mechanism
-from benchmarks.records import RESULTS
+from benchmarks.records import DOCS, RESULTS, fill
 from spo_fast import train
 from spo_fast.config.tables import markdown
 from spo_fast.evaluation.statistics import estimate
@@ -51,7 +51,7 @@ from spo_fast.toy import claims
 from spo_fast.toy.claim_tables import CLAIMS, OWN, bounds, chosen_rate, curve_of, paired, said, seeds_of
 from spo_fast.training.loop import Run
 
-RECORDS = RESULTS / "design_choices.jsonl"
+RECORDS, PAGE = RESULTS / "design_choices.jsonl", DOCS / "toy.md"
 WORLDS = {"toy": RESULTS / "toy_claims.jsonl", "flow toy": RESULTS / "toy_flow_claims.jsonl"}
 CHOICES = {
     "a random next start is above the winner": "random next start",
@@ -251,7 +251,9 @@ def main() -> None:
                 file.write(json.dumps(found) + "\n")
             print(name, f"{found['cpu_s']} s", flush=True)
     records = claims.read(RECORDS)
-    print(choices_table(), answers(records), told_table(records), sep="\n\n")
+    tables = "\n\n".join((choices_table(), answers(records), told_table(records)))
+    fill(PAGE, tables, "design_choices")
+    print(tables)
 
 
 if __name__ == "__main__":

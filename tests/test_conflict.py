@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import conflict
+from benchmarks.records import fill
 from spo_fast.data import toy_world
 from spo_fast.toy import claims
 
@@ -59,6 +60,17 @@ def test_the_table_and_the_figure(tmp_path):
     assert conflict.agreement(made_up()["judge/0/0"], "aesthetics", whole=True) == pytest.approx((0.9, 0.05))
     conflict.draw(made_up(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_tables_are_put_where_their_command_is_named(tmp_path):
+    page = tmp_path / "page.md"
+    of_x, of_y = (
+        f"<!-- python -m benchmarks.{name} -->\n\n{text}\n\n<!-- up to here -->\n" for name, text in ("x1", "y2")
+    )
+    page.write_text("a\n\n" + of_x + "\nb\n" + of_y)
+    before = page.read_text()
+    fill(page, "| new |", "x")
+    assert page.read_text() == before.replace("\n1\n", "\n| new |\n")
 
 
 def test_a_coin_prefers_nothing():
