@@ -251,7 +251,9 @@ def main() -> None:
                 file.write(json.dumps(found) + "\n")
             print(name, f"{found['cpu_s']} s", flush=True)
     records = claims.read(RECORDS)
-    tables = "\n\n".join((choices_table(), answers(records), told_table(records)))
+    left = [name for name in EXPERIMENTS if name not in records]
+    rest = [f"Not run yet: {', '.join(left)}."] if left else [answers(records), told_table(records)]
+    tables = "\n\n".join((choices_table(), *rest))
     fill(PAGE, tables, "design_choices")
     print(tables)
 
