@@ -1,8 +1,8 @@
 """Does a conflict of layout and aesthetics in the labels cost whole pictures more than steps? The flow toy, by share.
 
-    python -m benchmarks.conflict                        # what is missing of all runs, then the table and the figure
+    python -m benchmarks.conflict                        # what is missing of all runs, then the figure and the tables
     python -m benchmarks.conflict --run spo/0.25/1       # one run again; prints its record
-    python -m benchmarks.conflict --draw                 # the table and the figure of the records
+    python -m benchmarks.conflict --draw                 # the figure and the tables in docs/toy.md, of the records
 
 The paper's reason for comparing steps: people's labels of whole pictures are about layout too, which often contradicts
 looks, while children of one x_t differ in looks alone. So the conflict is varied here. Its share is that of the pairs
@@ -15,17 +15,18 @@ pairs, each on BUDGET counted forwards, half of the claims'. Each method has a r
 claims' grid and rule on the tuning prompts (with the pairs and the judge of seed 0). Half an hour of CPU in all.
 
 Asked, and how it is judged (written before the runs). Gain: true aesthetics of the claims' pictures above the base's.
-A seed has one slope of gain against share for each method (least squares over the five shares).
-1. Does Diffusion-DPO gain less, the more labels conflict? 2. Does SPO? The mean slope of the three seeds, with the 95 %
-interval of Student's t (2 degrees of freedom): yes if all of it is below 0, no if above, else undecided.
-3. The paper's: does SPO lose a smaller part of its gain? Each slope over its method's mean gain at share 0; SPO's less
-Diffusion-DPO's, paired by seed, the same interval: yes if above 0, no if below. 4. Is SPO above Diffusion-DPO at the
-largest share? The claims' rule for three seeds.
+1. Does Diffusion-DPO gain less, the more labels conflict? 2. Does SPO? The slope of gain against share, least squares
+over the runs of all shares and seeds, with its 95 % interval (Student's t, two degrees of freedom fewer than runs): yes
+if all of it is below 0, no if above, else undecided.
+3. The paper's: does SPO lose a smaller part of its gain? The same of (SPO's gain over its mean gain at share 0) less
+(Diffusion-DPO's over its own), paired by seed: yes if above 0, no if below. 4. Is SPO above Diffusion-DPO at the
+largest share? The claims' rule, from three seeds on.
 
 Changed after four runs: at first the claims' budget was spent at the rates that they chose on the toy's own labels. At
 shares 0 and .125 (results/conflict_superseded.jsonl, seed 0) SPO gained +.63 and -.10, Diffusion-DPO +2.67 and +1.62;
 SPO's pictures had stripes again, though its judges were right about children more often than the shipped one: a rate
-that suits one judge is too high for another. Hence the grid; and half of the budget, to pay for it.
+that suits one judge is too high for another. Hence the grid; and half of the budget, to pay for it. And after some runs
+of the grid: slopes were to be one a seed, which says nothing of fewer than three; now they are of all runs there are.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ import torch
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
 from benchmarks import mechanism
-from benchmarks.records import RESULTS
+from benchmarks.records import DOCS, RESULTS, fill
 from spo_fast import train
 from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
@@ -62,8 +63,9 @@ CAPTIONED, CAPTION_EPOCHS = 16_384, 3
 CLEAN = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives", "--learning_rate", "1e-3")
 QUIET = ("--validation_steps", "100000", "--num_workers", "1")
 BUDGET = claims.BUDGET // 2
-T_95 = 4.303  # Student's t of three numbers, both sides
-RECORDS, FIGURE = RESULTS / "conflict.jsonl", RESULTS / "conflict.png"
+# Student's t of so many runs (shares by seeds), two degrees of freedom fewer, both sides
+T_95 = {3: 12.706, 4: 4.303, 5: 3.182, 6: 2.776, 8: 2.447, 9: 2.365, 10: 2.306, 12: 2.228, 15: 2.160}
+RECORDS, FIGURE, PAGE = RESULTS / "conflict.jsonl", RESULTS / "conflict.png", DOCS / "toy.md"
 BASE = RESULTS / "toy_flow_claims.jsonl"  # its scores are there
 
 
@@ -143,15 +145,15 @@ def of_share(share: float, records: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def missing(records: Mapping[str, Any]) -> Iterator[tuple[str, float, int, float | None]]:
-    """(judge or method, share, seed, rate) of runs without a record: judges and rates of the first seed, then seeds."""
-    wanted: list[tuple[str, float, int, float | None]] = [("judge", share, SEEDS[0], None) for share in SHARES]
-    for share, name in itertools.product(SHARES, METHODS):
-        if (rate := next_rate(name, of_share(share, records))) is not None:
-            wanted.append((name, share, TUNING_SEED, rate))
+    """(judge or method, share, seed, rate) of runs without a record, seed by seed; a share's rates before its runs."""
     for seed, share in itertools.product(SEEDS, SHARES):
-        wanted.append(("judge", share, seed, None))
-        wanted += [(name, share, seed, chosen_rate(name, of_share(share, records))) for name in METHODS]
-    yield from (run for run in wanted if key(*run) not in records)
+        known = of_share(share, records)
+        wanted: list[tuple[str, float, int, float | None]] = [("judge", share, seed, None)]
+        for name in METHODS:
+            rate = next_rate(name, known)
+            run = (seed, chosen_rate(name, known)) if rate is None else (TUNING_SEED, rate)
+            wanted.append((name, share, *run))
+        yield from (run for run in wanted if key(*run) not in records)
 
 
 def made(work: Path, what: str, share: float, seed: int, rate: float | None) -> dict[str, Any]:
@@ -176,40 +178,45 @@ def gains(name: str, share: float, records: Mapping[str, Any], score: str = "aes
     return [(run[0] - base[0], math.hypot(run[1], base[1])) for run in runs]
 
 
-def slopes(name: str, records: Mapping[str, Any]) -> list[float]:
-    """Gain by share, one of each seed."""
-    by_share = [[gain for gain, _ in gains(name, share, records)] for share in SHARES]
-    return [statistics.linear_regression(SHARES, of_seed).slope for of_seed in zip(*by_share, strict=True)]
+def shares_of(records: Mapping[str, Any]) -> list[float]:
+    """Those that have runs of both methods."""
+    return [share for share in SHARES if all(gains(name, share, records) for name in METHODS)]
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean of three seeds and its 95 % interval."""
-    mean, off = statistics.fmean(values), T_95 * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - off, mean + off
+def slope(shares: list[float], values: list[list[float]]) -> tuple[float, float]:  # [share][seed]
+    """Of values against the share, least squares over all, and half of its 95 % interval."""
+    points = [(share, value) for share, of in zip(shares, values, strict=True) for value in of]
+    x, y = map(list, zip(*points, strict=True))
+    line, mean = statistics.linear_regression(x, y), statistics.fmean(x)
+    left = sum((b - line.intercept - line.slope * a) ** 2 for a, b in points)
+    error = math.sqrt(left / (len(x) - 2) / sum((a - mean) ** 2 for a in x))
+    return line.slope, T_95[len(x)] * error
 
 
 def answers(records: Mapping[str, Any]) -> str:
-    """The four questions of the module's head."""
-    rows = [["question", "mean of three seeds, 95 % interval", "answer"]]
+    """The four questions of the module's head, by the seeds that all shares have."""
+    shares = shares_of(records)
+    found = {n: [[gain for gain, _ in gains(n, share, records)] for share in shares] for n in METHODS}
+    seeds = min(len(of) for by_share in found.values() for of in by_share)
+    found = {name: [of[:seeds] for of in by_share] for name, by_share in found.items()}
+    rows = [["question", f"{len(shares)} shares, {seeds} seed{'s' * (seeds > 1)}: slope, 95 % interval", "answer"]]
 
-    def told(question: str, values: list[float], yes_below: bool) -> None:
-        mean, low, high = interval(values)
+    def told(question: str, values: list[list[float]], yes_below: bool) -> None:
+        mean, off = slope(shares, values)
         below, above = ("yes", "no") if yes_below else ("no", "yes")
-        says = below if high < 0 else above if low > 0 else "undecided"
-        rows.append([question, f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", says])
+        says = below if mean < -off else above if mean > off else "undecided"
+        rows.append([question, f"{mean:+.2f} ({mean - off:+.2f} to {mean + off:+.2f})", says])
 
-    found = {name: slopes(name, records) for name in METHODS}
     told("Diffusion-DPO gains less where more labels conflict: points of 10 for a share of 1", found["dpo"], True)
     told("SPO gains less where more labels conflict: points of 10 for a share of 1", found["spo"], True)
-    parts = {n: [s / statistics.fmean(g for g, _ in gains(n, 0.0, records)) for s in found[n]] for n in METHODS}
-    less = [a - b for a, b in zip(parts["spo"], parts["dpo"], strict=True)]
-    told("SPO loses a smaller part of its gain: difference of these slopes over the gain at 0", less, False)
-    most = [gains(name, SHARES[-1], records) for name in METHODS]
+    spo, dpo = ([[gain / statistics.fmean(of[0]) for gain in gains] for gains in of] for of in found.values())
+    less = [[a - b for a, b in zip(*both, strict=True)] for both in zip(spo, dpo, strict=True)]
+    told("SPO loses a smaller part of its gain at 0: parts of it for a share of 1", less, False)
+    most = [gains(name, shares[-1], records)[:seeds] for name in METHODS]
     gaps = [(a - b, math.hypot(x, y)) for (a, x), (b, y) in zip(*most, strict=True)]
     mean, error = over_seeds(*map(list, zip(*gaps, strict=True)))
-    rows.append(
-        [f"SPO is above Diffusion-DPO at {SHARES[-1]:g}: points of 10", f"{mean:+.2f} ± {error:.2f}", said(gaps)]
-    )
+    last = f"SPO is above Diffusion-DPO at {shares[-1]:g}: points of 10, not a slope"
+    rows.append([last, f"{mean:+.2f} ± {error:.2f}", said(gaps).replace("not run", "fewer than three seeds")])
     return markdown(rows)
 
 
@@ -224,30 +231,25 @@ def agreement(record: Mapping[str, Any], name: str, whole: bool = False) -> tupl
 
 
 def table(records: Mapping[str, Any]) -> str:
-    """A row a share: gains of both methods, and how the judge of seed 0 agrees."""
-    heads = [f"{name}: {score}" for name in METHODS for score in ("aesthetics", "of each seed", "layout")]
-    judged = ["judge agrees with its labels, t = 0", "with aesthetics, children", "whole pictures", "pairs kept by spo"]
-    rows = [["share", *heads, *judged]]
+    """A row a share: both methods' rates and gains, and how the judge of seed 0 agrees."""
+    heads = [f"{name}: {what}" for name in METHODS for what in ("rate", "aesthetics", "of each seed", "layout")]
+    rows = [["share", *heads, "SPO's judge right: its labels, t = 0", "aesthetics of children", "of whole pictures"]]
     for share in SHARES:
         row = [f"{share:g}"]
         for name in METHODS:
             found, layout = gains(name, share, records), gains(name, share, records, "layout")
-            means = [
-                over_seeds(*map(list, zip(*of, strict=True))) if of else (math.nan, math.nan) for of in (found, layout)
-            ]
-            row += [
-                f"{means[0][0]:+.2f} ± {means[0][1]:.2f}",
-                ", ".join(f"{g:+.2f}" for g, _ in found),
-                f"{means[1][0]:+.3f}",
-            ]
+            if not found:
+                row += ["", "not run", "", ""]
+                continue
+            rate = records[key(name, share, SEEDS[0])]["learning_rate"]
+            looks, kept = (over_seeds(*map(list, zip(*of, strict=True))) for of in (found, layout))
+            row += [f"{rate:g}", "{:+.2f} ± {:.2f}".format(*looks), ", ".join(f"{g:+.2f}" for g, _ in found)]
+            row.append(f"{kept[0]:+.3f}")
         judges = [records[key("judge", share, seed)] for seed in SEEDS if key("judge", share, seed) in records]
-        runs = [records[key("spo", share, seed)] for seed in SEEDS if key("spo", share, seed) in records]
-        right = [r["accuracy"]["trained"]["0"][0] for r in judges]
-        row.append(f"{statistics.fmean(right):.2f}" if right else "")
-        row += [
-            "{:.2f} ± {:.2f}".format(*agreement(judges[0], "aesthetics", w)) if judges else "" for w in (False, True)
-        ]
-        rows.append([*row, f"{statistics.fmean(r['pairs'] for r in runs):,.0f}" if runs else ""])
+        row.append(f"{statistics.fmean(r['accuracy']['trained']['0'][0] for r in judges):.2f}" if judges else "")
+        for whole in (False, True):
+            row.append("{:.2f} ± {:.2f}".format(*agreement(judges[0], "aesthetics", whole)) if judges else "")
+        rows.append(row)
     return markdown(rows)
 
 
@@ -259,12 +261,13 @@ def draw(records: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (looks, layouts, judged) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    shares = shares_of(records)
     for axes, score in ((looks, "aesthetics"), (layouts, "layout")):
         for name, label in (("spo", "SPO, judge of the same pairs"), ("dpo", "Diffusion-DPO")):
-            found = [gains(name, share, records, score) for share in SHARES]
+            found = [gains(name, share, records, score) for share in shares]
             means, errors = zip(*(over_seeds(*map(list, zip(*of, strict=True))) for of in found), strict=True)
-            (line, *_) = axes.errorbar(SHARES, means, errors, fmt="o-", ms=4, capsize=2, label=label)
-            for share, of in zip(SHARES, found, strict=True):
+            (line, *_) = axes.errorbar(shares, means, errors, fmt="o-", ms=4, capsize=2, label=label)
+            for share, of in zip(shares, found, strict=True):
                 axes.plot([share] * len(of), [gain for gain, _ in of], ".", ms=3, color=line.get_color(), alpha=0.5)
         axes.axhline(0, color="#8888", lw=0.8, zorder=0)
     children = [records[key("judge", share, SEEDS[0])] for share in SHARES]
@@ -306,12 +309,14 @@ def main() -> None:
             file.write(json.dumps(found) + "\n")
         print(key(*run), found.get("aesthetics"), f"{found['cpu_s']} s", flush=True)
     records = claims.read(RECORDS)
-    print(table(records))
     if left := list(missing(records)):
-        print(f"\nNot run yet: {len(left)} or more, {key(*left[0])} first.")
+        print(f"Not run yet: {len(left)} or more, {key(*left[0])} first.")
+    if len(shares_of(records)) < 3:
         return
     draw(records, FIGURE)
-    print("", answers(records), sep="\n")
+    tables = table(records) + "\n\n" + answers(records)
+    fill(PAGE, tables, "conflict")
+    print(tables)
 
 
 if __name__ == "__main__":

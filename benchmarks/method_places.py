@@ -6,19 +6,16 @@ python -m benchmarks.method_places     # writes it from the records of toy/claim
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RESULTS
+from benchmarks.records import DOCS, RESULTS, fill
 from spo_fast.config.methods import METHODS
 from spo_fast.config.tables import markdown
-from spo_fast.data.files import write_atomically
 from spo_fast.toy import claims
 from spo_fast.toy.claim_tables import OWN, SEEDS, over_seeds, runs_on, seeds_of
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+PAGE = DOCS / "methods.md"
 RECORDS = RESULTS / "toy_claims.jsonl", RESULTS / "toy_flow_claims.jsonl"
-START, END = "<!-- python -m benchmarks.method_places -->\n\n", "\n\n<!-- up to here -->"
 CHOOSE = {
     "spo": (
         "best and worst of the children of one x_t",
@@ -81,9 +78,8 @@ def table(records: Mapping[str, Any], flow: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """The command."""
-    text = PAGE.read_text(encoding="utf-8")
-    (before, rest), found = text.split(START), table(*(claims.current(claims.read(path)) for path in RECORDS))
-    write_atomically(PAGE, before + START + found.rstrip("\n") + END + rest.split(END)[1])
+    found = table(*(claims.current(claims.read(path)) for path in RECORDS))
+    fill(PAGE, found, "method_places")
     print(found, end="")
 
 

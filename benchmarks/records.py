@@ -20,7 +20,8 @@ from spo_fast.config.tables import columns
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes", "xformers")
-RESULTS = Path(__file__).parent / "results"
+RESULTS, DOCS = Path(__file__).parent / "results", ROOT / "docs"
+UP_TO_HERE = "\n\n<!-- up to here -->"
 GPU_FIELDS = {  # ours: nvidia-smi's
     "name": "name",
     "driver": "driver_version",
@@ -171,6 +172,15 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def fill(page: Path, text: str, module: str) -> None:
+    """Puts a module's tables into a page, between the comment that names its command and UP_TO_HERE."""
+    start = f"<!-- python -m benchmarks.{module} -->\n\n"
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    draft = page.with_suffix(".tmp")
+    draft.write_text(before + start + text + UP_TO_HERE + rest.split(UP_TO_HERE, 1)[1], encoding="utf-8")
+    os.replace(draft, page)
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

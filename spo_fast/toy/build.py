@@ -33,16 +33,7 @@ from spo_fast import train, train_spm
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
 from spo_fast.evaluation.statistics import Estimate, estimate
-from spo_fast.models.files.toy import (
-    FLOW_WEIGHTS,
-    MAX_LENGTH,
-    SCALING,
-    SIZES,
-    WEIGHTS,
-    Size,
-    save_pipeline,
-    toy_parts,
-)
+from spo_fast.models.files.toy import FLOW_WEIGHTS, MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
 from spo_fast.scorers.clip_files import load_any_clip, save_clip
 from spo_fast.toy import evaluate

@@ -99,6 +99,18 @@ def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 
 # ---------------------------------------------------------------------------------------------------- a run
 
 
+def _endless() -> list[str]:
+    """Flags of a run that its budget ends, and that is not looked at on the way."""
+    return ["--num_validation_images", "0", "--num_train_epochs", "100000", "--checkpointing_steps", "100000000"]
+
+
+def _as_flags(settings: Mapping[str, object]) -> list[str]:
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--no-{name}"] if value is False else [f"--{name}", *map(str, _listed(value))]
+    return flags
+
+
 def cell(
     name: str,
     seed: int,
@@ -116,10 +128,8 @@ def cell(
     if given is None:
         raise ValueError(f"--cell {name}: this method is refused on a flow model.")
     settings = {k: v.format(**materials(work, v)) if isinstance(v, str) else v for k, v in given.items()}
-    arguments = [*toy_flags(work), "--seed", str(seed), "--num_validation_images", "0", "--num_train_epochs", "100000"]
-    arguments += ["--checkpointing_steps", "100000000"]
-    for flag, value in (settings | more | ({"learning_rate": learning_rate} if learning_rate else {})).items():
-        arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *map(str, _listed(value))]
+    settings |= more | ({"learning_rate": learning_rate} if learning_rate else {})
+    arguments = [*toy_flags(work), "--seed", str(seed), *_endless(), *_as_flags(settings)]
     with tempfile.TemporaryDirectory(dir=work) as directory:
         run: Run = train.build(train.parse([*arguments, "--output_dir", directory]))
         if contender.random_picks:
@@ -141,7 +151,7 @@ def cell(
         run.after_iteration = until_spent
         started, started_wall = time.process_time(), time.monotonic()
         run.train()
-        cpu_s, wall_s = time.process_time() - started, time.monotonic() - started_wall
+        took = {"cpu_s": time.process_time() - started, "wall_s": time.monotonic() - started_wall}
         if meter.spent < budget:
             raise RunError(f"{name} was stopped before its budget was spent, so it is not recorded.")
         meter.on = False
@@ -159,8 +169,7 @@ def cell(
         "iterations": state.iteration,
         "optimizer_steps": state.optimizer_steps,
         "pairs": state.pairs,
-        "cpu_s": round(cpu_s, 1),
-        "wall_s": round(wall_s, 1),
+        **{name: round(seconds, 1) for name, seconds in took.items()},
     }
 
 
