@@ -93,6 +93,12 @@ def test_memory_is_predicted_of_the_largest() -> None:
     assert chosen.engine.cuda_graphs is False and "several sizes" in why["cuda_graphs"]
 
 
+def test_a_dry_run_refuses_a_smaller_size_too() -> None:
+    odd: dict[str, Any] = {"resolutions": ("16x16", "17x15")}
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        predict(PRESETS["toy-flow"]().with_fields(**odd))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -41,7 +41,7 @@ class Run(Parts):
         return self.run_dir
 
     def _train(self, timer: Timer) -> None:
-        check_sizes(self)
+        check_sizes(self.cfg, self.model)
         if self.group.main:
             opening.announce(self)
         with timer("encode prompts"):

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 from spo_fast.config.sections import FLOWS
 
 if TYPE_CHECKING:
+    from spo_fast.config.training import Config
+    from spo_fast.models.diffusion import DiffusionModel
     from spo_fast.training.setup import Parts
 
 
-def check_sizes(run: Parts) -> None:
+def check_sizes(cfg: Config, model: DiffusionModel) -> None:
     """Raises ValueError for a size of --resolutions that the model cannot make."""
-    own = run.model.height, run.model.width
-    for size in (*run.cfg.data.sizes, own):
-        run.model.take_size(*size)
+    own = model.height, model.width
+    for size in (*cfg.data.sizes, own):
+        model.take_size(*size)
 
 
 @contextlib.contextmanager

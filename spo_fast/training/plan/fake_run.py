@@ -34,6 +34,7 @@ from spo_fast.training.plan.held_bytes import HeldBytes
 from spo_fast.training.plan.networks import Networks
 from spo_fast.training.processes import ALONE
 from spo_fast.training.signals import StopRequest
+from spo_fast.training.sizes import check_sizes
 
 if TYPE_CHECKING:
     from spo_fast.config.training import Config, SampleConfig
@@ -72,6 +73,7 @@ class FakeRun(Iterates):
         self.group, self.stop = ALONE, StopRequest(cfg.run.stop_seconds)
         self.model, self.policy, self.scorer = networks.model, networks.policy, networks.scorer
         self.device, self.decode = self.model.device, self.model.decode
+        check_sizes(cfg, self.model)
         recompute(self.policy, cfg)
         self.objective, B = make_objective(cfg.objective), cfg.sample.sample_batch_size
         self.table, self.shown_table = self.make_table(), self.model.table(cfg.sample.num_steps, 0.0)
