@@ -126,9 +126,9 @@ def test_the_weights_are_named_as_they_are_written(tmp_path: Path, settings: dic
 def test_process_0_alone_ends_a_run_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = built(tmp_path / "run", max_train_minutes=1e-9)
     run.began, run.group = 0.0, Group(rank=1, size=2)
-    assert not run.ends() and capsys.readouterr().out == ""
+    assert not run.is_out_of_time() and capsys.readouterr().out == ""
     run.group = Group(rank=0, size=2)
-    assert run.ends() and "max_train_minutes=1e-09 have passed" in capsys.readouterr().out
+    assert run.is_out_of_time() and "max_train_minutes=1e-09 have passed" in capsys.readouterr().out
 
 
 def test_the_bar_is_there_before_the_first_iteration_and_has_its_eta_after_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_grids_during_training(shown_run: Path) -> None:
     assert len(set(scores)) == ITERATIONS and all(map(math.isfinite, scores))
     grids = samples(shown_run)
     steps = {f"step-{i + 1}.png" for i in range(ITERATIONS)}
-    assert grids.keys() == {"before.png", "before.json", "after.png", "strengths.png", *steps}
+    assert grids.keys() == {"before.png", "before.json", "prompts.json", "after.png", "strengths.png", *steps}
     assert len({grids[f"step-{i + 1}.png"] for i in range(ITERATIONS)} | {grids["before.png"]}) == ITERATIONS + 1
     assert grids["after.png"] == grids[f"step-{ITERATIONS}.png"]
     with Image.open(shown_run / "samples" / "step-2.png") as image:
@@ -207,7 +207,7 @@ def test_resumed_without_grids_keeps_none_of_what_it_repeats(shown_run: Path, tm
     copy = shutil.copytree(shown_run, tmp_path / "run")
     settings = {**GRIDS, "num_validation_images": 0}
     run_toy(copy, resume_from_checkpoint=copy / "checkpoint-2", **settings)
-    assert samples(copy).keys() == {"before.png", "before.json", "step-1.png", "step-2.png"}
+    assert samples(copy).keys() == {"before.png", "before.json", "prompts.json", "step-1.png", "step-2.png"}
     assert [r.get("validation_score") for r in facts(copy)][2:] == [None, None]
 
 
