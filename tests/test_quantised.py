@@ -302,7 +302,7 @@ def test_the_printed_error_is_what_the_rounded_weights_change(how, tmp_path, mon
 
 def test_a_flows_timesteps_are_told_as_whole_numbers(tmp_path, capsys):
     run_toy(tmp_path / "run", model="toy-flow", base_weights="fp8", num_steps=8, max_train_steps=1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"  \S+ at ", line)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"  .*: \S+ at \d", line)]
     told = [part.split(" at ")[1] for line in lines for part in line.split(", ")]
     assert len(lines) == 2 and len(told) == 8 and all(t.isdigit() for t in told)
 
