@@ -12,7 +12,7 @@ the shipped one was: on clean pictures for CLEAN_EPOCHS, then on x0 estimates of
 pairs, about a CPU minute for every share. It starts from a CLIP that has seen captions and no preference (pairs whose
 labels are a coin's), since the shipped PickScore knows other labels. SPO trains with it, and Diffusion-DPO on the same
 pairs, each on BUDGET counted forwards, half of the claims'. Each method has a rate of its own for each share, by the
-claims' grid and rule on the tuning prompts (with the pairs and the judge of seed 0). Half an hour of CPU in all.
+claims' grid and rule on the tuning prompts (with the pairs and the judge of seed 0).
 
 Asked, and how it is judged (written before the runs). Gain: true aesthetics of the claims' pictures above the base's.
 1. Does Diffusion-DPO gain less, the more labels conflict? 2. Does SPO? The slope of gain against share, least squares
@@ -51,6 +51,7 @@ from benchmarks.records import DOCS, RESULTS, fill
 from spo_fast import train
 from spo_fast.config.tables import markdown
 from spo_fast.data import toy_world
+from spo_fast.evaluation.statistics import student
 from spo_fast.models.files.toy import FLOW_WEIGHTS
 from spo_fast.scorers.clip_files import save_clip
 from spo_fast.toy import build, claims
@@ -63,8 +64,6 @@ CAPTIONED, CAPTION_EPOCHS = 16_384, 3
 CLEAN = ("--noise", "none", "--no-time_conditioned", "--in_batch_negatives", "--learning_rate", "1e-3")
 QUIET = ("--validation_steps", "100000", "--num_workers", "1")
 BUDGET = claims.BUDGET // 2
-# Student's t of so many runs (shares by seeds), two degrees of freedom fewer, both sides
-T_95 = {3: 12.706, 4: 4.303, 5: 3.182, 6: 2.776, 8: 2.447, 9: 2.365, 10: 2.306, 12: 2.228, 15: 2.160}
 RECORDS, FIGURE, PAGE = RESULTS / "conflict.jsonl", RESULTS / "conflict.png", DOCS / "toy.md"
 BASE = RESULTS / "toy_flow_claims.jsonl"  # its scores are there
 
@@ -190,7 +189,7 @@ def slope(shares: list[float], values: list[list[float]]) -> tuple[float, float]
     line, mean = statistics.linear_regression(x, y), statistics.fmean(x)
     left = sum((b - line.intercept - line.slope * a) ** 2 for a, b in points)
     error = math.sqrt(left / (len(x) - 2) / sum((a - mean) ** 2 for a in x))
-    return line.slope, T_95[len(x)] * error
+    return line.slope, student(len(x) - 2) * error
 
 
 def answers(records: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Which of the paper's design choices matter on the toys; and of those that do not, a reason, tested.
 
-    python -m benchmarks.design_choices                  # what is missing, six CPU minutes; the tables of docs/toy.md
+    python -m benchmarks.design_choices                  # what is missing; the tables of docs/toy.md
     python -m benchmarks.design_choices --run high/0     # one of them again; prints its record
     python -m benchmarks.design_choices --tables         # the tables of the records
 
@@ -45,7 +45,7 @@ from benchmarks import mechanism
 from benchmarks.records import DOCS, RESULTS, fill
 from spo_fast import train
 from spo_fast.config.tables import markdown
-from spo_fast.evaluation.statistics import estimate
+from spo_fast.evaluation.statistics import estimate, student
 from spo_fast.method.rollout import best_and_worst
 from spo_fast.toy import claims
 from spo_fast.toy.claim_tables import CLAIMS, OWN, bounds, chosen_rate, curve_of, paired, said, seeds_of
@@ -62,7 +62,6 @@ CHOICES = {
     "larger steps (inner steps) are better for a strong model": "inner steps",
 }
 SEEDS, ROUNDS, HARDLY = (0, 1, 2), 2, 0.16
-T_95 = 4.303  # Student's t of three numbers, both sides
 Z_95 = 1.96
 STARTS = ("winner", "random", "loser")
 SETTINGS = [(k, inner) for k in (2, 4) for inner in (3, 0)]
@@ -200,7 +199,7 @@ def answers(records: Mapping[str, Any]) -> str:
     rows.append(["random next start", "the start hardly changes which pictures are compared", text, holds])
     runs = [records[f"high/{seed}"] for seed in SEEDS]
     gains = [r["aesthetics"][0] - base["aesthetics"][0] for r in runs]
-    mean, off = statistics.fmean(gains), T_95 * statistics.stdev(gains) / math.sqrt(len(gains))
+    mean, off = statistics.fmean(gains), student(len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
     half = [curve_of(r, known)[1]["aesthetics"][0] for r in seeds_of("spo", known)]
     spo = statistics.fmean(half) - base["aesthetics"][0]
     layout = statistics.fmean(r["layout"][0] for r in runs) - base["layout"][0]

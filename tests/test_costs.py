@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.counters import CountFlops, LiveStorage
 from spo_fast.training.plan.fake_run import predict
 from spo_fast.training.plan.fit_memory import choose
+from spo_fast.training.plan.once import Once
 
 # the toy at its own size, its batches smaller than the preset's
 TOY: dict[str, Any] = {
@@ -395,6 +397,18 @@ def test_flops_are_twice_the_products():
         assert flops.total == conv + linear
         z.sum().backward()  # frozen weights: one product each, for the inputs
         assert flops.total == 2 * (conv + linear)
+
+
+def test_a_product_added_in_place_is_counted_and_remembered():
+    """PyTorch remembers the fake outcome of no operator with out=, which would take a third of a count's time."""
+    once = Once()
+    y, x, weight = (once.empty(*shape, dtype=torch.float32) for shape in ((3, 7), (3, 5), (5, 7)))
+    refused = Counter(FakeTensorMode.cache_info().bypasses)
+    with once.live:
+        assert torch.addmm(y, x, weight, beta=0.5, out=y) is y
+        other = torch.addmm(y, x, weight, out=once.empty(3, 7, dtype=torch.float32))  # into another: as it is
+    assert other is not y and once.live.flops == 2 * (2 * 3 * 5 * 7)
+    assert (Counter(FakeTensorMode.cache_info().bypasses) - refused)["kwarg aliases output"] == 1
 
 
 # ------------------------------------------------------------------------------------------------- what is kept

@@ -16,7 +16,7 @@ from spo_fast.models.device import GIB, Device, found_device
 from spo_fast.training import opening
 from spo_fast.training.monitor.progress import ProgressLine
 from spo_fast.training.plan import dry_run
-from spo_fast.training.plan.fake_run import predict
+from spo_fast.training.plan.counted import predict
 from spo_fast.training.processes import Group
 
 
@@ -105,10 +105,13 @@ def test_it_fits_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None
     assert [line for line in plain.getvalue().splitlines() if len(line) > opening.WIDTH] == [f"       ({path})"]
 
 
-def test_memory_is_that_of_the_dry_run(tmp_path: Path) -> None:
+def test_memory_is_that_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = built(tmp_path / "run", cuda_graphs=False)
     device = Device("a pretended GPU", "cuda", 10 * GIB)
-    text, peak = opening.memory_text(run.cfg, device, run.model.resolved), predict(run.cfg, run.model.resolved).peak
+    assert opening.memory_text(run.cfg, device, run.model.resolved).startswith("a pretended GPU")  # not counted for it
+    peak = predict(run.cfg, run.model.resolved).peak
+    text = opening.memory_text(run.cfg, device, run.model.resolved)
     assert text.startswith(f"{peak / 2**20:.1f} MiB predicted, ") and text.endswith("; a pretended GPU with 10.0 GiB")
     assert "predicted," not in opening.memory_text(run.cfg, found_device(run.device), run.model.resolved)
 

@@ -19,7 +19,7 @@ from spo_fast.models.files.sources import Resolved, network_part
 from spo_fast.training.monitor.progress import is_terminal
 from spo_fast.training.outputs import WORKFLOW
 from spo_fast.training.pair_batches import repeated
-from spo_fast.training.plan.counted import predict
+from spo_fast.training.plan.counted import known
 from spo_fast.training.plan.whole_run import measured_before
 from spo_fast.training.verdicts import BEST
 
@@ -121,10 +121,10 @@ def time_text(cfg: Config, device: Device, iterations: int) -> str:
 
 
 def memory_text(cfg: Config, device: Device, resolved: Resolved) -> str:
-    """Predicted and there. On a CPU nothing plans with it, so it is not counted here, which takes seconds."""
-    if device.usable_bytes is None:
+    """Predicted and there. Counting takes seconds, so it is said where it was counted to choose the settings."""
+    costs = None if device.usable_bytes is None else known(cfg, resolved, device.type)
+    if costs is None or device.usable_bytes is None:
         return f"{memory_there(device)}; what the run needs --dry_run predicts"
-    costs = predict(cfg, resolved, device.type)
     unknown = f" without {' and '.join(costs.unknown)}" if costs.unknown else ""
     return (
         f"{size_text(costs.peak)} predicted{unknown}, {size_text(device.usable_bytes)} usable; {memory_there(device)}"

@@ -37,18 +37,23 @@ NOT_COUNTED = ("run", "data", "pairs")
 def predict(cfg: Config, resolved: Resolved | None = None, device_type: str = "cuda") -> Costs:
     """As fake_run.predict: what was counted before, or counted now and kept. A file that cannot be read or written
     makes no difference but time."""
-    file = kept_file(cfg, resolved, device_type)
-    if file is not None and (known := read(file)) is not None:
-        return known
+    if (before := known(cfg, resolved, device_type)) is not None:
+        return before
     from spo_fast.models.unasked import import_networks
 
     import_networks()
     from spo_fast.training.plan import fake_run
 
     found = fake_run.predict(cfg, resolved, device_type)
-    if file is not None:
+    if (file := kept_file(cfg, resolved, device_type)) is not None:
         keep(file, found)
     return found
+
+
+def known(cfg: Config, resolved: Resolved | None, device_type: str) -> Costs | None:
+    """What was counted before, without counting; None if nothing was, or it could not be kept."""
+    file = kept_file(cfg, resolved, device_type)
+    return None if file is None else read(file)
 
 
 def kept_file(cfg: Config, resolved: Resolved | None, device_type: str) -> Path | None:

@@ -32,7 +32,7 @@ class Counting(LiveStorage):
     """Live bytes, and FLOPs, of an iteration whose numbers are fake and whose indices are real: scores come in order,
     and every comparison counts when a rollout reads it.
 
-    One mode for all of it: each costs a fifth of a fake operator. empty: makes a fake tensor of a shape and a type.
+    One mode for all of it, as every operator goes through each. empty: makes a fake tensor of a shape and a type.
     """
 
     def __init__(self, block: int, empty: Callable[..., Tensor]):
@@ -52,7 +52,7 @@ class Counting(LiveStorage):
         if func is _aten.nonzero.default and isinstance(args[0], FakeTensor):
             return torch.ones(args[0].shape).nonzero()
         if func is _aten.addmm.out and kwargs["out"] is args[0] and isinstance(args[0], FakeTensor):
-            # the same product, whose fake outcome PyTorch remembers: of .out forms it remembers none (2.10 to 2.13)
+            # the same product, whose fake outcome PyTorch remembers: of .out forms it remembers none (2.13)
             scales = {name: value for name, value in kwargs.items() if name != "out"}
             return _aten.addmm_.default(*args, **scales)
         out = func(*args, **kwargs)
