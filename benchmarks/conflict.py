@@ -55,7 +55,7 @@ from spo_fast.evaluation.statistics import student
 from spo_fast.models.files.toy import FLOW_WEIGHTS
 from spo_fast.scorers.clip_files import save_clip
 from spo_fast.toy import build, claims
-from spo_fast.toy.claim_tables import OWN, TUNING_SEED, chosen_rate, next_rate, over_seeds, said
+from spo_fast.toy.claim_tables import LOOKS, OWN, TUNING_SEED, chosen_rate, next_rate, over_seeds, said, verdict
 
 SHARES, SEEDS, METHODS = (0.0, 0.125, 0.25, 0.375, 0.5), (0, 1, 2), ("spo", "dpo")
 NATURAL = 0.27  # of 8,192 pairs by toy_world.draw_pairs
@@ -144,8 +144,11 @@ def of_share(share: float, records: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def missing(records: Mapping[str, Any]) -> Iterator[tuple[str, float, int, float | None]]:
-    """(judge or method, share, seed, rate) of runs without a record, seed by seed; a share's rates before its runs."""
-    for seed, share in itertools.product(SEEDS, SHARES):
+    """(judge or method, share, seed, rate) of runs without a record, seed by seed; a share's rates before its runs.
+    Then more seeds of the largest share, while it is undecided there which method is above."""
+    whole = all(key(what, share, seed) in records for what in METHODS for share in SHARES for seed in SEEDS)
+    more = range(len(SEEDS), next_look(records) if whole else 0)
+    for seed, share in [*itertools.product(SEEDS, SHARES), *((seed, SHARES[-1]) for seed in more)]:
         known = of_share(share, records)
         wanted: list[tuple[str, float, int, float | None]] = [("judge", share, seed, None)]
         for name in METHODS:
@@ -170,10 +173,24 @@ def made(work: Path, what: str, share: float, seed: int, rate: float | None) -> 
 # ---------------------------------------------------------------------------------------------------- what they say
 
 
+def next_look(records: Mapping[str, Any]) -> int:
+    """How many seeds question 4 needs next; 0 if it is answered, or gets no more."""
+    gaps = at_most(records)
+    left = [look for look in LOOKS if look > len(gaps)]
+    return left[0] if left and verdict(gaps) == "undecided" else 0
+
+
+def at_most(records: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """SPO's gain less Diffusion-DPO's at the largest share, and its pictures' error, of each seed that both have."""
+    both = zip(*(gains(name, SHARES[-1], records) for name in METHODS), strict=False)
+    return [(a - b, math.hypot(x, y)) for (a, x), (b, y) in both]
+
+
 def gains(name: str, share: float, records: Mapping[str, Any], score: str = "aesthetics") -> list[tuple[float, float]]:
     """What the runs of a share added to a score, by seed, and the error of their pictures and the base's."""
     base = claims.read(BASE)["base"][OWN][score]
-    runs = [records[key(name, share, seed)][score] for seed in SEEDS if key(name, share, seed) in records]
+    made = [key(name, share, seed) for seed in range(max(LOOKS)) if key(name, share, seed) in records]
+    runs = [records[run][score] for run in made]
     return [(run[0] - base[0], math.hypot(run[1], base[1])) for run in runs]
 
 
@@ -211,11 +228,10 @@ def answers(records: Mapping[str, Any]) -> str:
     spo, dpo = ([[gain / statistics.fmean(of[0]) for gain in gains] for gains in of] for of in found.values())
     less = [[a - b for a, b in zip(*both, strict=True)] for both in zip(spo, dpo, strict=True)]
     told("SPO loses a smaller part of its gain at 0: parts of it for a share of 1", less, False)
-    most = [gains(name, shares[-1], records)[:seeds] for name in METHODS]
-    gaps = [(a - b, math.hypot(x, y)) for (a, x), (b, y) in zip(*most, strict=True)]
-    mean, error = over_seeds(*map(list, zip(*gaps, strict=True)))
-    last = f"SPO is above Diffusion-DPO at {shares[-1]:g}: points of 10, not a slope"
-    rows.append([last, f"{mean:+.2f} ± {error:.2f}", said(gaps).replace("not run", "fewer than three seeds")])
+    if gaps := at_most(records):
+        mean, error = over_seeds(*map(list, zip(*gaps, strict=True)))
+        last = f"SPO is above Diffusion-DPO at {SHARES[-1]:g}: points of 10, {len(gaps)} seeds"
+        rows.append([last, f"{mean:+.2f} ± {error:.2f}", said(gaps).replace("not run", "fewer than three seeds")])
     return markdown(rows)
 
 
@@ -244,7 +260,8 @@ def table(records: Mapping[str, Any]) -> str:
             looks, kept = (over_seeds(*map(list, zip(*of, strict=True))) for of in (found, layout))
             row += [f"{rate:g}", "{:+.2f} ± {:.2f}".format(*looks), ", ".join(f"{g:+.2f}" for g, _ in found)]
             row.append(f"{kept[0]:+.3f}")
-        judges = [records[key("judge", share, seed)] for seed in SEEDS if key("judge", share, seed) in records]
+        made = [key("judge", share, seed) for seed in range(max(LOOKS))]
+        judges = [records[run] for run in made if run in records]
         row.append(f"{statistics.fmean(r['accuracy']['trained']['0'][0] for r in judges):.2f}" if judges else "")
         for whole in (False, True):
             row.append("{:.2f} ± {:.2f}".format(*agreement(judges[0], "aesthetics", whole)) if judges else "")

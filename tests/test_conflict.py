@@ -32,7 +32,9 @@ def made_up():
         for seed in conflict.SEEDS:
             records[conflict.key("spo", share, seed)] = run(1 - (seed + 1) * share / 10)
             records[conflict.key("dpo", share, seed)] = run(0.8 - (11 + seed) * share / 10, -0.1)
-            record = {"accuracy": {"trained": {"0": [0.8, 0.02, 500]}}, "trained_steps": [1, 3]}
+            for name in conflict.METHODS:
+                records[conflict.key(name, share, seed)]["share"] = share
+            record = {"share": share, "accuracy": {"trained": {"0": [0.8, 0.02, 500]}}, "trained_steps": [1, 3]}
             whole = {conflict.mechanism.WHOLE: {"aesthetics": {"right": [0.9, 0.05, 60]}}}
             records[conflict.key("judge", share, seed)] = {**record, "children": {**steps, **whole}}
     return records
@@ -104,7 +106,10 @@ def test_rates_are_chosen_for_each_share_before_seeds_are_run():
         aesthetics = 6 - abs(math.log((rate or best) / best))
         scores = {"layout": [1.0, 0.0, 128], "aesthetics": [aesthetics, 0.1, 128]}
         records[order[-1]] = {"cell": order[-1], "share": share, "seed": seed, "learning_rate": rate, **scores}
+    order, more = order[:79], order[79:]
     assert len(order) == len(set(order)) == 15 + 5 * 3 + 5 * 3 + 4 + 30
+    # both gain as much at .5: undecided to the end
+    assert more == [f"{what}/0.5/{seed}" for seed in range(3, 12) for what in ("judge", "spo", "dpo")]
     assert order[:6] == ["judge/0/0", *(f"spo/0/tuning/{rate:g}" for rate in (*GRID, 2e-4)), "spo/0/0"]
     for name, share in itertools.product(conflict.METHODS, ("0", "0.25", "0.5")):
         tuned = [i for i, cell in enumerate(order) if cell.startswith(f"{name}/{share}/tuning")]
@@ -116,6 +121,24 @@ def test_rates_are_chosen_for_each_share_before_seeds_are_run():
     assert (
         rates["spo/0.25/2"] == rates["dpo/0.5/1"] == 1e-3 and rates["spo/0.5/0"] == 5e-4 and rates["judge/0/1"] is None
     )
+
+
+def test_an_answer_at_the_largest_share_needs_no_more_seeds():
+    assert next(conflict.missing({**made_up(), **rates_of_all()}), None) is None
+    undecided = made_up() | {"spo/0.5/1": {**run(0.2), "share": 0.5}}
+    assert conflict.next_look(made_up()) == 0 and conflict.next_look(undecided) == 6
+    assert [conflict.key(*cell) for cell in conflict.missing(undecided | rates_of_all())][:3] == [
+        "judge/0.5/3",
+        "spo/0.5/3",
+        "dpo/0.5/3",
+    ]
+    assert len(conflict.at_most({**undecided, "spo/0.5/3": run(0.2)})) == 3  # which has no Diffusion-DPO beside it
+
+
+def rates_of_all():
+    """Tuning runs whose best is the middle of the grid."""
+    rates = [(f"{n}/{s:g}/tuning/{r:g}", r, s) for n in conflict.METHODS for s in conflict.SHARES for r in GRID]
+    return {cell: {**run(1.0 - abs(rate - 1e-3)), "cell": cell, "share": share} for cell, rate, share in rates}
 
 
 def test_every_record_has_its_command_and_no_path():
