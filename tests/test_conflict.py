@@ -52,6 +52,8 @@ def test_the_answers_by_hand():
     assert abs(flat[0]) < 1e-9 and flat[1] > 0.2
     # at .5: .95 - .25, .9 - .2, .85 - .15
     assert "+0.70" in rows[3][1]
+    coin = made_up() | {f"random picks/0.5/{seed}": run(gain) for seed, gain in enumerate((-0.1, 0.1, 0.0))}
+    assert "| +0.00 ± 0.06 " in conflict.answers(coin) and conflict.answers(coin).endswith("| -0.10, +0.10, +0.00  |")
     some = {cell: r for cell, r in made_up().items() if not cell.endswith("/2") and cell not in ("spo/0.5/1",)}
     assert "5 shares, 1 seed:" in conflict.answers(some) and "fewer than three seeds" in conflict.answers(some)
 
@@ -109,7 +111,9 @@ def test_rates_are_chosen_for_each_share_before_seeds_are_run():
     order, more = order[:79], order[79:]
     assert len(order) == len(set(order)) == 15 + 5 * 3 + 5 * 3 + 4 + 30
     # both gain as much at .5: undecided to the end
-    assert more == [f"{what}/0.5/{seed}" for seed in range(3, 12) for what in ("judge", "spo", "dpo")]
+    assert more[:27] == [f"{what}/0.5/{seed}" for seed in range(3, 12) for what in ("judge", "spo", "dpo")]
+    assert more[27:] == [f"random picks/0.5/{seed}" for seed in range(12)]
+    assert records["random picks/0.5/3"]["learning_rate"] == records["spo/0.5/3"]["learning_rate"]
     assert order[:6] == ["judge/0/0", *(f"spo/0/tuning/{rate:g}" for rate in (*GRID, 2e-4)), "spo/0/0"]
     for name, share in itertools.product(conflict.METHODS, ("0", "0.25", "0.5")):
         tuned = [i for i, cell in enumerate(order) if cell.startswith(f"{name}/{share}/tuning")]
@@ -124,7 +128,8 @@ def test_rates_are_chosen_for_each_share_before_seeds_are_run():
 
 
 def test_an_answer_at_the_largest_share_needs_no_more_seeds():
-    assert next(conflict.missing({**made_up(), **rates_of_all()}), None) is None
+    left = list(conflict.missing(made_up() | rates_of_all()))
+    assert [conflict.key(*cell) for cell in left] == [f"random picks/0.5/{seed}" for seed in conflict.SEEDS]
     undecided = made_up() | {"spo/0.5/1": {**run(0.2), "share": 0.5}}
     assert conflict.next_look(made_up()) == 0 and conflict.next_look(undecided) == 6
     assert [conflict.key(*cell) for cell in conflict.missing(undecided | rates_of_all())][:3] == [
