@@ -70,8 +70,16 @@ class LiveStorage(TorchDispatchMode):
             self._add(tensor.untyped_storage())
         return self.current_bytes - before
 
+    def rounded(self, num_bytes: int) -> int:
+        """What a storage of so many bytes takes."""
+        return -(-num_bytes // self.block) * self.block
+
+    def is_alive(self, address: int) -> bool:
+        """Whether a storage that was there is still counted; another may come to lie at its address."""
+        return address in self._alive
+
     def _add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, -(-storage.nbytes() // self.block) * self.block
+        address, size = storage._cdata, self.rounded(storage.nbytes())
         if address not in self._alive:
             self._alive[address] = weakref.ref(storage, lambda _: self._remove(address, size))
             self.current_bytes += size

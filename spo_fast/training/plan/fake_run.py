@@ -95,7 +95,7 @@ class FakeRun(Iterates):
     def costs(self) -> Costs:
         """Every phase of an iteration, on fake tensors."""
         cfg, once = self.cfg, self.once
-        live = once.start(cfg.sample.rollout_weights)
+        live = once.start(cfg.sample.rollout_weights, checkpoints=bool(cfg.optim.gradient_checkpointing))
         with live:
             with live.phase("encode prompts"):
                 self.networks.encode_prompts()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from spo_fast.training.plan.counters import CUDA_BLOCK, LiveStorage, flops_of
+from spo_fast.training.plan.repeated import Layout, Measurement, Repetition
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,13 +80,17 @@ class Once:
         self.tally: dict[str, Counter[str]] = {}
         """Part of a run -> samples and flops."""
         self.setting: Hashable = None
+        self.checkpoints = False
         # a call's bytes on its way, its FLOPs, its outputs anew
         self._seen: dict[Hashable, tuple[int, int, Callable[[], object]]] = {}
+        self._repetitions: dict[Hashable, Repetition] = {}
         with self.mode:
             self._like = torch.empty(0, device=self.device)
 
-    def start(self, setting: Hashable) -> Counting:
-        """Count anew. setting: what the calls depend on besides their shapes."""
+    def start(self, setting: Hashable, checkpoints: bool = False) -> Counting:
+        """Count anew. setting: what the calls depend on besides their shapes. checkpoints: a backward computes blocks
+        again, up to what it needs, which no repetition knows."""
+        self.checkpoints = checkpoints
         self.live, self.tally, self.setting = Counting(self.live.block, self.empty), {}, setting
         return self.live
 
@@ -128,21 +133,34 @@ class Once:
         return out
 
     def repeat_blocks(self, network: nn.Module, blocks: tuple[type[nn.Module], ...]) -> None:
-        """Of the network's blocks that are alike, one runs without gradient, for each set of inputs; its outputs must
+        """Of the network's blocks that are alike, one runs, for each set of inputs; its outputs must be tensors that
         share nothing with its inputs."""
         for block in (m for m in network.modules() if isinstance(m, blocks)):
-            block.forward = self._block(block.forward, structure(block))
+            block.forward = self._block(block, block.forward, structure(block))
 
-    def _block(self, function: Callable[P, R], like: Hashable) -> Callable[P, R]:
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.is_grad_enabled():
-                return function(*args, **kwargs)
-            told = [
-                (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
-                for x in pytree.tree_leaves((args, kwargs))
-            ]
+    def _block(self, block: nn.Module, function: Callable[..., object], like: Hashable) -> Callable[..., object]:
+        weights = [p for p in block.parameters() if p.requires_grad]
+
+        def call(*args: object, **kwargs: object) -> object:
+            leaves, tree = pytree.tree_flatten((args, kwargs))
+            tensors = [x for x in leaves if isinstance(x, Tensor)]
+            told = [(*Layout.of(x), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
             key = (like, self.live.phase_name, self.setting, *told)
-            return self._repeat(key, lambda: function(*args, **kwargs))[0]
+            if torch.is_grad_enabled() and self.checkpoints:
+                return function(*args, **kwargs)
+            if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *weights))):
+                return self._repeat(key, lambda: function(*args, **kwargs))[0]
+
+            def again(*others: Tensor) -> object:
+                rest = iter(others)
+                args, kwargs = tree.unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves])
+                return function(*args, **kwargs)
+
+            key = (*key, any(getattr(m, "recompute", False) for m in block.modules()))
+            if key not in self._repetitions:
+                measurement = Measurement(self.live, self._empty_like)
+                self._repetitions[key] = measurement.repetition(again, tensors, weights)
+            return self._repetitions[key].again(self.live, self._empty_like, [*tensors, *weights])
 
         return call
 
@@ -157,14 +175,12 @@ class Once:
         out, rise = self.live.rise(function)
         flops = self.live.flops - before
         leaves, tree = pytree.tree_flatten(out)
-        made = [
-            functools.partial(self._made, x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves
-        ]
+        made = [functools.partial(self._empty_like, Layout.of(x)) if isinstance(x, Tensor) else x for x in leaves]
         self._seen[key] = rise, flops, lambda: tree.unflatten([x() if callable(x) else x for x in made])
         return out, flops
 
-    def _made(self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self._like.new_empty_strided(shape, stride, dtype=dtype)
+    def _empty_like(self, layout: Layout) -> Tensor:
+        return self._like.new_empty_strided(layout.shape, layout.stride, dtype=layout.dtype)
 
 
 def structure(module: nn.Module) -> Hashable:
