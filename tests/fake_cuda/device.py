@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spo_fast
-from spo_fast.training.plan.once import SORTS, Once
+from spo_fast.training.plan.counting import SORTS
+from spo_fast.training.plan.once import Once
 
 R = TypeVar("R")
 PACKAGE = Path(spo_fast.__file__).parent

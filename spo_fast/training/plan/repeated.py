@@ -5,17 +5,20 @@ that its graph holds in between, and which of its inputs and outputs are among t
 graph that holds as much for as long, and passes gradients of the same shapes on.
 """
 
-# PyTorch hands operators and their arguments over as they come
+# PyTorch calls trees of tensors Any
 # mypy: disable-error-code="explicit-any"
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils import _pytree as pytree
+
+from spo_fast.training.plan.counting import Counting
 
 
 class Layout(NamedTuple):
@@ -95,17 +98,28 @@ class Repetition:
     gradients: tuple[Layout | None, ...]
     """Of the inputs and of the weights; None: there is none."""
 
-    def again(self, live: Any, empty: Empty, tensors: Sequence[Tensor]) -> object:
+    def again(self, live: Counting, empty: Empty, tensors: Sequence[Tensor]) -> object:
         """The outputs of such a call, of these inputs and weights."""
         outputs = iter(_Again.apply(self, live, empty, *tensors))  # type: ignore[no-untyped-call]
         return self.tree.unflatten([next(outputs) if here else None for here in self.is_tensor])
+
+
+class _Context(FunctionCtx):
+    """What the functions here leave for their backward."""
+
+    told: Repetition
+    live: Counting
+    empty: Empty
+    end: Callable[[Sequence[Tensor | None]], None]
+    begin: Callable[[], None]
+    layouts: list[Layout]
 
 
 class _Again(torch.autograd.Function):
     """A block that is repeated."""
 
     @staticmethod
-    def forward(ctx: Any, told: Repetition, live: Any, empty: Empty, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Context, told: Repetition, live: Counting, empty: Empty, *tensors: Tensor) -> tuple[Tensor, ...]:
         live.note(live.current_bytes + told.forward.rise)
         live.flops += told.forward.flops
         outputs = told.outputs.made(empty)
@@ -113,12 +127,12 @@ class _Again(torch.autograd.Function):
         held = [empty(Layout((told.held,), (1,), torch.uint8))]
         held += [tensors[i] for i in told.inputs_held] + [outputs[i] for i in told.outputs_held]
         ctx.save_for_backward(*held)
-        ctx.call = told, live, empty
+        ctx.told, ctx.live, ctx.empty = told, live, empty
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        told, live, empty = ctx.call
+    def backward(ctx: _Context, *_: Tensor) -> tuple[Tensor | None, ...]:
+        told, live, empty = ctx.told, ctx.live, ctx.empty
         live.note(live.current_bytes + told.backward.rise)
         live.flops += told.backward.flops
         return None, None, None, *(None if layout is None else empty(layout) for layout in told.gradients)
@@ -128,14 +142,16 @@ class _Begin(torch.autograd.Function):
     """Inputs that nobody holds but the call which they are given to. end: takes their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, empty: Empty, inputs: Views, end: Callable[..., None], _: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: _Context, empty: Empty, inputs: Views, end: Callable[[Sequence[Tensor | None]], None], _: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         made, ctx.end = inputs.made(empty), end
         ctx.mark_non_differentiable(*inputs.fixed(made))
         return tuple(made)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.end(gradients)
         return None, None, None, None
 
@@ -144,22 +160,21 @@ class _End(torch.autograd.Function):
     """Outputs' gradients come into being here, so that nobody else holds them. begin: is called then."""
 
     @staticmethod
-    def forward(ctx: Any, empty: Empty, begin: Callable[[], None], *outputs: Tensor) -> Tensor:
-        ctx.made = empty, begin, [Layout.of(x) for x in outputs]
+    def forward(ctx: _Context, empty: Empty, begin: Callable[[], None], *outputs: Tensor) -> Tensor:
+        ctx.empty, ctx.begin, ctx.layouts = empty, begin, [Layout.of(x) for x in outputs]
         return empty(Layout((), (), torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        empty, begin, layouts = ctx.made
-        gradients = [empty(layout) for layout in layouts]
-        begin()
+    def backward(ctx: _Context, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [ctx.empty(layout) for layout in ctx.layouts]
+        ctx.begin()
         return None, None, *gradients
 
 
 class Measurement:
     """Of one block's call. What is live, its peaks and its FLOPs are afterwards as they were before."""
 
-    def __init__(self, live: Any, empty: Empty):
+    def __init__(self, live: Counting, empty: Empty):
         self.live, self.empty = live, empty
         self.begun, self.flops = 0, 0
         self.gradients: list[Layout | None] = []
@@ -181,7 +196,7 @@ class Measurement:
         live, self.gradients = self.live, [None] * len(inputs)
         door = self.empty(Layout((), (), torch.float32)).requires_grad_()
         before = live.current_bytes
-        root, there, outputs, forward = self._forward(function, Views.of(inputs), door)
+        root, there, (outputs, tree, is_tensor), forward = self._forward(function, Views.of(inputs), door)
         inputs_held, outputs_held = (
             tuple(i for i, (address, _) in enumerate(of) if live.is_alive(address)) for of in there
         )
@@ -190,9 +205,11 @@ class Measurement:
         (_, *found) = torch.autograd.grad(root, [door, *weights], allow_unused=True)
         backward = Cost(live.peaks[live.phase_name] - self.begun, live.flops - self.flops)
         gradients = (*self.gradients, *(None if g is None else Layout.of(g) for g in found))
-        return Repetition(*outputs, forward, backward, between, inputs_held, outputs_held, gradients)
+        return Repetition(outputs, tree, is_tensor, forward, backward, between, inputs_held, outputs_held, gradients)
 
-    def _forward(self, function: Callable[..., object], inputs: Views, door: Tensor) -> Any:
+    def _forward(
+        self, function: Callable[..., object], inputs: Views, door: Tensor
+    ) -> tuple[Tensor, list[list[tuple[int, int]]], tuple[Views, pytree.TreeSpec, tuple[bool, ...]], Cost]:
         """What the backward starts from, where inputs and outputs lie, what the outputs are like, and their cost."""
         live = self.live
         mine = _Begin.apply(self.empty, inputs, self._end, door)  # type: ignore[no-untyped-call]
