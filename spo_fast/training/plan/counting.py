@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from spo_fast.training.plan.counters import LiveStorage, flops_of
 
@@ -27,27 +27,27 @@ class Counting(LiveStorage):
     One mode for all of it, as every operator goes through each. empty: makes a fake tensor of a shape and a type.
     """
 
-    def __init__(self, block: int, empty: Callable[..., Tensor]):
+    def __init__(self, block: int, mode: FakeTensorMode, empty: Callable[..., Tensor]):
         super().__init__(block)
-        self.flops, self._empty = 0, empty
+        self.flops, self._mode, self._empty = 0, mode, empty
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # what device a fake tensor is on: most of all calls
             return func(*args, **kwargs)
-        out = self._computed(func, args, kwargs)
+        out = self._computed(func, types, args, kwargs)
         self.flops += flops_of(func, args, kwargs, out)
         self.made(out, args, kwargs)
         return out
 
-    def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _computed(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is _aten.nonzero.default and isinstance(args[0], FakeTensor):
             return torch.ones(args[0].shape).nonzero()
         if func is _aten.addmm.out and kwargs["out"] is args[0] and isinstance(args[0], FakeTensor):
             # the same product, whose fake outcome PyTorch remembers: of .out forms it remembers none (2.13)
             scales = {name: value for name, value in kwargs.items() if name != "out"}
             return _aten.addmm_.default(*args, **scales)
-        out = func(*args, **kwargs)
+        out = self._mode.dispatch(func, types, args, kwargs) if FakeTensor in types else func(*args, **kwargs)
         if func in SORTS and isinstance(args[0], FakeTensor):
             dim = next((x for x in args[1:] if type(x) is int), kwargs.get("dim", -1))
             index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1

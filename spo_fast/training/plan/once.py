@@ -33,7 +33,7 @@ class Once:
     def __init__(self, cuda: bool = False, device: str = "cpu"):
         self.device = torch.device(device)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live = Counting(CUDA_BLOCK if cuda else 1, self.empty)
+        self.live = Counting(CUDA_BLOCK if cuda else 1, self.mode, self.empty)
         self.tally: dict[str, Counter[str]] = {}
         """Part of a run -> samples and flops."""
         self.setting: Hashable = None
@@ -48,7 +48,7 @@ class Once:
         """Count anew. setting: what the calls depend on besides their shapes. checkpoints: a backward computes blocks
         again, up to what it needs, which no repetition knows."""
         self.checkpoints = checkpoints
-        self.live, self.tally, self.setting = Counting(self.live.block, self.empty), {}, setting
+        self.live, self.tally, self.setting = Counting(self.live.block, self.mode, self.empty), {}, setting
         return self.live
 
     def weights(self, module: M, dtype: torch.dtype | None = None) -> M:
