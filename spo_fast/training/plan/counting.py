@@ -47,7 +47,7 @@ class Counting(LiveStorage):
             # the same product, whose fake outcome PyTorch remembers: of .out forms it remembers none (2.13)
             scales = {name: value for name, value in kwargs.items() if name != "out"}
             return _aten.addmm_.default(*args, **scales)
-        out = self._mode.dispatch(func, types, args, kwargs) if FakeTensor in types else func(*args, **kwargs)
+        out: Any = self._mode.dispatch(func, types, args, kwargs) if FakeTensor in types else func(*args, **kwargs)
         if func in SORTS and isinstance(args[0], FakeTensor):
             dim = next((x for x in args[1:] if type(x) is int), kwargs.get("dim", -1))
             index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1
