@@ -29,9 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         return command.guarded(lambda: _unknown(name), rest)
-    door = importlib.import_module(COMMANDS[name][0])
-    status: int | None = door.main() if name == "ops" else door.main(rest)
-    return status or 0
+    status: int = importlib.import_module(COMMANDS[name][0]).main(rest)
+    return status
 
 
 def _unknown(name: str) -> None:

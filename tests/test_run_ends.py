@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,28 @@ def test_the_best_is_kept_and_what_a_resume_makes_again_is_dropped(tmp_path: Pat
 
 def made(folder: Path) -> None:
     folder.mkdir()
+
+
+def test_a_kill_between_the_old_best_and_the_new_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = watch(tmp_path, keep_best="hpsv2")
+    held_out.keep(1, validated(hpsv2=SPREAD), made)
+    move = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(source).name == ".tmp-best":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        held_out.keep(2, validated(hpsv2=SPREAD + 1), made)
+    assert not (tmp_path / "best").exists()
+    again = watch(tmp_path, keep_best="hpsv2")
+    again.keep(2, validated(hpsv2=SPREAD - 1), made)  # worse than what was kept
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["iteration"] == 1
+    again.keep(3, validated(hpsv2=SPREAD + 2), made)
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["iteration"] == 3
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")]
 
 
 def test_what_is_not_finite_is_no_best_and_no_highest_and_ends_the_run(tmp_path: Path) -> None:
@@ -383,5 +406,9 @@ def test_every_command_by_one_name(capsys: pytest.CaptureFixture[str], tmp_path:
     assert every_command.main(["report", str(tmp_path)]) == 1
     assert every_command.main(["train", "--model", "toy", "--rank", "0"]) == 2
     assert "rank" in capsys.readouterr().err
-    assert every_command.main(["ops"]) == 0 and "lora_linear" in capsys.readouterr().out
+    assert every_command.main(["ops", "--device", "cpu"]) == 0
+    assert "lora_linear" in (printed := capsys.readouterr().out) and " cuda " not in printed
+    with pytest.raises(SystemExit) as refused:
+        every_command.main(["ops", "--devise", "cpu"])
+    assert refused.value.code == 2 and "--devise" in capsys.readouterr().err
     assert set(PRESETS) >= {"toy"}

@@ -181,7 +181,7 @@ SETTINGS = [
     ("--lora_path nowhere", ["--lora_path nowhere", "pytorch_lora_weights.safetensors or its directory"]),
     ("--device tpu", ["--device tpu is unknown. Use auto, cpu, cuda or cuda:N"]),
     ("--device mps", ["--device mps is not supported. Use auto, cpu, cuda or cuda:N"]),
-    ("--prompts nowhere.txt", ["nowhere.txt does not exist", "leave --prompts out"]),
+    ("--prompts nowhere.txt", ["nowhere.txt does not exist", "leave the flag out"]),
     ("--config nowhere.yaml", ["--config nowhere.yaml does not exist. Give a YAML file"]),
     ("--resume_from_checkpoint nowhere", ["--resume_from_checkpoint nowhere is no checkpoint (no state.json in it)"]),
     ("--output_dir /proc/spo/run", ["cannot write to /proc/spo/run", "Choose another --output_dir"]),

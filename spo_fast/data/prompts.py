@@ -36,7 +36,7 @@ def load_prompts(path: str | Path | None, column: str | None = None, quoted: boo
         )
     if not path.is_file():
         what = "is a folder, not a file of prompts" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}. Give a file of prompts, or leave --prompts out for the built-in ones.")
+        raise FileNotFoundError(f"{path} {what}. Give a file of prompts, or leave the flag out.")
     try:
         found = reader(path, column) if quoted or reader is not read_table else read_table(path, column, quoted)
         prompts = [checked_prompt(path, where, value) for where, value in found]
@@ -45,9 +45,7 @@ def load_prompts(path: str | Path | None, column: str | None = None, quoted: boo
             f"{path}: byte {error.start} is not UTF-8 ({error.reason}). Save the file as UTF-8."
         ) from error
     if not prompts:
-        raise ValueError(
-            f"{path}: no prompts in it. Put in at least one, or leave --prompts out for the built-in ones."
-        )
+        raise ValueError(f"{path}: no prompts in it. Put in at least one, or leave the flag out.")
     return prompts
 
 

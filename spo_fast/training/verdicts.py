@@ -222,6 +222,9 @@ class HeldOut:
             if not now.is_finite(name):
                 return
             folder, mean, standard = self.run_dir / BEST, now.mean(name), {"metric": name, "of": now.of}
+            before = self.run_dir / f".tmp-{BEST}-before"
+            if before.is_dir() and not folder.exists():  # a run was killed between the two renames below
+                os.replace(before, folder)
             kept = read_json(folder / "best.json") if (folder / "best.json").is_file() else None
             alike = kept is not None and standard == {"metric": kept["metric"], "of": kept.get("of", now.of)}
             if kept is not None and alike and mean <= kept["mean"]:
@@ -234,6 +237,9 @@ class HeldOut:
             save(draft)
             record = {"iteration": done, "mean": mean, **standard}
             write_atomically(draft / "best.json", json.dumps(record) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
+            if folder.exists():
+                os.replace(folder, before)
             os.replace(draft, folder)
+            shutil.rmtree(before, ignore_errors=True)
             print(f"best so far: held-out {name} {mean:.3f} after {done} iterations, kept in {folder}")
