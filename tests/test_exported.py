@@ -198,6 +198,17 @@ def test_prodigy_finds_its_rate() -> None:
     assert abs(float(x.detach()) - 3) < 1 and optimizer.param_groups[0]["d"] > 1e-3
 
 
+def test_prodigys_rate_is_logged_as_it_found_it(tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    learner = built(tmp_path / "run", optimizer="prodigy", learning_rate=0.5).learner
+    assert learner.lr == pytest.approx(0.5 * 1e-6)  # where d begins
+    for _ in range(5):
+        for master in learner.parameters:
+            master.grad = torch.ones_like(master)
+        learner.optimizer.step()
+    assert learner.lr == 0.5 * learner.optimizer.param_groups[0]["d"] > 1e-6
+
+
 def test_schedule_free_exports_the_average_of_its_steps(tmp_path: Path) -> None:
     """Defazio et al., 2405.15682, eq. 2 to 4 in float64 on given gradients: x = (1 - c) x + c z, c = 1 / t."""
     pytest.importorskip("schedulefree")

@@ -121,8 +121,9 @@ class WeightUpdates:
 
     @property
     def lr(self) -> float:
-        """The next step's."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The next step's; of Prodigy that which it has found, its d times the factor that was given."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] * group.get("d", 1.0))
 
     def go_to(self, step: int) -> None:
         """Put the learning rate where this run's schedule has it at `step`."""
