@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from runs import built
+from runs import built, run_toy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import LATENT_SIZE, VAE_FACTOR, make_tiny_sd15, make_tiny_sdxl
@@ -19,6 +21,7 @@ from spo_fast.method.rollout import sample_latents
 from spo_fast.models.files.clip_tokenizer import END, clip_tokenizer
 from spo_fast.models.files.lora import apply_lora
 from spo_fast.models.files.toy import WEIGHTS
+from spo_fast.scorers.clip_files import write_model
 from spo_fast.scorers.spm import make_tiny_spm
 from spo_fast.training import loop
 
@@ -299,3 +302,15 @@ def test_other_kinds_of_lora_draw_alike_in_diffusers(
         again = built(tmp_path / file, **{**settings, **KINDS[kind], **own})
         held, whole = again.policy.state_dict(), run.policy.whole()
         assert held.keys() == whole.keys() and all(torch.equal(v, whole[n]) for n, v in held.items())
+
+
+def test_what_is_written_may_be_read_as_other_new_files(tmp_path):
+    """safetensors 0.8 gives its files to their owner alone: a server of another user could not load the LoRA."""
+    before = os.umask(0o022)
+    try:
+        run_toy(tmp_path / "run", checkpointing_steps=1)
+        model = write_model(tmp_path / "judge", {"a": torch.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "run").rglob("*.safetensors"), *model.glob("*.safetensors")]
+    assert len(files) >= 6 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o644}

@@ -12,7 +12,7 @@ import shutil
 import struct
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -125,6 +125,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A .safetensors file that others may read as they may any other new file: safetensors 0.8 gives it to its owner
+    alone, whatever the umask."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    as_new_files([path])
+
+
+def as_new_files(files: Iterable[Path]) -> None:
+    """Give files the permissions that a file opened for writing has."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)
 
 
 def lock(run_dir: Path) -> TextIO:

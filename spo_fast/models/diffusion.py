@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.config.sections import ModelConfig
-from spo_fast.data.files import read_json
+from spo_fast.data.files import read_json, save_tensors
 from spo_fast.method.experience import Cond, to_device
 from spo_fast.method.schedule import StepTable, ddim_scheduler, full_table, schedule_notes, table_of
 from spo_fast.models.doors import Network
@@ -174,8 +174,6 @@ class DiffusionModel:
         LoRA: diffusers' pytorch_lora_weights.safetensors and a kohya/ComfyUI file. Full fine-tuning: unet/ or
         transformer/ in diffusers' layout. Of sharded masters every process calls it, and process 0 writes.
         """
-        from safetensors.torch import save_file
-
         weights = policy.whole()  # the float32 masters, not the 16-bit weights the network computes with
         if not weights:
             return []
@@ -183,7 +181,7 @@ class DiffusionModel:
         if policy.adapter.full_finetune:
             folder = directory / sources.network_part(self.kind)
             policy.network.save_config(folder)
-            save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            save_tensors(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
             return [folder]
         state = peft_names(weights)
         save = save_transformer_lora if self.kind in sources.FLOWS else save_unet_lora

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_fast.data.files import DAMAGED, WEIGHT_NAMES, read_json, shown
+from spo_fast.data.files import DAMAGED, WEIGHT_NAMES, read_json, save_tensors, shown
 from spo_fast.data.weights import fill, read_tensors, renamed, without_constants
 from spo_fast.scorers.clip import HF_NAMES, HF_TOWER_DEFAULTS, KNOWN_CLIPS, TIME_CHANNELS, Clip, ClipConfig, TowerConfig
 
@@ -76,12 +76,10 @@ def save_clip(model: Clip, directory: str | Path, weights: Mapping[str, Tensor] 
 
 def write_model(directory: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Path:
     """model.safetensors and config.json, each written under another name and renamed."""
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / ".model.safetensors.tmp"
-    save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+    save_tensors({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
     os.replace(temporary, directory / "model.safetensors")
     temporary = directory / ".config.json.tmp"
     temporary.write_text(json.dumps(config, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from spo_fast.data.files import read_json, shown, write_atomically
+from spo_fast.data.files import as_new_files, read_json, save_tensors, shown, write_atomically
 from spo_fast.data.weights import check_finite, read_tensors, some
 from spo_fast.method.flow_schedule import judged_table
 from spo_fast.scorers.dina_network import DinaReward, DinaSettings, Text
@@ -120,14 +120,14 @@ def load_dina_reward(path: str | Path, base: FlowBase, dtype: torch.dtype = torc
 
 def save_dina(model: DinaReward, directory: Path, weights: Mapping[str, Tensor]) -> None:
     """As the published code reads it. weights: the trained ones (float32 masters) by the model's names."""
-    from safetensors.torch import save_file
-
     checkpoint = directory / "checkpoint"
     (checkpoint / LORA).parent.mkdir(parents=True, exist_ok=True)
     own = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     head = {name.removeprefix("reward_head."): v for name, v in own.items() if name.startswith("reward_head.")}
-    save_file({_published(n): v for n, v in own.items() if n.startswith("backbone.")}, checkpoint / LORA)
-    model.lora.save_pretrained(str((checkpoint / LORA).parent))
+    save_tensors({_published(n): v for n, v in own.items() if n.startswith("backbone.")}, checkpoint / LORA)
+    folder = (checkpoint / LORA).parent
+    model.lora.save_pretrained(str(folder))
+    as_new_files(folder.glob("*.safetensors"))
     torch.save(head, checkpoint / HEAD)
     config = {"model": model.settings.written(), "training": {"add_noise": True}}
     write_atomically(directory / "config.json", json.dumps(config, indent=1) + "\n")

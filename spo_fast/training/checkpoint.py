@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from spo_fast.data.files import read_json, read_safetensors, set_aside, versions
+from spo_fast.data.files import read_json, read_safetensors, save_tensors, set_aside, versions
 from spo_fast.models import sharded
 from spo_fast.models.sharded import AVERAGES, EXPORTED
 from spo_fast.training.optimizer import WeightUpdates, flatten_optimizer, unflatten_optimizer
@@ -87,7 +86,7 @@ def save(
             shards.save(temporary / SHARDS, kinds)
         else:
             for kind, tensors in kinds.items():
-                save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / f"{kind}.safetensors")
+                save_tensors({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary / f"{kind}.safetensors")
         export(temporary)
         if not main:
             return final

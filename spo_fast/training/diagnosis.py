@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spo_fast.config.errors import RunError
 from spo_fast.config.training import SampleConfig
-from spo_fast.data.files import write_atomically
+from spo_fast.data.files import save_tensors, write_atomically
 from spo_fast.method.experience import Experience, Prediction
 from spo_fast.method.objectives import Objective, frozen_predictions, log_ratios
 from spo_fast.method.schedule import StepTable
@@ -138,8 +138,6 @@ def raise_if_nonfinite(run: Parts, pairs: bool) -> None:
 
 def write_nonfinite(run: Parts) -> Path:
     """nonfinite.json and nonfinite.safetensors: what of the last batch is not finite, and the batch itself."""
-    from safetensors.torch import save_file
-
     weights = run.policy.computed_weights()
     found: dict[str, object] = {"state": dataclasses.asdict(run.state), "gradients": run.learner.broken}
     found["weights"] = [name for name, value in weights.items() if not value.isfinite().all()]
@@ -157,5 +155,5 @@ def write_nonfinite(run: Parts) -> Path:
     path = run.run_dir / "nonfinite.json"
     write_atomically(path, json.dumps(found, indent=1) + "\n")
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(whole, path.with_suffix(".safetensors"))
+    save_tensors(whole, path.with_suffix(".safetensors"))
     return path

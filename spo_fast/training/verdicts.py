@@ -222,7 +222,7 @@ class HeldOut:
             if not now.is_finite(name):
                 return
             folder, mean, standard = self.run_dir / BEST, now.mean(name), {"metric": name, "of": now.of}
-            before = self.run_dir / f".tmp-{BEST}-before"
+            before = self.run_dir / f".{BEST}-before"  # .tmp-...: a new run begins by removing those
             if before.is_dir() and not folder.exists():  # a run was killed between the two renames below
                 os.replace(before, folder)
             kept = read_json(folder / "best.json") if (folder / "best.json").is_file() else None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo_fast.data.files import read_header
+from spo_fast.data.files import as_new_files, read_header, save_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -94,7 +94,6 @@ def save_unet_lora(
     # the pipelines inherit these; importing the pipelines would pull in image processors and their warnings
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-    from safetensors.torch import save_file
 
     writer = {"sd15": StableDiffusionLoraLoaderMixin, "sdxl": StableDiffusionXLLoraLoaderMixin}[kind]
     published = convert_state_dict_to_diffusers(state)  # ...lora.down.weight, which it knows for attention only
@@ -104,6 +103,7 @@ def save_unet_lora(
     writer.save_lora_weights(
         save_directory=directory, unet_lora_layers=layers, unet_lora_adapter_metadata=dict(settings)
     )
+    as_new_files([directory / LORA_FILE])
     layers = {name: value for name, value in state.items() if "lora_magnitude_vector" not in name}
     kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in layers.items()})
     kohya |= {f"lora_unet_{name.replace('.', '_')}.dora_scale": value for name, value in _magnitudes(state).items()}
@@ -122,7 +122,7 @@ def save_unet_lora(
         "ss_network_dim": str(settings["r"]),
         "ss_network_alpha": str(alpha),
     }
-    save_file(kohya, directory / KOHYA_FILE, metadata=metadata)
+    save_tensors(kohya, directory / KOHYA_FILE, metadata)
     return [directory / LORA_FILE, directory / KOHYA_FILE]
 
 
@@ -140,7 +140,6 @@ def save_transformer_lora(
     """
     import torch
     from diffusers.loaders import FluxLoraLoaderMixin, SD3LoraLoaderMixin
-    from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous() for name, value in state.items()}
@@ -150,10 +149,11 @@ def save_transformer_lora(
         transformer_lora_layers=state,
         transformer_lora_adapter_metadata=dict(settings),
     )
+    as_new_files([directory / LORA_FILE])
     alpha = torch.tensor(plain_alpha(settings))
     tensors = {f"transformer.{name}": value for name, value in state.items() if not name.endswith(MAGNITUDE)}
     tensors |= {f"transformer.{name}.dora_scale": value for name, value in _magnitudes(state).items()}
     downs = [name for name in tensors if name.endswith(".lora_A.weight")]
     tensors |= {f"{name.removesuffix('.lora_A.weight')}.alpha": alpha.clone() for name in downs}
-    save_file(tensors, directory / COMFYUI_FILE, metadata={"format": "pt", **about})
+    save_tensors(tensors, directory / COMFYUI_FILE, {"format": "pt", **about})
     return [directory / LORA_FILE, directory / COMFYUI_FILE]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo_fast.data.files import save_tensors
 from spo_fast.data.toy_world import COLOURS, SHAPES, SIZE
 
 if TYPE_CHECKING:
@@ -181,12 +182,12 @@ def save_pipeline(path: Path, parts: dict[str, Any], pipeline: str) -> None:
 def with_old_names(file: Path) -> None:
     """transformers >= 5.6 writes a CLIPTextModel without the prefix text_model., which every version reads and older
     ones need: without it they start from random weights with no more than a warning (seen with 4.57.1)."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     tensors = load_file(file)
     if not any(name.startswith("text_model.") for name in tensors):
         named = {f"text_model.{name}": value for name, value in tensors.items()}
-        save_file(named, file, metadata={"format": "pt"})
+        save_tensors(named, file, metadata={"format": "pt"})
 
 
 def word_merges() -> list[tuple[str, str]]:
