@@ -113,7 +113,8 @@ def test_a_history_is_what_its_records_say() -> None:
     assert history.pairs == 4 * 3 and history.milliseconds == sum(r["rollout_ms"] for r in records)
     assert history.epoch_starts == [3, 6] and history.signs == ""
     assert history.latest("held_out_clip") == 5.0 and history.latest("none") is None
-    assert history.warnings == {"w": (3, 2), "loss was not finite": (3, 2)}
+    told = ("w", "loss was not finite")
+    assert history.warnings == {text: (text, 3, 2, 6) for text in told}
     done, loss = history.curve("loss")
     assert done.tolist() == list(range(1, 9)) and np.isnan(loss[[2, 5]]).all() and loss[7] == 0.1 * 7
     assert history.curve("held_out_clip")[0].tolist() == [2, 4, 6, 8]
@@ -298,10 +299,19 @@ def test_page_loads_nothing_and_escapes(tmp_path: Path) -> None:
     assert page.loads and all(value.startswith("data:image/" if name == "src" else "#") for name, value in page.loads)
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
     assert page.text.count(bad) >= 4  # heading, table, all settings, warning
-    assert f"look {bad} (iteration 1 and 2 later)" in page.text
+    assert f"look {bad} (iteration 1 and 2 later, last 3)" in page.text
     assert "a<i>b&c" in page.text and html.lower().count("</html>") == 1
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in html
     assert 'name="viewport"' in html and "color-scheme: light dark" in html
+
+
+def test_warnings_that_differ_in_numbers_alone_are_one(tmp_path: Path) -> None:
+    """By its last words. A run of 2,000 iterations had a screen full of one."""
+    said = [f"scores differ by {gap} on average; --threshold {gap / 2:g} would keep a third" for gap in (0.04, 0.02)]
+    records = [{"loss": 0.6, "warnings": [said[0]]}, {"loss": 0.6}, {"loss": 0.6, "warnings": ["other", said[1]]}]
+    html, _ = written(leave_run(tmp_path / "run", records, 1.0))
+    assert f"{said[1]} (iteration 1 and 1 later, last 3)" in html and said[0] not in html
+    assert "other (iteration 3)" in html
 
 
 @pytest.mark.parametrize(("prompts", "size"), [(2, 1024), (4, 400), (40, 64)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,6 +19,15 @@ class Column(NamedTuple):
     values: array[float]
 
 
+class Warned(NamedTuple):
+    """What went wrong: the last time's words, the iterations done when it first and last did, and how often."""
+
+    text: str
+    first: int
+    count: int
+    last: int
+
+
 class History:
     """The records of metrics.jsonl in their order. 16 bytes a number, so 20,000 iterations take some 10 MB."""
 
@@ -25,8 +35,8 @@ class History:
         self.iterations = array("q")  # each record's
         self.columns: dict[str, Column] = {}
         self.epoch_starts: list[int] = []  # iterations with another epoch than the one before
-        self.warnings: dict[str, tuple[int, int]] = {}
-        """What went wrong -> iterations done when it first did, and how often."""
+        self.warnings: dict[str, Warned] = {}
+        """By their words without numbers."""
         self.signs = ""  # of reward hacking, in the latest validation
         self.pairs = 0  # terms trained on
         self.milliseconds = 0.0  # in all phases
@@ -53,8 +63,9 @@ class History:
         self.signs = str(record.get("hacking", self.signs))
         bad = [f"{name} was not finite" for name in record.get("nonfinite", {})]  # type: ignore[attr-defined]
         for text in (*record.get("warnings", ()), *bad):  # type: ignore[misc]
-            first, count = self.warnings.get(text, (iteration + 1, 0))
-            self.warnings[text] = first, count + 1
+            kind = re.sub(r"\d[\d.,]*", "#", text)
+            before = self.warnings.get(kind, Warned("", iteration + 1, 0, 0))
+            self.warnings[kind] = Warned(text, before.first, before.count + 1, iteration + 1)
 
     def curve(self, field: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """(iterations done, values) of the records that have the field."""

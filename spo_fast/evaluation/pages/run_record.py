@@ -171,10 +171,10 @@ class RunRecord:
         }
 
     def warnings(self) -> list[str]:
-        """What went wrong, each once, with how often and since when."""
+        """What went wrong, each once by its last words, with how often and since when."""
         return [
-            f"{text} (iteration {first}{f' and {n - 1} later' if n > 1 else ''})"
-            for text, (first, n) in self.history.warnings.items()
+            f"{w.text} (iteration {w.first}{f' and {w.count - 1} later, last {w.last}' if w.count > 1 else ''})"
+            for w in self.history.warnings.values()
         ]
 
     @property

@@ -1,12 +1,13 @@
 """Warnings that save a night: what a run's records say when it is going wrong, each with what to do about it.
 
 A watch sees every record that metrics.jsonl gets and nothing else, so a resumed run that feeds it the old records first
-warns exactly as one that was never stopped. Each fault is told once; again only after it had gone away.
+warns exactly as one that was never stopped. Each fault is told once; again after it had gone away, when it comes for
+the second, fourth, eighth time and so on: thousands of iterations can have hundreds.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 
 from spo_fast.config.methods import LN2, find_method
@@ -48,6 +49,7 @@ class Watch:
         self._rejected = self._clamped = self._flat = 0  # records in a row
         self._losses: deque[float] = deque(maxlen=STILL_ITERATIONS)
         self._told: set[str] = set()
+        self._times: Counter[str] = Counter()  # that each came
         self._saturation, self._diversity, self._output = Level(), Level(), Level()
         self._next_rise = SATURATION_RISE
         self._signs: dict[str, str] = {}  # of reward hacking in the last validation, by look
@@ -65,10 +67,18 @@ class Watch:
             "output": self._predictions_change_size(record),
             **self._signs_of_hacking(record),
         }
-        new = [text for name, text in found.items() if text and name not in self._told]
+        new = [self._again(name, text) for name, text in found.items() if text and name not in self._told]
         self._told = {name for name, text in found.items() if text}
         rise = self._saturation_climbs(record)  # told at every further rise
-        return [*new, rise] if rise else new
+        return [text for text in (*new, rise) if text]
+
+    def _again(self, name: str, text: str) -> str:
+        """The text of a fault that has come, if it is to be told."""
+        self._times[name] += 1
+        times = self._times[name]
+        if times & (times - 1):
+            return ""
+        return text if times < 4 else f"{text} (the {times}th time)"
 
     def _scores(self, record: Record) -> str:
         if not _scores_are_lost(record):
