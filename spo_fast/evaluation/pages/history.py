@@ -24,7 +24,7 @@ class Warned(NamedTuple):
 
     text: str
     first: int
-    count: int
+    times: int
     last: int
 
 
@@ -65,7 +65,7 @@ class History:
         for text in (*record.get("warnings", ()), *bad):  # type: ignore[misc]
             kind = re.sub(r"\d[\d.,]*", "#", text)
             before = self.warnings.get(kind, Warned("", iteration + 1, 0, 0))
-            self.warnings[kind] = Warned(text, before.first, before.count + 1, iteration + 1)
+            self.warnings[kind] = Warned(text, before.first, before.times + 1, iteration + 1)
 
     def curve(self, field: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """(iterations done, values) of the records that have the field."""

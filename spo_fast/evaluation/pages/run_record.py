@@ -173,7 +173,7 @@ class RunRecord:
     def warnings(self) -> list[str]:
         """What went wrong, each once by its last words, with how often and since when."""
         return [
-            f"{w.text} (iteration {w.first}{f' and {w.count - 1} later, last {w.last}' if w.count > 1 else ''})"
+            f"{w.text} (iteration {w.first}{f' and {w.times - 1} later, last {w.last}' if w.times > 1 else ''})"
             for w in self.history.warnings.values()
         ]
 
