@@ -138,10 +138,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 def as_new_files(files: Iterable[Path]) -> None:
     """Give files the permissions that a file opened for writing has."""
+    allowed = 0o666 & ~_umask()
+    for file in files:
+        file.chmod(allowed)
+
+
+def _umask() -> int:
+    """This process's: Linux tells it; elsewhere it is only told when another is set."""
+    status = Path("/proc/self/status")
+    told = re.search(r"^Umask:\s*([0-7]+)$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    if told is not None:
+        return int(told[1], 8)
     umask = os.umask(0o077)
     os.umask(umask)
-    for file in files:
-        file.chmod(0o666 & ~umask)
+    return umask
 
 
 def lock(run_dir: Path) -> TextIO:
