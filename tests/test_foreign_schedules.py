@@ -141,11 +141,12 @@ def test_full_table_is_the_inverse_of_noising() -> None:
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 def test_zero_terminal_snr_is_diffusers_own(spacing: str, kind: str) -> None:
+    """At eta = 1 diffusers takes the root of 1 - a - (1 - a), which rounding makes negative on some CPUs (0.42)."""
     config = config_of(timestep_spacing=spacing, rescale_betas_zero_snr=True, prediction_type=kind)
     truth, x, m, z = in_float64(config, 5), *torch.randn(3, 1, 5, dtype=torch.float64)
     timesteps = truth.timesteps.tolist()
-    for i, (a, b, c, d, std) in enumerate(table_of(ddim_scheduler(config), 5, 1.0).coefficients):
-        x_prev, x0 = step_of(truth, i, timesteps, m, x, z, eta=1.0)
+    for i, (a, b, c, d, std) in enumerate(table_of(ddim_scheduler(config), 5, 0.99).coefficients):
+        x_prev, x0 = step_of(truth, i, timesteps, m, x, z, eta=0.99)
         torch.testing.assert_close(torch.stack([a * x + b * m + std * z, c * x + d * m]), torch.stack([x_prev, x0]))
 
 

@@ -89,8 +89,10 @@ def test_a_loss_that_is_nan_drops_its_step_though_the_clamp_hides_it(tmp_path, m
 
 def test_the_ratio_starts_at_one_in_equal_batches(tmp_path, capsys):
     run_toy(tmp_path / "run", max_train_steps=2, train_batch_size=1)
-    printed = capsys.readouterr().out
-    assert printed.count("probability ratio of policy to reference at the start: exactly 1") == 1
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "probability ratio of policy" in line]
+    # a CPU's products can differ in the last bit with where a tensor lies: 1.3e-7 was seen on an EPYC
+    off = [float(part.split(" at ")[0]) for part in said.partition("by timestep: ")[2].split(", ") if part]
+    assert said.endswith("at the start: exactly 1") or (off and max(off) < 1e-6)
     run_toy(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=3, train_batch_size=1)
     assert "probability ratio" not in capsys.readouterr().out  # it is no start
 

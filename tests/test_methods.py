@@ -499,7 +499,9 @@ def test_num_candidates_and_inner_steps() -> None:
 
 @pytest.mark.parametrize("changed", [{"beta": 3.0}, {"clip": 0.3}, {"clip": "none"}])
 def test_beta_and_clip_change_the_loss_only(tmp_path: Path, of: Callable[..., Any], changed: dict[str, Any]) -> None:
-    settings = {"learning_rate": 0.03, "max_train_steps": 1, "train_batch_size": 2, "clip": 1e-4}
+    # beta changes nothing where every ratio is outside the clip, as after one such step on some CPUs
+    settings = {"learning_rate": 0.03, "max_train_steps": 1, "train_batch_size": 2}
+    settings["clip"] = "none" if "beta" in changed else 1e-4
     a, b = (facts(run_toy(tmp_path / f"{i}", **of("spo", **{**settings, **c})))[0] for i, c in enumerate(({}, changed)))
     assert a["score_mean"] == b["score_mean"] and a["pairs"] == b["pairs"]
     assert a["loss"] != b["loss"]

@@ -42,7 +42,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --------------------------------------------------------------------------------------------------- killed anywhere
 
 OPERATIONS = (
-    *((checkpoint, name) for name in ("save_file", "to_disk", "set_aside")),
+    *((checkpoint, name) for name in ("save_tensors", "to_disk", "set_aside")),
     *((run_directory, "_sum"), (files, "set_aside")),
     *((os, name) for name in ("fsync", "replace")),
     *((learner.Learner, name) for name in ("step", "update")),

@@ -427,7 +427,7 @@ def test_killed_while_writing_weights_leaves_no_checkpoint(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "save_file", torn)
+        patch.setattr(checkpoint, "save_tensors", torn)
         patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
         train_spm.main(line(tmp_path / "run", pairs=pairs))
     assert not list((tmp_path / "run").glob("checkpoint-*")) and list((tmp_path / "run").glob(".tmp-*"))

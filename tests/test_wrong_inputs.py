@@ -443,7 +443,7 @@ def test_full_disk(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.json")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((checkpoint, "save_file") if where == "save_file" else (Path, "write_text")), full)
+        patch.setattr(*((checkpoint, "save_tensors") if where == "save_file" else (Path, "write_text")), full)
         error = refused(train.main, flags(tmp_path / "run", max_train_steps=1), capsys)
     assert "No space left on device" in error and "--checkpoints_total_limit" in error
     assert not list((tmp_path / "run").glob("checkpoint-*"))

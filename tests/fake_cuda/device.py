@@ -191,6 +191,7 @@ class OnceWatched(Once):
     def __init__(self, watch: FakeDevice, repeat: bool):
         super().__init__(cuda=True, device="cuda")
         self.watch, self.repeat = watch, repeat
+        self.checkpoints = True  # with gradient every block runs: its events are its own
         self._took: dict[Hashable, tuple[Counter[Event], Callable[[], object]]] = {}
 
     def run(self, key: Hashable, part: str, samples: int, function: Callable[[], R]) -> R:
