@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from spo_fast.models import prompt_cache, tensor_cache
-from spo_fast.models.prompt_cache import PromptCache, count_truncated
+from spo_fast.models.prompt_cache import PromptCache, too_long
 from spo_fast.models.tensor_cache import fingerprint_files
 
 PROMPTS = [f"prompt {i}" for i in range(11)] + [""]
@@ -324,7 +324,7 @@ def test_fingerprint_files(tmp_path):
     assert len({whole, *others}) == 1 + len(others)
 
 
-def test_count_truncated_with_a_clip_tokenizer(tmp_path, caplog):
+def test_too_long_with_a_clip_tokenizer(tmp_path, caplog):
     from transformers import CLIPTokenizer
 
     letters = "abcdefgh"
@@ -333,15 +333,15 @@ def test_count_truncated_with_a_clip_tokenizer(tmp_path, caplog):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=6)
     # start + 4 words + end = 6 fits, one word more does not
-    assert count_truncated(tokenizer, ["a b c d", "a b c d e", "", "a b c d e f g h"]) == 2
-    assert count_truncated(tokenizer, []) == 0
+    assert too_long(tokenizer, ["a b c d", "a b c d e", "", "a b c d e f g h"]) == ["a b c d e", "a b c d e f g h"]
+    assert too_long(tokenizer, []) == []
     assert "longer than" not in caplog.text
 
 
-def test_count_truncated_asks_for_no_truncation():
+def test_too_long_asks_for_no_truncation():
     def tokenize(prompts, truncation, verbose):
         assert truncation is False and verbose is False
         return types.SimpleNamespace(input_ids=[[0] * len(p) for p in prompts])
 
     tokenize.model_max_length = 3
-    assert count_truncated(tokenize, ["abc", "abcd"]) == 1
+    assert too_long(tokenize, ["abc", "abcd"]) == ["abcd"]

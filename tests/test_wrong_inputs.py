@@ -497,7 +497,7 @@ def test_missing_files_are_a_table(place: Place, capsys: pytest.CaptureFixture[s
 def test_long_prompts_are_counted(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     file = place.file("p.txt", "a red square\n\n" + "word " * 100 + "\n")
     run_toy(place.path / "run", prompts=file, max_train_steps=1)
-    assert "warning: prompts longer than 16 tokens: 1" in capsys.readouterr().out
+    assert "warning: prompts longer than 16 tokens: 1, such as " in capsys.readouterr().out
 
 
 def test_latest_of_an_empty_directory_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,10 +148,17 @@ def encode_rows(encoder: Encoder, prompts: list[str]) -> list[Row]:
     return [{name: values[i].contiguous().clone() for name, values in host.items()} for i in range(len(prompts))]
 
 
-def count_truncated(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:
-    """How many prompts are longer than the tokenizer's model_max_length (77 for CLIP): their ends are cut off."""
+def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+    """The prompts that are longer than the tokenizer's model_max_length (77 for CLIP): their ends are cut off."""
     # in parts: the ids of 100,000 prompts take a gigabyte. verbose=False: transformers would print its own warning
     # about indexing errors, which truncation prevents
     parts = (list(prompts[start : start + TOKENIZE_BATCH]) for start in range(0, len(prompts), TOKENIZE_BATCH))
     lengths = (len(ids) for part in parts for ids in tokenizer(part, truncation=False, verbose=False).input_ids)
-    return sum(length > tokenizer.model_max_length for length in lengths)
+    return [p for p, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]
+
+
+def told_too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> str:
+    """A warning of them; "" if there are none."""
+    cut, limit = too_long(tokenizer, prompts), tokenizer.model_max_length
+    such = f"warning: prompts longer than {limit} tokens: {len(cut)}, such as {cut[0]!r:.80}" if cut else ""
+    return such and f"{such}; what lies beyond is not read."

@@ -15,7 +15,7 @@ from spo_fast.method.experience import Rows, judges, to_device
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
-from spo_fast.models.prompt_cache import count_truncated
+from spo_fast.models.prompt_cache import told_too_long
 
 if TYPE_CHECKING:
     from spo_fast.training.iteration import Iterates, Timer
@@ -77,9 +77,8 @@ def encode(run: Parts, prompts: list[str], others: Sequence[str] = ()) -> None:
         run.group.any(False)
     if encoded:
         print(f"encoded {encoded} prompts into {run.model.prompt_cache.directory}")
-    if run.group.main and (cut := count_truncated(run.model.tokenizers[0], prompts)):
-        limit = run.model.tokenizers[0].model_max_length
-        print(f"warning: prompts longer than {limit} tokens: {cut}; what lies beyond is not read.")
+    if run.group.main and (cut := told_too_long(run.model.tokenizers[0], prompts)):
+        print(cut)
 
 
 def inputs(run: Iterates, iteration: int) -> Inputs:
