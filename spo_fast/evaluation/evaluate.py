@@ -22,7 +22,7 @@ from spo_fast.models.files.contenders import check_unet
 from spo_fast.models.files.layout import text_files, unet_files, vae_files
 from spo_fast.models.files.load import load_tokenizers
 from spo_fast.models.files.sources import Resolved
-from spo_fast.models.prompt_cache import told_too_long
+from spo_fast.models.prompt_cache import warn_too_long
 from spo_fast.models.tensor_cache import fingerprint_files
 
 DRAWN_BY = ("images_per_prompt", "num_steps", "guidance_scale", "seed", "noise_of")
@@ -48,8 +48,7 @@ def evaluate(
             print(f"{name}: {found}")
     held = files.lock(out)
     tokenizer = load_tokenizers(resolved)[0]
-    if cut := told_too_long(tokenizer, prompts):
-        print(cut)
+    cut = warn_too_long(tokenizer, prompts)
     settings = drawn_by(cfg, resolved, prompts)
     galleries = [Gallery(one, out / one.name, len(prompts), cfg.pictures.images_per_prompt) for one in contenders]
     prints = {one.name: fingerprint(one) for one in contenders}

@@ -157,8 +157,11 @@ def too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list
     return [p for p, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]
 
 
-def told_too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> str:
-    """A warning of them; "" if there are none."""
-    cut, limit = too_long(tokenizer, prompts), tokenizer.model_max_length
-    such = f"warning: prompts longer than {limit} tokens: {len(cut)}, such as {cut[0]!r:.80}" if cut else ""
-    return such and f"{such}; what lies beyond is not read."
+def warn_too_long(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> int:
+    """Says how many they are, and names the first; returns the number."""
+    if cut := too_long(tokenizer, prompts):
+        such = f"{len(cut)}, such as {cut[0]!r:.80}"
+        print(
+            f"warning: prompts longer than {tokenizer.model_max_length} tokens: {such}; what lies beyond is not read."
+        )
+    return len(cut)

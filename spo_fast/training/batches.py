@@ -15,7 +15,7 @@ from spo_fast.method.experience import Rows, judges, to_device
 from spo_fast.method.noise import KeyedDraws
 from spo_fast.method.renoise import PairInputs
 from spo_fast.method.rollout import RolloutBatch
-from spo_fast.models.prompt_cache import told_too_long
+from spo_fast.models.prompt_cache import warn_too_long
 
 if TYPE_CHECKING:
     from spo_fast.training.iteration import Iterates, Timer
@@ -77,8 +77,8 @@ def encode(run: Parts, prompts: list[str], others: Sequence[str] = ()) -> None:
         run.group.any(False)
     if encoded:
         print(f"encoded {encoded} prompts into {run.model.prompt_cache.directory}")
-    if run.group.main and (cut := told_too_long(run.model.tokenizers[0], prompts)):
-        print(cut)
+    if run.group.main:
+        warn_too_long(run.model.tokenizers[0], prompts)
 
 
 def inputs(run: Iterates, iteration: int) -> Inputs:
