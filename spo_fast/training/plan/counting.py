@@ -24,12 +24,14 @@ class Counting(LiveStorage):
     """Live bytes, and FLOPs, of an iteration whose numbers are fake and whose indices are real: scores come in order,
     and every comparison counts when a rollout reads it.
 
-    One mode for all of it, as every operator goes through each. empty: makes a fake tensor of a shape and a type.
+    One mode for all of it, as every operator goes through each. mode: of the fake tensors. empty: makes one of a
+    shape and a type.
     """
 
     def __init__(self, block: int, mode: FakeTensorMode, empty: Callable[..., Tensor]):
         super().__init__(block)
-        self.flops, self._mode, self._empty = 0, mode, empty
+        self.flops, self._empty = 0, empty
+        self._dispatch: Callable[..., Any] = mode.dispatch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,7 +49,7 @@ class Counting(LiveStorage):
             # the same product, whose fake outcome PyTorch remembers: of .out forms it remembers none (2.13)
             scales = {name: value for name, value in kwargs.items() if name != "out"}
             return _aten.addmm_.default(*args, **scales)
-        out: Any = self._mode.dispatch(func, types, args, kwargs) if FakeTensor in types else func(*args, **kwargs)
+        out = self._dispatch(func, types, args, kwargs) if FakeTensor in types else func(*args, **kwargs)
         if func in SORTS and isinstance(args[0], FakeTensor):
             dim = next((x for x in args[1:] if type(x) is int), kwargs.get("dim", -1))
             index = torch.ones(args[0].shape, dtype=torch.int64).cumsum(dim) - 1

@@ -99,12 +99,12 @@ class Once:
         weights = [p for p in block.parameters() if p.requires_grad]
 
         def call(*args: object, **kwargs: object) -> object:
+            if torch.is_grad_enabled() and self.checkpoints:
+                return function(*args, **kwargs)
             leaves, tree = pytree.tree_flatten((args, kwargs))
             tensors = [x for x in leaves if isinstance(x, Tensor)]
             told = [(*Layout.of(x), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
             key = (like, self.live.phase_name, self.setting, *told)
-            if torch.is_grad_enabled() and self.checkpoints:
-                return function(*args, **kwargs)
             if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *weights))):
                 return self._repeat(key, lambda: function(*args, **kwargs))[0]
 
