@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 from spo_fast.config import command
 from spo_fast.config.errors import UsageError, did_you_mean
@@ -38,5 +39,12 @@ def _unknown(name: str) -> None:
     raise UsageError(f"spo-fast has no command {name!r:.60}, only {known}.{did_you_mean(name, COMMANDS)}")
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The command `spo-fast`."""
+    if "--dry_run" in sys.argv:
+        command.leave(main())
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

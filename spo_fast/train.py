@@ -21,6 +21,7 @@ from spo_fast.models.files.lora_files import find_lora
 if TYPE_CHECKING:
     from spo_fast.training.loop import Run
 
+DRY_RUN = "--dry_run"
 ABOUT = "Step-by-step preference optimisation of a text-to-image diffusion model."
 EXAMPLES = [
     "--model toy --output_dir runs/toy",
@@ -35,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     flags.first(arguments, "method", find_method)  # one of the user's own has flags of its own
     parser = flags.build_parser(PRESETS, "python -m spo_fast.train", ABOUT, EXAMPLES)
     parser.add_argument(
-        "--dry_run",
+        DRY_RUN,
         action="store_true",
         help="Print what the run would need and cost. Loads nothing, writes only counts (in ~/.cache/spo_fast).",
     )
@@ -94,19 +95,22 @@ def build(cfg: Config) -> Run:
 
 def dry_run(cfg: Config) -> None:
     """Print what the run would need and cost."""
-    from spo_fast.training.plan.dry_run import sections
+    with command.without_collections():
+        from spo_fast.training.plan.dry_run import sections
 
-    for number, section in enumerate(sections(cfg)):
-        print(("\n" if number else "") + section, flush=True)
+        for number, section in enumerate(sections(cfg)):
+            print(("\n" if number else "") + section, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    if "--dry_run" in words:
+    if DRY_RUN in words:
         return command.guarded(lambda: dry_run(parse(words)), words)
     return command.main(lambda: build(parse(arguments)), arguments)
 
 
 if __name__ == "__main__":
+    if DRY_RUN in sys.argv:
+        command.leave(main())
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from runs import PAIRS, ROOT, SMALL, assert_same_end, assert_same_tensors, built
 from safetensors.torch import load_file
 
 from spo_fast import train, train_spm
-from spo_fast.config.command import for_pytorch
+from spo_fast.config.command import for_pytorch, without_collections
 from spo_fast.config.presets import EVALUATION_PRESETS, PREFERENCE_PRESETS, PRESETS
 from spo_fast.config.scorers import SCORER_SOURCES
 from spo_fast.config.training import Config
@@ -67,6 +68,60 @@ command.guarded.__globals__["contextlib"].ExitStack = lambda: sys.exit(
 """
     told = {k: v for k, v in os.environ.items() if not k.endswith("_ALLOC_CONF")}
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=told, check=False).returncode == 0
+
+
+def test_a_dry_run_leaves_at_once_and_orderly(tmp_path: Path) -> None:
+    """Python looks for no cycles meanwhile, nor takes anything apart; what was registered is called, and all is
+    printed, also where the output is a file, which Python writes in blocks."""
+    code = """
+import atexit, gc, sys
+class Kept:
+    def __del__(self, name="taken apart"):
+        print(name)
+kept = Kept()
+atexit.register(print, "registered")
+atexit.register(lambda: print("collections", len(collected), gc.isenabled()))
+collected = []
+gc.callbacks.append(lambda phase, info: collected.append(phase))
+gc.collect()
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+    lines = {}
+    for module, *before in (("spo_fast.train",), ("spo_fast", "train")):
+        out = tmp_path / module
+        with out.open("w") as file:
+            words = [sys.executable, "-c", code, module, *before, *flags(tmp_path / "run"), "--dry_run"]
+            done = subprocess.run(words, cwd=ROOT, stdout=file, check=False)
+        assert done.returncode == 0
+        lines[module] = out.read_text().splitlines()
+        name, count, enabled = lines[module][-2].split()
+        assert lines[module][-1] == "registered" and (name, enabled) == ("collections", "True")
+        assert int(count) < 500  # before the command begins; thousands otherwise
+        assert "== time" in lines[module] and "taken apart" not in lines[module]
+    assert lines["spo_fast"][:-2] == lines["spo_fast.train"][:-2]
+
+
+def test_leaving_keeps_the_status_and_says_what_was_not_written() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "spo_fast.train", "--dry_run", "--model", "no such"], cwd=ROOT, check=False
+    )
+    assert done.returncode == 2
+    code = "import os, sys; from spo_fast.config.command import leave; sys.stdout.write('x'); leave(3)"
+    with open("/dev/full", "w") as full:
+        out: dict[str, Any] = {"stdout": full, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, text=True, **out)
+    assert done.returncode == 120 and "No space left" in done.stderr
+
+
+def test_cycles_are_looked_for_again() -> None:
+    with pytest.raises(RuntimeError), without_collections():
+        assert not gc.isenabled()
+        with without_collections():
+            pass
+        assert not gc.isenabled()
+        raise RuntimeError
+    assert gc.isenabled()
 
 
 # ------------------------------------------------------------------------------------------------ which setting wins

@@ -51,7 +51,7 @@ def test_a_config_fits_its_card(path: Path) -> None:
 def test_linux_gets_what_a_card_needs() -> None:
     on_linux = [d for d in PROJECT["dependencies"] if "platform_system == 'Linux'" in d]
     assert {re.split(r"[>=;]", d)[0] for d in on_linux} == {"triton", "bitsandbytes", "nvidia-ml-py"}
-    assert PROJECT["scripts"] == {"spo-fast": "spo_fast.__main__:main"} and set(COMMANDS) >= {"train", "report"}
+    assert PROJECT["scripts"] == {"spo-fast": "spo_fast.__main__:run"} and set(COMMANDS) >= {"train", "report"}
     assert PROJECT["optional-dependencies"]["cuda"] == ["xformers>=0.0.35"]
 
 
