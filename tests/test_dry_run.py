@@ -165,7 +165,7 @@ def test_compiling_is_chosen_where_it_saves_more_than_it_takes(monkeypatch: pyte
 )
 def test_what_a_cpu_is_given(model: str, tiles: bool, words: str) -> None:
     """By what its products are and by the network's width; what was asked for stays."""
-    cpu = Device("CPU", "cpu", None, bf16_tiles=tiles)
+    cpu = Device("CPU", "cpu", None, fast_bf16="by tiles (AMX)" if tiles else "")
     _, found = choose(PRESETS[model](), cpu)
     flags = ("mixed_precision", "compile", "fuse", "rollout_weights")
     assert " ".join(choice.words for choice in found if choice.flag in flags) == words

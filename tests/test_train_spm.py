@@ -540,7 +540,11 @@ def test_bf16_reward_has_float32_masters(pairs: Path, tmp_path: Path) -> None:
 
 def on_cpu(monkeypatch: pytest.MonkeyPatch, tiles: bool, wide: int = 128) -> None:
     """A CPU with or without tiles for bf16, and the channels from which on a UNet is called wide."""
-    monkeypatch.setattr(preference_run, "found_device", lambda _: Device("CPU", "cpu", None, bf16_tiles=tiles))
+    monkeypatch.setattr(
+        preference_run,
+        "found_device",
+        lambda _: Device("CPU", "cpu", None, fast_bf16="by tiles (AMX)" if tiles else ""),
+    )
     for module in (preference_run, device):
         monkeypatch.setattr(module, "WIDE", wide)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ from spo_fast.data.files import read_json
 from spo_fast.models.files.layout import transformer_config
 from spo_fast.models.files.sources import CONFIGS, Resolved
 from spo_fast.models.files.toy import FLOW_WEIGHTS, WEIGHTS
+from spo_fast.ops.onednn import measured_bf16_gain
 
 GIB = 2**30
 SHARE = 0.92  # of the device's memory: the rest is the allocator's fragments and the kernels' workspaces
 CONTEXT = GIB // 2  # the CUDA context
 FP8_CAPABILITY = (8, 9)  # Ada Lovelace, the first with such products
+BF16_GAIN = 1.5  # of a CPU's products, from which on whole trainings are computed in bf16
 
 PEAK_TFLOPS = {  # dense 16-bit tensor-core products with float32 accumulation, from the makers' data sheets
     "A100": 312, "A10": 125, "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165,
@@ -75,7 +78,7 @@ class Device:
     memory_bytes: int | None  # None: not planned with
     taken_bytes: int = CONTEXT  # by this process's CUDA context and by other programs
     capability: tuple[int, int] | None = None  # of a CUDA device
-    bf16_tiles: bool = False  # of a CPU: it multiplies bf16 matrices by tiles (AMX), at 16 times float32's rate
+    fast_bf16: str = ""  # of a CPU: how it multiplies bf16 matrices faster than float32's, in words
 
     @property
     def usable_bytes(self) -> int | None:
@@ -103,11 +106,20 @@ def pick_device(name: str) -> torch.device:
 def found_device(device: torch.device) -> Device:
     """A device as choices see it. A CPU's memory is not planned with: what does not fit is swapped, not refused."""
     if device.type != "cuda":
-        return Device("CPU", device.type, None, bf16_tiles=torch.cpu._is_amx_tile_supported())
+        return Device("CPU", device.type, None, fast_bf16=fast_bf16())
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     return Device(name, "cuda", total, max(taken, CONTEXT), capability)
+
+
+@functools.cache
+def fast_bf16() -> str:
+    """How this CPU multiplies bf16 matrices faster than float32's, in words; "" if it does not."""
+    if torch.cpu._is_amx_tile_supported():  # 16 times float32's rate
+        return "by tiles (AMX)"
+    gain = measured_bf16_gain() if torch.cpu._is_avx512_bf16_supported() else 0.0
+    return f"in AVX-512 at {gain:.1f} times float32's rate, measured" if gain >= BF16_GAIN else ""
 
 
 def compile_pays(flops: float, peak: float | None, compile_s: float) -> tuple[bool, str]:
@@ -141,12 +153,12 @@ def fastest_precision(device: Device, width: int) -> Choice:
     """What mixed_precision=auto is there. width: channels of the UNet's widest level."""
     if device.type == "cuda":
         value, why = "fp16", "a GPU; the published runs used it"
-    elif not device.bf16_tiles:
+    elif not device.fast_bf16:
         value, why = "no", "this CPU has no faster products"
     elif width < WIDE:
         value, why = "no", "the network is narrow"
     else:
-        value, why = "bf16", "this CPU multiplies bf16 by tiles (AMX), and the network is wide"
+        value, why = "bf16", f"this CPU multiplies bf16 {device.fast_bf16}, and the network is wide"
     return Choice("mixed_precision", value, why)
 
 

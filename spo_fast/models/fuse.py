@@ -42,6 +42,7 @@ from spo_fast.models.fused_layers import FusedLora, Projections, linears, made_a
 from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
+from spo_fast.ops.linear import linear, take_linear
 
 NUM_TIMESTEPS = 1000  # of every noise schedule that these networks were trained with
 
@@ -64,6 +65,7 @@ def fuse(network: nn.Module, recompute: bool = False) -> None:
     (GEGLU) always do. Called again it changes this alone.
     """
     (fuse_transformer if isinstance(network, TRANSFORMERS) else _fuse_convolutional)(network, recompute)
+    take_linear(network)
 
 
 def _fuse_convolutional(network: nn.Module, recompute: bool) -> None:
@@ -213,7 +215,7 @@ class FusedGEGLU(GEGLU):
         proj = self.proj
         if type(proj) is nn.Linear and backend.choose("geglu", hidden_states) == "c":
             # on a CPU a product writes its bias to every row before it begins; the op reads it once
-            return geglu(F.linear(hidden_states, proj.weight), proj.bias)
+            return geglu(linear(hidden_states, proj.weight), proj.bias)
         return saving_inputs("geglu", geglu, proj(hidden_states))
 
 

@@ -9,13 +9,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from spo_fast.models.quantised import QuantisedLinear
 from spo_fast.ops import backend
+from spo_fast.ops.linear import linear
 from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
 from spo_fast.ops.quantised import Quantised
 
@@ -144,7 +144,7 @@ class Projections:
         if self.weight is None or any(p is None for p in parts) or (parts and torch.is_grad_enabled()):
             return linears(x, self.layers)
         if not parts:
-            return F.linear(x, self.weight, self.bias).split(len(self.weight) // len(self.layers), -1)
+            return linear(x, self.weight, self.bias).split(len(self.weight) // len(self.layers), -1)
         downs, ups = zip(*(p[2:] for p in parts if p is not None), strict=True)
         return lora_three(x, self.weight, downs, ups, self._loras[0].scaling["default"], self.bias)
 

@@ -1,10 +1,10 @@
 """Which implementation of an op runs, and why.
 
 Every op exists as `eager` (plain PyTorch, the definition); some also as `triton` (GPU, or CPU through
-TRITON_INTERPRET=1) and as `c` (csrc/ through ctypes, CPU and CUDA). Each op declares an order per device, taken from
-measurements, and another for those calls there that were measured otherwise; the first backend of that order that can
-run here is used. SPO_FAST_BACKEND=name or `with use_backend(name)` forces one, and a forced backend that cannot run
-raises: nothing falls back silently.
+TRITON_INTERPRET=1), as `c` (csrc/ through ctypes, CPU and CUDA), or, if it is one product, as `onednn` (CPU). Each op
+declares an order per device, taken from measurements, and another for those calls there that were measured otherwise;
+the first backend of that order that can run here is used. SPO_FAST_BACKEND=name or `with use_backend(name)` forces
+one, and a forced backend that cannot run raises: nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.library import CustomOpDef, infer_schema
 
-from spo_fast.ops import c_library
+from spo_fast.ops import c_library, onednn
 from spo_fast.ops.optional_triton import INTERPRET, triton
 
-BACKENDS = ("eager", "triton", "c")
+BACKENDS = ("eager", "triton", "c", "onednn")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,16 @@ class Op:
     case: Callable[[Tensor], str] | None
     """A call's tensor -> its key in `orders` ("cpu channels-last"); one that is none stands for the device type."""
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The backends that there is something to say of."""
+        ordered = {backend for order in self.orders.values() for backend in order.backends}
+        return tuple(b for b in BACKENDS if b != "onednn" or b in ordered)
+
     def why_absent(self, backend: str, device_type: str) -> str | None:
         """Why there is no such implementation on this device type; None if there is one."""
+        if backend not in self.known:
+            return "its own kernel is of no library"
         return self.absent.get(backend) or self.absent.get(f"{backend} {device_type}")
 
     def order(self, case: str) -> Order:
@@ -94,6 +102,8 @@ def why_not(name: str, backend: str, device_type: str) -> str | None:
             return "the package triton is not installed"
         if device_type == "cpu" and not INTERPRET:
             return "Triton needs a GPU (on a CPU: TRITON_INTERPRET=1 before start, to check correctness)"
+    if backend == "onednn":
+        return onednn.why_missing()
     if backend == "c":
         return None if c_library.load(device_type) is not None else c_library.why_missing(device_type)
     return None
@@ -226,7 +236,7 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
             if device_type not in device_types:
                 continue
             chosen, order = _choose(op.name, case, _forced), op.order(case)
-            for backend in BACKENDS:
+            for backend in op.known:
                 reason = why_not(op.name, backend, device_type)
                 if backend == chosen:
                     if backend == _forced:

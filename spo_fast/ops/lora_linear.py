@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops import backend
 from spo_fast.ops.backend import Context, implementations
+from spo_fast.ops.linear import added_product
 from spo_fast.ops.optional_triton import jit, launch, tl, triton
 from spo_fast.ops.quantised import Quantised, add_product, dense
 
@@ -330,7 +331,7 @@ class _LoraLinear(torch.autograd.Function):
         outer, dy, dx = OUTER[ctx.name], dy.contiguous(), None
         if ctx.needs_input_grad[0]:
             dx, u = DOWN_UP[ctx.name](dy, lora_B.t(), lora_A.t(), None, ctx.scale)
-            torch.addmm(dx, dy, dense(weight, weight_scale, dy.dtype), out=dx)
+            dx = added_product(dx, dy, dense(weight, weight_scale, dy.dtype).t(), out=dx)
         else:  # text keys and values: their input has no gradient
             u = dy @ lora_B.to(dy.dtype)
         grad_A = outer(u, x, ctx.scale).to(lora_A.dtype) if ctx.needs_input_grad[4] else None
@@ -366,7 +367,7 @@ class _LoraLinears(torch.autograd.Function):
             down = torch.cat([lora_A for *_, lora_A, _ in layers])
             dx = u @ (down if scale == 1 else scale * down).to(u.dtype)
             for dy, (weight, weight_scale, *_) in zip(grads, layers, strict=True):
-                dx = torch.addmm(dx, dy, dense(weight, weight_scale, dy.dtype), out=dx)
+                dx = added_product(dx, dy, dense(weight, weight_scale, dy.dtype).t(), out=dx)
         grad_A = _outer_ref(u, x, scale).split([lora_A.shape[0] for *_, lora_A, _ in layers])
         out: list[Tensor | None] = [dx, None]
         for dy, t_i, g, (*_, lora_A, lora_B) in zip(grads, _parts(t, layers), grad_A, layers, strict=True):
@@ -440,7 +441,7 @@ def lora_three(
         _check(x, weight[place], None if bias is None else bias[place], down, up)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = DOWN_UP_THREE[backend.choose("lora_linear", x)](flat, list(downs), list(ups), bias, float(scale))
-    y = torch.addmm(y, flat, weight.t(), out=y)
+    y = added_product(y, flat, weight, out=y)
     return y.view(*x.shape[:-1], 3 * rows).split(rows, -1)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops.backend import Context, library_op
+from spo_fast.ops.linear import added_product
 
 FEW = 16  # rows of int8 that cuBLAS does not multiply: it takes more
 BLOCK = 64  # weights that share a scale in NF4
@@ -70,7 +71,7 @@ def dense(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:  
 def add_product(y: Tensor, x: Tensor, values: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """y + x W^T. y (M, O), (O,) or (); x (M, I)."""
     if scale is None or values.dtype == torch.uint8:
-        return torch.addmm(y, x, dense(values, scale, x.dtype).t(), out=out)  # addmm_ would escape the FLOP counter
+        return added_product(y, x, dense(values, scale, x.dtype), out)
     q, x_scale = _rounded(x, values.dtype)
     if values.dtype == torch.int8:
         few = len(q) <= FEW  # the modulations of a transformer's block are of samples, not of tokens

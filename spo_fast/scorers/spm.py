@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo_fast.method.experience import to_device
+from spo_fast.ops.linear import take_linear
 from spo_fast.ops.resize_normalize import normalise_channels, resize_normalize
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig, unit
 from spo_fast.scorers.clip_files import load_clip, save_clip
@@ -89,6 +90,7 @@ class ClipScorer(PictureScorer):
     ):
         self.preprocess, self.scale = preprocess, scale
         self.model = model.set_compute_dtype(dtype).requires_grad_(False).eval()
+        take_linear(self.model)
         self.tokenize = tokenize
         self.dtype = dtype
         self._text_features: dict[str, Tensor] = {}  # prompt -> (D,) float32 on the CPU

@@ -1,0 +1,210 @@
+"""ops/linear.py: which library multiplies, and that either gives the formula's numbers and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from spo_fast.ops import backend, onednn
+from spo_fast.ops.linear import LEAST, linear, take_linear, takes_onednn
+from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
+
+needs_onednn = pytest.mark.skipif(not onednn.exists(), reason="this PyTorch has no oneDNN")
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    """As if oneDNN had been measured so."""
+    monkeypatch.setattr(onednn, "why_missing", lambda: reason)
+    backend.why_not.cache_clear()
+    backend._cached_choice.cache_clear()
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """oneDNN's products are the faster ones here; the shapes of those that it makes."""
+    if not onednn.exists():
+        pytest.skip("this PyTorch has no oneDNN")
+    made: list[tuple[int, ...]] = []
+
+    def recorded(name: str) -> Callable[..., Tensor]:
+        plain = getattr(onednn, name)
+
+        def product(*args: Tensor) -> Tensor:
+            found: Tensor = plain(*args)
+            made.append(tuple(found.shape))
+            return found
+
+        return product
+
+    decided(monkeypatch, None)
+    for name in ("product", "added"):
+        monkeypatch.setattr(onednn, name, recorded(name))
+    yield made
+    monkeypatch.undo()
+    backend.why_not.cache_clear()
+    backend._cached_choice.cache_clear()
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    assert float((got.double() - want).abs().max()) < 2e-6 * float(want.abs().max())
+
+
+INPUTS = {
+    "rows": lambda: randn(5, 160),
+    "one row": lambda: randn(160),
+    "batches": lambda: randn(2, 3, 160),
+    "a slice": lambda: randn(7, 320)[:, ::2],
+    "turned": lambda: randn(160, 9).t(),
+    "expanded": lambda: randn(1, 160).expand(4, 160),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("turned", [False, True])
+def test_values_and_gradient_are_the_formulas(
+    fast: list[tuple[int, ...]], kind: str, has_bias: bool, turned: bool
+) -> None:
+    x, bias = INPUTS[kind]().requires_grad_(), randn(130, seed=2) if has_bias else None
+    weight = randn(160, 130, seed=1).t() if turned else randn(130, 160, seed=1)
+    y = linear(x, weight, bias)
+    dy = randn(*y.shape, seed=3)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    truth = x.detach().double() @ weight.double().t() + (0 if bias is None else bias.double())
+    assert_near(y.detach(), truth)
+    assert_near(dx, dy.double() @ weight.double())
+    with torch.no_grad():
+        assert_near(linear(x, weight, bias), truth)
+    with torch.inference_mode():
+        assert_near(linear(x, weight, bias), truth)
+    assert fast == [tuple(y.shape), tuple(x.shape), tuple(y.shape), tuple(y.shape)]
+
+
+def test_what_is_left_to_pytorch(fast: list[tuple[int, ...]]) -> None:
+    """Weights that learn, other types, small layers, no rows; each with PyTorch's own numbers."""
+    x, weight, bias = randn(5, 160), randn(130, 160, seed=1), randn(130, seed=2)
+    learning = weight.clone().requires_grad_()
+    y = linear(x, learning, bias)
+    assert torch.equal(torch.autograd.grad(y.sum(), learning)[0], x.sum(0).expand(130, 160))
+    offset = bias.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(linear(x, weight, offset).sum(), offset)[0], torch.full((130,), 5.0))
+    for dtype in (torch.float64, torch.bfloat16):
+        got = linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        assert torch.equal(got, F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)))
+    small = randn(LEAST // 160, 160, seed=1)
+    assert torch.equal(linear(x, small), F.linear(x, small)) and small.numel() < LEAST
+    assert linear(x[:0], weight, bias).shape == (0, 130)
+    with FakeTensorMode() as mode:
+        assert linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (5, 130)
+    assert fast == []
+    with torch.no_grad():  # nothing learns here
+        linear(x, learning, offset)
+    assert fast == [(5, 130)]
+
+
+@pytest.mark.parametrize("wants_input", [True, False])
+def test_the_base_of_a_lora_is_multiplied_so_too(fast: list[tuple[int, ...]], wants_input: bool) -> None:
+    x, weight, bias = randn(6, 160).requires_grad_(wants_input), randn(130, 160, seed=1), randn(130, seed=2)
+    A, B = randn(4, 160, seed=3).requires_grad_(), randn(130, 4, seed=4).requires_grad_()
+    dy = randn(6, 130, seed=5)
+    leaves = [x, A, B] if wants_input else [A, B]
+    X, W, a, b, g = (t.detach().double() for t in (x, weight, A, B, dy))
+    truth = X @ (W + 0.5 * b @ a).t() + bias.double()
+    gradients = [g @ (W + 0.5 * b @ a), 0.5 * b.t() @ g.t() @ X, 0.5 * g.t() @ X @ a.t()][-len(leaves) :]
+
+    y = lora_linear(x, weight, bias, A, B, 0.5)
+    assert_near(y.detach(), truth)
+    for got, want in zip(torch.autograd.grad(y, leaves, dy), gradients, strict=True):
+        assert_near(got, want)
+    assert fast == [(6, 130), (6, 160)][: 1 + wants_input]
+
+    fast.clear()
+    two = lora_linears(x, [(weight, bias, A, B)] * 2, 0.5)
+    for got, want in zip(torch.autograd.grad(two, leaves, [dy, dy]), gradients, strict=True):
+        assert_near(got, 2 * want)
+    assert fast == [(6, 130)] * 2 + [(6, 160)] * 2 * wants_input
+
+    fast.clear()
+    whole = torch.cat([weight[:100]] * 3)
+    with torch.no_grad():
+        three = lora_three(x, whole, [A] * 3, [B[:100]] * 3, 0.5, torch.cat([bias[:100]] * 3))
+    for got in three:
+        assert_near(got, truth[:, :100])
+    assert fast == [(6, 300)]
+
+
+def test_a_networks_layers_are_given_it(fast: list[tuple[int, ...]]) -> None:
+    class Own(nn.Linear):
+        pass
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(160, 130), nn.GELU(), nn.Linear(130, 8), Own(8, 4096)).requires_grad_(False)
+    x = randn(3, 160)
+    want = copy.deepcopy(network).double()(x.double())
+    take_linear(network)
+    assert_near(network(x), want)
+    assert fast == [(3, 130)] and type(network[0]) is nn.Linear  # the narrow one, and another class, stay
+    assert sorted(network.state_dict()) == sorted(f"{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias"))
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other[0].weight.zero_()
+    assert not torch.equal(other(x), network(x))  # a copy has its own weights
+    assert_near(network(x), want)
+    fast.clear()
+    assert_near(network.requires_grad_()(x).detach(), want)
+    assert fast == []
+
+
+def test_where_it_is_no_faster_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided(monkeypatch, "measured here it does 1.01 times as many")
+    try:
+        x, weight = randn(5, 160), randn(130, 160, seed=1)
+        assert not takes_onednn(x, weight) and torch.equal(linear(x, weight), F.linear(x, weight))
+        network = nn.Sequential(nn.Linear(160, 130))
+        take_linear(network)
+        assert "forward" not in vars(network[0])
+        rows = {row[1:3]: row[3] for row in backend.table(("cpu",)) if row[0] == "linear"}
+        assert rows["cpu float32", "onednn"] == "measured here it does 1.01 times as many"
+        assert rows["cpu float32", "eager"] == "chosen: onednn cannot run"
+    finally:
+        monkeypatch.undo()
+        backend.why_not.cache_clear()
+        backend._cached_choice.cache_clear()
+
+
+@needs_onednn
+@pytest.mark.parametrize(("seconds", "gain"), [((2.0, 1.0), 2.0), ((1.0, 1.0), 1.0), ((1.0, 4.0), 0.25)])
+def test_the_gain_is_of_least_times(seconds: tuple[float, float], gain: float) -> None:
+    """Of a clock that tells the one library's calls so long and the other's so; some much longer, by other programs."""
+    times, now = [], 0.0
+    for took in seconds:
+        for turn in range(onednn.TURNS + 1):
+            times += [now, now := now + took * (7 if turn % 2 == 0 else 1)]
+    for measure in (onednn.measured_gain, onednn.measured_bf16_gain):
+        clock = iter(times)
+        assert measure(lambda clock=clock: next(clock)) == gain
+
+
+@needs_onednn
+def test_its_products_are_counted() -> None:
+    x, weight, bias, y = randn(2, 3, 160), randn(130, 160), randn(130), randn(6, 130)
+    with FlopCounterMode(display=False) as counter:
+        onednn.product(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 6 * 160 * 130
+    with FlopCounterMode(display=False) as counter:
+        onednn.product(x, weight, None)
+        onednn.added(y, x.flatten(0, 1), weight)
+    assert counter.get_total_flops() == 2 * 2 * 6 * 160 * 130
