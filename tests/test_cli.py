@@ -114,6 +114,15 @@ def test_leaving_keeps_the_status_and_says_what_was_not_written() -> None:
     assert done.returncode == 120 and "No space left" in done.stderr
 
 
+def test_a_profiler_sees_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text("from spo_fast.config.command import leave\nleave(0)\n")
+    words = [sys.executable, "-m", "cProfile", str(file)]
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=paths, check=True, capture_output=True, text=True)
+    assert "function calls" in done.stdout
+
+
 def test_cycles_are_looked_for_again() -> None:
     with pytest.raises(RuntimeError), without_collections():
         assert not gc.isenabled()

@@ -93,8 +93,11 @@ def without_collections() -> Iterator[None]:
 def leave(status: int) -> NoReturn:
     """sys.exit(status) without taking every object apart, which after a dry run lasts a second.
 
-    What is registered with atexit is called first. For commands that leave no file open and no thread at work.
+    What is registered with atexit is called first. For commands that leave no file open and no thread at work. Where
+    a profiler, a debugger or a coverage tool looks on, it is sys.exit: they write when the program ends.
     """
+    if _is_watched():
+        sys.exit(status)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -102,6 +105,12 @@ def leave(status: int) -> NoReturn:
         sys.exit(status)
     atexit._run_exitfuncs()
     os._exit(status)
+
+
+def _is_watched() -> bool:
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = [] if monitoring is None else [monitoring.get_tool(number) for number in range(6)]
+    return sys.gettrace() is not None or sys.getprofile() is not None or any(tools)
 
 
 def for_pytorch(environment: Mapping[str, str]) -> dict[str, str]:

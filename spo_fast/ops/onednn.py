@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 FASTER = 1.25
 """oneDNN is taken from this many times MKL's speed on: where one library serves as well, numbers stay PyTorch's."""
-SIDE, TURNS = 512, 5
+SIDE, TURNS = 512, 9
 
 
 def exists() -> bool:
@@ -29,7 +29,7 @@ def exists() -> bool:
 
 @functools.cache
 def why_missing() -> str | None:
-    """None where oneDNN is taken, else the reason in words; the first call measures, a fiftieth of a second."""
+    """None where oneDNN is taken, else the reason in words; the first call measures, a twentieth of a second."""
     if not exists():
         return "this PyTorch has no oneDNN"
     gain = measured_gain()
@@ -41,30 +41,28 @@ def why_missing() -> str | None:
 def measured_gain(clock: Callable[[], float] = time.process_time) -> float:
     """The BLAS library's time for a float32 product over oneDNN's."""
     x = torch.ones(SIDE, SIDE)
-    return _least(lambda: F.linear(x, x), clock) / _least(lambda: product(x, x, None), clock)
+    return _gain(lambda: F.linear(x, x), lambda: product(x, x, None), clock)
 
 
 def measured_bf16_gain(clock: Callable[[], float] = time.process_time) -> float:
-    """Time of a product of float32's over time of bfloat16's, each by the faster library here."""
+    """Time of a product of float32's, by the library that is faster there, over time of bfloat16's."""
     x = torch.ones(SIDE, SIDE)
-    narrow, wide = x.bfloat16(), linear_of_here(x)
-    return _least(wide, clock) / _least(lambda: F.linear(narrow, narrow), clock)
-
-
-def linear_of_here(x: Tensor) -> Callable[[], Tensor]:
-    """x x^T by the library that multiplies float32 faster."""
-    return (lambda: product(x, x, None)) if why_missing() is None else lambda: F.linear(x, x)
+    narrow, by_onednn = x.bfloat16(), why_missing() is None
+    return _gain(lambda: product(x, x, None) if by_onednn else F.linear(x, x), lambda: F.linear(narrow, narrow), clock)
 
 
 @torch.inference_mode()
-def _least(function: Callable[[], Tensor], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest of TURNS calls, after one that makes its kernel."""
+def _gain(before: Callable[[], Tensor], after: Callable[[], Tensor], clock: Callable[[], float]) -> float:
+    """Of the least times of TURNS calls each, in turn, after one that makes its kernel."""
     seconds = []
     for _ in range(TURNS + 1):
-        start = clock()
-        function()
-        seconds.append(clock() - start)
-    return min(seconds[1:])
+        times = [clock()]
+        for function in (before, after):
+            function()
+            times.append(clock())
+        seconds.append((times[1] - times[0], times[2] - times[1]))
+    first, second = (min(took) for took in zip(*seconds[1:], strict=True))
+    return first / second
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., I), (O, I), (O,) -> (..., O)

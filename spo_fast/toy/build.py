@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
 from spo_fast import train, train_spm
+from spo_fast.config.errors import RunError
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
 from spo_fast.evaluation.statistics import Estimate, estimate
@@ -97,11 +98,19 @@ def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf
                 progress.update({"iteration": step, "loss": float(error.detach())})
         with torch.no_grad():
             latents = vae.eval().encode(x).latent_dist.mean
-    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    vae.register_to_config(scaling_factor=1 / deviation(latents))
     draft = directory.with_name(f".{directory.name}")
     vae.cpu().save_pretrained(draft)
     os.replace(draft, directory)
     return vae
+
+
+def deviation(latents: Tensor) -> float:
+    """Of all their numbers. Raises RunError where they do not differ: the VAE tells no picture from another."""
+    found = float(latents.std())
+    if not found > 0:
+        raise RunError(f"The VAE's latents have a deviation of {found}: its training failed. Choose another --seed.")
+    return found
 
 
 class Pretraining:
