@@ -139,6 +139,24 @@ def test_generated_stubs_do_nothing_count_and_give_way(compiler: str, tmp_path: 
         assert handle.value
 
 
+def test_what_a_library_destroys_is_given_back(compiler: str, tmp_path: Path) -> None:
+    """Ten thousand products' descriptors, 40 MB if they stayed; what others made is left alone."""
+    source = tmp_path / "generated.cpp"
+    source.write_text(build.generated(["cublasLtMatmulDescCreate", "cublasLtMatmulDescDestroy"]))
+    flags = ["-shared", "-fPIC", "-std=c++17", f"-I{build.STUBS}"]
+    subprocess.run([compiler, *flags, source, "-o", tmp_path / "stubs.so"], check=True)
+    library = ctypes.CDLL(str(tmp_path / "stubs.so"))
+    handle, seen = ctypes.c_void_p(), set()
+    for _ in range(10_000):
+        assert library.cublasLtMatmulDescCreate(ctypes.byref(handle)) == 0
+        seen.add(handle.value)
+        assert library.cublasLtMatmulDescDestroy(handle) == 0
+    assert len(seen) < 100
+    mine = ctypes.create_string_buffer(b"mine", 4096)
+    assert library.cublasLtMatmulDescDestroy(mine) == library.cublasLtMatmulDescDestroy(handle) == 0
+    assert mine.value == b"mine"
+
+
 class Device:
     """The stubs of the runtime and the driver, called as C."""
 

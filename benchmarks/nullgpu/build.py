@@ -44,6 +44,23 @@ REFUSED = (  # by the driver: CUDA_ERROR_NOT_SUPPORTED
 )
 
 
+OF_OBJECTS = r"(cudnn|cusparse|cusolverDn|cublasLt)\w*"
+OBJECTS = """#include <mutex>
+#include <unordered_set>
+static std::mutex lock;
+static std::unordered_set<void *> objects;
+static void *object() {
+  std::lock_guard<std::mutex> held(lock);
+  return *objects.insert(new char[4096]()).first;
+}
+static void end(void *p) {  // of others' making nothing is known
+  std::lock_guard<std::mutex> held(lock);
+  if (objects.erase(p)) delete[] (char *)p;
+}
+"""
+"""Products make such by the thousand an iteration: what a library destroys is given back."""
+
+
 def library_of(function: str) -> str | None:
     """The soname whose functions begin like this one."""
     plain = function.lstrip("_")
@@ -53,11 +70,13 @@ def library_of(function: str) -> str | None:
 
 def generated(functions: Iterable[str]) -> str:
     """C++ of functions that do nothing. Weak: where a file of stubs/ has one of the name, the linker takes that."""
-    made = ['#include "nullcuda.h"\n#define STUB API __attribute__((weak)) int\n']
+    made = [f'#include "nullcuda.h"\n#define STUB API __attribute__((weak)) int\n{OBJECTS}']
     for name in sorted(set(functions)):
         arguments, body = "", f'nullcuda_count(CALL, "{name}", 1); return 0;'
-        if re.match(r"(cudnn|cusparse|cusolverDn|cublasLt)\w*Create", name):
-            arguments, body = "void **handle", "*handle = new char[4096](); return 0;"
+        if re.match(OF_OBJECTS + "Create", name):
+            arguments, body = "void **handle", "*handle = object(); return 0;"
+        elif re.match(OF_OBJECTS + "Destroy", name):
+            arguments, body = "void *handle", "end(handle); return 0;"
         elif name in REFUSED:
             body = "return 801;"
         elif re.search("Get|Set|Destroy|Register|Unregister", name):  # too many to be of interest

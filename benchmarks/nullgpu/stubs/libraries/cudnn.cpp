@@ -26,6 +26,8 @@ API int cudnnBackendCreateDescriptor(int type, void **d) {
   return unknown ? 3000 /* CUDNN_STATUS_NOT_SUPPORTED */ : 0;
 }
 
+API int cudnnBackendDestroyDescriptor(void *d) { return delete[] (char *)d, 0; }
+
 API int cudnnBackendGetAttribute(void *, int name, int type, int64_t requested, int64_t *count, void *out) {
   const int HEURISTIC_RESULTS = 202, PLAN_FIRST = 400, PLAN_LAST = 403, INT64 = 3;
   bool of_plan = name >= PLAN_FIRST && name <= PLAN_LAST;  // handle, configuration, workspace size, ...
