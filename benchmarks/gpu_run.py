@@ -193,7 +193,7 @@ def stage_hours_of_spo(c: Context) -> None:
 
 def stage_toy_large(c: Context) -> None:
     """The toy at a GPU's size, built and then as many runs of claims.py as the time allows; again with the same --out,
-    it goes on. Its records are DIR/toy_large.jsonl."""
+    it goes on. Its records are DIR/toy_large.jsonl. Its pairs need pyarrow."""
     from spo_fast.toy import claims
 
     if c.size == "tiny":

@@ -92,7 +92,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
         out = tmp_path / module
         with out.open("w") as file:
             words = [sys.executable, "-c", code, module, *before, *flags(tmp_path / "run"), "--dry_run"]
-            done = subprocess.run(words, cwd=ROOT, stdout=file, check=False)
+            buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+            done = subprocess.run(words, cwd=ROOT, stdout=file, env=buffered, check=False)
         assert done.returncode == 0
         lines[module] = out.read_text().splitlines()
         name, count, enabled = lines[module][-2].split()
@@ -107,6 +108,8 @@ def test_leaving_keeps_the_status_and_says_what_was_not_written() -> None:
         [sys.executable, "-m", "spo_fast.train", "--dry_run", "--model", "no such"], cwd=ROOT, check=False
     )
     assert done.returncode == 2
+    without = "import sys; from spo_fast.config.command import leave; sys.stdout = sys.stderr = None; leave(4)"
+    assert subprocess.run([sys.executable, "-c", without], cwd=ROOT, check=False).returncode == 4
     code = "import os, sys; from spo_fast.config.command import leave; sys.stdout.write('x'); leave(3)"
     with open("/dev/full", "w") as full:
         out: dict[str, Any] = {"stdout": full, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": ""}}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import default_float64
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spo_fast.ops import backend, onednn
-from spo_fast.ops.linear import LEAST, linear, take_linear, takes_onednn
+from spo_fast.ops.linear import LEAST_SIDE, FrozenLinear, linear, take_linear, takes_onednn
 from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
 
 needs_onednn = pytest.mark.skipif(not onednn.exists(), reason="this PyTorch has no oneDNN")
@@ -21,7 +23,7 @@ needs_onednn = pytest.mark.skipif(not onednn.exists(), reason="this PyTorch has 
 
 def decided(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
     """As if oneDNN had been measured so."""
-    monkeypatch.setattr(onednn, "why_missing", lambda: reason)
+    monkeypatch.setattr(onednn, "why_slow", lambda: reason)
     backend.why_not.cache_clear()
     backend._cached_choice.cache_clear()
 
@@ -71,13 +73,21 @@ INPUTS = {
 }
 
 
+BIASES = {
+    "none": lambda: None,
+    "plain": lambda: randn(130, seed=2),
+    "a slice": lambda: randn(260, seed=2)[::2],
+    "expanded": lambda: randn(1, seed=2).expand(130),
+}
+
+
 @pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("of_bias", BIASES)
 @pytest.mark.parametrize("turned", [False, True])
 def test_values_and_gradient_are_the_formulas(
-    fast: list[tuple[int, ...]], kind: str, has_bias: bool, turned: bool
+    fast: list[tuple[int, ...]], kind: str, of_bias: str, turned: bool
 ) -> None:
-    x, bias = INPUTS[kind]().requires_grad_(), randn(130, seed=2) if has_bias else None
+    x, bias = INPUTS[kind]().requires_grad_(), BIASES[of_bias]()
     weight = randn(160, 130, seed=1).t() if turned else randn(130, 160, seed=1)
     y = linear(x, weight, bias)
     dy = randn(*y.shape, seed=3)
@@ -103,8 +113,22 @@ def test_what_is_left_to_pytorch(fast: list[tuple[int, ...]]) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         got = linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
         assert torch.equal(got, F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)))
-    small = randn(LEAST // 160, 160, seed=1)
-    assert torch.equal(linear(x, small), F.linear(x, small)) and small.numel() < LEAST
+    for small in (randn(LEAST_SIDE - 1, 160, seed=1), randn(160, 160)[:, : LEAST_SIDE - 1].contiguous()):
+        part = x[:, : small.shape[1]]
+        assert torch.equal(linear(part, small), F.linear(part, small))
+    strided = randn(130, 320, seed=1)[:, ::2]
+    assert torch.equal(linear(x, strided), F.linear(x, strided))
+    overlapping = randn(2000).as_strided((130, 160), (7, 3))
+    assert torch.equal(linear(x, overlapping), F.linear(x, overlapping))
+    assert torch.equal(linear(x, weight, bias[:1]), F.linear(x, weight, bias[:1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    before = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        linear(x, weight, bias)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
     assert linear(x[:0], weight, bias).shape == (0, 130)
     with FakeTensorMode() as mode:
         assert linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (5, 130)
@@ -156,7 +180,8 @@ def test_a_networks_layers_are_given_it(fast: list[tuple[int, ...]]) -> None:
     want = copy.deepcopy(network).double()(x.double())
     take_linear(network)
     assert_near(network(x), want)
-    assert fast == [(3, 130)] and type(network[0]) is nn.Linear  # the narrow one, and another class, stay
+    assert fast == [(3, 130)] and [type(m) for m in network[::2]] == [FrozenLinear, nn.Linear]  # it is narrow
+    assert type(network[3]) is Own
     assert sorted(network.state_dict()) == sorted(f"{i}.{name}" for i in (0, 2, 3) for name in ("weight", "bias"))
     other = copy.deepcopy(network)
     with torch.no_grad():
@@ -169,20 +194,109 @@ def test_a_networks_layers_are_given_it(fast: list[tuple[int, ...]]) -> None:
 
 
 def test_where_it_is_no_faster_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided(monkeypatch, "measured here it does 1.01 times as many")
+    decided(monkeypatch, "measured here it is 1.01 times as fast")
     try:
         x, weight = randn(5, 160), randn(130, 160, seed=1)
         assert not takes_onednn(x, weight) and torch.equal(linear(x, weight), F.linear(x, weight))
         network = nn.Sequential(nn.Linear(160, 130))
         take_linear(network)
-        assert "forward" not in vars(network[0])
+        assert type(network[0]) is nn.Linear
         rows = {row[1:3]: row[3] for row in backend.table(("cpu",)) if row[0] == "linear"}
-        assert rows["cpu float32", "onednn"] == "measured here it does 1.01 times as many"
-        assert rows["cpu float32", "eager"] == "chosen: onednn cannot run"
+        assert rows["cpu float32", "onednn"] == "measured here it is 1.01 times as fast"
+        assert rows["cpu float32", "eager"] == "chosen: onednn is no faster"
     finally:
         monkeypatch.undo()
         backend.why_not.cache_clear()
         backend._cached_choice.cache_clear()
+
+
+@needs_onednn
+def test_it_can_be_forced_where_it_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided(monkeypatch, "measured here it is 1.01 times as fast")
+    try:
+        with backend.use_backend("onednn"):
+            assert takes_onednn(randn(5, 160), randn(130, 160))
+            assert backend.choose("linear", randn(5, dtype=torch.float64)) == "eager"  # which it has not
+            assert backend.choose("geglu", randn(5)) in ("c", "eager")
+        with backend.use_backend("eager"):
+            assert not takes_onednn(randn(5, 160), randn(130, 160))
+    finally:
+        monkeypatch.undo()
+        backend.why_not.cache_clear()
+        backend._cached_choice.cache_clear()
+
+
+def two_layers() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(160, 256), nn.GELU(), nn.Linear(256, 160)).requires_grad_(False)
+
+
+def test_derivatives_of_every_kind_are_pytorchs(fast: list[tuple[int, ...]]) -> None:
+    """Forward ones, those of torch.func, and second ones."""
+    plain = two_layers()
+    taken, x, v = take_linear(copy.deepcopy(plain)), randn(4, 160), randn(4, 160, seed=1)
+
+    def second(network: nn.Sequential) -> Tensor:
+        at = x.clone().to(network[0].weight.dtype).requires_grad_()
+        (g,) = torch.autograd.grad(network(at).square().sum(), at, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), at)[0]
+
+    assert_near(second(taken), second(copy.deepcopy(plain).double()))
+    assert fast
+    assert_near(torch.func.jvp(taken, (x,), (v,))[1], torch.func.jvp(plain, (x,), (v,))[1].double())
+    for transform in (torch.func.grad, lambda f: torch.func.grad(lambda a: torch.func.grad(f)(a).square().sum())):
+        got, want = (transform(lambda a, n=n: n(a).square().sum())(x) for n in (taken, plain))
+        assert_near(got, want.double())
+    assert_near(torch.func.vmap(taken)(x), plain(x).double())
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_pytorchs(fast: list[tuple[int, ...]]) -> None:
+    """By Inductor, whose own lowering of the operator takes packed weights alone; LoRA layers too; traced ones."""
+    plain, x = two_layers(), randn(4, 160)
+    taken = take_linear(copy.deepcopy(plain))
+    assert_near(torch.compile(taken, fullgraph=True)(x), plain(x).double())
+    A, B, weight = randn(4, 160, seed=1), randn(256, 4, seed=2), randn(256, 160, seed=3)
+    compiled = torch.compile(lambda a: lora_linear(a, weight, None, A, B, 1.0), fullgraph=True)
+    assert_near(compiled(x), x.double() @ (weight.double() + B.double() @ A.double()).t())
+    assert fast == []
+    assert_near(torch.jit.trace(taken, x)(x), plain(x).double())
+
+
+STATES: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "fake tensors": FakeTensorMode,
+    "counting": lambda: FlopCounterMode(display=False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+    "float64": default_float64,
+    "gradients": torch.enable_grad,
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("state", STATES)
+def test_the_first_call_may_come_in_any_state(state: str) -> None:
+    """What is multiplied is float32 on the CPU, and nothing else sees it."""
+    seen: list[tuple[torch.dtype, str, type]] = []
+
+    def clock() -> float:
+        return float(len(seen))
+
+    plain = onednn.product
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append((x.dtype, x.device.type, type(x)))
+        y = plain(x, weight, bias)
+        assert y.dtype == torch.float32 and type(y) is Tensor
+        return y
+
+    with pytest.MonkeyPatch.context() as patch, STATES[state]() as mode:
+        patch.setattr(onednn, "product", product)
+        onednn.measured_gain(clock)
+        if isinstance(mode, FlopCounterMode):
+            assert mode.get_total_flops() == 0
+    assert set(seen) == {(torch.float32, "cpu", Tensor)}
 
 
 @needs_onednn

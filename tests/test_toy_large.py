@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,3 +177,17 @@ def test_latents_that_do_not_differ_are_no_scale():
         build.deviation(torch.zeros(8, 4, 16, 16))
     with pytest.raises(RunError, match="nan"):
         build.deviation(torch.full((8, 4, 16, 16), torch.nan))
+
+
+@pytest.mark.parametrize("command", ["build", "claims"])
+def test_a_package_that_pairs_need_is_missed_before_anything_is_trained(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setattr(build, "pretrain", lambda *_: pytest.fail("it trains"))
+    if command == "build":
+        with pytest.raises(ImportError, match=r"spo_fast\[data\]"):
+            build.build(tmp_path / "work", tmp_path / "toy", LARGE, 0, 10, 10)
+    else:
+        words = ["--size", "large", "--records", str(tmp_path / "r.jsonl"), "--work_dir", str(tmp_path / "work")]
+        assert claims.main(words) == 1
+        assert "spo_fast[data]" in capsys.readouterr().err

@@ -94,23 +94,30 @@ def leave(status: int) -> NoReturn:
     """sys.exit(status) without taking every object apart, which after a dry run lasts a second.
 
     What is registered with atexit is called first. For commands that leave no file open and no thread at work. Where
-    a profiler, a debugger or a coverage tool looks on, it is sys.exit: they write when the program ends.
+    a profiler, a debugger or a coverage tool looks on, or python -i, it is sys.exit: they go on when the program ends.
     """
     if _is_watched():
         sys.exit(status)
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
     except OSError:  # nobody reads any more: Python says it and has a status for it
         sys.exit(status)
     atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        _flush()  # what was said at the exit
     os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed before the start
+            stream.flush()
 
 
 def _is_watched() -> bool:
     monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
     tools = [] if monitoring is None else [monitoring.get_tool(number) for number in range(6)]
-    return sys.gettrace() is not None or sys.getprofile() is not None or any(tools)
+    return sys.gettrace() is not None or sys.getprofile() is not None or any(tools) or bool(sys.flags.inspect)
 
 
 def for_pytorch(environment: Mapping[str, str]) -> dict[str, str]:

@@ -45,7 +45,8 @@ class ModelConfig(Section):
     """Image width in pixels, likewise."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16", "fp64"] = "auto"
     """Compute type of UNet and VAE: no = float32, fp16, bf16, fp64 (for checks); auto = fp16 on a GPU, on a CPU bf16 if
-    it multiplies that by tiles (AMX) and the UNet is wide, else no. Trained weights stay float32."""
+    it multiplies that faster (AMX, or measured in AVX-512) and the UNet is wide, else no. Trained
+    weights stay float32."""
     allow_tf32: bool = True
     """Let what remains in float32 on a GPU (the scorer's towers) use TF32 products, as the published runs did."""
     size_told: Literal["own", "native"] = "own"

@@ -405,7 +405,7 @@ def need_pyarrow(name: str) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{name}: reading parquet needs pyarrow: pip install 'spo_fast[data]'") from error
+        raise ImportError(f"{name}: parquet needs pyarrow: pip install 'spo_fast[data]'") from error
 
 
 def parquet_source(

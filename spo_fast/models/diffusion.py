@@ -22,6 +22,7 @@ from spo_fast.models.fuse import fuse
 from spo_fast.models.policy import Policy
 from spo_fast.models.prompt_cache import Encoder, PromptCache
 from spo_fast.models.tensor_cache import fingerprint_files
+from spo_fast.ops.linear import take_linear
 
 if TYPE_CHECKING:
     from spo_fast.models.files.load import VAE, TextEncoder
@@ -98,7 +99,7 @@ class DiffusionModel:
     def text_encoders(self) -> list[TextEncoder]:
         """Loaded anew."""
         return [
-            e.to(self.device)  # type: ignore[arg-type]  # as diffusers'
+            take_linear(e.to(self.device))  # type: ignore[arg-type]  # as diffusers'
             for e in load.load_text_encoders(self.resolved, self.dtype)
         ]
 

@@ -42,7 +42,7 @@ from spo_fast.models.fused_layers import FusedLora, Projections, linears, made_a
 from spo_fast.ops import backend
 from spo_fast.ops.geglu import geglu
 from spo_fast.ops.group_norm_silu import group_norm_silu
-from spo_fast.ops.linear import linear, take_linear
+from spo_fast.ops.linear import is_plain, linear, take_linear
 
 NUM_TIMESTEPS = 1000  # of every noise schedule that these networks were trained with
 
@@ -213,7 +213,7 @@ class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:  # (N, L, I) -> (N, L, D)
         """As GEGLU's."""
         proj = self.proj
-        if type(proj) is nn.Linear and backend.choose("geglu", hidden_states) == "c":
+        if is_plain(proj) and backend.choose("geglu", hidden_states) == "c":
             # on a CPU a product writes its bias to every row before it begins; the op reads it once
             return geglu(linear(hidden_states, proj.weight), proj.bias)
         return saving_inputs("geglu", geglu, proj(hidden_states))

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 from spo_fast.models.quantised import QuantisedLinear
 from spo_fast.ops import backend
-from spo_fast.ops.linear import linear
+from spo_fast.ops.linear import is_plain, linear
 from spo_fast.ops.lora_linear import lora_linear, lora_linears, lora_three
 from spo_fast.ops.quantised import Quantised
 
@@ -103,7 +103,8 @@ class FusedLora(lora.Linear):
 def plain_lora(m: lora.Linear) -> bool:
     """Whether FusedLora computes what this layer does."""
     adapter = list(m.lora_A) == ["default"] and not m.lora_variant and not m.lora_bias["default"]
-    frozen = type(m.base_layer) in (nn.Linear, QuantisedLinear) and not m.base_layer.weight.requires_grad
+    known = is_plain(m.base_layer) or type(m.base_layer) is QuantisedLinear
+    frozen = known and not m.base_layer.weight.requires_grad
     return adapter and frozen and not m.fan_in_fan_out and isinstance(m.lora_dropout["default"], nn.Identity)
 
 
@@ -129,14 +130,14 @@ class Projections:
         self.bias: Tensor | None = None
         self._loras = [layer for layer in layers if isinstance(layer, FusedLora)]
         bases = [layer.base_layer if isinstance(layer, FusedLora) else layer for layer in layers]
-        linear = [base for base in bases if type(base) is nn.Linear and not base.weight.requires_grad]
-        if len(linear) < len(layers) or len(self._loras) not in (0, len(layers)):
+        plain = [base for base in bases if is_plain(base) and not base.weight.requires_grad]
+        if len(plain) < len(layers) or len(self._loras) not in (0, len(layers)):
             return
         if len({(layer.r["default"], layer.scaling["default"]) for layer in self._loras}) > 1:
             return  # a LoRA file may have a rank and an alpha for each layer
-        if len({(base.weight.shape, base.bias is None) for base in linear}) == 1:
-            self.weight = _one([base.weight for base in linear])
-            self.bias = None if linear[0].bias is None else _one([base.bias for base in linear])
+        if len({(base.weight.shape, base.bias is None) for base in plain}) == 1:
+            self.weight = _one([base.weight for base in plain])
+            self.bias = None if plain[0].bias is None else _one([base.bias for base in plain])
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:  # (..., D') -> (..., D) each
         """Of x."""

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from spo_fast.config.optional_packages import missing_extra
 from spo_fast.models.compile import FLOW_BLOCKS
+from spo_fast.ops.linear import is_plain, linear
 from spo_fast.ops.quantised import Quantised, quantise, quantised_linear
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class QuantisedLinear(nn.Linear):
         weight = self.frozen_weight
         if isinstance(weight, Quantised):
             return quantised_linear(x, weight, self.bias)
-        return F.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias)
 
 
 def import_for(how: str) -> None:
@@ -81,7 +81,7 @@ def quantise_t5(encoder: PreTrainedModel, how: str) -> None:
 
 def _fits(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """A frozen linear layer, so no LoRA's matrix, of sizes that can be multiplied."""
-    if type(layer) is not nn.Linear or layer.weight.requires_grad:
+    if not is_plain(layer) or layer.weight.requires_grad:
         return False
     return not any(size % MULTIPLE for size in layer.weight.shape)
 

@@ -103,10 +103,15 @@ def why_not(name: str, backend: str, device_type: str) -> str | None:
         if device_type == "cpu" and not INTERPRET:
             return "Triton needs a GPU (on a CPU: TRITON_INTERPRET=1 before start, to check correctness)"
     if backend == "onednn":
-        return onednn.why_missing()
+        return None if onednn.exists() else "this PyTorch has no oneDNN"
     if backend == "c":
         return None if c_library.load(device_type) is not None else c_library.why_missing(device_type)
     return None
+
+
+def why_later(backend: str) -> str | None:
+    """None if a backend that can run is taken as its op's order says, else the reason why others come first."""
+    return onednn.why_slow() if backend == "onednn" else None
 
 
 def available_backends(name: str, device_type: str = "cpu") -> list[str]:
@@ -119,8 +124,11 @@ def _cached_choice(name: str, case: str, forced: str | None, wide: bool) -> str:
     device_type = _device(case)
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"SPO_FAST_BACKEND={forced!r} is unknown. Use one of {', '.join(BACKENDS)}.")
-    # an op that has no such backend keeps its own choice
-    if forced is not None and OPS[name].why_absent(forced, device_type) is None:
+    op = OPS[name]
+    # an op that has no such backend keeps its own choice; oneDNN has no other cases than those it stands first in
+    has = forced is not None and op.why_absent(forced, device_type) is None
+    if has and (forced != "onednn" or forced in op.order(case).backends):
+        assert forced is not None
         reason = why_not(name, forced, device_type)
         if reason is not None:
             raise RuntimeError(
@@ -129,8 +137,8 @@ def _cached_choice(name: str, case: str, forced: str | None, wide: bool) -> str:
             )
         return forced
     # no GPU kernel is tuned for float64: it is left to the others unless Triton is forced
-    order = OPS[name].order(case).backends
-    return next(b for b in order if why_not(name, b, device_type) is None and not (wide and b == "triton"))
+    able = [b for b in op.order(case).backends if why_not(name, b, device_type) is None]
+    return next(b for b in able if not (wide and b == "triton") and why_later(b) is None)
 
 
 def _choose(name: str, case: str, forced: str | None, wide: bool = False) -> str:
@@ -238,6 +246,8 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
             chosen, order = _choose(op.name, case, _forced), op.order(case)
             for backend in op.known:
                 reason = why_not(op.name, backend, device_type)
+                if reason is None and backend in order.backends:
+                    reason = why_later(backend)
                 if backend == chosen:
                     if backend == _forced:
                         reason = "chosen: forced"
@@ -245,6 +255,7 @@ def table(device_types: tuple[str, ...] | None = None) -> list[tuple[str, str, s
                         reason = f"chosen: {order.why}"
                     else:
                         before = order.backends[: order.backends.index(backend)]
-                        reason = f"chosen: {' and '.join(before)} cannot run"
+                        slower = all(why_not(op.name, b, device_type) is None for b in before)
+                        reason = f"chosen: {' and '.join(before)} {'is no faster' if slower else 'cannot run'}"
                 rows.append((op.name, case, backend, reason or f"available, {chosen} goes before"))
     return rows

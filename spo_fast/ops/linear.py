@@ -1,26 +1,28 @@
 """A frozen linear layer, y = x W^T + bias: PyTorch's, or oneDNN's where that is faster in float32 (onednn.py).
 
 The backward is dx = dy W by the same library; W and bias get no gradient from oneDNN, and are left to PyTorch where
-they want one.
+they want one, as is whatever else oneDNN's operator has no answer for: compilers, forward derivatives, autocast.
 
 # 2 M I O FLOPs for M rows; bound by them.
 """
 
 from __future__ import annotations
 
-import functools
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from spo_fast.ops import backend, onednn
 from spo_fast.ops.backend import Context, Order
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 def _case(x: Tensor) -> str:
-    real = type(x) in (Tensor, nn.Parameter)  # what counts shapes is no tensor of a CPU
-    return "cpu float32" if real and x.device.type == "cpu" and x.dtype == torch.float32 else x.device.type
+    return "cpu float32" if x.device.type == "cpu" and x.dtype == torch.float32 else x.device.type
 
 
 backend.register(
@@ -34,17 +36,33 @@ backend.register(
         "onednn cuda": "a CPU's library",
     },
     case=_case,
-    cases={"cpu float32": Order(("onednn", "eager"), "measured faster here than the BLAS library of PyTorch")},
+    cases={"cpu float32": Order(("onednn", "eager"), "frozen layers from 128 wide: measured faster here than MKL's")},
 )
 
-LEAST = 2**14
-"""Weights of a layer from which on: smaller ones are the toy's, whose numbers are to be the same on every CPU."""
+LEAST_SIDE = 128
+"""Rows and columns of a weight from which on: narrower ones are the toys', whose numbers are to be the same on every
+CPU."""
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of x with this weight, which gets no gradient, is oneDNN's."""
-    wide = weight.dtype == torch.float32 and weight.numel() >= LEAST and x.numel() > 0
-    return wide and backend.choose("linear", x) == "onednn"
+    wide = weight.dtype == torch.float32 and min(weight.shape) >= LEAST_SIDE and x.numel() > 0
+    return wide and not torch.compiler.is_compiling() and _is_unwatched(x) and _is_dense(weight) and _is_chosen(x)
+
+
+def _is_unwatched(x: Tensor) -> bool:
+    """By what oneDNN's operator does not know: tensors of counting modes, derivatives, autocast, tracing."""
+    if type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return forward_ad._current_level < 0 and not torch.is_autocast_enabled("cpu") and not torch.jit.is_tracing()
+
+
+def _is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
+def _is_chosen(x: Tensor) -> bool:
+    return backend.choose("linear", x) == "onednn" and bool(torch.backends.mkldnn.enabled)
 
 
 class _Linear(torch.autograd.Function):
@@ -54,35 +72,46 @@ class _Linear(torch.autograd.Function):
         return onednn.product(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Context, dy):
         (weight,) = ctx.saved_tensors
-        return onednn.product(dy, weight.t(), None), None, None
+        return linear(dy, weight.t()), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., I), (O, I), (O,) -> (..., O)
     """torch.nn.functional.linear; of weights that get no gradient by oneDNN where that is faster."""
-    learns = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if learns or not takes_onednn(x, weight):
+    differentiates = torch.is_grad_enabled()
+    learns = differentiates and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    fits = bias is None or bias.shape == weight.shape[:1]
+    if learns or not fits or not takes_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if differentiates and x.requires_grad:
         return _Linear.apply(x, weight, bias)
     return onednn.product(x, weight, bias)
 
 
 def added_product(y: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """y + x W^T: y (M, O), (O,) or (), x (M, I), W (O, I) -> (M, O), in `out` or not. Without gradient."""
-    if y.ndim == 2 and takes_onednn(x, weight):
-        return onednn.added(y, x, weight)
+    if y.ndim and y.shape[-1] == len(weight) and takes_onednn(x, weight):
+        return onednn.added(y, x, weight) if y.ndim == 2 else onednn.product(x, weight, y)
     return torch.addmm(y, x, weight.t(), out=out)  # addmm_ would escape the FLOP counter
 
 
-def take_linear(network: nn.Module) -> None:
+class FrozenLinear(nn.Linear):
+    """A linear layer that computes by this op."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(input, self.weight, self.bias)
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """A layer that is a product and a bias, and nothing else."""
+    return type(layer) in (nn.Linear, FrozenLinear)
+
+
+def take_linear(network: Network) -> Network:
     """Give the plain linear layers inside a frozen network this op, in place, where it is not PyTorch's own."""
     for module in network.modules():
         if type(module) is nn.Linear and takes_onednn(module.weight.data, module.weight):
-            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-
-
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, module.weight, module.bias)
+            module.__class__ = FrozenLinear
+    return network

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops.backend import Context, library_op
-from spo_fast.ops.linear import added_product
+from spo_fast.ops.linear import added_product, linear
 
 FEW = 16  # rows of int8 that cuBLAS does not multiply: it takes more
 BLOCK = 64  # weights that share a scale in NF4
@@ -111,7 +111,7 @@ class _FrozenLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Context, dy):
         values, scale = ctx.saved_tensors
-        return dy @ dense(values, scale, dy.dtype), None, None, None
+        return linear(dy, dense(values, scale, dy.dtype).t()), None, None, None
 
 
 def quantised_linear(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spo_fast.data.weights import fill, read_tensors
+from spo_fast.ops.linear import take_linear
 from spo_fast.scorers.clip import Clip, unit
 from spo_fast.scorers.clip_files import find_weights, load_clip
 from spo_fast.scorers.preprocess import PictureScorer, cropped, score_head
@@ -17,7 +18,7 @@ class AestheticScorer(PictureScorer):
     """About 1 to 10, whatever the prompt. The head stays float32."""
 
     def __init__(self, clip: Clip, head: torch.nn.Module, dtype: torch.dtype = torch.float32):
-        self.clip, self.dtype = clip.set_compute_dtype(dtype).requires_grad_(False).eval(), dtype
+        self.clip, self.dtype = take_linear(clip.set_compute_dtype(dtype).requires_grad_(False).eval()), dtype
         self.head = head.to(clip.logit_scale.device).requires_grad_(False).eval()
 
     def encode(self, prompts: list[str]) -> Tensor:  # (P, 0)

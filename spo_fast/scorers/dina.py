@@ -17,6 +17,7 @@ from torch import Tensor
 from spo_fast.data.files import as_new_files, read_json, save_tensors, shown, write_atomically
 from spo_fast.data.weights import check_finite, read_tensors, some
 from spo_fast.method.flow_schedule import judged_table
+from spo_fast.ops.linear import take_linear
 from spo_fast.scorers.dina_network import DinaReward, DinaSettings, Text
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class DinaScorer:
     """Steps beyond their parent's whose timestep children are told: the network was trained on x at its own sigma."""
 
     def __init__(self, model: DinaReward, base: FlowBase):
-        self.model, self.base = model.requires_grad_(False).eval(), base
+        self.model, self.base = take_linear(model.requires_grad_(False).eval()), base
         self.sigmas = judged_table().noise.flip(0).to(base.device, torch.float32)  # by the timestep of equal noise
 
     def encode(self, prompts: list[str]) -> Text:

@@ -18,6 +18,7 @@ from torch import Tensor
 from spo_fast.data.files import DAMAGED, shown, some
 from spo_fast.data.prompt_sets import CLASSES, Wanted
 from spo_fast.data.weights import check_finite
+from spo_fast.ops.linear import take_linear
 from spo_fast.scorers.clip import Clip, unit
 from spo_fast.scorers.clip_files import load_clip
 from spo_fast.scorers.preprocess import PictureScorer, cropped
@@ -248,4 +249,4 @@ def load_geneval(
         raise ValueError(f"{path} knows {detector.config.num_labels} classes, not COCO's 80 (--geneval_path).")
     towers = check_vocabulary(load_clip(clip, time_conditioned=False, device=device), tokenize, clip)
     detector = detector.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
-    return GenEval(detector, towers.requires_grad_(False), tokenize, wanted)
+    return GenEval(take_linear(detector), take_linear(towers.requires_grad_(False)), tokenize, wanted)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_fast.data.weights import fill, read_tensors
+from spo_fast.ops.linear import take_linear
 from spo_fast.scorers.clip_files import find_weights
 from spo_fast.scorers.preprocess import PictureScorer, cropped, score_head
 
@@ -155,7 +156,7 @@ class ImageRewardScorer(PictureScorer):
     def __init__(
         self, model: ImageReward, tokenizer: BertWordPieceTokenizer, device: str | torch.device, dtype: torch.dtype
     ):
-        self.model = model.to(device, dtype).requires_grad_(False).eval()
+        self.model = take_linear(model.to(device, dtype).requires_grad_(False).eval())
         self.model.head.float()
         self.tokenizer, self.device, self.dtype = tokenizer, device, dtype
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spo_fast.ops.linear import take_linear
 from spo_fast.scorers.latent_files import load_latent_reward
 from spo_fast.scorers.latent_network import GUIDANCE_SCALE, LatentReward, Text
 
@@ -37,7 +38,8 @@ class LatentScorer:
     judges = "children"
 
     def __init__(self, model: LatentReward, token_ids: TokenIds, guidance_scale: float = GUIDANCE_SCALE):
-        self.model, self.token_ids, self.guidance_scale = model.requires_grad_(False).eval(), token_ids, guidance_scale
+        self.model = take_linear(model.requires_grad_(False).eval())
+        self.token_ids, self.guidance_scale = token_ids, guidance_scale
         self.empty = self.encode([""])
 
     @torch.no_grad()

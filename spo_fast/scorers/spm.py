@@ -89,8 +89,7 @@ class ClipScorer(PictureScorer):
         scale: float | None = None,
     ):
         self.preprocess, self.scale = preprocess, scale
-        self.model = model.set_compute_dtype(dtype).requires_grad_(False).eval()
-        take_linear(self.model)
+        self.model = take_linear(model.set_compute_dtype(dtype).requires_grad_(False).eval())
         self.tokenize = tokenize
         self.dtype = dtype
         self._text_features: dict[str, Tensor] = {}  # prompt -> (D,) float32 on the CPU

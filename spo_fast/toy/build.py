@@ -33,6 +33,7 @@ from spo_fast import train, train_spm
 from spo_fast.config.errors import RunError
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
+from spo_fast.data.pair_sources import need_pyarrow
 from spo_fast.evaluation.statistics import Estimate, estimate
 from spo_fast.models.files.toy import FLOW_WEIGHTS, MAX_LENGTH, SCALING, SIZES, WEIGHTS, Size, save_pipeline, toy_parts
 from spo_fast.scorers.clip import Clip, ClipConfig, TowerConfig
@@ -446,7 +447,11 @@ def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
 def build(
     work_dir: Path, output_dir: Path, size: Size, seed: int, steps: int, pairs: int, deadline: float = math.inf
 ) -> bool:
-    """All of it, or what is missing; False if time (monotonic seconds) ran out between two parts or in pretraining."""
+    """All of it, or what is missing; False if time (monotonic seconds) ran out between two parts or in pretraining.
+
+    Raises ImportError without pyarrow.
+    """
+    need_pyarrow("the labelled pairs")  # asked before the hours of pretraining that they come after
     work_dir.mkdir(parents=True, exist_ok=True)
     pipeline = pretrain(work_dir, seed, steps, size, deadline)
     if pipeline is None:
