@@ -71,6 +71,11 @@ def _unjudged(*_: Any) -> Any:
     return lambda *args, **kwargs: None
 
 
+def _finite(*_: Any) -> Any:
+    """is_finite(row) -> whether its numbers are finite: a large copy to the host is counted, not made."""
+    return lambda row: True
+
+
 def _one(*_: Any) -> Any:
     """deviation(latents) -> float, by which the large toy's latents are divided."""
     return lambda latents: float(latents.std()) or 1.0  # the read counts
@@ -102,6 +107,7 @@ PATCHES = {  # module and name: (what is there, ledger, valid_share) -> what tak
     ("spo_fast.method.rollout", "Segments.compact"): _scripted,
     ("spo_fast.training.learner", "Learner.is_dead"): _alive,
     ("spo_fast.training.step_sizes", "StepSizes.look"): _unjudged,
+    ("spo_fast.models.tensor_cache", "is_finite"): _finite,
     ("spo_fast.toy.build", "deviation"): _one,
     ("torch", "unique"): _on_host,
     ("torch", "Tensor.unique"): _on_host,
