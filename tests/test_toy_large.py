@@ -15,7 +15,7 @@ from benchmarks import gpu_run
 from benchmarks.records import Records, read
 from spo_fast.config.errors import RunError
 from spo_fast.data import toy_world
-from spo_fast.models.files.toy import LARGE, SIZES, toy_parts
+from spo_fast.models.files.toy import LARGE, SIZES, deviation, toy_parts
 from spo_fast.toy import build, claim_tables, claims
 from spo_fast.toy.contenders import Contender
 
@@ -172,11 +172,11 @@ def test_a_build_goes_on_where_its_time_ended(tmp_path, monkeypatch):
 
 def test_latents_that_do_not_differ_are_no_scale():
     latents = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert build.deviation(latents) == float(latents.std())
+    assert deviation(latents) == float(latents.std())
     with pytest.raises(RunError, match="training failed"):
-        build.deviation(torch.zeros(8, 4, 16, 16))
+        deviation(torch.zeros(8, 4, 16, 16))
     with pytest.raises(RunError, match="nan"):
-        build.deviation(torch.full((8, 4, 16, 16), torch.nan))
+        deviation(torch.full((8, 4, 16, 16), torch.nan))
 
 
 @pytest.mark.parametrize("command", ["build", "claims"])

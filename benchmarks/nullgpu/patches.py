@@ -108,7 +108,7 @@ PATCHES = {  # module and name: (what is there, ledger, valid_share) -> what tak
     ("spo_fast.training.learner", "Learner.is_dead"): _alive,
     ("spo_fast.training.step_sizes", "StepSizes.look"): _unjudged,
     ("spo_fast.models.tensor_cache", "is_finite"): _finite,
-    ("spo_fast.toy.build", "deviation"): _one,
+    ("spo_fast.models.files.toy", "deviation"): _one,
     ("torch", "unique"): _on_host,
     ("torch", "Tensor.unique"): _on_host,
 }

@@ -235,6 +235,8 @@ def _add_lora(network: Network, adapter: AdapterConfig) -> None:
 def base_norm(network: Network) -> Tensor:  # () float32 or wider
     """Norm of all frozen weights that wear a LoRA."""
     weights = [base_weight(layer) for _, layer in lora_layers(network)]
+    if weights[0].is_meta:
+        return weights[0].new_zeros(())  # there are no numbers
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     return torch.stack([torch.linalg.vector_norm(w, dtype=wide) for w in weights]).norm()
 

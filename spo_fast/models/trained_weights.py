@@ -37,9 +37,8 @@ class TrainedWeights:
         self.names = [name for name, _ in named]
         self._weights = [p for _, p in named]  # what the network computes with
         wide = (torch.float32, torch.float64)
-        self.masters: list[Tensor] = [
-            p if p.dtype in wide else nn.Parameter(p.detach().float().clone()) for p in self._weights
-        ]
+        with torch.no_grad():
+            self.masters: list[Tensor] = [p if p.dtype in wide else nn.Parameter(p.float()) for p in self._weights]
         self._hooks = [
             p.register_post_accumulate_grad_hook(_add_to(master))
             for p, master in zip(self._weights, self.masters, strict=True)

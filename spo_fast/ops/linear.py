@@ -8,12 +8,14 @@ they want one, as is whatever else oneDNN's operator has no answer for: compiler
 
 from __future__ import annotations
 
+import math
 from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from spo_fast.ops import backend, onednn
 from spo_fast.ops.backend import Context, Order
@@ -94,6 +96,15 @@ def added_product(y: Tensor, x: Tensor, weight: Tensor, out: Tensor | None = Non
     if y.ndim and y.shape[-1] == len(weight) and takes_onednn(x, weight):
         return onednn.added(y, x, weight) if y.ndim == 2 else onednn.product(x, weight, y)
     return torch.addmm(y, x, weight.t(), out=out)  # addmm_ would escape the FLOP counter
+
+
+def _flops(x: torch.Size, second: torch.Size, third: torch.Size | None, *_: object, **__: object) -> int:
+    weight = third if third is not None and len(third) == 2 else second  # second: what is added
+    return 2 * math.prod(x) * weight[0]
+
+
+if onednn.exists():
+    register_flop_formula([torch.ops.mkldnn._linear_pointwise])(_flops)
 
 
 class FrozenLinear(nn.Linear):

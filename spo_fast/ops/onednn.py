@@ -9,7 +9,6 @@ without them here.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -18,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import register_flop_formula
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FASTER = 1.25
 """oneDNN is taken from this many times MKL's speed on: where one library serves as well, numbers stay PyTorch's."""
-SIDE, TURNS = 512, 9
+SIDE, TURNS = 384, 9
 
 
 def _apart(measure: Callable[P, R]) -> Callable[P, R]:
@@ -89,11 +87,3 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., 
 def added(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # (M, O), (M, I), (O, I) -> (M, O)
     """y + x weight^T in one pass. float32; no gradient."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
-
-
-if exists():
-
-    @register_flop_formula([torch.ops.mkldnn._linear_pointwise])
-    def _flops(x: torch.Size, second: torch.Size, third: torch.Size | None, *_: object, **__: object) -> int:
-        weight = third if third is not None and len(third) == 2 else second  # second: what is added
-        return 2 * math.prod(x) * weight[0]

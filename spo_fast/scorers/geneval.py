@@ -128,7 +128,8 @@ class GenEval(PictureScorer):
         tokenize: Tokenize,
         wanted: Mapping[str, Wanted],
     ):
-        self.detector, self.clip, self.tokenize = detector.eval().requires_grad_(False), clip, tokenize
+        self.detector = take_linear(detector.eval().requires_grad_(False))
+        self.clip, self.tokenize = clip, tokenize
         self.wanted = wanted  # prompt -> its line of evaluation_metadata.jsonl
         self._records, self._numbers = list(wanted.values()), {prompt: n for n, prompt in enumerate(wanted)}
         self._classifiers: dict[str, Tensor] = {}
@@ -249,4 +250,4 @@ def load_geneval(
         raise ValueError(f"{path} knows {detector.config.num_labels} classes, not COCO's 80 (--geneval_path).")
     towers = check_vocabulary(load_clip(clip, time_conditioned=False, device=device), tokenize, clip)
     detector = detector.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what `to` takes
-    return GenEval(take_linear(detector), take_linear(towers.requires_grad_(False)), tokenize, wanted)
+    return GenEval(detector, towers.requires_grad_(False), tokenize, wanted)

@@ -4,8 +4,7 @@ Seeded and resumable: the same command goes on where it was stopped. Pretraining
 v-prediction on captioned pictures at uniform timesteps, a tenth of the captions dropped for guidance, an average of the
 weights kept. The preference model is trained by `python -m spo_fast.train_spm` on pairs of the same world.
 `--size large` makes one for a GPU: 64x64 pictures behind a VAE that is trained first (toy.LARGE).
-`--size flow` makes the flow model of the same world (toy.FLOW), and an SPM of its own predictions, which starts from
-the small one's PickScore.
+`--size flow` makes the same world's flow model (toy.FLOW), and an SPM that starts from the small one's PickScore.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizerFast  # type: ignore[attr-defined]  # an alias in transformers 5
 
 from spo_fast import train, train_spm
-from spo_fast.config.errors import RunError
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
 from spo_fast.data.pair_sources import need_pyarrow
@@ -75,6 +73,8 @@ def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    from spo_fast.models.files.toy import deviation
+
     if (directory / "config.json").is_file():
         return AutoencoderKL.from_pretrained(directory, local_files_only=True)
     device = device_of(size)
@@ -104,14 +104,6 @@ def train_vae(directory: Path, seed: int, size: Size, deadline: float = math.inf
     vae.cpu().save_pretrained(draft)
     os.replace(draft, directory)
     return vae
-
-
-def deviation(latents: Tensor) -> float:
-    """Of all their numbers. Raises RunError where they do not differ: the VAE tells no picture from another."""
-    found = float(latents.std())
-    if not found > 0:
-        raise RunError(f"The VAE's latents have a deviation of {found}: its training failed. Choose another --seed.")
-    return found
 
 
 class Pretraining:
@@ -447,10 +439,7 @@ def assemble(work_dir: Path, output_dir: Path, size: Size = SMALL) -> None:
 def build(
     work_dir: Path, output_dir: Path, size: Size, seed: int, steps: int, pairs: int, deadline: float = math.inf
 ) -> bool:
-    """All of it, or what is missing; False if time (monotonic seconds) ran out between two parts or in pretraining.
-
-    Raises ImportError without pyarrow.
-    """
+    """All of it, or what is missing; False if time (monotonic seconds) ran out between two parts or in pretraining."""
     need_pyarrow("the labelled pairs")  # asked before the hours of pretraining that they come after
     work_dir.mkdir(parents=True, exist_ok=True)
     pipeline = pretrain(work_dir, seed, steps, size, deadline)

@@ -39,7 +39,6 @@ from spo_fast.config.errors import RunError
 from spo_fast.config.flags import Parser
 from spo_fast.data import toy_world
 from spo_fast.data.files import versions, write_atomically
-from spo_fast.data.pair_sources import need_pyarrow
 from spo_fast.evaluation.statistics import estimate
 from spo_fast.models.files.toy import FLOW_WEIGHTS, SIZES, Size, flags_of, toy_files
 from spo_fast.scorers.registry import load_metric
@@ -338,7 +337,7 @@ def claims(arguments: list[str] | None) -> None:
     path = args.records or Path("runs/claims" if args.size == "small" else f"runs/claims-{args.size}") / "records.jsonl"
     work = args.work_dir or path.parent / "work"
     if not args.tables:
-        need_pyarrow("labelled pairs")
+        build.need_pyarrow("labelled pairs")
         work.mkdir(parents=True, exist_ok=True)
     if not args.tables and args.size == "flow":
         of_flow(work)

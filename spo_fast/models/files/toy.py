@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo_fast.config.errors import RunError
 from spo_fast.data.files import save_tensors
 from spo_fast.data.toy_world import COLOURS, SHAPES, SIZE
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 WEIGHTS = Path(__file__).parents[2] / "toy" / "weights"
@@ -379,3 +381,11 @@ def identity_vae(large: float = 64.0) -> AutoencoderKL:
         vae.quant_conv.bias[3:] = -30.0  # log-variance of the posterior: none
         vae.post_quant_conv.weight[:, :, 0, 0] = torch.eye(3)
     return vae
+
+
+def deviation(latents: Tensor) -> float:
+    """Of all their numbers. Raises RunError where they do not differ: the VAE tells no picture from another."""
+    found = float(latents.std())
+    if not found > 0:
+        raise RunError(f"The VAE's latents have a deviation of {found}: its training failed. Choose another --seed.")
+    return found

@@ -16,6 +16,8 @@ from spo_fast.training.plan.counters import LiveStorage, flops_of
 _aten = torch.ops.aten
 SORTS = (_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable)
 
+DEVICE_OF, META = torch.ops.prim.device.default, torch.device("meta")
+
 UNFILLED = (_aten.empty.memory_format, _aten.zeros.default)
 """What numbers are written into."""
 
@@ -33,9 +35,16 @@ class Counting(LiveStorage):
         self.flops, self._empty = 0, empty
         self._dispatch: Callable[..., Any] = mode.dispatch
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch then keeps its compiler out of every call, at a cost: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # what device a fake tensor is on: most of all calls
+        if func is DEVICE_OF and type(args[0]) is FakeTensor:  # asked more often than anything is computed
+            return META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
+        if func.namespace == "prim":
             return func(*args, **kwargs)
         out = self._computed(func, types, args, kwargs)
         self.flops += flops_of(func, args, kwargs, out)

@@ -36,7 +36,7 @@ from spo_fast.models.flow import FlowModel
 from spo_fast.models.prompt_cache import ENCODE_BATCH, PromptCache
 from spo_fast.training.pair_batches import ENCODE_BATCH as IMAGES_BATCH
 from spo_fast.training.pair_batches import PairReader
-from spo_fast.training.plan.once import Once
+from spo_fast.training.plan.once import Once, shapes_alone
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -63,7 +63,7 @@ class Fake(DiffusionModel):
         self.posterior = once.wrap(super().posterior, "encode images")  # type: ignore[method-assign]
         self.parts = [part for _, part in text_parts(self.kind, self.config_dir)]
         network = self.configs()[network_part(self.kind)]
-        with torch.device("meta"):
+        with shapes_alone():
             self.network = getattr(diffusers, str(network["_class_name"])).from_config(network)
         self._encoders = [once.weights(self._text_encoder(part), dtype) for part in self.parts]
         self.prompt_cache = FakePrompts(once)
@@ -84,7 +84,7 @@ class Fake(DiffusionModel):
 
     def _text_encoder(self, part: str) -> TextEncoder:
         made, folder = text_class(self.kind, part), self.config_dir / part
-        with torch.device("meta"):
+        with shapes_alone():
             found = made(made.config_class.from_pretrained(folder))  # type: ignore[arg-type, union-attr]
         return found.requires_grad_(False)
 
@@ -191,5 +191,5 @@ def fake_vae(config: Mapping[str, object]) -> VAE:
     """On the meta device."""
     import diffusers
 
-    with torch.device("meta"):
+    with shapes_alone():
         return getattr(diffusers, vae_class(config, Path("the VAE"))).from_config(config)

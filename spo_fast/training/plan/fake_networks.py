@@ -23,7 +23,7 @@ from spo_fast.scorers.geneval import GenEval, fake_detector
 from spo_fast.scorers.image_reward import MAX_TOKENS, ImageReward, ImageRewardScorer, Sizes
 from spo_fast.scorers.preprocess import PictureScorer, score_head
 from spo_fast.scorers.spm import ClipScorer
-from spo_fast.training.plan.once import Once
+from spo_fast.training.plan.once import Once, shapes_alone
 
 VIT_H = ClipConfig(
     text=TowerConfig(width=1024, mlp_width=4096, num_layers=24, num_heads=16, activation="gelu"),
@@ -61,7 +61,7 @@ def fake_scorer(name: str, paths: Mapping[str, Path], dtype: torch.dtype, time_c
     if record.network not in NETWORKS:
         raise ValueError(f"scorer {name} is costed as {record.network!r}: known are {', '.join(NETWORKS)}.")
     aware = time_conditioned and "time_conditioned" in record.options
-    with torch.device("meta"):
+    with shapes_alone():
         return NETWORKS[record.network](Files(paths.get(name), paths.get(record.beside), dtype, aware))
 
 

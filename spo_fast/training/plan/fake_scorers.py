@@ -19,7 +19,7 @@ from spo_fast.scorers.latent_network import LatentReward
 from spo_fast.scorers.spm import TEXT_BATCH, ClipScorer
 from spo_fast.training.plan.fake_model import Fake, FakeFlow, FakeModel
 from spo_fast.training.plan.fake_networks import fake_scorer, run_once
-from spo_fast.training.plan.once import Once
+from spo_fast.training.plan.once import Once, shapes_alone
 
 
 def scorer_without_weights(name: str, paths: Mapping[str, Path], cfg: ScorerConfig, model: Fake, once: Once) -> Scorer:
@@ -42,7 +42,7 @@ def encode_text(scorer: Scorer) -> None:
 def latent_scorer(path: Path | None, model: FakeModel, dtype: torch.dtype, once: Once) -> LatentScorer:
     """LPO's, of its own files or of the published form: the diffusion model's architecture."""
     configs = read_configs(path) if path else model.configs()
-    with torch.device("meta"):
+    with shapes_alone():
         width = configs[list(model.configs())[-1]]["projection_dim" if model.kind == "sdxl" else "hidden_size"]
         assert isinstance(width, int)
         network = LatentReward(configs, width)
@@ -54,7 +54,7 @@ def latent_scorer(path: Path | None, model: FakeModel, dtype: torch.dtype, once:
 
 def dina_scorer(path: Path | None, model: FakeFlow, dtype: torch.dtype, once: Once) -> DinaScorer:
     """DiNa-LRM, by its own config.json or of the published form."""
-    with torch.device("meta"):
+    with shapes_alone():
         base = model.fresh_network(dtype)
         published = DinaSettings.of_blocks(len(base.transformer_blocks), base.inner_dim)
         network = DinaReward(base, read_settings(path) if path else published)

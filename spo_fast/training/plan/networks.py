@@ -20,7 +20,7 @@ from spo_fast.scorers.registry import summed
 from spo_fast.training.accelerate import set_up
 from spo_fast.training.plan.fake_model import fake_model
 from spo_fast.training.plan.fake_scorers import encode_text, scorer_without_weights
-from spo_fast.training.plan.once import Once
+from spo_fast.training.plan.once import Once, shapes_alone
 
 
 class Networks:
@@ -43,7 +43,7 @@ class Networks:
 
     def _policy(self, cfg: Config) -> Policy:
         once, model = self.once, self.model
-        with torch.device("meta"):  # no weight is drawn, and fake ones cannot be cast as PEFT casts them
+        with shapes_alone():  # no weight is drawn, and fake ones cannot be cast as PEFT casts them
             policy = Policy(model.network, replace(cfg.adapter, lora_path=None), seed=0)
         policy.reach = None
         if cfg.adapter.lora_path is not None:

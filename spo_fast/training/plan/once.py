@@ -4,9 +4,10 @@
 # mypy: disable-error-code="explicit-any"
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import ParamSpec, TypeVar, cast
 
 import torch
@@ -21,6 +22,27 @@ from spo_fast.training.plan.repeated import Layout, Measurement, Repetition
 P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
+
+DRAWN = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_")
+FILLED = ("zeros_", "ones_", "constant_")
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Inside, networks are built on the meta device, and torch.nn.init leaves their weights, which have no numbers."""
+    plain = {name: getattr(nn.init, name) for name in (*DRAWN, *FILLED)}
+    try:
+        for name in plain:
+            setattr(nn.init, name, _left)
+        with torch.device("meta"):
+            yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.init, name, function)
+
+
+def _left(tensor: Tensor, *_: object, **__: object) -> Tensor:
+    return tensor
 
 
 class Once:
@@ -55,12 +77,19 @@ class Once:
         """The module of the meta device with fake weights, of this type or their own."""
         with self.mode:
             for part in module.modules():
-                for name, p in part.named_parameters(recurse=False):
-                    values = torch.empty(p.shape, dtype=dtype or p.dtype, device=self.device)
-                    part._parameters[name] = nn.Parameter(values, p.requires_grad)
-                for name, b in part.named_buffers(recurse=False):
-                    part._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=self.device)
+                for name, p in part._parameters.items():
+                    if p is not None:
+                        part._parameters[name] = self._parameter(p, dtype or p.dtype)
+                for name, b in part._buffers.items():
+                    if b is not None:
+                        part._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=self.device)
         return module.eval()
+
+    def _parameter(self, like: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        """As nn.Parameter makes one of a fake tensor, which it detaches first: half of the time of all."""
+        values = torch.empty(like.shape, dtype=dtype, device=self.device).requires_grad_(like.requires_grad)
+        values._is_param = True  # type: ignore[attr-defined]
+        return cast(nn.Parameter, values)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A fake tensor."""
