@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from benchmarks import method_places
+from spo_fast import train
+from spo_fast.config.errors import RunError
 from spo_fast.config.methods import METHODS
 from spo_fast.toy import claim_tables, claims, contenders
 from spo_fast.toy.claim_tables import CLAIMS, GRID, LADDER, LOOKS, QUESTIONS, SEEDS, TUNING_SEED, key
@@ -305,6 +307,17 @@ def test_rows_are_counted_as_they_cost():
     meter.on = False
     unet(torch.zeros(9, 3))
     assert meter.spent == 5 + 3 * 2
+
+
+def test_a_run_that_counts_nothing_ends(tmp_path, monkeypatch):
+    """As a replayed one: its forwards run no hook. On a GPU nothing is replayed therefore, nor compiled."""
+    small = {"sample_batch_size": 1, "num_steps": 4, "branch_start": 2, "num_candidates": 2}
+    monkeypatch.setattr(claims, "CONTENDERS", {"spo": contenders.Contender(small)})
+    monkeypatch.setattr(claims.Meter, "_count", lambda *_: None)
+    with pytest.raises(RunError, match="Iteration 0 of spo spent nothing"):
+        claims.cell("spo", 0, 1e-3, tmp_path, budget=600)
+    cfg = train.parse(["--model", "toy", *claims._endless()])
+    assert cfg.engine.cuda_graphs is False and cfg.engine.compile == "off"
 
 
 @pytest.mark.slow

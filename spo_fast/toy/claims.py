@@ -100,8 +100,18 @@ def held_out(run: Run, pixels: Tensor, prompts: list[str]) -> Tensor:  # (B, 3, 
 
 
 def _endless() -> list[str]:
-    """Flags of a run that its budget ends, and that is not looked at on the way."""
-    return ["--num_validation_images", "0", "--num_train_epochs", "100000", "--checkpointing_steps", "100000000"]
+    """Flags of a run that its budget ends, and that is not looked at on the way. On a GPU it replays nothing, which no
+    meter would see, and compiles nothing: it ends after minutes, not after its epochs."""
+    counted = ["--no-cuda_graphs", "--compile", "off"]
+    return [
+        *counted,
+        "--num_validation_images",
+        "0",
+        "--num_train_epochs",
+        "100000",
+        "--checkpointing_steps",
+        "100000000",
+    ]
 
 
 def _as_flags(settings: Mapping[str, object]) -> list[str]:
@@ -135,9 +145,13 @@ def cell(
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
         meter, curve = Meter(run.policy.network), []
-        wait = [] if tuning else [share * budget for share in marks]
+        wait, before = [] if tuning else [share * budget for share in marks], 0
 
         def until_spent(iteration: int) -> None:
+            nonlocal before
+            if meter.spent == before:
+                raise RunError(f"Iteration {iteration} of {name} spent nothing that is counted: it would never end.")
+            before = meter.spent
             if meter.spent >= budget:
                 run.total = iteration + 1
             elif wait and meter.spent >= wait[0]:
