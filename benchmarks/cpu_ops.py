@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_geglu, bench_group_norm_silu, bench_merge_lora, bench_resize_normalize, bench_transition
+from benchmarks import (
+    bench_geglu,
+    bench_group_norm_silu,
+    bench_linear,
+    bench_merge_lora,
+    bench_resize_normalize,
+    bench_transition,
+)
 from benchmarks.records import table
 from benchmarks.shapes import LATENTS, LayerShape, LoraShape, RatioShape, ScorerShape, StepShape
 from benchmarks.timing import Case
@@ -29,7 +36,7 @@ NORMS = [  # of a forward with both guidance halves; the first is compiled, too
 
 
 def cases() -> list[Case]:
-    """Latents of one and of ten parents, a micro-batch's log-ratios, a UNet's norms, decoded images, a merged layer."""
+    """Latents of one and of ten parents, a micro-batch's log-ratios, a UNet's norms and layers, decoded images."""
     transition, log_ratio = bench_transition.transition_case, bench_transition.log_ratio_case
     few = StepShape("sd15 B=1 K=4", 1, 4, LATENTS["sd15"])
     many = StepShape("sd15 B=10 K=4", 10, 4, LATENTS["sd15"])
@@ -56,6 +63,8 @@ def cases() -> list[Case]:
             modes = COMPILED if dtype == F32 else ()
             found.append(bench_resize_normalize.resize_normalize_case(shape, dtype, "cpu", modes, last))
     layer = LoraShape("sdxl 1280x1280", 1, 1, 1280, 1280, 64)
+    for wide in (LoraShape("sd15 320x320", 2, 4096, 320, 320, 4), LoraShape("sdxl 1280x1280", 2, 1024, 1280, 1280, 64)):
+        found += [bench_linear.case(wide, F32, "cpu", COMPILED, backward) for backward in (False, True)]
     return [*found, bench_merge_lora.merge_case(layer, BF16, "cpu", COMPILED)]
 
 
