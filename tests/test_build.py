@@ -42,7 +42,7 @@ def test_import_is_light():
 def test_ops_are_there_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from spo_fast.ops import __main__, geglu; "
-        "print([row[3] for row in __main__.table(('cpu',)) if row[2] == 'triton' and row[0] != 'linear']); "  # which has no kernel
+        "print([row[3] for row in __main__.table(('cpu',)) if row[2] == 'triton' and row[0] != 'linear']); "
         "print(float(geglu.geglu(torch.tensor([2.0, 1.0])))); print(torch.ops.spo_fast.transition_c)"
     )
     reasons, value, op = in_subprocess(code, PYTHONPATH=str(ROOT)).splitlines()
