@@ -68,12 +68,18 @@ class Meter:
     """A network's sample-forwards since it was made: a forward that will have a backward counts thrice."""
 
     def __init__(self, network: nn.Module):
-        self.spent, self.on = 0, True
+        self.spent, self.on, self._seen = 0, True, 0
         network.register_forward_pre_hook(self._count)
 
     def _count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if self.on:
             self.spent += len(args[0]) * (3 if torch.is_grad_enabled() else 1)
+
+    def must_have_grown(self, by: str) -> None:
+        """Raises RunError if nothing was spent since the last call."""
+        if self.spent == self._seen:
+            raise RunError(f"{by} spent nothing that is counted: the run would never end.")
+        self._seen = self.spent
 
 
 def scores_of(run: Run, prompts: list[str], count: int) -> dict[str, list[float]]:
@@ -145,13 +151,10 @@ def cell(
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
         meter, curve = Meter(run.policy.network), []
-        wait, before = [] if tuning else [share * budget for share in marks], 0
+        wait = [] if tuning else [share * budget for share in marks]
 
         def until_spent(iteration: int) -> None:
-            nonlocal before
-            if meter.spent == before:
-                raise RunError(f"Iteration {iteration} of {name} spent nothing that is counted: it would never end.")
-            before = meter.spent
+            meter.must_have_grown(f"Iteration {iteration} of {name}")
             if meter.spent >= budget:
                 run.total = iteration + 1
             elif wait and meter.spent >= wait[0]:
