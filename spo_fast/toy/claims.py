@@ -150,8 +150,7 @@ def cell(
         run: Run = train.build(train.parse([*arguments, "--output_dir", directory]))
         if contender.random_picks:
             run.scorer = evaluate.TrueScorer(random_seed=seed)
-        meter, curve = Meter(run.policy.network), []
-        wait = [] if tuning else [share * budget for share in marks]
+        meter, curve, wait = Meter(run.policy.network), [], [share * budget for share in marks if not tuning]
 
         def until_spent(iteration: int) -> None:
             meter.must_have_grown(f"Iteration {iteration} of {name}")
