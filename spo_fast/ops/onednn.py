@@ -1,9 +1,8 @@
 """oneDNN's float32 products on a CPU, where they beat those of the BLAS library that PyTorch calls.
 
-PyTorch gives oneDNN its convolutions and 16-bit products, and float32 products to MKL, which keeps its widest
-instructions for Intel's processors: on an AMD EPYC with AVX-512 one thread of MKL reached 110 GFLOP/s, of oneDNN 230
-(benchmarks/LOG.md). The operators are those that Inductor calls of weights that it has packed; compiled code does
-without them here.
+PyTorch (2.13) gives oneDNN its convolutions and 16-bit products, and float32 products to MKL: on an AMD EPYC with
+AVX-512 one thread of MKL reached 110 GFLOP/s, of oneDNN 230 (benchmarks/LOG.md). The operators are those that
+Inductor calls of weights that it has packed; compiled code does without them here.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def exists() -> bool:
 
 @functools.cache
 def why_slow() -> str | None:
-    """None where oneDNN is taken, else the reason in words; the first call measures, a tenth of a second."""
+    """None where oneDNN is taken, else the reason in words; the first call measures, some hundredths of a second."""
     gain = measured_gain()
     return None if gain >= FASTER else f"measured here it is {gain:.2f} times as fast as PyTorch's BLAS library"
 
