@@ -14,7 +14,7 @@ from runs import ROOT, command_line
 from spo_fast import train
 from spo_fast.config.training import Config
 from spo_fast.ops import backend
-from spo_fast.training.plan import counted, fake_run
+from spo_fast.training.plan import counted, fake_run, once
 from spo_fast.training.plan.costs import Costs
 from spo_fast.training.plan.once import Once
 
@@ -151,6 +151,23 @@ def test_nothing_is_imported_that_nobody_asked_for(tmp_path: Path, monkeypatch: 
     line = [*command_line(settings), "--dry_run"]
     assert imported(line, HEAVY) == "imported:"
     assert imported(line, (*HEAVY, *COMPILER)) == "imported:"
+
+
+def test_networks_of_shapes_draw_nothing_and_leave_pytorch_as_it_was() -> None:
+    plain = {name: getattr(torch.nn.init, name) for name in (*once.DRAWN, *once.FILLED)}
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="in the middle"), once.shapes_alone():
+        layer = torch.nn.Linear(3, 4)
+        assert layer.weight.is_meta and torch.nn.init.normal_(layer.weight) is layer.weight
+        raise RuntimeError("in the middle")
+    assert {name: getattr(torch.nn.init, name) for name in plain} == plain
+    assert torch.equal(torch.get_rng_state(), before) and not torch.nn.Linear(3, 4).weight.is_meta
+    made = once.Once(False).weights(layer, torch.bfloat16)
+    assert all(type(p.data).__name__ == "FakeTensor" and isinstance(p, torch.nn.Parameter) for p in made.parameters())
+    assert [(p.dtype, p.requires_grad, tuple(p.shape)) for p in made.parameters()] == [
+        (torch.bfloat16, True, (4, 3)),
+        (torch.bfloat16, True, (4,)),
+    ]
 
 
 def test_a_constant_is_marked_as_the_compiler_marks_it() -> None:

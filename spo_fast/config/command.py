@@ -77,7 +77,7 @@ def guarded(work: Callable[[], Any], arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
-    """Inside, Python does not look for reference cycles: of what imports make, a million objects, nothing is garbage.
+    """Inside, Python does not look for reference cycles: nothing is garbage of what imports make, 650,000 objects.
 
     For imports and for what ends soon; where weights are loaded cycles would keep them.
     """

@@ -42,14 +42,15 @@ backend.register(
 )
 
 LEAST_SIDE = 128
-"""Rows and columns of a weight from which on: narrower ones are the toys', whose numbers are to be the same on every
-CPU."""
+"""Rows and columns of a weight from which on: narrower ones are the toys', whose numbers no measurement changes."""
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of x with this weight, which gets no gradient, is oneDNN's."""
-    wide = weight.dtype == torch.float32 and min(weight.shape) >= LEAST_SIDE and x.numel() > 0
-    return wide and not torch.compiler.is_compiling() and _is_unwatched(x) and _is_dense(weight) and _is_chosen(x)
+    if torch.compiler.is_compiling() or weight.dtype != torch.float32:  # first: a compiler guards on what is asked
+        return False
+    wide = min(weight.shape) >= LEAST_SIDE and x.numel() > 0
+    return wide and _is_unwatched(x) and _is_dense(weight) and _is_chosen(x)
 
 
 def _is_unwatched(x: Tensor) -> bool:

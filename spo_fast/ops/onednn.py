@@ -7,33 +7,19 @@ Inductor calls of weights that it has packed; compiled code does without them he
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 FASTER = 1.25
 """oneDNN is taken from this many times MKL's speed on: where one library serves as well, numbers stay PyTorch's."""
 SIDE, TURNS = 384, 9
-
-
-def _apart(measure: Callable[P, R]) -> Callable[P, R]:
-    """The measurement whatever the caller's state is: modes that count or pretend, autocast."""
-
-    @functools.wraps(measure)
-    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _disable_current_modes(), torch.autocast("cpu", enabled=False):
-            return measure(*args, **kwargs)
-
-    return plain
 
 
 def exists() -> bool:
@@ -48,22 +34,28 @@ def why_slow() -> str | None:
     return None if gain >= FASTER else f"measured here it is {gain:.2f} times as fast as PyTorch's BLAS library"
 
 
-@_apart
+@contextlib.contextmanager
+def _square() -> Iterator[Tensor]:
+    """A float32 matrix of the CPU, and whatever the caller's state is (modes that count or pretend, autocast) left."""
+    with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode():
+        yield torch.ones(SIDE, SIDE, dtype=torch.float32, device="cpu")
+
+
 def measured_gain(clock: Callable[[], float] = time.process_time) -> float:
     """The BLAS library's time for a float32 product over oneDNN's."""
-    x = torch.ones(SIDE, SIDE, dtype=torch.float32, device="cpu")
-    return _gain(lambda: F.linear(x, x), lambda: product(x, x, None), clock)
+    with _square() as x:
+        return _gain(lambda: F.linear(x, x), lambda: product(x, x, None), clock)
 
 
-@_apart
 def measured_bf16_gain(clock: Callable[[], float] = time.process_time) -> float:
     """Time of a product of float32's, by the library that is faster there, over time of bfloat16's."""
-    x = torch.ones(SIDE, SIDE, dtype=torch.float32, device="cpu")
-    narrow, by_onednn = x.bfloat16(), exists() and why_slow() is None
-    return _gain(lambda: product(x, x, None) if by_onednn else F.linear(x, x), lambda: F.linear(narrow, narrow), clock)
+    by_onednn = exists() and why_slow() is None
+    with _square() as x:
+        narrow = x.bfloat16()
+        wide = (lambda: product(x, x, None)) if by_onednn else (lambda: F.linear(x, x))
+        return _gain(wide, lambda: F.linear(narrow, narrow), clock)
 
 
-@torch.inference_mode()
 def _gain(before: Callable[[], Tensor], after: Callable[[], Tensor], clock: Callable[[], float]) -> float:
     """Of the least times of TURNS calls each, in turn, after one that makes its kernel."""
     seconds = []
