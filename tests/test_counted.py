@@ -154,7 +154,7 @@ def test_nothing_is_imported_that_nobody_asked_for(tmp_path: Path, monkeypatch: 
 
 
 def test_networks_of_shapes_draw_nothing_and_leave_pytorch_as_it_was() -> None:
-    plain = {name: getattr(torch.nn.init, name) for name in (*once.DRAWN, *once.FILLED)}
+    plain = {name: getattr(torch.nn.init, name) for name in once.INITIALISERS}
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="in the middle"), once.shapes_alone():
         layer = torch.nn.Linear(3, 4)

@@ -58,7 +58,7 @@ static void end(void *p) {  // of others' making nothing is known
   if (objects.erase(p)) delete[] (char *)p;
 }
 """
-"""Products make such by the thousand an iteration: what a library destroys is given back."""
+"""Products make such by the hundred an iteration: what a library destroys is given back."""
 
 
 def library_of(function: str) -> str | None:

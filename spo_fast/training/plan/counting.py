@@ -37,7 +37,7 @@ class Counting(LiveStorage):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch then keeps its compiler out of every call, at a cost: nothing is compiled here."""
+        """No: PyTorch would wrap every call to keep its compiler out, and nothing is compiled here."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

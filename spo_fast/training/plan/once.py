@@ -23,14 +23,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
-DRAWN = ("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_")
-FILLED = ("zeros_", "ones_", "constant_")
+INITIALISERS = (  # of torch.nn.init
+    *("normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"),
+    *("zeros_", "ones_", "constant_"),
+)
 
 
 @contextlib.contextmanager
 def shapes_alone() -> Iterator[None]:
     """Inside, networks are built on the meta device, and torch.nn.init leaves their weights, which have no numbers."""
-    plain = {name: getattr(nn.init, name) for name in (*DRAWN, *FILLED)}
+    plain = {name: getattr(nn.init, name) for name in INITIALISERS}
     try:
         for name in plain:
             setattr(nn.init, name, _left)
@@ -86,7 +88,7 @@ class Once:
         return module.eval()
 
     def _parameter(self, like: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        """As nn.Parameter makes one of a fake tensor, which it detaches first: half of the time of all."""
+        """As nn.Parameter makes one of a fake tensor, without detaching it first: one operation less a weight."""
         values = torch.empty(like.shape, dtype=dtype, device=self.device).requires_grad_(like.requires_grad)
         values._is_param = True  # type: ignore[attr-defined]
         return cast(nn.Parameter, values)
