@@ -422,8 +422,10 @@ def test_a_fused_run_learns_what_a_plain_one_does(name, tmp_path):
 
 def test_a_cpu_decodes_large_pictures_one_or_two_at_a_time(monkeypatch):
     """The same pictures as in one piece; small ones, and those of a GPU, stay together."""
-    vae = tiny_vae(scaling_factor=0.18215).requires_grad_(False).eval()
-    sizes, whole = [], vae.decode
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = tiny_vae(scaling_factor=0.18215).requires_grad_(False).eval()
+    sizes, whole, exact = [], vae.decode, torch.zeros(())
     monkeypatch.setattr(vae, "decode", lambda x, **k: sizes.append(len(x)) or whole(x, **k))
     for side, dtype, asked in ((32, torch.float32, [1, 1, 1]), (32, torch.bfloat16, [2, 1]), (8, torch.float32, [3])):
         latents = torch.randn(3, 4, side, side, generator=torch.Generator().manual_seed(0))
@@ -433,4 +435,10 @@ def test_a_cpu_decodes_large_pictures_one_or_two_at_a_time(monkeypatch):
             found = decode_in_cache(vae, latents)
             assert sizes == asked
             want = decode(vae, latents)
-        torch.testing.assert_close(found, want, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0)
+        if dtype == torch.float32:
+            exact = want if side == 32 else exact
+            torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
+        else:  # no further apart than bf16's roundings, whose largest depends on the processor
+            rounded = (want - exact).abs()
+            assert (found - exact).abs().mean() < 1.1 * rounded.mean() < 0.01
+            assert (found - want).abs().max() < 2 * rounded.max()

@@ -1,9 +1,9 @@
-"""A frozen linear layer, y = x W^T + bias: PyTorch's, or oneDNN's where that is faster in float32 (onednn.py).
+"""A linear layer, y = x W^T + bias: PyTorch's, or oneDNN's where that is faster in float32 (onednn.py).
 
-The backward is dx = dy W by the same library; W and bias get no gradient from oneDNN, and are left to PyTorch where
-they want one, as is whatever else oneDNN's operator has no answer for: compilers, forward derivatives, autocast.
+The backward's products, dx = dy W and dW = dy^T x, are the same op's. What oneDNN's operator has no answer for is left
+to PyTorch: compilers, forward derivatives, autocast.
 
-# 2 M I O FLOPs for M rows; bound by them.
+# 2 M I O FLOPs for M rows, as many for each gradient; bound by them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ backend.register(
         "onednn cuda": "a CPU's library",
     },
     case=_case,
-    cases={"cpu float32": Order(("onednn", "eager"), "frozen layers from 128 wide: measured faster here than MKL's")},
+    cases={"cpu float32": Order(("onednn", "eager"), "layers from 128 wide: measured faster here than MKL's")},
 )
 
 LEAST_SIDE = 128
@@ -46,7 +46,7 @@ LEAST_SIDE = 128
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of x with this weight, which gets no gradient, is oneDNN's."""
+    """Whether a product of x with this weight is oneDNN's."""
     if torch.compiler.is_compiling() or weight.dtype != torch.float32:  # first: a compiler guards on what is asked
         return False
     wide = min(weight.shape) >= LEAST_SIDE and x.numel() > 0
@@ -71,23 +71,24 @@ def _is_chosen(x: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x, weight, bias):
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # type: ignore[arg-type]  # None is kept too
         return onednn.product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Context, dy):
-        (weight,) = ctx.saved_tensors
-        return linear(dy, weight.t()), None, None
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = linear(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dw = linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., I), (O, I), (O,) -> (..., O)
-    """torch.nn.functional.linear; of weights that get no gradient by oneDNN where that is faster."""
-    differentiates = torch.is_grad_enabled()
-    learns = differentiates and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    """torch.nn.functional.linear, by oneDNN where that is faster."""
     fits = bias is None or bias.shape == weight.shape[:1]
-    if learns or not fits or not takes_onednn(x, weight):
+    if not fits or not takes_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if differentiates and x.requires_grad:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return onednn.product(x, weight, bias)
 
@@ -108,7 +109,7 @@ if onednn.exists():
     register_flop_formula([torch.ops.mkldnn._linear_pointwise])(_flops)
 
 
-class FrozenLinear(nn.Linear):
+class OpLinear(nn.Linear):
     """A linear layer that computes by this op."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -118,12 +119,12 @@ class FrozenLinear(nn.Linear):
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """A layer that is a product and a bias, and nothing else."""
-    return type(layer) in (nn.Linear, FrozenLinear)
+    return type(layer) in (nn.Linear, OpLinear)
 
 
 def take_linear(network: Network) -> Network:
-    """Give the plain linear layers inside a frozen network this op, in place, where it is not PyTorch's own."""
+    """Give the plain linear layers inside a network this op, in place, where it is not PyTorch's own."""
     for module in network.modules():
         if type(module) is nn.Linear and takes_onednn(module.weight.data, module.weight):
-            module.__class__ = FrozenLinear
+            module.__class__ = OpLinear
     return network

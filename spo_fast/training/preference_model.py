@@ -15,6 +15,7 @@ from spo_fast.models.diffusion import DiffusionModel
 from spo_fast.models.doors import Network
 from spo_fast.models.policy import denoise
 from spo_fast.models.trained_weights import TrainedWeights
+from spo_fast.ops.linear import take_linear
 from spo_fast.scorers.clip import Clip, unit
 from spo_fast.scorers.clip_files import save_clip
 from spo_fast.scorers.latent_files import save_latent_reward
@@ -195,6 +196,7 @@ class PixelReward:
 
     def __init__(self, clip: Clip, model: DiffusionModel, guidance_scale: float, decode_chunk: int):
         self.clip, self.model, self.guidance_scale, self.decode_chunk = clip, model, guidance_scale, decode_chunk
+        take_linear(clip)
         self.table = model.judged_table()
         self.weights = TrainedWeights(list(clip.named_parameters()))
 
@@ -227,7 +229,7 @@ class NoisyLatentReward:
     """The latent reward model of LPO: it sees x_t."""
 
     def __init__(self, network: LatentReward, model: DiffusionModel, guidance_scale: float):
-        self.network, self.model, self.guidance_scale = network, model, guidance_scale
+        self.network, self.model, self.guidance_scale = take_linear(network), model, guidance_scale
         self.table = model.judged_table()
         self.weights = TrainedWeights([(name, p) for name, p in network.named_parameters() if p.requires_grad])
 
